@@ -1,0 +1,119 @@
+"""The options of ``torch.compile(..., backend="llmint8", options={...})``, checked before use."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from int8fx.kernels.quantize import DECOMPOSITIONS
+
+# The output head decides the next token directly and is a small share of the work: bitsandbytes
+# leaves it in float, and so do we. These are the names that transformers' models give it; a weight
+# tied to an embedding is recognised as a head without its name (``passes/select.py``).
+OUTPUT_HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection")
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose.
+
+    Attributes:
+        threshold: an activation with ``|x| >= threshold`` is an outlier and stays in 16-bit; 0
+            means no decomposition (plain vector-wise int8).
+        decomposition: ``"column"`` or ``"token"``, see ``kernels/quantize.py``.
+        skip: fnmatch patterns on module paths that stay in float.
+        only: when given, only module paths that match one of these are rewritten.
+        inductor: Inductor config patches, applied over those of ``mode``.
+        skips_tied_head: whether a weight that is also an embedding stays in float: with the default
+            ``skip``, as the output head does.
+    """
+
+    threshold: float = 6.0
+    decomposition: str = "column"
+    skip: tuple[str, ...] = OUTPUT_HEADS
+    only: tuple[str, ...] | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    skips_tied_head: bool = True
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> "Options":
+        """Options from the user's dict.
+
+        Raises:
+            ValueError: names the option, what was given and what is allowed.
+        """
+        given = dict(given or {})
+        for name in given:
+            if name not in _CHECKS:
+                raise ValueError(
+                    f"unknown option {name!r} for backend 'llmint8'; "
+                    f"allowed: {', '.join(sorted(_CHECKS))}"
+                )
+        values = {name: _CHECKS[name](name, value) for name, value in given.items()}
+        return cls(**values, skips_tied_head="skip" not in given)
+
+
+def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
+    """Inductor's config patches for a torch.compile mode, with the user's own over them.
+
+    Raises:
+        ValueError: names the mode or the config entry, what was given and what is allowed.
+    """
+    from int8fx.torch_private import inductor_config, list_mode_options
+
+    mode = mode or "default"
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not known; allowed: {', '.join(MODES)}")
+    patches = dict(list_mode_options(mode)) | dict(options.inductor)
+    known = inductor_config()
+    for name in options.inductor:
+        if name not in known:
+            raise ValueError(
+                f"option 'inductor': {name!r} is not an entry of torch._inductor.config"
+            )
+    return patches
+
+
+def _refuse(name: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(
+        f"option {name!r} of backend 'llmint8': given {value!r} "
+        f"({type(value).__name__}); allowed: {allowed}"
+    )
+
+
+def _threshold(name: str, value: Any) -> float:
+    allowed = "a number >= 0; 0 means no decomposition, float('inf') that nothing is an outlier"
+    # bool is an int to isinstance, and threshold=True is a mistake. NaN fails the comparison.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise _refuse(name, value, allowed)
+    return float(value)
+
+
+def _decomposition(name: str, value: Any) -> str:
+    if value not in DECOMPOSITIONS:
+        raise _refuse(name, value, " or ".join(map(repr, DECOMPOSITIONS)))
+    return value
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
+    listed = isinstance(value, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(pattern, str) for pattern in value):
+        raise _refuse(name, value, 'a list of fnmatch patterns on module paths, as ["*.mlp.*"]')
+    return tuple(value)
+
+
+def _patches(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise _refuse(name, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
+    return dict(value)
+
+
+_CHECKS = {
+    "threshold": _threshold,
+    "decomposition": _decomposition,
+    "skip": _patterns,
+    "only": _patterns,
+    "inductor": _patches,
+}

@@ -1,0 +1,296 @@
+"""One compile, as ten named steps: from Dynamo's graph to a callable."""
+
+import functools
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from int8fx import torch_private
+from int8fx.kernels import ops, table
+from int8fx.kernels.quantize import quantize_reference
+from int8fx.options import Options
+from int8fx.passes.canonicalize import Candidate, candidates
+from int8fx.passes.decision import Decision
+from int8fx.passes.fuse_epilogue import fuse_epilogue
+from int8fx.passes.fuse_prologue import fuse_prologue
+from int8fx.passes.lower import lower
+from int8fx.passes.mutation import written
+from int8fx.passes.scope import Scope, scopes
+from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal, weight_shape
+from int8fx.passes.verify import Signature, verify
+from int8fx.passes.weight_expression import is_view_or_cast
+from int8fx.report import Report, publish
+from int8fx.weights import STORE, PackedWeight, Slot, WeightSwap
+
+log = logging.getLogger(__name__)
+
+# What Inductor is given to fuse instead of a call; see passes/lower.py.
+DECOMPOSITIONS = {ops.quantize: quantize_reference}
+
+
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """A callable with the graph's signature, its linears in int8.
+
+    Args:
+        gm: as Dynamo gives it to a backend; it is left as it is.
+        inputs: the graph's inputs, parameters among them as real tensors.
+        patches: Inductor's configuration.
+    """
+    compilation = capture(gm, inputs, options, patches)
+    canonicalize(compilation)
+    select(compilation)
+    if compilation.accepted:
+        quantize_weights(compilation)
+        lower_linears(compilation)
+        share_quantizations(compilation)
+        fold_biases(compilation)
+        verify(compilation.root, compilation.signatures)
+    compiled = codegen(compilation)
+    report(compilation)
+    return compiled
+
+
+@dataclass
+class Compilation:
+    """What the steps hand to each other."""
+
+    original: fx.GraphModule
+    root: Scope
+    inputs: list[Any]
+    options: Options
+    patches: dict[str, Any]
+    placeholders: list[fx.Node]
+    paths: dict[fx.Node, str]
+    tensors: dict[fx.Node, Tensor]
+    found: list[Candidate] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    accepted: list[Candidate] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    packed: list[PackedWeight] = field(default_factory=list)
+    packed_nodes: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
+
+    @functools.cached_property
+    def fake_mode(self) -> Any:
+        values = [node.meta.get("example_value") for node in self.placeholders]
+        return torch_private.fake_mode_of(values)
+
+
+def capture(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any]
+) -> Compilation:
+    """Copies the graph and finds out which of its inputs are weights, and of which modules."""
+    copied = torch_private.copy_graph_module(gm)
+    placeholders = copied.graph.find_nodes(op="placeholder")
+    paths, tensors = {}, {}
+    for node, value in zip(placeholders, inputs, strict=True):
+        path = _module_path(torch_private.source_name(node))
+        if path is not None and isinstance(value, Tensor) and not torch_private.is_fake(value):
+            paths[node], tensors[node] = path, value
+    return Compilation(
+        gm, scopes(copied), list(inputs), options, patches, placeholders, paths, tensors
+    )
+
+
+_MODULE = re.compile(r"(?:\._modules\['([^']+)'\])|(?:\._(?:parameters|buffers)\['([^']+)'\]$)")
+
+
+def _module_path(source: str | None) -> str | None:
+    """``L['self']._modules['fc']._parameters['weight']`` -> ``fc.weight``; None for no weight."""
+    if source is None or not re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source):
+        return None
+    return ".".join(module or tensor for module, tensor in _MODULE.findall(source))
+
+
+def canonicalize(compilation: Compilation) -> None:
+    """Finds every linear and matmul, in one form whatever its spelling."""
+    compilation.found = candidates(compilation.root, compilation.tensors.__contains__)
+
+
+def select(compilation: Compilation) -> None:
+    """Decides which are rewritten."""
+    options = compilation.options
+    selection = Selection(
+        tensors=compilation.tensors,
+        paths=compilation.paths,
+        skip=options.skip,
+        only=options.only,
+        skips_tied_head=options.skips_tied_head,
+        kernel_reason=_kernel_reason,
+        mutated=frozenset(written(compilation.root.graph)),
+    )
+    for candidate in compilation.found:
+        reason = refusal(candidate, selection)
+        shape = None
+        if candidate.weight is not None:
+            dimensions = weight_shape(candidate, selection)
+            shape = dimensions if len(dimensions) == 2 else None
+        path = module_path(candidate, selection)
+        decision = Decision(path, candidate.spelling, shape, not reason, reason)
+        log.debug("%s", decision)
+        compilation.decisions.append(decision)
+        if not reason:
+            compilation.accepted.append(candidate)
+    _warn_of_trainable(compilation.decisions)
+
+
+def _kernel_reason(device_type: str) -> str | None:
+    if table.kernel_for(device_type) is None:
+        return f"no int8 kernel for device {device_type!r}"
+    return None
+
+
+def _warn_of_trainable(decisions: Sequence[Decision]) -> None:
+    trainable = sum(decision.reason == REQUIRES_GRAD for decision in decisions)
+    if trainable:
+        warnings.warn(
+            f"llmint8 left {trainable} linears in float, because their weights require grad: call "
+            "the model under torch.no_grad(), or freeze it with model.requires_grad_(False)",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def quantize_weights(compilation: Compilation) -> None:
+    """Quantises each accepted weight, once, and makes the packed pair an input of the graph."""
+    for candidate in compilation.accepted:
+        expression = candidate.weight
+        assert expression is not None
+        key = (expression.placeholder, expression.recipe)
+        if key in compilation.packed_nodes:
+            continue
+        packed = STORE.get(compilation.tensors[expression.placeholder], expression)
+        position = compilation.placeholders.index(expression.placeholder)
+        compilation.slots.append(Slot(position, expression))
+        compilation.packed.append(packed)
+        name = expression.placeholder.name
+        compilation.packed_nodes[key] = (
+            _add_input(compilation, f"{name}int8", packed.weight),
+            _add_input(compilation, f"{name}scale", packed.w_scale),
+        )
+
+
+def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
+    graph = compilation.root.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    torch_private.mark_as_weight(node)
+    with compilation.fake_mode:
+        node.meta["example_value"] = torch.empty(
+            value.shape, dtype=value.dtype, device=value.device
+        )
+    return node
+
+
+def lower_linears(compilation: Compilation) -> None:
+    """Rewrites each accepted candidate into quantise and int8 linear."""
+    for candidate in compilation.accepted:
+        assert candidate.weight is not None
+        key = (candidate.weight.placeholder, candidate.weight.recipe)
+        before = Signature.of(candidate.node)
+        y = lower(
+            candidate,
+            *compilation.packed_nodes[key],
+            threshold=compilation.options.threshold,
+            decomposition=compilation.options.decomposition,
+            fake_mode=compilation.fake_mode,
+        )
+        compilation.signatures.append((y, before, Signature.of(y)))
+
+
+def share_quantizations(compilation: Compilation) -> None:
+    """fuse_prologue on every graph."""
+    for scope in compilation.root.walk():
+        fuse_prologue(scope.graph)
+
+
+def fold_biases(compilation: Compilation) -> None:
+    """fuse_epilogue on every graph."""
+    for scope in compilation.root.walk():
+        fuse_epilogue(scope.graph)
+
+
+def codegen(compilation: Compilation) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights."""
+    for scope in compilation.root.walk():
+        # Views and casts of weights that nothing reads any more would run at every call.
+        _drop_unused_views(scope.graph)
+    swap = WeightSwap(compilation.slots, _kept_inputs(compilation), STORE)
+    for scope in compilation.root.walk():
+        scope.gm.recompile()
+    compiled = torch_private.compile_with_inductor(
+        compilation.root.gm,
+        swap(compilation.inputs),
+        compilation.patches,
+        DECOMPOSITIONS,
+        cache_identity(),
+    )
+    if not compilation.slots:
+        return compiled
+
+    def call(*args: Any) -> Any:
+        return compiled(*swap(args))
+
+    return call
+
+
+def _drop_unused_views(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and is_view_or_cast(node):
+            graph.erase_node(node)
+
+
+def _kept_inputs(compilation: Compilation) -> list[int]:
+    """Erases float weights that nothing reads any more; the positions of the inputs that stay."""
+    swapped = {slot.position for slot in compilation.slots}
+    kept = []
+    for position, node in enumerate(compilation.placeholders):
+        if position in swapped and not node.users:
+            compilation.root.graph.erase_node(node)
+        else:
+            kept.append(position)
+    return kept
+
+
+@functools.cache
+def cache_identity() -> str:
+    """A hash of this package's sources: part of the key of every compile cache below us."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for folder in (package, package / "passes", package / "kernels"):
+        for source in sorted(folder.glob("*.py")):
+            digest.update(source.read_bytes())
+    return f"int8fx-{digest.hexdigest()[:16]}"
+
+
+def report(compilation: Compilation) -> None:
+    """Hands the decisions to whoever asked for them (``collect_reports``) and to the log."""
+    graphs = [scope.graph for scope in compilation.root.walk()]
+    made = Report(
+        decisions=tuple(compilation.decisions),
+        kernel=table.describe(),
+        original=_readable(compilation.original),
+        graph=_readable(compilation.root.gm),
+        quantizations=sum(
+            len(graph.find_nodes(op="call_function", target=ops.quantize)) for graph in graphs
+        ),
+        float_bytes=sum(weight.float_bytes for weight in compilation.packed),
+        int8_bytes=sum(weight.nbytes for weight in compilation.packed),
+    )
+    log.info("%s", made)
+    publish(made)
+
+
+def _readable(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False)

@@ -1,0 +1,166 @@
+"""The one module that touches private names of torch, with the releases it was tried on.
+
+Everything else in the project goes through the functions here, so that a new torch breaks one file,
+and says so: ``check_torch`` names what is missing.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+TRIED_ON = ("2.13.0", "2.14.1")
+MINIMUM = (2, 13)
+
+
+def check_torch() -> None:
+    """Raises:
+    RuntimeError: this torch is too old, or lacks a private name that the backend stands on.
+    """
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    tried = " and ".join(TRIED_ON)
+    if release < MINIMUM:
+        raise RuntimeError(
+            f"int8fx needs torch >= {'.'.join(map(str, MINIMUM))} (tried on {tried}), "
+            f"and this is torch {torch.__version__}"
+        )
+    try:
+        from torch._dynamo.source import Source  # noqa: F401
+        from torch._inductor import list_mode_options  # noqa: F401
+        from torch._inductor.compile_fx import compile_fx  # noqa: F401
+        from torch._inductor.decomposition import select_decomp_table  # noqa: F401
+        from torch._subclasses.fake_tensor import FakeTensor  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"int8fx was tried on torch {tried}; torch {torch.__version__} has changed a private "
+            f"name that it stands on: {error}"
+        ) from error
+
+
+# --- Dynamo's graph ------------------------------------------------------------------------------
+
+
+def source_name(placeholder: fx.Node) -> str | None:
+    """Where Dynamo took an input from, as a Python expression: ``L['self']._modules['fc']...``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return None if source is None else source.name
+
+
+def mark_as_weight(placeholder: fx.Node) -> None:
+    """Makes a placeholder that Dynamo did not make look like a parameter to AOTAutograd.
+
+    Without a source, AOTAutograd installs no guard for it; "unguarded" counts it among the inputs
+    whose address does not change from call to call, which is what CUDA graphs ask.
+    """
+    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graphs, nested ones included, may be rewritten; tensors are shared.
+
+    Dynamo keeps its own graph to compare and to fall back on, and its placeholders carry
+    attributes that ``copy.deepcopy`` drops or, worse, copies (a ``grapharg`` holds real tensors).
+    """
+    copied = fx.GraphModule(gm, _copy_graph(gm.graph), gm.__class__.__name__)
+    copied.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_backend_id", "dynamo_flat_name_to_original_fqn"):
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(copied, name, copy_graph_module(child))
+    return copied
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    environment: dict[fx.Node, fx.Node] = {}
+    result = copied.graph_copy(graph, environment)
+    copied.output(result)
+    output = copied.output_node()
+    output.meta = dict(graph.output_node().meta)
+    for old, new in environment.items():
+        new.meta = dict(old.meta)
+        for attribute in ("_dynamo_source",):
+            if hasattr(old, attribute):
+                setattr(new, attribute, getattr(old, attribute))
+    copied._codegen = graph._codegen
+    return copied
+
+
+def fake_mode_of(values: Iterable[Any]) -> Any:
+    """The mode of the fake tensors that annotate Dynamo's graph, or None.
+
+    Not the tracing context's: Dynamo renews that one before it calls a backend.
+    """
+    return next((value.fake_mode for value in values if is_fake(value)), None)
+
+
+def is_fake(value: Any) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+# --- Inductor ------------------------------------------------------------------------------------
+
+
+def list_mode_options(mode: str) -> dict[str, Any]:
+    from torch._inductor import list_mode_options as of_inductor
+
+    return of_inductor(mode)
+
+
+def inductor_config() -> dict[str, Any]:
+    """Inductor's configuration entries by name."""
+    from torch._inductor import config
+
+    return config.get_config_copy()
+
+
+@contextlib.contextmanager
+def _cache_tag(tag: str) -> Iterator[None]:
+    # Inductor's and AOTAutograd's caches key on the graph, not on the decompositions that we add.
+    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
+        yield
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    patches: dict[str, Any],
+    decompositions: dict[Any, Callable[..., Any]],
+    cache_tag: str,
+) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on a graph of Dynamo's kind, with ops of ours decomposed."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    # config patches decide what select_decomp_table answers
+    from torch._inductor import config
+
+    with config.patch(patches):
+        table = {**select_decomp_table(), **decompositions}
+    with _cache_tag(cache_tag):
+        return compile_fx(gm, list(inputs), config_patches=patches, decompositions=table)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """The identity of a tensor's storage object: it changes when ``.data`` is replaced."""
+    return tensor.untyped_storage()._cdata
+
+
+class StorageReference:
+    """A weak reference to a tensor's storage: keeps its identity from being reused, not its bytes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        self._reference = StorageWeakRef(tensor.untyped_storage())
+
+    @property
+    def id(self) -> int:
+        return self._reference.cdata

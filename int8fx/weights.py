@@ -1,0 +1,152 @@
+"""Packed weights: each float weight is quantised once, however many graphs use it.
+
+The store is keyed by the parameter's identity and the recipe that makes the ``[N, K]`` matrix of it
+(``passes/weight_expression.py``). It holds parameters weakly, so a deleted model takes its int8
+weights with it. A weight that changed is seen at the next call: in-place edits count up ``_version``,
+and ``.data = `` brings another storage.
+"""
+
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int8fx.kernels import table
+from int8fx.kernels.quantize import quantize_weight
+from int8fx.passes.weight_expression import WeightExpression
+from int8fx.torch_private import StorageReference, storage_id
+
+log = logging.getLogger(__name__)
+
+State = tuple[int, int, int]
+
+
+def state_of(tensor: Tensor) -> State:
+    """What changes when a tensor's values may have: version, storage, address."""
+    # Inference tensors count no versions: in-place edits of those go unseen.
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, storage_id(tensor), tensor.data_ptr()
+
+
+@dataclass(eq=False)
+class PackedWeight:
+    """The int8 form of one weight.
+
+    Attributes:
+        weight: int8, as the device's kernel takes it (``kernels/table.py``).
+        w_scale: ``[N]`` fp32.
+        state: of the float weight when it was quantised.
+        float_bytes: of the float weight.
+    """
+
+    weight: Tensor
+    w_scale: Tensor
+    state: State
+    float_bytes: int
+    # Keeps the storage's identity from being given to a new one while this is compared with it.
+    storage: StorageReference
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.w_scale.nbytes
+
+
+class WeightStore:
+    """Float weights to packed ones."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[int, str], PackedWeight] = {}
+        self._owners: dict[int, weakref.ref] = {}
+        self._lock = threading.RLock()
+        # Snapshots that compiled graphs hold; they must not outlive the weights, nor their ids.
+        self.snapshots: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
+
+    def get(self, tensor: Tensor, expression: WeightExpression) -> PackedWeight:
+        """The packed form of ``expression`` over ``tensor``, quantised now if need be."""
+        key = (id(tensor), expression.recipe)
+        with self._lock:
+            packed = self._packed.get(key)
+            state = state_of(tensor)
+            if packed is None or packed.state != state:
+                packed = self._packed[key] = _pack(tensor, expression, state)
+                self._watch(tensor)
+            return packed
+
+    def _watch(self, tensor: Tensor) -> None:
+        identity = id(tensor)
+        if identity not in self._owners:
+            self._owners[identity] = weakref.ref(tensor, lambda _: self._forget(identity))
+
+    def _forget(self, identity: int) -> None:
+        with self._lock:
+            del self._owners[identity]
+            for snapshot in list(self.snapshots):
+                snapshot.forget(identity)
+            for key in [key for key in self._packed if key[0] == identity]:
+                del self._packed[key]
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+def _pack(tensor: Tensor, expression: WeightExpression, state: State) -> PackedWeight:
+    with torch.no_grad():
+        matrix = expression.evaluate(tensor.detach())
+        w_int8, w_scale = quantize_weight(matrix)
+        weight = table.pack(w_int8)
+    log.debug("quantised %s%s", tuple(w_int8.shape), expression.recipe)
+    return PackedWeight(weight, w_scale, state, matrix.nbytes, StorageReference(tensor))
+
+
+STORE = WeightStore()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One weight of a compiled graph: the position of its float tensor among the graph's inputs."""
+
+    position: int
+    expression: WeightExpression
+
+
+class WeightSwap:
+    """Turns a graph's arguments into those of its rewritten form, at every call.
+
+    The float weights go out, unless the graph still uses them, and the packed pairs come in, at the
+    end. What was found last time for the same tensors in the same state is used again, so a call costs
+    one comparison of tuples.
+    """
+
+    def __init__(self, slots: Sequence[Slot], kept: Sequence[int], store: WeightStore) -> None:
+        self._slots = list(slots)
+        self._kept = list(kept)
+        self._store = store
+        self._seen: dict[tuple[int, ...], tuple[list[State], list[Tensor]]] = {}
+        store.snapshots.add(self)
+
+    def __call__(self, args: Sequence) -> list:
+        return [args[position] for position in self._kept] + self.packed(args)
+
+    def packed(self, args: Sequence) -> list[Tensor]:
+        """The packed pairs for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
+        tensors = [args[slot.position] for slot in self._slots]
+        identity = tuple(map(id, tensors))
+        state = list(map(state_of, tensors))
+        known = self._seen.get(identity)
+        if known is not None and known[0] == state:
+            return known[1]
+        pairs: list[Tensor] = []
+        for slot, tensor in zip(self._slots, tensors, strict=True):
+            found = self._store.get(tensor, slot.expression)
+            pairs += (found.weight, found.w_scale)
+        self._seen[identity] = (state, pairs)
+        return pairs
+
+    def forget(self, identity: int) -> None:
+        """Drops what was found for a tensor that is gone."""
+        for key in [key for key in list(self._seen) if identity in key]:
+            self._seen.pop(key, None)

@@ -1,0 +1,80 @@
+"""Quantise: vector-wise int8 for activations and weights, with LLM.int8()'s outlier decomposition.
+
+    absmax[m]   = max |x[m, k]|  over the regular elements of row m
+    x_scale[m]  = max(absmax[m] / 127, 2**-126)
+    x_int8      = round(x / x_scale), 0 where x is an outlier
+    x_outlier   = x where x is an outlier, else 0
+    x           ≈ x_int8 · x_scale + x_outlier,   |error| <= x_scale / 2
+
+Source: Dettmers et al. 2022, "LLM.int8()", sections 3.1 and 3.2.
+"""
+
+import torch
+from torch import Tensor
+
+QMAX = 127
+# A scale below the smallest normal float would lose bits itself (and a zero row would divide by
+# zero), so scales stop here; |x - x_int8 * x_scale| <= x_scale / 2 then holds for every finite row.
+MIN_SCALE = 2.0**-126
+# int32 holds a sum of K products of at most 127 * 127 each.
+MAX_K = (2**31 - 1) // (QMAX * QMAX)
+
+DECOMPOSITIONS = ("column", "token")
+
+
+def quantize_reference(
+    x: Tensor, threshold: float, decomposition: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row-wise int8 of ``x`` with its outliers taken out, in plain PyTorch.
+
+    This is also what Inductor is given to fuse with whatever produced ``x``.
+
+    Args:
+        x: ``[*, K]``, fp32, bf16 or fp16.
+        threshold: an element is an outlier when ``|x| >= threshold``; 0 means no decomposition.
+        decomposition: ``"column"`` takes out a whole column that holds an outlier in any row (the
+            paper's); ``"token"`` takes out the outlier elements alone, so that a row's result does
+            not depend on the rows beside it.
+
+    Returns:
+        ``x_int8 [*, K]`` int8, ``x_scale [*]`` fp32, ``x_outlier [*, K]`` of x's dtype and
+        ``outlier_columns [K]`` bool, the columns in which ``x_outlier`` may be non-zero. With
+        threshold 0 the last two are empty (``[0]``).
+
+    A NaN is never an outlier by itself (``|NaN| >= t`` is false): it makes its row's scale NaN, and
+    so every output of that row, as in a float product. An infinity is an outlier, and meets the
+    weight in the 16-bit product; without decomposition it makes its row's scale infinite.
+    """
+    # Named before anything reads it, so that both uses below see the value rounded to x's dtype.
+    regular = x.to(torch.float32)
+    if threshold == 0:
+        x_outlier = x.new_empty(0)
+        outlier_columns = x.new_empty(0, dtype=torch.bool)
+    else:
+        outlier = regular.abs() >= threshold
+        outlier_columns = outlier.reshape(-1, x.shape[-1]).any(0)
+        taken = outlier_columns if decomposition == "column" else outlier
+        x_outlier = torch.where(taken, x, 0)
+        regular = torch.where(taken, 0.0, regular)
+    x_scale = _scale(regular)
+    x_int8 = torch.round(regular / x_scale.unsqueeze(-1)).to(torch.int8)
+    return x_int8, x_scale, x_outlier, outlier_columns
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-output-channel int8 of a weight.
+
+    Args:
+        weight: ``[N, K]``, any floating dtype, K >= 1.
+
+    Returns:
+        ``w_int8 [N, K]`` int8, contiguous, and ``w_scale [N]`` fp32; weight ≈ w_int8 · w_scale.
+    """
+    weight = weight.detach().to(torch.float32)
+    w_scale = _scale(weight)
+    w_int8 = torch.round(weight / w_scale.unsqueeze(-1)).to(torch.int8)
+    return w_int8.contiguous(), w_scale
+
+
+def _scale(rows: Tensor) -> Tensor:
+    return (rows.abs().amax(-1) / QMAX).clamp_min(MIN_SCALE)

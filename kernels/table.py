@@ -1,0 +1,83 @@
+"""Which kernel serves ``int8_linear`` on which device: one table.
+
+A row names the device, how a ``w_int8 [N, K]`` is packed for the kernel and back, and how the
+kernel is loaded. A kernel that cannot be loaded gives its reason, and the reference serves.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of ``int8_linear``.
+
+    Attributes:
+        name: as reports show it.
+        load: registers the kernel; None, or the reason why it cannot serve here.
+        pack: ``w_int8 [N, K]`` to the tensor that the kernel takes as ``weight``.
+        reason: why this one serves instead of a faster one, or empty.
+        unpack: ``(weight, N, K)`` back to ``w_int8 [N, K]``, bit for bit.
+    """
+
+    name: str
+    load: Callable[[], str | None]
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor]
+    reason: str = ""
+
+
+REFERENCE = Kernel("plain PyTorch", lambda: None, lambda w_int8: w_int8, lambda weight, N, K: weight)
+
+KERNELS: dict[str, Kernel] = {
+    "cpu": REFERENCE,
+}
+
+
+@functools.cache
+def kernel_for(device_type: str) -> Kernel | None:
+    """The kernel that serves a device, loaded; None when the device has no row."""
+    kernel = KERNELS.get(device_type)
+    if kernel is None:
+        return None
+    reason = kernel.load()
+    if reason is None:
+        return kernel
+    log.info("int8 kernel %r cannot serve %s, %s will: %s",
+             kernel.name, device_type, REFERENCE.name, reason)
+    return dataclasses.replace(REFERENCE, reason=reason)
+
+
+def describe() -> dict[str, str]:
+    """What serves each device type, and why when it is not the fastest."""
+    serving = {device: kernel_for(device) for device in KERNELS}
+    return {
+        device: kernel.name + (f" ({kernel.reason})" if kernel.reason else "")
+        for device, kernel in serving.items()
+        if kernel is not None
+    }
+
+
+def pack(w_int8: Tensor) -> Tensor:
+    """``w_int8 [N, K]`` in the form that the kernel of its device takes."""
+    kernel = kernel_for(w_int8.device.type)
+    if kernel is None:
+        raise ValueError(f"no int8 kernel for device {w_int8.device.type!r}; "
+                         f"devices with one: {', '.join(KERNELS)}")
+    return kernel.pack(w_int8)
+
+
+def unpack(weight: Tensor, N: int, K: int) -> Tensor:
+    """The ``[N, K]`` int8 weight in a packed one, whichever kernel it was packed for."""
+    if tuple(weight.shape) == (N, K):
+        return weight.clone()  # an operator's output may not alias its input
+    return KERNELS[weight.device.type].unpack(weight, N, K)

@@ -1,0 +1,264 @@
+"""Canonicalize: every spelling of a linear map, as ``y = x @ weightᵀ + bias`` with weight ``[N, K]``.
+
+    F.linear(x, w, b)                 x, w, b
+    torch.addmm(b, x, w)              x, w.transpose(0, 1), b
+    x @ w,  torch.matmul,  mm,  bmm   x, w.transpose(0, 1)
+    w @ x                             x.transpose(-2, -1), w;    y.transpose(-2, -1).contiguous()
+    einsum("bsk,hkd->bshd", x, w)     x, w.permute(0, 2, 1).reshape(N, K);    y.unflatten(-1, (h, d))
+
+Nothing in the graph changes here: the result is a list of candidates. A candidate that cannot be
+brought to this form carries the reason.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from int8fx.passes.einsum import linear_map
+from int8fx.passes.scope import Scope
+from int8fx.passes.weight_expression import (
+    TRANSPOSE,
+    Step,
+    WeightExpression,
+    resolve,
+    without_broadcast,
+)
+
+Steps = tuple[Step, ...]
+
+
+def method(name: str, *args: Any) -> Step:
+    return Step("call_method", name, args, ())
+
+
+@dataclass(eq=False)
+class Candidate:
+    """One linear or matmul of the model.
+
+    Attributes:
+        node: what computes it now, in ``scope``.
+        spelling: as the model wrote it, for people.
+        x: the activation; ``x_steps`` bring it to ``[*, K]``.
+        weight: ``[N, K]`` once evaluated; None when no operand is a weight.
+        bias: 1-D, or None.
+        addend: what is added to the result and is no 1-D bias.
+        y_steps: bring ``[*, N]`` to the node's shape.
+        refusal: why this is no linear map of one activation, or empty.
+    """
+
+    node: fx.Node
+    scope: Scope
+    spelling: str
+    x: fx.Node | None = None
+    x_steps: Steps = ()
+    weight: WeightExpression | None = None
+    bias: fx.Node | None = None
+    addend: fx.Node | None = None
+    y_steps: Steps = ()
+    refusal: str = ""
+    weight_shape: tuple[int, ...] | None = field(default=None)
+
+    def refused(self, reason: str) -> "Candidate":
+        self.refusal = reason
+        return self
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the graph with its arguments by name, and the way to find weights in it."""
+
+    node: fx.Node
+    scope: Scope
+    spelling: str
+    is_weight: Callable[[fx.Node], bool]
+
+    def arguments(self, *names: str, **defaults: Any) -> list[Any]:
+        values = dict(zip((*names, *defaults), self.node.args)) | self.node.kwargs
+        return [values.get(name, defaults.get(name)) for name in (*names, *defaults)]
+
+    def candidate(self) -> Candidate:
+        return Candidate(self.node, self.scope, self.spelling)
+
+    def weight(self, node: Any) -> WeightExpression | None:
+        return resolve(node, self.scope, self.is_weight)
+
+
+def _linear(call: _Call) -> Candidate:
+    x, weight, bias = call.arguments("input", "weight", bias=None)
+    return _with_weight(call, x, weight, (), bias=bias)
+
+
+def _matmul(call: _Call) -> Candidate:
+    left, right = call.arguments("input", "other")
+    return _product(call, left, right)
+
+
+def _mm(call: _Call) -> Candidate:
+    left, right = call.arguments("input", "mat2")
+    return _product(call, left, right)
+
+
+def _addmm(call: _Call) -> Candidate:
+    addend, left, right, beta, alpha = call.arguments("input", "mat1", "mat2", beta=1, alpha=1)
+    return _scaled(call, addend, left, right, beta, alpha)
+
+
+def _baddbmm(call: _Call) -> Candidate:
+    addend, left, right, beta, alpha = call.arguments("input", "batch1", "batch2", beta=1, alpha=1)
+    return _scaled(call, addend, left, right, beta, alpha)
+
+
+def _scaled(call: _Call, addend: Any, left: Any, right: Any, beta: Any, alpha: Any) -> Candidate:
+    if (beta, alpha) != (1, 1):
+        return call.candidate().refused(f"beta={beta} and alpha={alpha}: only 1 and 1 are a linear")
+    return _product(call, left, right, addend)
+
+
+def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidate:
+    left, right = without_broadcast(left), without_broadcast(right)
+    left_weight, right_weight = call.weight(left), call.weight(right)
+    if left_weight and right_weight:
+        return call.candidate().refused("both operands are weights")
+    if right_weight:
+        return _with_weight(call, left, right, (TRANSPOSE,), bias=addend)
+    if not left_weight:
+        return call.candidate().refused("both operands are activations")
+    if _rank(right) == 1:  # w @ v is F.linear(v, w)
+        return _with_weight(call, right, left, (), bias=addend)
+    swap = (method("transpose", -2, -1),)
+    # Eager's result is contiguous, and the graph after it may hold a view() that relies on that.
+    back = (*swap, method("contiguous"))
+    return _with_weight(call, right, left, (), bias=addend, x_steps=swap, y_steps=back)
+
+
+def _einsum(call: _Call) -> Candidate:
+    equation, *operands = call.node.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    candidate = call.candidate()
+    if not isinstance(equation, str) or len(operands) != 2:
+        return candidate.refused("einsum without an equation of two operands")
+    weights = [call.weight(operand) for operand in operands]
+    if all(weights):
+        return candidate.refused("both operands are weights")
+    if not any(weights):
+        return candidate.refused("both operands are activations")
+    side = 0 if weights[0] else 1
+    weight, x = operands[side], operands[1 - side]
+    shapes = [_shape(operand) for operand in operands]
+    if shapes[0] is None or shapes[1] is None:
+        return candidate.refused("the shapes of its operands are not known")
+    form = linear_map(equation, side, shapes[side], len(shapes[1 - side]))
+    if isinstance(form, str):
+        return candidate.refused(form)
+    to_steps = [[method(name, *args) for name, *args in steps] for steps in form]
+    x_steps, weight_steps, y_steps = map(tuple, to_steps)
+    return _with_weight(call, x, weight, weight_steps, x_steps=x_steps, y_steps=y_steps, rank=None)
+
+
+def _with_weight(
+    call: _Call,
+    x: Any,
+    weight: Any,
+    weight_steps: Steps,
+    *,
+    bias: Any = None,
+    x_steps: Steps = (),
+    y_steps: Steps = (),
+    rank: int | None = 2,
+) -> Candidate:
+    candidate = call.candidate()
+    expression = call.weight(weight)
+    candidate.weight_shape = _shape(weight)
+    if expression is None:
+        return candidate.refused(
+            "inside a sub-graph that weights cannot be traced through"
+            if call.scope.closed
+            else "the weight is an activation: neither a parameter nor a buffer, nor a view of one"
+        )
+    candidate.weight = expression
+    if not isinstance(x, fx.Node):
+        return candidate.refused("the input is a constant")
+    if call.weight(x) is not None:
+        return candidate.refused("both operands are weights")
+    if rank is not None and _rank(weight) != rank:
+        dimensions = {1: "a vector", 3: "a batch of matrices"}.get(_rank(weight) or 0, "not 2-D")
+        return candidate.refused(f"the weight is {dimensions}")
+    candidate.x, candidate.x_steps, candidate.y_steps = x, x_steps, y_steps
+    candidate.weight = expression.then(*weight_steps)
+    if isinstance(bias, fx.Node):
+        # With y transposed after the product, a bias of the product's last dimension is no bias.
+        plain = _rank(bias) == 1 and not y_steps and not _is_broadcast(bias, weight, weight_steps)
+        candidate.bias, candidate.addend = (bias, None) if plain else (None, bias)
+    return candidate
+
+
+def _is_broadcast(bias: fx.Node, weight: fx.Node, weight_steps: Steps) -> bool:
+    shape, bias_shape = _shape(weight), _shape(bias)
+    if shape is None or bias_shape is None:
+        return True
+    N = shape[1] if weight_steps else shape[0]
+    return bias_shape[0] != N
+
+
+def _shape(node: Any) -> tuple | None:
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _rank(node: Any) -> int | None:
+    shape = _shape(node)
+    return None if shape is None else len(shape)
+
+
+aten = torch.ops.aten
+
+# A spelling is what Dynamo puts into a graph: a function, or the name of a Tensor method.
+SPELLINGS: dict[Any, tuple[str, Callable[[_Call], Candidate]]] = {
+    F.linear: ("torch.nn.functional.linear", _linear),
+    torch.matmul: ("torch.matmul", _matmul),
+    operator.matmul: ("@", _matmul),
+    "matmul": ("Tensor.matmul", _matmul),
+    "__matmul__": ("@", _matmul),
+    torch.mm: ("torch.mm", _mm),
+    "mm": ("Tensor.mm", _mm),
+    torch.bmm: ("torch.bmm", _mm),
+    "bmm": ("Tensor.bmm", _mm),
+    torch.addmm: ("torch.addmm", _addmm),
+    "addmm": ("Tensor.addmm", _addmm),
+    torch.baddbmm: ("torch.baddbmm", _baddbmm),
+    "baddbmm": ("Tensor.baddbmm", _baddbmm),
+    torch.einsum: ("torch.einsum", _einsum),
+    torch.functional.einsum: ("torch.einsum", _einsum),
+    aten.linear.default: ("aten.linear", _linear),
+    aten.matmul.default: ("aten.matmul", _matmul),
+    aten.mm.default: ("aten.mm", _mm),
+    aten.bmm.default: ("aten.bmm", _mm),
+    aten.addmm.default: ("aten.addmm", _addmm),
+    aten.baddbmm.default: ("aten.baddbmm", _baddbmm),
+}
+
+
+def candidates(root: Scope, is_weight: Callable[[fx.Node], bool]) -> list[Candidate]:
+    """Every linear or matmul below ``root``, in the order in which they run."""
+    found = []
+    for scope in root.walk():
+        for node in scope.graph.nodes:
+            if node.op not in ("call_function", "call_method"):
+                continue
+            spelling, match = SPELLINGS.get(node.target, (None, None))
+            if match is not None and spelling is not None:
+                found.append(match(_Call(node, scope, spelling, is_weight)))
+            elif node.target is F.multi_head_attention_forward:
+                found.append(_fused_attention(node, scope))
+    return found
+
+
+def _fused_attention(node: fx.Node, scope: Scope) -> Candidate:
+    candidate = Candidate(node, scope, "torch.nn.functional.multi_head_attention_forward")
+    return candidate.refused("its projections are inside one fused call of torch")

@@ -1,0 +1,28 @@
+"""What became of each linear or matmul: rewritten, or left alone for a reason a person can read."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The end of one candidate.
+
+    Attributes:
+        path: the module path of the weight (``model.layers.0.mlp.up_proj``), or the FX node's name
+            when no weight is involved.
+        spelling: what the model wrote, as ``torch.nn.functional.linear``.
+        shape: ``(N, K)`` of the weight, or None when it is not a 2-D weight.
+        accepted: whether it was rewritten.
+        reason: why it was not; empty when it was.
+    """
+
+    path: str
+    spelling: str
+    shape: tuple[int, int] | None
+    accepted: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        what = "int8" if self.accepted else f"left alone: {self.reason}"
+        size = "" if self.shape is None else f" [N={self.shape[0]}, K={self.shape[1]}]"
+        return f"{self.path}{size} {self.spelling}: {what}"

@@ -1,0 +1,46 @@
+"""Fuse prologue: linears that read the same activation share its quantisation.
+
+Before::
+
+    q  = int8fx.quantize(x, 6.0, "column");   y1 = int8fx.int8_linear(q[0], ..., w1)
+    q' = int8fx.quantize(x, 6.0, "column");   y2 = int8fx.int8_linear(q'[0], ..., w2)
+
+After::
+
+    q  = int8fx.quantize(x, 6.0, "column")
+    y1 = int8fx.int8_linear(q[0], ..., w1);   y2 = int8fx.int8_linear(q[0], ..., w2)
+
+Fusing the quantisation into the norm before it is Inductor's part.
+"""
+
+import operator
+
+from torch import fx
+
+from int8fx.kernels import ops
+from int8fx.passes.mutation import writes_in_place
+
+
+def fuse_prologue(graph: fx.Graph) -> int:
+    """Shares quantisations in one graph; returns how many were saved."""
+    seen: dict[tuple, fx.Node] = {}
+    saved = 0
+    for node in list(graph.nodes):
+        if writes_in_place(node):
+            # Something was overwritten, and views make it hard to say what: start afresh.
+            seen.clear()
+        if node.target is not ops.quantize:
+            continue
+        first = seen.setdefault(node.args, node)
+        if first is not node:
+            _take_over(graph, node, first)
+            saved += 1
+    return saved
+
+
+def _take_over(graph: fx.Graph, node: fx.Node, first: fx.Node) -> None:
+    items = {item.args[1]: item for item in first.users if item.target is operator.getitem}
+    for item in list(node.users):
+        item.replace_all_uses_with(items[item.args[1]])
+        graph.erase_node(item)
+    graph.erase_node(node)

@@ -1,0 +1,80 @@
+"""Lower: an accepted candidate becomes a quantisation and an int8 linear.
+
+Before::
+
+    y = F.linear(x, weight, bias)
+
+After::
+
+    x_int8, x_scale, x_outlier, outlier_columns = int8fx.quantize(x, 6.0, "column")
+    y = int8fx.int8_linear(x_int8, x_scale, x_outlier, outlier_columns, w_packed, w_scale, bias)
+
+``quantize`` is decomposed into aten after autograd, for Inductor to fuse with what produced ``x``;
+``int8_linear`` stays one call. With threshold 0 there are no outliers, and ``x`` itself stands in for
+``x_outlier``: it carries the dtype and the gradient.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from int8fx.kernels import ops
+from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.emit import Emitter
+
+
+def lower(
+    candidate: Candidate,
+    w_packed: fx.Node,
+    w_scale: fx.Node,
+    *,
+    threshold: float,
+    decomposition: str,
+    fake_mode: Any,
+) -> fx.Node:
+    """Rewrites one candidate in place; returns the node of its ``int8_linear``.
+
+    Args:
+        w_packed, w_scale: placeholders of the outermost graph.
+    """
+    node, graph = candidate.node, candidate.scope.graph
+    assert candidate.x is not None
+    w_packed, w_scale = candidate.scope.lift(w_packed), candidate.scope.lift(w_scale)
+    output_dtype = node.meta["example_value"].dtype
+    with graph.inserting_before(node):
+        emit = Emitter(graph, fake_mode, node)
+        x = _as_dtype(emit, candidate.x, output_dtype)
+        x = emit.steps(x, candidate.x_steps)
+        quantized = _quantize(emit, x, threshold, decomposition)
+        linear = emit.call(ops.int8_linear, *quantized, w_packed, w_scale, candidate.bias)
+        y = emit.steps(linear, candidate.y_steps)
+        if candidate.addend is not None:
+            y = emit.call(torch.add, y, _as_dtype(emit, candidate.addend, output_dtype))
+        original = node.meta["example_value"]
+        if y.meta["example_value"].stride() != original.stride():
+            y = emit.method("contiguous", y) if original.is_contiguous() else y
+    # A node's name shows up in logs and in Inductor's origins: keep the model's.
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+    return linear
+
+
+def _as_dtype(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Under autocast a linear reads fp32 and answers bf16: the cast is made explicit."""
+    if node.meta["example_value"].dtype == dtype:
+        return node
+    return emit.method("to", node, dtype)
+
+
+def _quantize(emit: Emitter, x: fx.Node, threshold: float, decomposition: str) -> list[Any]:
+    quantized = emit.call(ops.quantize, x, threshold, decomposition)
+    x_int8, x_scale = emit.item(quantized, 0), emit.item(quantized, 1)
+    if threshold == 0:
+        return [x_int8, x_scale, x, None]
+    return [x_int8, x_scale, emit.item(quantized, 2), emit.item(quantized, 3)]
+
+
+def is_item_of(node: fx.Node, source: fx.Node) -> bool:
+    return node.target is operator.getitem and node.args[0] is source

@@ -1,0 +1,160 @@
+"""Select: which candidates are rewritten, by one table of rules; the first that objects refuses."""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from int8fx.kernels.quantize import MAX_K
+from int8fx.passes.canonicalize import Candidate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the rules look at.
+
+    Attributes:
+        tensors: the real tensor behind each weight placeholder of the outermost graph.
+        paths: the module path of each weight placeholder.
+        skip, only: fnmatch patterns on module paths (of the module, not of its weight).
+        skips_tied_head: whether a weight that is also an embedding stays in float.
+        kernel_reason: why a device cannot be served, or None when it can.
+        mutated: placeholders that the graph itself writes to.
+    """
+
+    tensors: Mapping[fx.Node, Tensor]
+    paths: Mapping[fx.Node, str]
+    skip: tuple[str, ...]
+    only: tuple[str, ...] | None
+    skips_tied_head: bool
+    kernel_reason: Callable[[str], str | None]
+    mutated: frozenset[fx.Node]
+
+
+REQUIRES_GRAD = "weight requires grad"
+
+
+def refusal(candidate: Candidate, selection: Selection) -> str:
+    """Why a candidate stays as it is, or an empty string: it is rewritten."""
+    if candidate.refusal:
+        return candidate.refusal
+    for rule in RULES:
+        reason = rule(candidate, selection)
+        if reason:
+            return reason
+    return ""
+
+
+def module_path(candidate: Candidate, selection: Selection) -> str:
+    """The path of the module that owns the weight: ``mlp.up_proj`` for ``mlp.up_proj.weight``."""
+    if candidate.weight is None:
+        return candidate.node.name
+    path = selection.paths.get(candidate.weight.placeholder, candidate.node.name)
+    return path.removesuffix(".weight")
+
+
+def _skipped(candidate: Candidate, selection: Selection) -> str:
+    path = module_path(candidate, selection)
+    for pattern in selection.skip:
+        if fnmatch.fnmatchcase(path, pattern):
+            return f"skip: matches {pattern!r}"
+    return ""
+
+
+def _not_only(candidate: Candidate, selection: Selection) -> str:
+    if selection.only is None:
+        return ""
+    path = module_path(candidate, selection)
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in selection.only):
+        return ""
+    return "only: matches none of its patterns"
+
+
+def _tied_head(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.weight is not None
+    users = candidate.weight.placeholder.users
+    if selection.skips_tied_head and any(user.target is F.embedding for user in users):
+        return "skip: the output head (its weight is also an embedding)"
+    return ""
+
+
+def _requires_grad(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.weight is not None
+    trainable = selection.tensors[candidate.weight.placeholder].requires_grad
+    return REQUIRES_GRAD if trainable and torch.is_grad_enabled() else ""
+
+
+def _dtype(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.weight is not None and candidate.x is not None
+    weight = selection.tensors[candidate.weight.placeholder]
+    value = candidate.x.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        return "the input is no tensor"
+    for tensor, what in ((weight, "weight"), (value, "input")):
+        if tensor.dtype not in DTYPES:
+            return f"{what} of {tensor.dtype}: int8 takes the place of fp32, bf16 and fp16 only"
+    return ""
+
+
+def _device(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.weight is not None and candidate.x is not None
+    weight = selection.tensors[candidate.weight.placeholder]
+    input_device = candidate.x.meta["example_value"].device
+    if weight.device.type != input_device.type:
+        return f"input on {input_device}, weight on {weight.device}"
+    return selection.kernel_reason(weight.device.type) or ""
+
+
+def _real_weight(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.weight is not None
+    tensor = selection.tensors[candidate.weight.placeholder]
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"weight is a {type(tensor).__name__}, no plain tensor"
+    if tensor.layout is not torch.strided:
+        return f"weight with layout {tensor.layout}"
+    return ""
+
+
+def _mutated(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.weight is not None
+    if candidate.weight.placeholder in selection.mutated:
+        return "the graph writes to this weight"
+    return ""
+
+
+def _size(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.weight is not None
+    shape = weight_shape(candidate, selection)
+    if len(shape) != 2 or 0 in shape:
+        return f"the weight has shape {list(shape)}"
+    if shape[1] > MAX_K:
+        return f"K = {shape[1]} could overflow an int32 sum (at most {MAX_K})"
+    return ""
+
+
+def weight_shape(candidate: Candidate, selection: Selection) -> tuple[int, ...]:
+    """The shape of the weight in the form ``[N, K]``."""
+    assert candidate.weight is not None
+    tensor = selection.tensors[candidate.weight.placeholder]
+    # Views of a meta tensor have the right shape, and touch no memory.
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return tuple(candidate.weight.evaluate(meta).shape)
+
+
+Rule = Callable[[Candidate, Selection], str]
+RULES: tuple[Rule, ...] = (
+    _skipped,
+    _not_only,
+    _tied_head,
+    _real_weight,
+    _mutated,
+    _dtype,
+    _size,
+    _device,
+    _requires_grad,
+)
