@@ -173,7 +173,8 @@ def quantize_weights(compilation: Compilation) -> None:
         position = compilation.placeholders.index(expression.placeholder)
         compilation.slots.append(Slot(position, expression))
         compilation.packed.append(packed)
-        name = expression.placeholder.name
+        # Two recipes of one weight are two packed weights.
+        name = f"{expression.placeholder.name}{len(compilation.slots)}_"
         compilation.packed_nodes[key] = (
             _add_input(compilation, f"{name}int8", packed.weight),
             _add_input(compilation, f"{name}scale", packed.w_scale),
@@ -195,11 +196,14 @@ def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
 
 def lower_linears(compilation: Compilation) -> None:
     """Rewrites each accepted candidate into quantise and int8 linear."""
+    rewritten: dict[fx.Node, fx.Node] = {}
     for candidate in compilation.accepted:
         assert candidate.weight is not None
         key = (candidate.weight.placeholder, candidate.weight.recipe)
         before = Signature.of(candidate.node)
-        y = lower(
+        # An operand may be a candidate that has just been rewritten.
+        candidate.rebind(rewritten)
+        y = rewritten[candidate.node] = lower(
             candidate,
             *compilation.packed_nodes[key],
             threshold=compilation.options.threshold,

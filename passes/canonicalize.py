@@ -3,7 +3,7 @@
     F.linear(x, w, b)                 x, w, b
     torch.addmm(b, x, w)              x, w.transpose(0, 1), b
     x @ w,  torch.matmul,  mm,  bmm   x, w.transpose(0, 1)
-    w @ x                             x.transpose(-2, -1), w;    y.transpose(-2, -1).contiguous()
+    w @ x                             x.transpose(-2, -1), w;    y.transpose(-2, -1)
     einsum("bsk,hkd->bshd", x, w)     x, w.permute(0, 2, 1).reshape(N, K);    y.unflatten(-1, (h, d))
 
 Nothing in the graph changes here: the result is a list of candidates. A candidate that cannot be
@@ -11,7 +11,7 @@ brought to this form carries the reason.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,12 @@ class Candidate:
     y_steps: Steps = ()
     refusal: str = ""
     weight_shape: tuple[int, ...] | None = field(default=None)
+
+    def rebind(self, replaced: Mapping[fx.Node, fx.Node]) -> None:
+        """Follows operands to the nodes that took their place."""
+        for name in ("x", "bias", "addend"):
+            node = getattr(self, name)
+            setattr(self, name, replaced.get(node, node))
 
     def refused(self, reason: str) -> "Candidate":
         self.refusal = reason
@@ -131,9 +137,7 @@ def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidat
     if _rank(right) == 1:  # w @ v is F.linear(v, w)
         return _with_weight(call, right, left, (), bias=addend)
     swap = (method("transpose", -2, -1),)
-    # Eager's result is contiguous, and the graph after it may hold a view() that relies on that.
-    back = (*swap, method("contiguous"))
-    return _with_weight(call, right, left, (), bias=addend, x_steps=swap, y_steps=back)
+    return _with_weight(call, right, left, (), bias=addend, x_steps=swap, y_steps=swap)
 
 
 def _einsum(call: _Call) -> Candidate:

@@ -14,7 +14,6 @@ After::
 ``x_outlier``: it carries the dtype and the gradient.
 """
 
-import operator
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def lower(
     decomposition: str,
     fake_mode: Any,
 ) -> fx.Node:
-    """Rewrites one candidate in place; returns the node of its ``int8_linear``.
+    """Rewrites one candidate in place; returns the node that takes its place.
 
     Args:
         w_packed, w_scale: placeholders of the outermost graph.
@@ -48,17 +47,16 @@ def lower(
         x = _as_dtype(emit, candidate.x, output_dtype)
         x = emit.steps(x, candidate.x_steps)
         quantized = _quantize(emit, x, threshold, decomposition)
-        linear = emit.call(ops.int8_linear, *quantized, w_packed, w_scale, candidate.bias)
-        y = emit.steps(linear, candidate.y_steps)
+        y = emit.call(ops.int8_linear, *quantized, w_packed, w_scale, candidate.bias)
+        y = emit.steps(y, candidate.y_steps)
         if candidate.addend is not None:
             y = emit.call(torch.add, y, _as_dtype(emit, candidate.addend, output_dtype))
-        original = node.meta["example_value"]
-        if y.meta["example_value"].stride() != original.stride():
-            y = emit.method("contiguous", y) if original.is_contiguous() else y
-    # A node's name shows up in logs and in Inductor's origins: keep the model's.
+        if node.meta["example_value"].is_contiguous() > y.meta["example_value"].is_contiguous():
+            # The graph after it may hold a view() that relies on eager's contiguous result.
+            y = emit.method("contiguous", y)
     node.replace_all_uses_with(y)
     graph.erase_node(node)
-    return linear
+    return y
 
 
 def _as_dtype(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -74,7 +72,3 @@ def _quantize(emit: Emitter, x: fx.Node, threshold: float, decomposition: str) -
     if threshold == 0:
         return [x_int8, x_scale, x, None]
     return [x_int8, x_scale, emit.item(quantized, 2), emit.item(quantized, 3)]
-
-
-def is_item_of(node: fx.Node, source: fx.Node) -> bool:
-    return node.target is operator.getitem and node.args[0] is source

@@ -1,0 +1,31 @@
+"""What several tests share: compiling once, and bounds that follow from the scheme."""
+
+import torch
+from torch import Tensor, nn
+
+import int8fx
+
+
+def compile_once(
+    model: nn.Module, *args: Tensor, backend_options: dict | None = None, **compile_options
+) -> tuple[Tensor, int8fx.Report]:
+    """The output of a freshly compiled model, and the one report of its compile."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, backend="llmint8", fullgraph=True, options=backend_options, **compile_options
+    )
+    with torch.no_grad(), int8fx.collect_reports() as reports:
+        y = compiled(*args)
+    (report,) = reports
+    return y, report
+
+
+def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:
+    """A loose check of agreement, for tests of the rewriting; test_error_bound.py has the derived one.
+
+    The round-off of x and of w is at most half a step of absmax / 127 each, so an error of one output
+    is some sqrt(K) / 127 of its terms; a wrong rewrite is an error of the size of the output.
+    """
+    error = (y.double() - expected).norm() / expected.norm()
+    assert y.isfinite().all()
+    assert error < 0.02, f"relative error {error:.4f}"
