@@ -52,9 +52,7 @@ def windows(token_ids: Tensor, length: int, count: int | None = None) -> Tensor:
 
 def token_nll(logits: Tensor, token_ids: Tensor) -> Tensor:
     """-log q of each token given those before it: ``[n, V], [n] -> [n - 1]``, in nats, fp32."""
-    parts = zip(
-        logits[:-1].split(ROWS_AT_ONCE), token_ids[1:].split(ROWS_AT_ONCE), strict=True
-    )
+    parts = zip(logits[:-1].split(ROWS_AT_ONCE), token_ids[1:].split(ROWS_AT_ONCE), strict=True)
     return torch.cat(
         [
             torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none")

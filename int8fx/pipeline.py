@@ -230,12 +230,15 @@ def codegen(compilation: Compilation) -> Callable[..., Any]:
     for scope in compilation.root.walk():
         # Views and casts of weights that nothing reads any more would run at every call.
         _drop_unused_views(scope.graph)
-    swap = WeightSwap(compilation.slots, _kept_inputs(compilation), STORE)
+    kept = _kept_inputs(compilation)
+    swap = WeightSwap(compilation.slots, kept, STORE)
+    examples = [compilation.inputs[position] for position in kept]
+    examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
     for scope in compilation.root.walk():
         scope.gm.recompile()
     compiled = torch_private.compile_with_inductor(
         compilation.root.gm,
-        swap(compilation.inputs),
+        examples,
         compilation.patches,
         DECOMPOSITIONS,
         cache_identity(),

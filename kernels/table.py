@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from int8fx.kernels.cpu import int8_linear as cpu
+
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Kernel:
 REFERENCE = Kernel("plain PyTorch", lambda: None, lambda w_int8: w_int8, lambda weight, N, K: weight)
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": REFERENCE,
+    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.unpack),
 }
 
 

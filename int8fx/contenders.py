@@ -1,0 +1,213 @@
+"""One model under different compilers: the same forward, the same KV cache, timed in turns.
+
+Every contender runs two graphs, and only two, because a compile takes up to a minute:
+
+- **prefill**: ``n`` tokens into an empty static KV cache. It gives the logits at the positions it
+  is asked for, whose number is left dynamic: two when timed, all of them for the perplexity.
+- **decode**: one token. The cache keeps its length in a tensor, so no step compiles again.
+
+A prompt goes through the decode graph token by token: a prompt has any length, and each length
+would be one more graph.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+
+import int8fx
+
+# generate() wants the last position's logits alone. Dynamo makes a dimension of size 1 a constant,
+# and the perplexity's graph would be another one: so one position more, of hundreds.
+LAST = 2
+
+
+class Contender:
+    """A model, how it is compiled, and its KV cache.
+
+    Attributes:
+        name, how: what it is called and how it runs, for people.
+        weight_bytes: of the weights as its products read them; known after ``warm_up``.
+        graphs, graph_breaks: what Dynamo made of it; known after ``warm_up``.
+        report: of the int8 backend, when it is that.
+    """
+
+    def __init__(
+        self, name: str, how: str, model: nn.Module, backend: str | None, capacity: int
+    ) -> None:
+        """
+        Args:
+            backend: of torch.compile; None runs the model as it is.
+            capacity: how many tokens the KV cache holds.
+        """
+        self.name = name
+        self.how = how
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.graphs = 0
+        self.graph_breaks = 0
+        self.report: int8fx.Report | None = None
+        self.compiled = backend is not None
+        self._device = next(model.parameters()).device
+        self._forward: Callable[..., Any] = model
+        if backend is not None:
+            self._forward = torch.compile(model, backend=backend, dynamic=False)
+        self._cache = _empty_cache(model, capacity, self._device)
+
+    def warm_up(self, token_ids: Tensor, on_graph: Callable[[int], None]) -> None:
+        """Compiles both graphs; tells how many are done."""
+        before = dynamo_counts()
+        with int8fx.collect_reports() as reports:
+            self.prefill(token_ids)
+            on_graph(1)
+            self.decode(0)
+            on_graph(2)
+        graphs, breaks = dynamo_counts()
+        self.graphs, self.graph_breaks = graphs - before[0], breaks - before[1]
+        if reports:
+            # Both graphs read the same packed weights.
+            self.report = reports[0]
+            self.weight_bytes -= self.report.float_bytes - self.report.int8_bytes
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """``[1, n] -> [1, n, V]``, from an empty cache."""
+        self._cache.reset()
+        return self._prefill(token_ids, token_ids.shape[1])
+
+    def prefill(self, token_ids: Tensor) -> int:
+        """Fills the cache with ``token_ids [1, n]``; the most likely next token."""
+        self._cache.reset()
+        return int(self._prefill(token_ids, LAST)[0, -1].argmax())
+
+    def _prefill(self, token_ids: Tensor, positions: int) -> Tensor:
+        length = token_ids.shape[1]
+        wanted = torch.arange(length - positions, length, device=self._device)
+        torch._dynamo.mark_dynamic(wanted, 0, min=2, max=length)
+        return self._run(token_ids, wanted)
+
+    def decode(self, token: int) -> int:
+        """Adds one token to the cache; the most likely next one."""
+        logits = self._run(torch.tensor([[token]], device=self._device), 1)
+        return int(logits[0, -1].argmax())
+
+    def _run(self, token_ids: Tensor, positions: int | Tensor) -> Tensor:
+        # no_grad rather than inference_mode: inference tensors carry no version, by which the
+        # backend sees that a weight was edited.
+        with torch.no_grad():
+            return self._forward(
+                input_ids=token_ids.to(self._device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=positions,
+            ).logits
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        stop: Iterable[int],
+        on_token: Callable[[int], None],
+    ) -> list[int]:
+        """Greedy decoding: at most ``new_tokens`` token ids, up to and without a stop token."""
+        self._cache.reset()
+        stop = frozenset(stop)
+        token = -1
+        for done, given in enumerate(prompt, start=1):
+            token = self.decode(given)
+            on_token(done)
+        generated: list[int] = []
+        while token not in stop:
+            generated.append(token)
+            on_token(len(prompt) + len(generated))
+            if len(generated) == new_tokens:
+                break
+            token = self.decode(token)
+        return generated
+
+
+def _empty_cache(model: nn.Module, capacity: int, device: torch.device) -> StaticCache:
+    """A cache that knows the model's head counts and dtype: one eager step allocates it.
+
+    Allocated while Dynamo traces, its tensors could not be marked as static addresses.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=capacity)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
+    cache.reset()
+    return cache
+
+
+def dynamo_counts() -> tuple[int, int]:
+    """How many graphs Dynamo has compiled in this process, and how many graph breaks it met."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def line_up(model: nn.Module, capacity: int) -> list[Contender]:
+    """The model as loaded, a bf16 copy under Inductor, and the model under llmint8."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return [
+        Contender("as loaded", f"{dtype}, eager", model, None, capacity),
+        Contender("Inductor", "bfloat16", in_bfloat16(model), "inductor", capacity),
+        Contender("llmint8", f"int8 + {dtype}", model, "llmint8", capacity),
+    ]
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """A copy with its floating parameters in bf16.
+
+    Buffers stay: ``model.to(torch.bfloat16)`` would round the rotary frequencies too, which loading
+    a checkpoint in bf16 does not do.
+    """
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return copied
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, each from a median."""
+
+    prefill: float
+    decode: float
+
+
+def measure(
+    contenders: Sequence[Contender],
+    token_ids: Tensor,
+    *,
+    rounds: int,
+    steps: int,
+    on_round: Callable[[int], None],
+) -> dict[str, Speed]:
+    """Times a prefill and ``steps`` decode steps of each contender, in turns, ``rounds`` times.
+
+    In turns, so that a machine that slows down for a while does so for all of them.
+    """
+    prefills: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    decodes: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for done in range(1, rounds + 1):
+        for contender in contenders:
+            start = time.perf_counter()
+            token = contender.prefill(token_ids)
+            prefills[contender.name].append(time.perf_counter() - start)
+            for _ in range(steps):
+                start = time.perf_counter()
+                token = contender.decode(token)
+                decodes[contender.name].append(time.perf_counter() - start)
+        on_round(done)
+    length = token_ids.shape[1]
+    return {
+        name: Speed(
+            prefill=length / statistics.median(prefills[name]),
+            decode=1 / statistics.median(decodes[name]),
+        )
+        for name in prefills
+    }

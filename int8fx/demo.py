@@ -1,0 +1,182 @@
+"""``int8fx demo``: a model as loaded, Inductor's bf16 and llmint8, side by side in one table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from int8fx import models, smollm2
+from int8fx.contenders import Contender, Speed, dynamo_counts, line_up, measure
+from int8fx.errors import UserError
+from int8fx.evaluate import Accuracy, compare, sample_text, windows
+from int8fx.progress import step
+
+WINDOW = 512
+SHORTEST_WINDOW = 16
+ROUNDS = 5
+STEPS = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Attributes:
+        model: a directory, a .gguf file or a hub name; None is SmolLM2-135M-Instruct.
+        prompt: what the generated text answers or continues.
+        new_tokens: how many tokens to generate, at most.
+        windows: how many windows of the sample text to judge, at most.
+    """
+
+    model: str | None
+    prompt: str
+    new_tokens: int
+    windows: int
+
+
+def run(settings: Settings, console: Console, progress: Console) -> None:
+    """Runs the demo: the table and the text to ``console``, the bars to ``progress``.
+
+    Raises:
+        UserError: the model or the prompt cannot be used, and why.
+    """
+    model, tokenizer = _load(settings.model, progress)
+    prompt = encode_prompt(tokenizer, settings.prompt)
+    length = _window_length(model, settings.new_tokens)
+    capacity = length + max(settings.new_tokens, STEPS)
+    if len(prompt) + settings.new_tokens > capacity:
+        raise UserError(
+            f"--prompt has {len(prompt)} tokens; at most {capacity - settings.new_tokens} fit "
+            f"beside --tokens {settings.new_tokens}"
+        )
+    token_windows = _sample(tokenizer, length, settings.windows)
+
+    with step(progress, "Preparing the models"):
+        contenders = line_up(model, capacity)
+    for contender in contenders:
+        verb = "Compiling" if contender.compiled else "Warming up"
+        with step(progress, f"{verb} {contender.name}, {contender.how}", 2) as update:
+            contender.warm_up(token_windows[:1], update)
+
+    before = dynamo_counts()
+    with step(progress, "Timing prefill and decode", ROUNDS) as update:
+        speeds = measure(contenders, token_windows[:1], rounds=ROUNDS, steps=STEPS, on_round=update)
+    recompiled = dynamo_counts()[0] - before[0]
+    with step(progress, "Perplexity and agreement", len(token_windows)) as update:
+        logits = {contender.name: contender.logits for contender in contenders}
+        reference = logits[contenders[0].name]
+        accuracies = compare(reference, logits, token_windows, update)
+    answer = _answer(contenders[-1], model, tokenizer, prompt, settings.new_tokens, progress)
+
+    title = settings.model or smollm2.CONVERTED
+    console.print(results(title, contenders, speeds, accuracies))
+    console.print(_footer(contenders, token_windows, recompiled), style="dim", highlight=False)
+    console.print(f"\n[bold]{escape(settings.prompt)}[/bold]")
+    console.print(answer, markup=False, highlight=False)
+
+
+def _load(name: str | None, progress: Console) -> tuple[Any, Any]:
+    model, tokenizer = smollm2.load(progress) if name is None else models.load(name, progress)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of the prompt, as a user's turn if the model is made for chats.
+
+    Raises:
+        UserError: there is nothing in it.
+    """
+    if not prompt.strip():
+        raise UserError(f"--prompt {prompt!r} is empty; give at least one word")
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer(prompt)["input_ids"]
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _window_length(model: Any, new_tokens: int) -> int:
+    """How many tokens to prefill: a window, or what a model with a short context leaves of it."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW * 4
+    length = min(WINDOW, context - max(new_tokens, STEPS))
+    if length < SHORTEST_WINDOW:
+        raise UserError(
+            f"--tokens {new_tokens} is too many for this model's context of {context} tokens; "
+            f"at most {context - SHORTEST_WINDOW} are allowed"
+        )
+    return length
+
+
+def _sample(tokenizer: Any, length: int, count: int) -> Tensor:
+    token_ids = torch.tensor(tokenizer(sample_text())["input_ids"])
+    return windows(token_ids, length, min(count, token_ids.numel() // length))
+
+
+def _answer(
+    contender: Contender,
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    new_tokens: int,
+    progress: Console,
+) -> str:
+    with step(progress, f"Generating with {contender.name}", len(prompt) + new_tokens) as update:
+        token_ids = contender.generate(prompt, new_tokens, stop_tokens(model, tokenizer), update)
+    return tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The ids after which a text is over, by the model's word and the tokenizer's."""
+    stop = model.generation_config.eos_token_id
+    listed = stop if isinstance(stop, list) else [stop]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def results(
+    title: str,
+    contenders: Sequence[Contender],
+    speeds: dict[str, Speed],
+    accuracies: dict[str, Accuracy],
+) -> Table:
+    """The table: a column for each contender."""
+    table = Table(title=escape(title), title_style="bold", title_justify="left")
+    table.add_column("")
+    for contender in contenders:
+        table.add_column(f"{contender.name}\n[dim]{contender.how}[/dim]", justify="right")
+
+    def row(label: str, form: str, values: Sequence[float]) -> None:
+        table.add_row(label, *(form.format(value) for value in values))
+
+    speed = [speeds[contender.name] for contender in contenders]
+    accuracy = [accuracies[contender.name] for contender in contenders]
+    row("prefill, tokens/s", "{:,.0f}", [each.prefill for each in speed])
+    row("decode, tokens/s", "{:,.1f}", [each.decode for each in speed])
+    row("weights in use, MiB", "{:,.1f}", [each.weight_bytes / 2**20 for each in contenders])
+    row("perplexity", "{:,.2f}", [each.perplexity for each in accuracy])
+    row("top-1 agreement", "{:.1%}", [each.top1 for each in accuracy])
+    row("mean KL, nats", "{:.4f}", [each.mean_kl for each in accuracy])
+    row("graph breaks", "{:d}", [each.graph_breaks for each in contenders])
+    return table
+
+
+def _footer(contenders: Sequence[Contender], token_windows: Tensor, recompiled: int) -> str:
+    count, length = token_windows.shape
+    lines = [
+        f"Prefill of {length} tokens, then decode with a static KV cache; medians of {ROUNDS} and "
+        f"{ROUNDS * STEPS}, {torch.get_num_threads()} threads. "
+        f"Accuracy on {count} windows of {length} tokens, against the model as loaded.",
+    ]
+    lines += [
+        f"{contender.name}: {len(contender.report.accepted)} of {len(contender.report.decisions)} "
+        f"linears and matmuls in int8."
+        for contender in contenders
+        if contender.report is not None
+    ]
+    if recompiled:
+        lines.append(f"{recompiled} graphs were compiled while timing: the speeds are too low.")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Loading a causal language model and its tokenizer, with one line for everything that can fail.
+
+transformers is imported inside the functions: it takes seconds, and ``int8fx --help`` needs none of
+it.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from int8fx.errors import UserError
+from int8fx.progress import step
+
+ALLOWED = "give a directory, a .gguf file, or a hub name such as owner/name"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+# transformers reads a GGUF file with both of these.
+GGUF_PACKAGES = ("gguf", "accelerate")
+
+
+def load(name: str, console: Console) -> tuple[Any, Any]:
+    """A model in the dtype of its checkpoint, in eval mode, and its tokenizer.
+
+    Args:
+        name: a directory, a ``.gguf`` file, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: names what was given and what is allowed.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        read, shown = partial(load_directory, path), _bar(name, console)
+    elif path.is_file() and path.suffix == ".gguf":
+        require_gguf()
+        read, shown = partial(load_gguf, path), _bar(name, console)
+    elif HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
+        # The hub's client has bars of its own, one for each file.
+        read, shown = partial(load_directory, name), quiet_hub()
+    else:
+        raise UserError(f"--model {name}: no such file or directory; {ALLOWED}")
+    with shown:
+        try:
+            return read()
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--model {name}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _bar(name: str, console: Console) -> Iterator[None]:
+    with step(console, f"Loading {name}"), quiet_transformers():
+        yield
+
+
+def load_directory(name: str | Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """A GGUF file, de-quantised to fp32."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Where a kernel for GGUF blocks is installed, newer releases would keep the blocks packed.
+    config = getattr(transformers, "GgufConfig", None)
+    unpack = {} if config is None else {"quantization_config": config(dequantize=True)}
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **unpack)
+    return model.eval(), AutoTokenizer.from_pretrained(**source)
+
+
+def require_gguf() -> None:
+    """Raises:
+    UserError: a package that reads GGUF files is missing.
+    """
+    missing = [name for name in GGUF_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"reading a GGUF file needs {' and '.join(missing)}: "
+            'install with  python -m pip install "int8fx[demo]"'
+        )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' own bars off the screen while ours is on it."""
+    from transformers.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without two lines for each retry when the network is missing: the error says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error of transformers, which can run to a paragraph."""
+    text = " ".join(str(error).split())
+    if re.search(r"couldn't connect|offline|internet connection|Max retries", text, re.IGNORECASE):
+        return "not in the hub's local cache, and no network to fetch it"
+    if "not a valid model identifier" in text:
+        return f"neither a directory nor a model on the hub; {ALLOWED}"
+    if "for this kind of AutoModel" in text:
+        return "not a causal language model that transformers knows"
+    return text if len(text) <= 200 else f"{text[:200]}..."

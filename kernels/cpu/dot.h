@@ -1,0 +1,92 @@
+// tile_product and pack_tile for instruction sets that multiply one broadcast row with a vector of
+// channels. Included like tile.h, before it, after:
+//
+//   VECTORS                vectors that hold the int32 sums of a block
+//   Activation             a packed element
+//   X, load_x, pack_x      4 consecutive k of one row; packed as 4 Activations
+//   W, load_w              4 consecutive k of the channels of one vector
+//   Sums, dot              their int32 sums; add a product to them
+//   first_sums             what the sums of a vector start from
+//   store_sums             the sums of a block, in the order of its channels
+//
+// A tile of rows is packed [K_padded / 4][rows][4], so that the walk over K reads one stream.
+
+template <int R, int B>
+void dot_tile(
+    const Activation* x, const int8_t* w, int64_t w_stride, int64_t k_padded, int32_t* acc,
+    Prefetch ahead) {
+  // Few rows leave few independent sums: take several k at once to hide the latency.
+  constexpr int WIDTH = B * VECTORS;
+  constexpr int CHAINS = R * WIDTH >= 8 ? 1 : R * WIDTH >= 4 ? 2 : 4;
+  Sums sums[CHAINS][R][WIDTH] = {};
+#pragma GCC unroll 8
+  for (int v = 0; v < WIDTH; ++v) {
+    const Sums first = first_sums(w + v / VECTORS * w_stride + k_padded * BLOCK_N, v % VECTORS);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sums[0][r][v] = first;
+  }
+  for (int64_t k = 0; k < k_padded; k += K_MULTIPLE) {
+    ahead.step();
+    for (int i = 0; i < K_MULTIPLE; i += 4 * CHAINS) {
+#pragma GCC unroll 4
+      for (int c = 0; c < CHAINS; ++c) {
+        W columns[WIDTH];
+#pragma GCC unroll 8
+        for (int v = 0; v < WIDTH; ++v)
+          columns[v] = load_w(w + v / VECTORS * w_stride + 4 * c * BLOCK_N, v % VECTORS);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const X row = load_x(x + 4 * (c * R + r));
+#pragma GCC unroll 8
+          for (int v = 0; v < WIDTH; ++v) dot(sums[c][r][v], row, columns[v]);
+        }
+      }
+      w += 4 * CHAINS * BLOCK_N;
+      x += 4 * CHAINS * R;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 1; c < CHAINS; ++c) {
+#pragma GCC unroll 8
+      for (int v = 0; v < WIDTH; ++v) sums[0][r][v] = sums[0][r][v] + sums[c][r][v];
+    }
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b)
+      store_sums(acc + (r * PANEL + b) * BLOCK_N, sums[0][r] + b * VECTORS);
+  }
+}
+
+using DotTile = decltype(&dot_tile<1, 1>);
+
+template <int B, int... R>
+constexpr std::array<DotTile, ROW_TILE> dot_tiles(std::integer_sequence<int, R...>) {
+  return {dot_tile<R + 1, B>...};
+}
+
+template <int B>
+void tile_product(
+    const Activations& a, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride,
+    int32_t* acc, Prefetch ahead) {
+  static constexpr auto TILES = dot_tiles<B>(std::make_integer_sequence<int, ROW_TILE>());
+  const auto* x = static_cast<const Activation*>(a.packed) + m * a.K_padded;
+  TILES[rows - 1](x, w, w_stride, a.K_padded, acc, ahead);
+}
+
+void pack_tile(const Activations& a, int64_t tile) {
+  const int64_t m = tile * ROW_TILE;
+  const int64_t rows = std::min<int64_t>(ROW_TILE, a.M - m);
+  auto* packed = static_cast<Activation*>(a.packed) + m * a.K_padded;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int8_t* x = a.x_int8 + (m + r) * a.K;
+    Activation* out = packed + 4 * r;
+    int64_t k = 0;
+    for (; k + 4 <= a.K; k += 4, out += 4 * rows) pack_x(x + k, out);
+    for (; k < a.K_padded; k += 4, out += 4 * rows) {
+      int8_t rest[4] = {};
+      for (int64_t i = k; i < a.K && i < k + 4; ++i) rest[i - k] = x[i];
+      pack_x(rest, out);
+    }
+  }
+}

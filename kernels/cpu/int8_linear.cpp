@@ -1,0 +1,337 @@
+// int8fx::int8_linear and int8fx::int8_linear_group on the CPU.
+//
+//   y = ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias
+//
+// Rows are packed once for all threads; then threads take units of rows x channels from a queue.
+// A unit keeps its packed rows in the L2 cache and streams each panel of weights past them.
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+
+namespace int8fx {
+namespace {
+
+constexpr int64_t MIN_UNIT_BYTES = 64 << 10;  // of weights: a few microseconds of work
+constexpr int64_t UNITS_PER_THREAD = 8;       // so that a disturbed thread does not hold up all
+
+const Kernel* best_kernel() {
+  for (const Kernel& kernel : KERNELS)
+    if (kernel.supported()) return &kernel;
+  return nullptr;
+}
+
+std::atomic<const Kernel*> current_kernel{best_kernel()};
+
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Memory for one call. Small calls, the ones that count microseconds, stay on the stack.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > static_cast<int64_t>(sizeof stack_)) {
+      heap_ = at::Tensor(at::detail::empty_cpu({bytes}, at::kByte));
+      next_ = static_cast<char*>(heap_.data_ptr());
+    }
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += bytes_for<T>(count);
+    return taken;
+  }
+
+  template <class T>
+  static int64_t bytes_for(int64_t count) {
+    return round_up(count * sizeof(T), 64);
+  }
+
+ private:
+  alignas(64) char stack_[16 << 10];
+  at::Tensor heap_;
+  char* next_ = stack_;
+};
+
+// ---- rows
+
+std::vector<int32_t> flagged(const bool* columns, int64_t K) {
+  std::vector<int32_t> found;
+  int64_t k = 0;
+  for (; k + 8 <= K; k += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, columns + k, 8);
+    if (eight == 0) continue;
+    for (int64_t i = k; i < k + 8; ++i)
+      if (columns[i]) found.push_back(i);
+  }
+  for (; k < K; ++k)
+    if (columns[k]) found.push_back(k);
+  return found;
+}
+
+// Collect the outliers of one tile of rows. When most are there, zeros stay in, so that all rows
+// hold the same columns and can walk them together.
+template <class T>
+void collect_outliers(const Activations& a, int64_t tile) {
+  const int64_t m0 = tile * a.row_tile;
+  const int64_t m1 = std::min(m0 + a.row_tile, a.M);
+  int64_t non_zero = 0;
+  for (int64_t m = m0; m < m1; ++m) {
+    const T* x = static_cast<const T*>(a.x_outlier) + m * a.K;
+    Outlier* out = a.outliers + m * a.column_count;
+    for (int64_t i = 0; i < a.column_count; ++i) {
+      out[i] = {a.columns[i], static_cast<float>(x[a.columns[i]])};
+      non_zero += out[i].value != 0;
+    }
+    a.outlier_count[m] = a.column_count;
+  }
+  a.dense[tile] = 4 * non_zero >= (m1 - m0) * a.column_count;
+  if (a.dense[tile]) return;
+  for (int64_t m = m0; m < m1; ++m) {
+    Outlier* out = a.outliers + m * a.column_count;
+    const auto zero = [](const Outlier& outlier) { return outlier.value == 0; };
+    a.outlier_count[m] = std::remove_if(out, out + a.column_count, zero) - out;
+  }
+}
+
+void pack(const Kernel& kernel, const Activations& a, int64_t tile) {
+  kernel.pack(a, tile);
+  if (a.column_count == 0) return;
+  switch (a.dtype) {
+    case at::kBFloat16: return collect_outliers<at::BFloat16>(a, tile);
+    case at::kHalf: return collect_outliers<at::Half>(a, tile);
+    default: return collect_outliers<float>(a, tile);
+  }
+}
+
+// ---- units
+
+struct Blocks {
+  const Weight* weight;
+  int64_t begin, end;
+};
+
+// Cut every weight into runs of blocks, and rows into as many as half of an L2 cache holds.
+struct Plan {
+  std::vector<Blocks> runs;
+  int64_t rows, units;
+
+  Plan(const Kernel& kernel, const Activations& a, c10::ArrayRef<Weight> weights, int64_t threads) {
+    const int64_t row_bytes = std::max(a.K_padded, K_MULTIPLE) * kernel.element_bytes;
+    const int64_t cached_tiles = l2_bytes() / 2 / (row_bytes * kernel.row_tile);
+    rows = std::max<int64_t>(cached_tiles, 1) * kernel.row_tile;
+    const int64_t row_units = at::divup(a.M, rows);
+    rows = round_up(at::divup(a.M, row_units), kernel.row_tile);
+
+    int64_t blocks = 0;
+    for (const Weight& weight : weights) blocks += at::divup(weight.N, BLOCK_N);
+    const int64_t wanted = at::divup(blocks * row_units, threads * UNITS_PER_THREAD);
+    const int64_t least = at::divup(MIN_UNIT_BYTES, block_bytes(a.K_padded));
+    const int64_t run = round_up(std::max(wanted, least), kernel.panel);
+    for (const Weight& weight : weights) {
+      const int64_t end = at::divup(weight.N, BLOCK_N);
+      for (int64_t b = 0; b < end; b += run)
+        runs.push_back({&weight, b, std::min(b + run, end)});
+    }
+    units = row_units * runs.size();
+  }
+
+  void execute(const Kernel& kernel, const Activations& a, int64_t unit) const {
+    const int64_t m0 = unit / runs.size() * rows;
+    const Blocks& run = runs[unit % runs.size()];
+    kernel.multiply(a, *run.weight, m0, std::min(m0 + rows, a.M), run.begin, run.end);
+  }
+};
+
+void multiply_all(const Kernel& kernel, const Activations& a, c10::ArrayRef<Weight> weights) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const Plan plan(kernel, a, weights, threads);
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    if (kernel.enter) kernel.enter(a);
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;)
+      plan.execute(kernel, a, unit);
+    if (kernel.leave) kernel.leave();
+  };
+  at::parallel_for(0, std::min(threads, plan.units), 1, work);
+}
+
+// ---- the operators
+
+c10::MaybeOwned<at::Tensor> contiguous(const at::Tensor& tensor) {
+  return tensor.expect_contiguous();
+}
+
+void check(
+    const at::Tensor& x_int8, const at::Tensor& x_scale, const at::Tensor& x_outlier,
+    const std::optional<at::Tensor>& outlier_columns, const at::Tensor& weight,
+    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias) {
+  const int64_t K = x_int8.size(-1), N = w_scale.numel();
+  const auto dtype = x_outlier.scalar_type();
+  TORCH_CHECK(x_int8.scalar_type() == at::kChar, "x_int8 must be int8");
+  TORCH_CHECK(x_scale.scalar_type() == at::kFloat && w_scale.scalar_type() == at::kFloat,
+              "x_scale and w_scale must be float32");
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+              "x_outlier must be float32, bfloat16 or float16");
+  TORCH_CHECK(K == 0 || x_scale.numel() * K == x_int8.numel(), "x_scale must hold one scale per row");
+  TORCH_CHECK(!outlier_columns || (outlier_columns->scalar_type() == at::kBool &&
+                                   outlier_columns->numel() == K &&
+                                   x_outlier.numel() == x_int8.numel()),
+              "outlier_columns must be bool [K], and x_outlier of x_int8's shape");
+  TORCH_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2 &&
+                  weight.size(0) == at::divup(N, BLOCK_N) &&
+                  weight.size(1) == block_bytes(round_up(K, K_MULTIPLE)) && weight.is_contiguous(),
+              "weight must be packed from int8 [", N, ", ", K, "]");
+  TORCH_CHECK(!bias || bias->numel() == N, "bias must hold one value per output channel");
+}
+
+at::Tensor float_bias(const std::optional<at::Tensor>& bias) {
+  if (!bias) return {};
+  const auto dtype = bias->scalar_type();
+  if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) return bias->contiguous();
+  return bias->to(at::kFloat).contiguous();
+}
+
+void run(
+    const at::Tensor& x_int8_any, const at::Tensor& x_scale_any, const at::Tensor& x_outlier_any,
+    const std::optional<at::Tensor>& outlier_columns, c10::ArrayRef<Weight> weights) {
+  const Kernel& kernel = *current_kernel.load(std::memory_order_relaxed);
+  const auto x_int8 = contiguous(x_int8_any), x_scale = contiguous(x_scale_any),
+             x_outlier = contiguous(x_outlier_any);
+  Activations a{};
+  a.M = x_scale->numel();
+  a.K = x_int8->size(-1);
+  if (a.M == 0) return;
+  a.K_padded = round_up(a.K, K_MULTIPLE);
+  a.x_int8 = x_int8->const_data_ptr<int8_t>();
+  a.x_scale = x_scale->const_data_ptr<float>();
+  a.x_outlier = x_outlier->const_data_ptr();
+  a.dtype = x_outlier->scalar_type();
+  a.row_tile = kernel.row_tile;
+
+  std::vector<int32_t> columns;
+  if (outlier_columns) {
+    const auto flags = contiguous(*outlier_columns);
+    columns = flagged(flags->const_data_ptr<bool>(), a.K);
+  }
+  a.columns = columns.data();
+  a.column_count = columns.size();
+
+  const int64_t tiles = at::divup(a.M, kernel.row_tile);
+  const int64_t packed_rows = a.M < 16 ? a.M : round_up(a.M, 16);
+  const int64_t packed_bytes = packed_rows * a.K_padded * kernel.element_bytes;
+  const int64_t outlier_rows = columns.empty() ? 0 : a.M;
+  Scratch scratch(
+      packed_bytes + Scratch::bytes_for<Outlier>(outlier_rows * a.column_count) +
+      Scratch::bytes_for<int32_t>(outlier_rows) + Scratch::bytes_for<bool>(tiles));
+  a.packed = scratch.take<char>(packed_bytes);
+  a.outliers = scratch.take<Outlier>(outlier_rows * a.column_count);
+  a.outlier_count = scratch.take<int32_t>(outlier_rows);
+  a.dense = scratch.take<bool>(tiles);
+
+  const int64_t grain = at::divup(MIN_UNIT_BYTES, kernel.row_tile * a.K_padded);
+  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) pack(kernel, a, tile);
+  });
+  multiply_all(kernel, a, weights);
+}
+
+at::Tensor empty_output(const at::Tensor& x_int8, int64_t N, at::ScalarType dtype) {
+  at::DimVector sizes(x_int8.sizes());
+  sizes.back() = N;
+  return at::Tensor(at::detail::empty_cpu(sizes, dtype));
+}
+
+Weight describe(
+    const at::Tensor& packed, const at::Tensor& w_scale, const at::Tensor& bias, at::Tensor& y) {
+  Weight weight{};
+  weight.N = w_scale.numel();
+  weight.packed = packed.const_data_ptr<int8_t>();
+  weight.w_scale = w_scale.const_data_ptr<float>();
+  if (bias.defined()) {
+    weight.bias = bias.const_data_ptr();
+    weight.bias_dtype = bias.scalar_type();
+  }
+  weight.y = y.data_ptr();
+  return weight;
+}
+
+at::Tensor int8_linear(
+    const at::Tensor& x_int8, const at::Tensor& x_scale, const at::Tensor& x_outlier,
+    const std::optional<at::Tensor>& outlier_columns, const at::Tensor& weight,
+    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias) {
+  check(x_int8, x_scale, x_outlier, outlier_columns, weight, w_scale, bias);
+  const auto scale = contiguous(w_scale);
+  const at::Tensor bias_floats = float_bias(bias);
+  at::Tensor y = empty_output(x_int8, w_scale.numel(), x_outlier.scalar_type());
+  run(x_int8, x_scale, x_outlier, outlier_columns, {describe(weight, *scale, bias_floats, y)});
+  return y;
+}
+
+std::vector<at::Tensor> int8_linear_group(
+    const at::Tensor& x_int8, const at::Tensor& x_scale, const at::Tensor& x_outlier,
+    const std::optional<at::Tensor>& outlier_columns, at::TensorList packed,
+    at::TensorList w_scales, const c10::List<std::optional<at::Tensor>>& biases) {
+  TORCH_CHECK(packed.size() == w_scales.size() && packed.size() == biases.size(),
+              "weights, w_scales and biases must be as many");
+  std::vector<at::Tensor> kept, outputs;
+  std::vector<Weight> weights;
+  for (size_t i = 0; i < packed.size(); ++i) {
+    const std::optional<at::Tensor> bias = biases.get(i);
+    check(x_int8, x_scale, x_outlier, outlier_columns, packed[i], w_scales[i], bias);
+    kept.push_back(w_scales[i].contiguous());
+    kept.push_back(float_bias(bias));
+    outputs.push_back(empty_output(x_int8, w_scales[i].numel(), x_outlier.scalar_type()));
+    weights.push_back(describe(packed[i], kept[2 * i], kept[2 * i + 1], outputs.back()));
+  }
+  run(x_int8, x_scale, x_outlier, outlier_columns, weights);
+  return outputs;
+}
+
+TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
+  m.impl("int8_linear", int8_linear);
+  m.impl("int8_linear_group", int8_linear_group);
+}
+
+}  // namespace
+}  // namespace int8fx
+
+extern "C" const char* int8fx_isa() { return int8fx::current_kernel.load()->name; }
+
+extern "C" const char* int8fx_isas() {
+  static const std::string names = [] {
+    std::string all;
+    for (const int8fx::Kernel& kernel : int8fx::KERNELS)
+      if (kernel.supported()) all += std::string(kernel.name) + " ";
+    return all;
+  }();
+  return names.c_str();
+}
+
+// False when no kernel has that name or the machine cannot run it.
+extern "C" bool int8fx_use_isa(const char* name) {
+  for (const int8fx::Kernel& kernel : int8fx::KERNELS) {
+    if (std::strcmp(kernel.name, name) != 0 || !kernel.supported()) continue;
+    int8fx::current_kernel = &kernel;
+    return true;
+  }
+  return false;
+}

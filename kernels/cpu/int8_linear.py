@@ -1,0 +1,85 @@
+"""The CPU kernels of ``int8_linear`` and ``int8_linear_group``: loading, and the weight's packing.
+
+The operators are implemented in C++ (``int8_linear.cpp``) and registered from there, so that a
+compiled graph calls them without Python in between.
+
+Packed weight, ``[ceil(N / 16), K_padded * 16 + 64]`` int8, K_padded the next multiple of 64: for
+each block of 16 channels ``[K_padded / 4][16 n][4 k]``, padded with zeros, then the 16 channels'
+sums over k as int32 (the correction where an instruction wants unsigned activations). 64 bytes are
+one vpdpbusd operand and 1024 one AMX tile.
+"""
+
+import ctypes
+import functools
+import threading
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from int8fx.kernels.cpu import build
+
+BLOCK_N = 16
+K_MULTIPLE = 64
+
+_lock = threading.Lock()
+
+
+def load() -> str | None:
+    """Compile (at first use on a machine) and register the kernels; None, or why that failed."""
+    with _lock:
+        return _load()[1]
+
+
+def isa() -> str:
+    """The instruction set in use: one of ``isas()``."""
+    return _library().int8fx_isa().decode()
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine can execute, best first."""
+    return _library().int8fx_isas().decode().split()
+
+
+def use_isa(name: str) -> None:
+    """Use another of ``isas()``, for tests and benchmarks."""
+    if not _library().int8fx_use_isa(name.encode()):
+        raise ValueError(f"this machine cannot execute {name!r}, only {isas()}")
+
+
+def pack(w_int8: Tensor) -> Tensor:
+    """``w_int8 [N, K]`` in the layout above."""
+    N, K = w_int8.shape
+    padding = (0, -K % K_MULTIPLE, 0, -N % BLOCK_N)
+    padded = F.pad(w_int8, padding) if any(padding) else w_int8.contiguous()
+    # Four k's are moved as one int32.
+    quads = padded.view(torch.int32).unflatten(0, (-1, BLOCK_N)).transpose(1, 2)
+    sums = padded.sum(1, dtype=torch.int32).view(-1, BLOCK_N)
+    return torch.cat([quads.flatten(1), sums], 1).view(torch.int8)
+
+
+def unpack(packed: Tensor, N: int, K: int) -> Tensor:
+    """The ``w_int8 [N, K]`` that was packed."""
+    quads = packed.view(torch.int32)[:, :-BLOCK_N].unflatten(1, (-1, BLOCK_N))
+    w_int8 = quads.transpose(1, 2).contiguous().flatten(0, 1).view(torch.int8)
+    return w_int8[:N, :K].contiguous()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        library = ctypes.CDLL(str(build.build()))
+    except (build.BuildError, OSError) as error:
+        return None, str(error)
+    library.int8fx_isa.restype = ctypes.c_char_p
+    library.int8fx_isas.restype = ctypes.c_char_p
+    library.int8fx_use_isa.restype = ctypes.c_bool
+    return library, None
+
+
+def _library() -> ctypes.CDLL:
+    with _lock:
+        library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the CPU kernels are not loaded: {reason}")
+    return library

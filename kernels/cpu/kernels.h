@@ -1,0 +1,361 @@
+// One kernel per instruction set: what differs between them, and their table, best first.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "linear.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define INT8FX_X86 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// Everything between BEGIN and END is compiled for these instructions, whatever the flags say, so
+// that one shared object serves every machine.
+#define INT8FX_PRAGMA(x) _Pragma(#x)
+#ifdef __clang__
+#define INT8FX_BEGIN_TARGET(isa) \
+  INT8FX_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define INT8FX_END_TARGET INT8FX_PRAGMA(clang attribute pop)
+#else
+#define INT8FX_BEGIN_TARGET(isa) INT8FX_PRAGMA(GCC push_options) INT8FX_PRAGMA(GCC target(isa))
+#define INT8FX_END_TARGET INT8FX_PRAGMA(GCC pop_options)
+#endif
+
+namespace int8fx {
+
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+
+#ifdef INT8FX_X86
+
+#define INT8FX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
+
+// ---- AVX512-VNNI: vpdpbusd multiplies u8 with s8, so rows carry a zero point of 128, and the sums
+// start at -128 times the channel's sum of weights.
+
+INT8FX_BEGIN_TARGET(INT8FX_AVX512)
+namespace avx512_vnni {
+
+constexpr int ROW_TILE = 12, PANEL = 2, VECTORS = 1, OUTLIER_ROWS = 12;
+
+using Activation = uint8_t;
+using X = __m512i;
+using W = __m512i;
+using Sums = __m512i;
+
+inline void pack_x(const int8_t* x, Activation* out) {
+  uint32_t quad;
+  std::memcpy(&quad, x, 4);
+  quad ^= 0x80808080;
+  std::memcpy(out, &quad, 4);
+}
+inline X load_x(const Activation* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  return _mm512_set1_epi32(quad);
+}
+inline W load_w(const int8_t* w, int) { return _mm512_loadu_si512(w); }
+inline Sums first_sums(const int8_t* channel_sums, int) {
+  const I32x16 sums = (I32x16)_mm512_loadu_si512(channel_sums);
+  return (Sums)(sums * -128);
+}
+inline void dot(Sums& sums, X x, W w) { sums = _mm512_dpbusd_epi32(sums, x, w); }
+inline void store_sums(int32_t* out, const Sums* sums) { _mm512_storeu_si512(out, *sums); }
+
+inline void store_half(void* p, const F32x16& v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#include "dot.h"
+#include "tile.h"
+
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+}
+
+}  // namespace avx512_vnni
+INT8FX_END_TARGET
+
+// ---- AMX: tdpbssd multiplies tiles of 16 rows x 64 k with 64 k x 16 channels, both signed.
+
+INT8FX_BEGIN_TARGET(INT8FX_AVX512 ",amx-tile,amx-int8")
+namespace amx_int8 {
+
+constexpr int ROW_TILE = 32, PANEL = 2, OUTLIER_ROWS = 16;
+constexpr int TILE_ROWS = 16, TILE_K = 64;
+
+using avx512_vnni::store_half;
+
+// Fewer than 16 rows make shorter tiles; otherwise the last tile is padded with rows of zeros.
+inline int64_t tile_rows(const Activations& a) { return std::min<int64_t>(TILE_ROWS, a.M); }
+
+// Rows are packed as the tiles are: [M / 16][K_padded / 64][16][64].
+void pack_tile(const Activations& a, int64_t tile) {
+  const int64_t height = tile_rows(a);
+  for (int64_t m = tile * ROW_TILE; m < std::min((tile + 1) * ROW_TILE, a.M); m += TILE_ROWS) {
+    auto* out = static_cast<int8_t*>(a.packed) + m * a.K_padded;
+    for (int64_t r = 0; r < height; ++r) {
+      const int8_t* x = a.x_int8 + (m + r) * a.K;
+      const int64_t K = m + r < a.M ? a.K : 0;
+      for (int64_t k = 0; k < a.K_padded; k += TILE_K) {
+        int8_t* to = out + k * height + r * TILE_K;
+        const int64_t count = std::clamp<int64_t>(K - k, 0, TILE_K);
+        if (count == TILE_K) {
+          std::memcpy(to, x + k, TILE_K);
+        } else {
+          std::memset(to, 0, TILE_K);
+          std::memcpy(to, x + k, count);
+        }
+      }
+    }
+  }
+}
+
+void enter(const Activations& a) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int t = 0; t < 8; ++t) {
+    config.row_bytes[t] = 64;
+    config.rows[t] = t < 6 ? tile_rows(a) : TILE_ROWS;  // 0-3 sums, 4-5 rows, 6-7 weights
+  }
+  // GCC's _tile_loadconfig does not tell the compiler that it reads memory.
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+
+void leave() { _tile_release(); }
+
+// TALL x WIDE tiles of sums; 2 x 2 needs one load per multiply, the least that 8 tiles allow.
+template <bool TALL, bool WIDE>
+void dot_tiles(
+    const int8_t* x, int64_t height, const int8_t* w, int64_t w_stride, int64_t k_padded,
+    int32_t* acc, Prefetch ahead) {
+  asm volatile("" ::: "memory");  // the tile loads below do not say that they read memory
+  _tile_zero(0);
+  if constexpr (WIDE) _tile_zero(1);
+  if constexpr (TALL) _tile_zero(2);
+  if constexpr (TALL && WIDE) _tile_zero(3);
+  const int8_t* x2 = x + TILE_ROWS * k_padded;
+  const int8_t* w2 = w + w_stride;
+  for (int64_t k = 0; k < k_padded; k += TILE_K) {
+    ahead.step();
+    _tile_loadd(4, x + k * height, TILE_K);
+    _tile_loadd(6, w + k * BLOCK_N, 64);
+    _tile_dpbssd(0, 4, 6);
+    if constexpr (WIDE) {
+      _tile_loadd(7, w2 + k * BLOCK_N, 64);
+      _tile_dpbssd(1, 4, 7);
+    }
+    if constexpr (TALL) {
+      _tile_loadd(5, x2 + k * height, TILE_K);
+      _tile_dpbssd(2, 5, 6);
+      if constexpr (WIDE) _tile_dpbssd(3, 5, 7);
+    }
+  }
+  constexpr int64_t ROW = PANEL * BLOCK_N;
+  _tile_stored(0, acc, ROW * 4);
+  if constexpr (WIDE) _tile_stored(1, acc + BLOCK_N, ROW * 4);
+  if constexpr (TALL) _tile_stored(2, acc + TILE_ROWS * ROW, ROW * 4);
+  if constexpr (TALL && WIDE) _tile_stored(3, acc + TILE_ROWS * ROW + BLOCK_N, ROW * 4);
+}
+
+template <int B>
+inline void tile_product(
+    const Activations& a, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride,
+    int32_t* acc, Prefetch ahead) {
+  const auto* x = static_cast<const int8_t*>(a.packed) + m * a.K_padded;
+  const auto tiles = rows > TILE_ROWS ? dot_tiles<true, B == 2> : dot_tiles<false, B == 2>;
+  tiles(x, tile_rows(a), w, w_stride, a.K_padded, acc, ahead);
+}
+
+#include "tile.h"
+
+// The kernel grants a process the tiles' 8 KiB of state only when asked.
+bool supported() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return avx512_vnni::supported() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+}  // namespace amx_int8
+INT8FX_END_TARGET
+
+// ---- AVX-VNNI: the same vpdpbusd on 8 channels.
+
+INT8FX_BEGIN_TARGET("avx2,fma,f16c,avxvnni")
+namespace avx_vnni {
+
+constexpr int ROW_TILE = 6, PANEL = 1, VECTORS = 2, OUTLIER_ROWS = 4;
+
+using Activation = uint8_t;
+using X = __m256i;
+using W = __m256i;
+using Sums = __m256i;
+
+inline void pack_x(const int8_t* x, Activation* out) { avx512_vnni::pack_x(x, out); }
+inline X load_x(const Activation* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  return _mm256_set1_epi32(quad);
+}
+inline W load_w(const int8_t* w, int v) { return _mm256_loadu_si256((const __m256i*)w + v); }
+inline Sums first_sums(const int8_t* channel_sums, int v) {
+  return _mm256_mullo_epi32(load_w(channel_sums, v), _mm256_set1_epi32(-128));
+}
+inline void dot(Sums& sums, X x, W w) { sums = _mm256_dpbusd_avx_epi32(sums, x, w); }
+inline void store_sums(int32_t* out, const Sums* sums) {
+  for (int v = 0; v < VECTORS; ++v) _mm256_storeu_si256((__m256i*)out + v, sums[v]);
+}
+
+inline void store_half(void* p, const F32x16& v) {
+  for (int i = 0; i < 2; ++i) {
+    __m256 eight;
+    std::memcpy(&eight, (const char*)&v + 32 * i, 32);
+    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+
+#include "dot.h"
+#include "tile.h"
+
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
+}
+
+}  // namespace avx_vnni
+INT8FX_END_TARGET
+
+// ---- AVX2: vpmaddubsw would saturate, so bytes are widened to int16 for vpmaddwd, which is exact.
+
+INT8FX_BEGIN_TARGET("avx2,fma,f16c")
+namespace avx2 {
+
+constexpr int ROW_TILE = 2, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
+
+using Activation = int16_t;
+using X = __m256i;
+using W = __m256i;     // 4 channels x 4 k
+using Sums = __m256i;  // 4 channels x 2 pairs of k
+
+inline void pack_x(const int8_t* x, Activation* out) {
+  for (int i = 0; i < 4; ++i) out[i] = x[i];
+}
+inline X load_x(const Activation* x) {
+  int64_t quad;
+  std::memcpy(&quad, x, 8);
+  return _mm256_set1_epi64x(quad);
+}
+inline W load_w(const int8_t* w, int v) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w + v));
+}
+inline Sums first_sums(const int8_t*, int) { return _mm256_setzero_si256(); }
+inline void dot(Sums& sums, X x, W w) {
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(x, w));
+}
+inline void store_sums(int32_t* out, const Sums* sums) {
+  for (int i = 0; i < 2; ++i) {
+    // hadd adds the pairs but interleaves the halves of its operands: channels 0 1 4 5, 2 3 6 7.
+    const __m256i pairs = _mm256_hadd_epi32(sums[2 * i], sums[2 * i + 1]);
+    _mm256_storeu_si256((__m256i*)out + i, _mm256_permute4x64_epi64(pairs, 0b11011000));
+  }
+}
+
+inline void store_half(void* p, const F32x16& v) {
+  avx_vnni::store_half(p, v);
+}
+
+#include "dot.h"
+#include "tile.h"
+
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+}  // namespace avx2
+INT8FX_END_TARGET
+
+#endif  // INT8FX_X86
+
+// ---- Any machine: plain vectors of int32, which compilers know on every target.
+
+namespace portable {
+
+constexpr int ROW_TILE = 4, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 1;
+
+typedef int32_t I32x4 __attribute__((vector_size(16)));
+typedef uint32_t U32x4 __attribute__((vector_size(16)));
+
+using Activation = int8_t;
+struct X {
+  int32_t k[4];
+};
+struct W {
+  I32x4 k[4];  // 4 channels each
+};
+using Sums = I32x4;
+
+inline void pack_x(const int8_t* x, Activation* out) { std::memcpy(out, x, 4); }
+inline X load_x(const Activation* x) { return {x[0], x[1], x[2], x[3]}; }
+inline W load_w(const int8_t* w, int v) {
+  U32x4 quads;
+  std::memcpy(&quads, w + 16 * v, 16);
+  return {(I32x4)(quads << 24) >> 24, (I32x4)(quads << 16) >> 24, (I32x4)(quads << 8) >> 24,
+          (I32x4)quads >> 24};
+}
+inline Sums first_sums(const int8_t*, int) { return Sums{}; }
+inline void dot(Sums& sums, const X& x, const W& w) {
+  for (int i = 0; i < 4; ++i) sums += w.k[i] * x.k[i];
+}
+inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
+
+inline void store_half(void* p, const F32x16& v) {
+  for (int i = 0; i < BLOCK_N; ++i) static_cast<c10::Half*>(p)[i] = v[i];
+}
+
+#include "dot.h"
+#include "tile.h"
+
+inline bool supported() { return true; }
+
+}  // namespace portable
+
+#define INT8FX_KERNEL(isa, enter, leave)                                                        \
+  Kernel {                                                                                      \
+    #isa, isa::supported, isa::ROW_TILE, isa::PANEL, sizeof(isa::Activation), isa::pack_tile,   \
+        enter, leave, isa::multiply                                                             \
+  }
+
+namespace amx_int8 {
+using Activation = int8_t;
+}
+
+inline constexpr Kernel KERNELS[] = {
+#ifdef INT8FX_X86
+    INT8FX_KERNEL(amx_int8, amx_int8::enter, amx_int8::leave),
+    INT8FX_KERNEL(avx512_vnni, nullptr, nullptr),
+    INT8FX_KERNEL(avx_vnni, nullptr, nullptr),
+    INT8FX_KERNEL(avx2, nullptr, nullptr),
+#endif
+    INT8FX_KERNEL(portable, nullptr, nullptr),
+};
+
+}  // namespace int8fx

@@ -1,0 +1,77 @@
+// What the instruction-set-independent half (int8_linear.cpp) and the kernels (tile.h) share.
+#pragma once
+
+#include <cstdint>
+
+#include <c10/core/ScalarType.h>
+
+namespace int8fx {
+
+// The packed weight: blocks of 16 output channels, each [K_padded / 4][16 n][4 k] int8 followed by
+// the 16 int32 sums of its channels. 64 bytes are one vpdpbusd operand, 1024 one AMX tile.
+constexpr int64_t BLOCK_N = 16;
+constexpr int64_t K_MULTIPLE = 64;
+constexpr int64_t SUMS_BYTES = BLOCK_N * sizeof(int32_t);
+
+inline int64_t block_bytes(int64_t k_padded) { return k_padded * BLOCK_N + SUMS_BYTES; }
+
+struct Outlier {
+  int32_t k;
+  float value;
+};
+
+// The activations of one call, and their form for the kernel, which every thread reads.
+struct Activations {
+  int64_t M, K, K_padded;
+  const int8_t* x_int8;    // [M, K]
+  const float* x_scale;    // [M]
+  const void* x_outlier;   // [M, K] of dtype
+  c10::ScalarType dtype;   // fp32, bf16 or fp16; the output's too
+  const int32_t* columns;  // the flagged columns, ascending
+  int64_t column_count;
+
+  int64_t row_tile;        // rows that the kernel multiplies at once
+  void* packed;            // tiles of rows, in the kernel's order
+  Outlier* outliers;       // row m's begin at m * column_count, in ascending k
+  int32_t* outlier_count;  // [M]
+  bool* dense;             // per tile: all rows hold every flagged column, zeros included
+};
+
+struct Weight {
+  int64_t N;
+  const int8_t* packed;
+  const float* w_scale;    // [N]
+  const void* bias;        // [N] of bias_dtype, or null
+  c10::ScalarType bias_dtype;
+  void* y;                 // [M, N]
+
+  int64_t blocks() const { return (N + BLOCK_N - 1) / BLOCK_N; }
+};
+
+// Weights come from memory once per call or once per run of rows, and hardware prefetchers stop at
+// each page. So while one panel is multiplied the next is fetched into the L2 cache, in slices:
+// every tile of rows takes some lines at each step of K_MULTIPLE.
+struct Prefetch {
+  const int8_t* next;
+  int64_t lines;  // per step
+
+  void step() {
+    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+// One instruction set. `multiply` computes rows [m0, m1) x blocks [b0, b1) of y; m0 is a multiple
+// of the row tile.
+struct Kernel {
+  const char* name;
+  bool (*supported)();
+  int64_t row_tile;
+  int64_t panel;           // blocks that the kernel multiplies at once
+  int64_t element_bytes;   // of a packed activation
+  void (*pack)(const Activations&, int64_t tile);
+  void (*enter)(const Activations&);  // in every thread, around its calls of `multiply`; or null
+  void (*leave)();
+  void (*multiply)(const Activations&, const Weight&, int64_t m0, int64_t m1, int64_t b0, int64_t b1);
+};
+
+}  // namespace int8fx

@@ -1,0 +1,76 @@
+"""Outlier columns: which columns of ``x [M, K]`` hold an element with ``|x| >= threshold``.
+
+The answer needs every row, and the quantisation of every row needs the answer, so it has to cross
+from one launch to the next. It crosses as a **witness** ``[2, K]``: ``witness[0, k]`` names a row that
+has an outlier in column ``k``, written by the kernel that computes ``x``, at no extra launch::
+
+    for every element:  witness[outlier ? 0 : 1, k] = m
+
+and whoever reads a claim checks it against ``x``. That check is what makes it work in memory that
+nobody cleared: a leftover names no row, or a row that is no outlier, or the truth. It costs no fill,
+no atomic, and no reduction over rows. Row 1 is never read: Inductor has no masked scatter, and stores
+to one dump address would queue up where stores along a row coalesce.
+
+Two programs that name different rows race, and either is right.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def outlier_columns_reference(x: Tensor, threshold: float) -> Tensor:
+    """``[K]`` bool: the columns of ``x [M, K]`` that hold an outlier."""
+    return (x.to(torch.float32).abs() >= threshold).any(0)
+
+
+def witness_rows(x: Tensor, threshold: float) -> Tensor:
+    """A row with an outlier for each column that has one, and anything at all for the others.
+
+    In operators that Inductor fuses with whatever computes ``x``.
+
+    Args:
+        x: ``[M, K]``, fp32, bf16 or fp16.
+        threshold: an element is an outlier when ``|x| >= threshold``.
+
+    Returns:
+        ``[2, K]``, int16 where it can number M rows, else int32; only row 0 is for reading.
+    """
+    M, K = x.shape
+    dtype = torch.int16 if M < 2**15 else torch.int32
+    is_outlier = x.to(torch.float32).abs() >= threshold
+    column = torch.arange(K, device=x.device)
+    target = torch.where(is_outlier, column, column + K)
+    rows = torch.arange(M, device=x.device).to(dtype).unsqueeze(1).expand(M, K)
+    memory = torch.empty(2 * K, dtype=dtype, device=x.device)
+    return torch.index_put(memory, (target,), rows).view(2, K)
+
+
+@triton.jit
+def is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold):
+    """Which of the columns ``k`` hold an outlier; ``x_ptr`` is ``[M, K]``, rows side by side."""
+    row = tl.load(witness_ptr + k, mask=k < K, other=-1).to(tl.int64)
+    claimed = (row >= 0) & (row < M)
+    x = tl.load(x_ptr + row * K + k, mask=claimed, other=0.0).to(tl.float32)
+    return claimed & (tl.abs(x) >= threshold)
+
+
+@triton.jit
+def compact_columns(
+    witness_ptr, x_ptr, columns_ptr, M, K, threshold, BLOCK_K: tl.constexpr
+):
+    """Writes the outlier columns to ``columns_ptr``, in order; returns their number.
+
+    Every program that calls this writes the same list to the same place and reads back what it
+    wrote itself, or the same written by another.
+    """
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        flag = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold).to(tl.int32)
+        position = count + tl.cumsum(flag, 0) - flag
+        tl.store(columns_ptr + position, k, mask=flag != 0)
+        count += tl.sum(flag, 0)
+    tl.debug_barrier()
+    return count

@@ -1,0 +1,157 @@
+"""The int8 product with its outliers, for M >= 17: one launch for up to three linears of one input.
+
+    y = ((x_int8 @ w_int8ᵀ) · x_scale + x_gathered @ w_gatheredᵀ) · w_scale + bias
+
+Weights are ``[N, K]`` row-major, which is the K-major operand that int8 tensor cores ask for. The order
+is for the registers' sake: the int8 loop first, its int32 accumulator converted to fp32 in place, the
+outlier product accumulated into the same registers. With the outliers first, two accumulators are
+alive at once, and spill.
+
+Source: Dettmers et al. 2022, "LLM.int8()", equation 8. Reference: ``kernels/linear.py``.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from int8fx.kernels.gpu.groups import pick
+
+
+def gemm_reference(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    x_gathered: Tensor,
+    w_gathered: Tensor,
+    w_int8: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The formula above for one weight, in float64.
+
+    Args:
+        x_int8: ``[M, K]`` int8.
+        x_scale: ``[M]`` fp32.
+        x_gathered: ``[M, count]``.
+        w_gathered: ``[N, count]``.
+        w_int8: ``[N, K]`` int8.
+        w_scale: ``[N]`` fp32.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[M, N]`` float64.
+    """
+    y = (x_int8.double() @ w_int8.double().t()) * x_scale.double().unsqueeze(1)
+    y = (y + x_gathered.double() @ w_gathered.double().t()) * w_scale.double()
+    return y if bias is None else y + bias.double()
+
+
+@triton.jit
+def _tile(program, M, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tiles in bands of GROUP_M rows of tiles, so that the tiles in flight share operands in L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    band = program // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    return band * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def _int8_product(
+    x_ptr, w_ptr, m, n, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """``x_int8[m] @ w_int8[n]ᵀ`` in int32."""
+    k = tl.arange(0, BLOCK_K)
+    x_tile = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
+    w_tile = w_ptr + n.to(tl.int64)[None, :] * K + k[:, None]
+    acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
+        if EVEN_K:
+            x, w = tl.load(x_tile), tl.load(w_tile)
+        else:
+            inside = start + k < K
+            x = tl.load(x_tile, mask=inside[None, :], other=0)
+            w = tl.load(w_tile, mask=inside[:, None], other=0)
+        acc_int32 = tl.dot(x, w, acc_int32, out_dtype=tl.int32)
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K
+    return acc_int32
+
+
+@triton.jit
+def _add_outliers(
+    acc, x_ptr, w_ptr, m, w_rows, count, CAPACITY,
+    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc + x_gathered[m] @ w_gathered[w_rows]ᵀ``."""
+    j = tl.arange(0, BLOCK_O)
+    x_tile = x_ptr + m.to(tl.int64)[:, None] * CAPACITY + j[None, :]
+    w_tile = w_ptr + w_rows.to(tl.int64)[None, :] * CAPACITY + j[:, None]
+    for _ in range(0, count, BLOCK_O):
+        acc = tl.dot(tl.load(x_tile), tl.load(w_tile), acc, input_precision=PRECISION)
+        x_tile += BLOCK_O
+        w_tile += BLOCK_O
+    return acc
+
+
+@triton.jit
+def gemm_kernel(
+    x_int8_ptr,  # [M, K] int8
+    x_scale_ptr,  # [M] fp32
+    x_gathered_ptr,  # [M, CAPACITY]
+    w_gathered_ptr,  # [N0 + N1 + N2, CAPACITY]
+    count_ptr,  # [1] int32
+    w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
+    w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
+    bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
+    y0_ptr, y1_ptr, y2_ptr,  # [M, N]
+    M, N0, N1, N2, K, CAPACITY,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    UNROLL: tl.constexpr,
+    GROUPED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    first0 = tl.cdiv(N0, BLOCK_N)
+    first1 = first0 + tl.cdiv(N1, BLOCK_N)
+    tiles_n = first1 + tl.cdiv(N2, BLOCK_N)
+    tile_m, tile_n = _tile(tl.program_id(0), M, tiles_n, BLOCK_M, GROUP_M)
+    N, w_ptr, w_scale_ptr, bias_ptr, y_ptr = N0, w0_ptr, w_scale0_ptr, bias0_ptr, y0_ptr
+    w_offset = 0
+    if GROUPED:
+        group = (tile_n >= first0).to(tl.int32) + (tile_n >= first1).to(tl.int32)
+        tile_n -= pick(group, 0, first0, first1)
+        N = pick(group, N0, N1, N2)
+        w_offset = pick(group, 0, N0, N0 + N1)
+        w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
+        w_scale_ptr = pick(group, w_scale0_ptr, w_scale1_ptr, w_scale2_ptr)
+        y_ptr = pick(group, y0_ptr, y1_ptr, y2_ptr)
+        if HAS_BIAS:
+            bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the end read other rows, and are not stored: loads without masks pipeline.
+    m = tl.max_contiguous(tl.multiple_of(rows % M, BLOCK_M), BLOCK_M)
+    n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
+    acc_int32 = _int8_product(
+        x_int8_ptr, w_ptr, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
+    )
+    y = acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
+    if HAS_OUTLIERS:
+        count = tl.load(count_ptr)
+        y = _add_outliers(
+            y, x_gathered_ptr, w_gathered_ptr, m, w_offset + n, count, CAPACITY, BLOCK_O, PRECISION
+        )
+    y *= tl.load(w_scale_ptr + n)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+    target = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)
