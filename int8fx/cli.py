@@ -18,9 +18,7 @@ from int8fx.errors import UserError
 FAILED = 1
 INTERRUPTED = 130  # as shells count it: 128 + SIGINT
 
-app = typer.Typer(
-    help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False)
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -73,10 +71,15 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
-def require_positive(option: str, given: int) -> None:
-    """Typer's own bounds would not say what was given."""
-    if given < 1:
-        raise UserError(f"{option} {given}: allowed are whole numbers from 1")
+def positive(given: str | int) -> int:
+    """A count. Typer's own check would not say what was given."""
+    try:
+        count = int(given)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise typer.BadParameter(f"given {given!r}; allowed are whole numbers from 1")
+    return count
 
 
 def _print_version(asked: bool) -> None:
@@ -111,15 +114,20 @@ def demo(
     prompt: Annotated[
         str, typer.Option(help="What to generate from.")
     ] = "Why is the sky blue? Answer in two sentences.",
-    tokens: Annotated[int, typer.Option(help="How many to generate, at most.")] = 64,
+    tokens: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many to generate, at most.")
+    ] = 64,
     windows: Annotated[
-        int, typer.Option(help="How many windows of 512 tokens to judge the accuracy on, at most.")
+        int,
+        typer.Option(
+            parser=positive,
+            metavar="N",
+            help="How many windows of 512 tokens to judge the accuracy on, at most.",
+        ),
     ] = 10,
     debug: DebugOption = False,
 ) -> None:
     """Sets a model as loaded, Inductor's bf16 and llmint8 side by side, in one table."""
-    require_positive("--tokens", tokens)
-    require_positive("--windows", windows)
     progress = Console(stderr=True)
     from int8fx.progress import step
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 import int8fx
 
@@ -40,7 +40,7 @@ class Contender:
     """
 
     def __init__(
-        self, name: str, how: str, model: nn.Module, backend: str | None, capacity: int
+        self, name: str, how: str, model: PreTrainedModel, backend: str | None, capacity: int
     ) -> None:
         """
         Args:
@@ -131,7 +131,7 @@ class Contender:
         return generated
 
 
-def _empty_cache(model: nn.Module, capacity: int, device: torch.device) -> StaticCache:
+def _empty_cache(model: PreTrainedModel, capacity: int, device: torch.device) -> StaticCache:
     """A cache that knows the model's head counts and dtype: one eager step allocates it.
 
     Allocated while Dynamo traces, its tensors could not be marked as static addresses.
@@ -148,7 +148,7 @@ def dynamo_counts() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def line_up(model: nn.Module, capacity: int) -> list[Contender]:
+def line_up(model: PreTrainedModel, capacity: int) -> list[Contender]:
     """The model as loaded, a bf16 copy under Inductor, and the model under llmint8."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return [
@@ -158,7 +158,7 @@ def line_up(model: nn.Module, capacity: int) -> list[Contender]:
     ]
 
 
-def in_bfloat16(model: nn.Module) -> nn.Module:
+def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with its floating parameters in bf16.
 
     Buffers stay: ``model.to(torch.bfloat16)`` would round the rotary frequencies too, which loading

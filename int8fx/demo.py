@@ -47,7 +47,7 @@ def run(settings: Settings, console: Console, progress: Console) -> None:
     """
     model, tokenizer = _load(settings.model, progress)
     prompt = encode_prompt(tokenizer, settings.prompt)
-    length = _window_length(model, settings.new_tokens)
+    length = window_length(model, settings.new_tokens)
     capacity = length + max(settings.new_tokens, STEPS)
     if len(prompt) + settings.new_tokens > capacity:
         raise UserError(
@@ -100,7 +100,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _window_length(model: Any, new_tokens: int) -> int:
+def window_length(model: Any, new_tokens: int) -> int:
     """How many tokens to prefill: a window, or what a model with a short context leaves of it."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW * 4
     length = min(WINDOW, context - max(new_tokens, STEPS))

@@ -74,9 +74,10 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     # Where a kernel for GGUF blocks is installed, newer releases would keep the blocks packed.
     config = getattr(transformers, "GgufConfig", None)
     unpack = {} if config is None else {"quantization_config": config(dequantize=True)}
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **unpack)
-    return model.eval(), AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, **unpack
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def require_gguf() -> None:

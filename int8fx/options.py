@@ -1,6 +1,6 @@
 """The options of ``torch.compile(..., backend="llmint8", options={...})``, checked before use."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,9 +69,7 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
     known = inductor_config()
     for name in options.inductor:
         if name not in known:
-            raise ValueError(
-                f"option 'inductor': {name!r} is not an entry of torch._inductor.config"
-            )
+            raise ValueError(f"option 'inductor': {name!r} is not an entry of torch._inductor.config")
     return patches
 
 
@@ -110,7 +108,7 @@ def _patches(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threshold": _threshold,
     "decomposition": _decomposition,
     "skip": _patterns,

@@ -21,6 +21,7 @@ from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
+from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import lower
 from int8fx.passes.mutation import written
 from int8fx.passes.scope import Scope, scopes
@@ -54,6 +55,7 @@ def compile_graph(
         lower_linears(compilation)
         share_quantizations(compilation)
         fold_biases(compilation)
+        join_quantized_linears(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation)
     report(compilation)
@@ -79,6 +81,7 @@ class Compilation:
     packed: list[PackedWeight] = field(default_factory=list)
     packed_nodes: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
+    quantizations: int = 0
 
     @functools.cached_property
     def fake_mode(self) -> Any:
@@ -97,9 +100,7 @@ def capture(
         path = _module_path(torch_private.source_name(node))
         if path is not None and isinstance(value, Tensor) and not torch_private.is_fake(value):
             paths[node], tensors[node] = path, value
-    return Compilation(
-        gm, scopes(copied), list(inputs), options, patches, placeholders, paths, tensors
-    )
+    return Compilation(gm, scopes(copied), list(inputs), options, patches, placeholders, paths, tensors)
 
 
 _MODULE = re.compile(r"(?:\._modules\['([^']+)'\])|(?:\._(?:parameters|buffers)\['([^']+)'\]$)")
@@ -171,10 +172,10 @@ def quantize_weights(compilation: Compilation) -> None:
             continue
         packed = STORE.get(compilation.tensors[expression.placeholder], expression)
         position = compilation.placeholders.index(expression.placeholder)
-        compilation.slots.append(Slot(position, expression))
-        compilation.packed.append(packed)
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
+        compilation.slots.append(Slot(position, expression))
+        compilation.packed.append(packed)
         compilation.packed_nodes[key] = (
             _add_input(compilation, f"{name}int8", packed.weight),
             _add_input(compilation, f"{name}scale", packed.w_scale),
@@ -188,9 +189,7 @@ def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
         node = graph.placeholder(name)
     torch_private.mark_as_weight(node)
     with compilation.fake_mode:
-        node.meta["example_value"] = torch.empty(
-            value.shape, dtype=value.dtype, device=value.device
-        )
+        node.meta["example_value"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     return node
 
 
@@ -223,6 +222,14 @@ def fold_biases(compilation: Compilation) -> None:
     """fuse_epilogue on every graph."""
     for scope in compilation.root.walk():
         fuse_epilogue(scope.graph)
+
+
+def join_quantized_linears(compilation: Compilation) -> None:
+    """join_linears on every graph; counts quantisations, which it may take away, before."""
+    for scope in compilation.root.walk():
+        quantizations = scope.graph.find_nodes(op="call_function", target=ops.quantize)
+        compilation.quantizations += len(quantizations)
+        join_linears(scope.graph, compilation.fake_mode, table.joined)
 
 
 def codegen(compilation: Compilation) -> Callable[..., Any]:
@@ -275,7 +282,8 @@ def cache_identity() -> str:
     """A hash of this package's sources: part of the key of every compile cache below us."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for folder in (package, package / "passes", package / "kernels"):
+    kernels = package / "kernels"
+    for folder in (package, package / "passes", kernels, kernels / "cpu", kernels / "gpu"):
         for source in sorted(folder.glob("*.py")):
             digest.update(source.read_bytes())
     return f"int8fx-{digest.hexdigest()[:16]}"
@@ -283,15 +291,12 @@ def cache_identity() -> str:
 
 def report(compilation: Compilation) -> None:
     """Hands the decisions to whoever asked for them (``collect_reports``) and to the log."""
-    graphs = [scope.graph for scope in compilation.root.walk()]
     made = Report(
         decisions=tuple(compilation.decisions),
         kernel=table.describe(),
         original=_readable(compilation.original),
         graph=_readable(compilation.root.gm),
-        quantizations=sum(
-            len(graph.find_nodes(op="call_function", target=ops.quantize)) for graph in graphs
-        ),
+        quantizations=compilation.quantizations,
         float_bytes=sum(weight.float_bytes for weight in compilation.packed),
         int8_bytes=sum(weight.nbytes for weight in compilation.packed),
     )

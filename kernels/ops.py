@@ -6,7 +6,7 @@ where none serves, the reference runs.
 | operator | formula |
 |---|---|
 | ``quantize`` | x ≈ x_int8 · x_scale + x_outlier (``kernels/quantize.py``) |
-| ``int8_linear`` | ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias (``kernels/linear.py``) |
+| ``int8_linear`` | ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias |
 | ``int8_linear_group`` | several ``int8_linear`` of one quantised input |
 | ``unpack_weight`` | the ``[N, K]`` form of a packed weight |
 
@@ -62,7 +62,7 @@ def _quantize_fake(x: Tensor, threshold: float, decomposition: str) -> tuple[Ten
 
 
 def _quantize_setup(ctx, inputs, output) -> None:
-    x, threshold, _ = inputs
+    _, threshold, _ = inputs
     x_int8, x_scale, _, outlier_columns = output
     ctx.decomposed = threshold != 0
     ctx.mark_non_differentiable(x_int8, x_scale, outlier_columns)
@@ -95,9 +95,7 @@ def _int8_linear(
     return linear_reference(x_int8, x_scale, x_outlier, outlier_columns, w_int8, w_scale, bias)
 
 
-def _int8_linear_fake(
-    x_int8, x_scale, x_outlier, outlier_columns, weight, w_scale, bias
-) -> Tensor:
+def _int8_linear_fake(x_int8, x_scale, x_outlier, outlier_columns, weight, w_scale, bias) -> Tensor:
     shape = (*x_int8.shape[:-1], w_scale.shape[0])
     return torch.empty(shape, dtype=x_outlier.dtype, device=x_int8.device)
 

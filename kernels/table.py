@@ -9,12 +9,12 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from int8fx.kernels.cpu import int8_linear as cpu
-
+from int8fx.kernels.gpu import device as gpu
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ class Kernel:
         pack: ``w_int8 [N, K]`` to the tensor that the kernel takes as ``weight``.
         reason: why this one serves instead of a faster one, or empty.
         unpack: ``(weight, N, K)`` back to ``w_int8 [N, K]``, bit for bit.
+        joined: where the kernel quantises by itself, the operator that takes ``x`` and several
+            linears of it, and how many at most (``passes/join_linears.py``).
     """
 
     name: str
@@ -36,12 +38,22 @@ class Kernel:
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int, int], Tensor]
     reason: str = ""
+    joined: Callable[[], tuple[Any, int]] | None = None
 
 
-REFERENCE = Kernel("plain PyTorch", lambda: None, lambda w_int8: w_int8, lambda weight, N, K: weight)
+def _as_it_is(w_int8: Tensor) -> Tensor:
+    return w_int8
+
+
+def _still_as_it_is(weight: Tensor, N: int, K: int) -> Tensor:
+    return weight
+
+
+REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _still_as_it_is)
 
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.unpack),
+    "cuda": Kernel("Triton", gpu.load, _as_it_is, _still_as_it_is, joined=gpu.operator),
 }
 
 
@@ -54,9 +66,20 @@ def kernel_for(device_type: str) -> Kernel | None:
     reason = kernel.load()
     if reason is None:
         return kernel
-    log.info("int8 kernel %r cannot serve %s, %s will: %s",
-             kernel.name, device_type, REFERENCE.name, reason)
+    log.info(
+        "int8 kernel %r cannot serve %s, %s will: %s",
+        kernel.name,
+        device_type,
+        REFERENCE.name,
+        reason,
+    )
     return dataclasses.replace(REFERENCE, reason=reason)
+
+
+def joined(device_type: str) -> tuple[Any, int] | None:
+    """``Kernel.joined`` of the kernel that serves a device."""
+    kernel = kernel_for(device_type)
+    return None if kernel is None or kernel.joined is None else kernel.joined()
 
 
 def describe() -> dict[str, str]:
@@ -73,8 +96,9 @@ def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` in the form that the kernel of its device takes."""
     kernel = kernel_for(w_int8.device.type)
     if kernel is None:
-        raise ValueError(f"no int8 kernel for device {w_int8.device.type!r}; "
-                         f"devices with one: {', '.join(KERNELS)}")
+        raise ValueError(
+            f"no int8 kernel for device {w_int8.device.type!r}; devices with one: {', '.join(KERNELS)}"
+        )
     return kernel.pack(w_int8)
 
 

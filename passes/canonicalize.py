@@ -84,7 +84,7 @@ class _Call:
     is_weight: Callable[[fx.Node], bool]
 
     def arguments(self, *names: str, **defaults: Any) -> list[Any]:
-        values = dict(zip((*names, *defaults), self.node.args)) | self.node.kwargs
+        values = dict(zip((*names, *defaults), self.node.args, strict=False)) | self.node.kwargs
         return [values.get(name, defaults.get(name)) for name in (*names, *defaults)]
 
     def candidate(self) -> Candidate:
@@ -154,10 +154,10 @@ def _einsum(call: _Call) -> Candidate:
         return candidate.refused("both operands are activations")
     side = 0 if weights[0] else 1
     weight, x = operands[side], operands[1 - side]
-    shapes = [_shape(operand) for operand in operands]
-    if shapes[0] is None or shapes[1] is None:
+    weight_shape, x_rank = _shape(weight), _rank(x)
+    if weight_shape is None or x_rank is None:
         return candidate.refused("the shapes of its operands are not known")
-    form = linear_map(equation, side, shapes[side], len(shapes[1 - side]))
+    form = linear_map(equation, side, weight_shape, x_rank)
     if isinstance(form, str):
         return candidate.refused(form)
     to_steps = [[method(name, *args) for name, *args in steps] for steps in form]

@@ -41,7 +41,7 @@ def linear_map(
     if any(index not in y for index in batch) or not contracted or not outputs:
         return f"einsum {equation!r} is no product over shared indices"
 
-    size = dict(zip(weight, weight_shape))
+    size = dict(zip(weight, weight_shape, strict=True))
     K = math.prod(size[index] for index in contracted)
     N = math.prod(size[index] for index in outputs)
     x_calls = _permute(x, batch + contracted)

@@ -14,7 +14,6 @@ the linear are Inductor's to fuse with each other.
 """
 
 import operator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -52,9 +51,7 @@ def _bias_of(addition: fx.Node, linear: fx.Node) -> fx.Node | None:
     if not isinstance(bias, fx.Node) or bias.op != "placeholder" or bias.users.keys() - {addition}:
         return None
     value, result = bias.meta.get("example_value"), linear.meta["example_value"]
-    fits = isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == result.shape[-1]
-    return bias if fits and value.dtype == result.dtype and not _overwritten(bias) else None
-
-
-def _overwritten(bias: Any) -> bool:
-    return any(writes_in_place(user) for user in bias.users)
+    if not isinstance(value, Tensor) or any(writes_in_place(user) for user in bias.users):
+        return None
+    fits = tuple(value.shape) == (result.shape[-1],) and value.dtype == result.dtype
+    return bias if fits else None

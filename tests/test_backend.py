@@ -92,7 +92,7 @@ def test_skip_and_only(model, x):
 def test_inductor_options_and_torch_compile_options_reach_inductor(model, x):
     y, _ = compile_once(model, x, backend_options={"inductor": {"max_autotune": False}})
     check(y, model, x)
-    with pytest.raises(Exception, match="'no_such_entry' is not an entry of torch._inductor.config"):
+    with pytest.raises(Exception, match=r"'no_such_entry' is not an entry of torch._inductor.config"):
         compile_once(model, x, backend_options={"inductor": {"no_such_entry": 1}})
 
 
@@ -118,7 +118,7 @@ def test_a_wrong_option_is_named(given, message):
 def test_a_wrong_option_is_reported_at_the_first_call_and_leaves_the_model_alone(model, x):
     torch._dynamo.reset()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(Exception, match="ValueError: option 'threshold'.*given -1"):
+    with pytest.raises(Exception, match=r"ValueError: option 'threshold'.*given -1"):
         torch.compile(model, backend="llmint8", options={"threshold": -1})(x)
     torch._dynamo.reset()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -209,11 +209,12 @@ def test_lora_over_a_frozen_base_trains_like_float(x):
 
 def test_trainable_weights_stay_in_float_with_one_warning(model, x):
     torch._dynamo.reset()
-    with pytest.warns(UserWarning) as caught, collect_reports() as reports:
+    with pytest.warns(UserWarning, match="llmint8") as caught, collect_reports() as reports:
         y = torch.compile(model, backend="llmint8")(x)
     ours = [str(entry.message) for entry in caught if "llmint8" in str(entry.message)]
     assert len(ours) == 1
-    assert "torch.no_grad()" in ours[0] and "requires_grad_(False)" in ours[0]
+    assert "torch.no_grad()" in ours[0]
+    assert "requires_grad_(False)" in ours[0]
     assert {decision.reason for decision in reports[0].decisions} == {"weight requires grad"}
     torch._dynamo.reset()
     assert torch.equal(y, torch.compile(model, backend="inductor")(x))

@@ -16,19 +16,33 @@
 
 #include "kernels.h"
 
+using namespace std::string_literals;
+
 namespace int8fx {
 namespace {
 
 constexpr int64_t MIN_UNIT_BYTES = 64 << 10;  // of weights: a few microseconds of work
 constexpr int64_t UNITS_PER_THREAD = 8;       // so that a disturbed thread does not hold up all
 
-const Kernel* best_kernel() {
-  for (const Kernel& kernel : KERNELS)
-    if (kernel.supported()) return &kernel;
-  return nullptr;
+// The kernels that this machine can execute, best first.
+const std::vector<const Kernel*>& usable_kernels() {
+  static const auto usable = [] {
+    std::vector<const Kernel*> found;
+    for (const Kernel& kernel : KERNELS)
+      if (kernel.supported()) found.push_back(&kernel);
+    return found;
+  }();
+  return usable;
 }
 
-std::atomic<const Kernel*> current_kernel{best_kernel()};
+std::atomic<const Kernel*> forced_kernel{nullptr};
+
+const Kernel& kernel_for(int64_t M) {
+  if (const Kernel* forced = forced_kernel.load(std::memory_order_relaxed)) return *forced;
+  for (const Kernel* kernel : usable_kernels())
+    if (M >= kernel->min_rows) return *kernel;
+  return *usable_kernels().back();
+}
 
 int64_t l2_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -161,17 +175,46 @@ struct Plan {
   }
 };
 
-void multiply_all(const Kernel& kernel, const Activations& a, c10::ArrayRef<Weight> weights) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const Plan plan(kernel, a, weights, threads);
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    if (kernel.enter) kernel.enter(a);
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;)
-      plan.execute(kernel, a, unit);
-    if (kernel.leave) kernel.leave();
+// Each thread works through a range of its own, whose weights it prefetches from unit to unit, and
+// then helps the others, so that a thread which the machine holds up does not hold up the call.
+class Queue {
+ public:
+  Queue(int64_t units, int64_t threads) : ranges_(threads) {
+    for (int64_t t = 0; t < threads; ++t) {
+      ranges_[t].next = units * t / threads;
+      ranges_[t].end = units * (t + 1) / threads;
+    }
+  }
+
+  template <class F>
+  void drain(int64_t thread, const F& execute) {
+    const int64_t threads = ranges_.size();
+    for (int64_t i = 0; i < threads; ++i) {
+      Range& range = ranges_[(thread + i) % threads];
+      for (int64_t unit; (unit = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+        execute(unit);
+    }
+  }
+
+ private:
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  at::parallel_for(0, std::min(threads, plan.units), 1, work);
+  std::vector<Range> ranges_;
+};
+
+void multiply_all(const Kernel& kernel, const Activations& a, c10::ArrayRef<Weight> weights) {
+  int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const Plan plan(kernel, a, weights, threads);
+  threads = std::min(threads, plan.units);
+  Queue queue(plan.units, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    if (kernel.enter) kernel.enter(a);
+    for (int64_t thread = begin; thread < end; ++thread)
+      queue.drain(thread, [&](int64_t unit) { plan.execute(kernel, a, unit); });
+    if (kernel.leave) kernel.leave();
+  });
 }
 
 // ---- the operators
@@ -213,9 +256,9 @@ at::Tensor float_bias(const std::optional<at::Tensor>& bias) {
 void run(
     const at::Tensor& x_int8_any, const at::Tensor& x_scale_any, const at::Tensor& x_outlier_any,
     const std::optional<at::Tensor>& outlier_columns, c10::ArrayRef<Weight> weights) {
-  const Kernel& kernel = *current_kernel.load(std::memory_order_relaxed);
   const auto x_int8 = contiguous(x_int8_any), x_scale = contiguous(x_scale_any),
              x_outlier = contiguous(x_outlier_any);
+  const Kernel& kernel = kernel_for(x_scale->numel());
   Activations a{};
   a.M = x_scale->numel();
   a.K = x_int8->size(-1);
@@ -314,24 +357,21 @@ TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
 }  // namespace
 }  // namespace int8fx
 
-extern "C" const char* int8fx_isa() { return int8fx::current_kernel.load()->name; }
-
 extern "C" const char* int8fx_isas() {
   static const std::string names = [] {
     std::string all;
-    for (const int8fx::Kernel& kernel : int8fx::KERNELS)
-      if (kernel.supported()) all += std::string(kernel.name) + " ";
+    for (const int8fx::Kernel* kernel : int8fx::usable_kernels()) all += kernel->name + " "s;
     return all;
   }();
   return names.c_str();
 }
 
-// False when no kernel has that name or the machine cannot run it.
+// Use one kernel for every M, or with "auto" the best. False when this machine has no such kernel.
 extern "C" bool int8fx_use_isa(const char* name) {
-  for (const int8fx::Kernel& kernel : int8fx::KERNELS) {
-    if (std::strcmp(kernel.name, name) != 0 || !kernel.supported()) continue;
-    int8fx::current_kernel = &kernel;
-    return true;
-  }
-  return false;
+  const int8fx::Kernel* chosen = nullptr;
+  for (const int8fx::Kernel* kernel : int8fx::usable_kernels())
+    if (std::strcmp(kernel->name, name) == 0) chosen = kernel;
+  if (!chosen && std::strcmp(name, "auto") != 0) return false;
+  int8fx::forced_kernel = chosen;
+  return true;
 }

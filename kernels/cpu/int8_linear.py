@@ -32,8 +32,8 @@ def load() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: one of ``isas()``."""
-    return _library().int8fx_isa().decode()
+    """The best instruction set that this machine can execute."""
+    return isas()[0]
 
 
 def isas() -> list[str]:
@@ -42,7 +42,7 @@ def isas() -> list[str]:
 
 
 def use_isa(name: str) -> None:
-    """Use another of ``isas()``, for tests and benchmarks."""
+    """For tests and benchmarks: always use one of ``isas()``, or again the best with ``"auto"``."""
     if not _library().int8fx_use_isa(name.encode()):
         raise ValueError(f"this machine cannot execute {name!r}, only {isas()}")
 
@@ -71,7 +71,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(build.build()))
     except (build.BuildError, OSError) as error:
         return None, str(error)
-    library.int8fx_isa.restype = ctypes.c_char_p
     library.int8fx_isas.restype = ctypes.c_char_p
     library.int8fx_use_isa.restype = ctypes.c_bool
     return library, None

@@ -36,6 +36,7 @@ namespace int8fx {
 typedef float F32x16 __attribute__((vector_size(64)));
 typedef int32_t I32x16 __attribute__((vector_size(64)));
 typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x8 __attribute__((vector_size(32)));
 typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
 #ifdef INT8FX_X86
@@ -53,7 +54,7 @@ constexpr int ROW_TILE = 12, PANEL = 2, VECTORS = 1, OUTLIER_ROWS = 12;
 using Activation = uint8_t;
 using X = __m512i;
 using W = __m512i;
-using Sums = __m512i;
+using Sums = I32x16;
 
 inline void pack_x(const int8_t* x, Activation* out) {
   uint32_t quad;
@@ -68,11 +69,12 @@ inline X load_x(const Activation* x) {
 }
 inline W load_w(const int8_t* w, int) { return _mm512_loadu_si512(w); }
 inline Sums first_sums(const int8_t* channel_sums, int) {
-  const I32x16 sums = (I32x16)_mm512_loadu_si512(channel_sums);
-  return (Sums)(sums * -128);
+  return (Sums)_mm512_loadu_si512(channel_sums) * -128;
 }
-inline void dot(Sums& sums, X x, W w) { sums = _mm512_dpbusd_epi32(sums, x, w); }
-inline void store_sums(int32_t* out, const Sums* sums) { _mm512_storeu_si512(out, *sums); }
+inline void dot(Sums& sums, X x, W w) {
+  sums = (Sums)_mm512_dpbusd_epi32((__m512i)sums, x, w);
+}
+inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
 inline void store_half(void* p, const F32x16& v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
@@ -97,6 +99,8 @@ namespace amx_int8 {
 
 constexpr int ROW_TILE = 32, PANEL = 2, OUTLIER_ROWS = 16;
 constexpr int TILE_ROWS = 16, TILE_K = 64;
+
+using Activation = int8_t;
 
 using avx512_vnni::store_half;
 
@@ -207,7 +211,7 @@ constexpr int ROW_TILE = 6, PANEL = 1, VECTORS = 2, OUTLIER_ROWS = 4;
 using Activation = uint8_t;
 using X = __m256i;
 using W = __m256i;
-using Sums = __m256i;
+using Sums = I32x8;
 
 inline void pack_x(const int8_t* x, Activation* out) { avx512_vnni::pack_x(x, out); }
 inline X load_x(const Activation* x) {
@@ -217,12 +221,12 @@ inline X load_x(const Activation* x) {
 }
 inline W load_w(const int8_t* w, int v) { return _mm256_loadu_si256((const __m256i*)w + v); }
 inline Sums first_sums(const int8_t* channel_sums, int v) {
-  return _mm256_mullo_epi32(load_w(channel_sums, v), _mm256_set1_epi32(-128));
+  return (Sums)load_w(channel_sums, v) * -128;
 }
-inline void dot(Sums& sums, X x, W w) { sums = _mm256_dpbusd_avx_epi32(sums, x, w); }
-inline void store_sums(int32_t* out, const Sums* sums) {
-  for (int v = 0; v < VECTORS; ++v) _mm256_storeu_si256((__m256i*)out + v, sums[v]);
+inline void dot(Sums& sums, X x, W w) {
+  sums = (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, x, w);
 }
+inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
 inline void store_half(void* p, const F32x16& v) {
   for (int i = 0; i < 2; ++i) {
@@ -253,7 +257,7 @@ constexpr int ROW_TILE = 2, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
 using Activation = int16_t;
 using X = __m256i;
 using W = __m256i;     // 4 channels x 4 k
-using Sums = __m256i;  // 4 channels x 2 pairs of k
+using Sums = I32x8;  // 4 channels x 2 pairs of k
 
 inline void pack_x(const int8_t* x, Activation* out) {
   for (int i = 0; i < 4; ++i) out[i] = x[i];
@@ -266,14 +270,14 @@ inline X load_x(const Activation* x) {
 inline W load_w(const int8_t* w, int v) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w + v));
 }
-inline Sums first_sums(const int8_t*, int) { return _mm256_setzero_si256(); }
+inline Sums first_sums(const int8_t*, int) { return Sums{}; }
 inline void dot(Sums& sums, X x, W w) {
-  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(x, w));
+  sums += (Sums)_mm256_madd_epi16(x, w);
 }
 inline void store_sums(int32_t* out, const Sums* sums) {
   for (int i = 0; i < 2; ++i) {
     // hadd adds the pairs but interleaves the halves of its operands: channels 0 1 4 5, 2 3 6 7.
-    const __m256i pairs = _mm256_hadd_epi32(sums[2 * i], sums[2 * i + 1]);
+    const __m256i pairs = _mm256_hadd_epi32((__m256i)sums[2 * i], (__m256i)sums[2 * i + 1]);
     _mm256_storeu_si256((__m256i*)out + i, _mm256_permute4x64_epi64(pairs, 0b11011000));
   }
 }
@@ -338,24 +342,20 @@ inline bool supported() { return true; }
 
 }  // namespace portable
 
-#define INT8FX_KERNEL(isa, enter, leave)                                                        \
-  Kernel {                                                                                      \
-    #isa, isa::supported, isa::ROW_TILE, isa::PANEL, sizeof(isa::Activation), isa::pack_tile,   \
-        enter, leave, isa::multiply                                                             \
+#define INT8FX_KERNEL(isa, min_rows, enter, leave)                                             \
+  Kernel {                                                                                     \
+    #isa, isa::supported, min_rows, isa::ROW_TILE, isa::PANEL, sizeof(isa::Activation),        \
+        isa::pack_tile, enter, leave, isa::multiply                                            \
   }
-
-namespace amx_int8 {
-using Activation = int8_t;
-}
 
 inline constexpr Kernel KERNELS[] = {
 #ifdef INT8FX_X86
-    INT8FX_KERNEL(amx_int8, amx_int8::enter, amx_int8::leave),
-    INT8FX_KERNEL(avx512_vnni, nullptr, nullptr),
-    INT8FX_KERNEL(avx_vnni, nullptr, nullptr),
-    INT8FX_KERNEL(avx2, nullptr, nullptr),
+    INT8FX_KERNEL(amx_int8, 8, amx_int8::enter, amx_int8::leave),
+    INT8FX_KERNEL(avx512_vnni, 1, nullptr, nullptr),
+    INT8FX_KERNEL(avx_vnni, 1, nullptr, nullptr),
+    INT8FX_KERNEL(avx2, 1, nullptr, nullptr),
 #endif
-    INT8FX_KERNEL(portable, nullptr, nullptr),
+    INT8FX_KERNEL(portable, 1, nullptr, nullptr),
 };
 
 }  // namespace int8fx

@@ -65,6 +65,7 @@ struct Prefetch {
 struct Kernel {
   const char* name;
   bool (*supported)();
+  int64_t min_rows;        // with fewer, the next kernel in the table is faster
   int64_t row_tile;
   int64_t panel;           // blocks that the kernel multiplies at once
   int64_t element_bytes;   // of a packed activation

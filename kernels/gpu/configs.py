@@ -50,6 +50,11 @@ _HOPPER = (
     GemmConfig(128, 128, 128, 8, 3, blocks=2),
     GemmConfig(128, 256, 128, 8, 3, blocks=1),
 )
+_BLACKWELL = (
+    GemmConfig(64, 64, 128, 4, 4, blocks=2),
+    GemmConfig(64, 128, 128, 4, 4, blocks=2),
+    GemmConfig(128, 128, 128, 8, 3),
+)
 _CDNA = (
     GemmConfig(64, 64, 64, 4, 2, blocks=2),
     GemmConfig(64, 128, 64, 4, 2, blocks=1),
@@ -60,7 +65,7 @@ GEMM: dict[str, tuple[GemmConfig, ...]] = {
     "sm_86": _AMPERE,
     "sm_89": _AMPERE,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "sm_120": _AMPERE,
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
@@ -73,7 +78,7 @@ DECODE: dict[str, tuple[DecodeConfig, ...]] = {
 }
 
 # A scale needs all of a row, so the first pass over x takes the largest block that stays in registers.
-SCALE_BLOCK = {1: 2048, 16: 256}
+SCALE_BLOCK = {1: 1024, 16: 128}
 
 
 def architecture(device: torch.device) -> str:
@@ -122,6 +127,6 @@ def split_k(config: DecodeConfig, N: int, K: int, processors: int) -> int:
     """
     tiles = -(-N // config.block_n)
     parts = 1
-    while parts < 8 and tiles * parts * 4 <= processors and K >= 2 * parts * 4 * config.block_k:
+    while parts < 8 and tiles * parts * 4 <= processors and 2 * parts * 4 * config.block_k <= K:
         parts *= 2
     return parts

@@ -132,11 +132,11 @@ def quantize_gather_kernel(
         first1 = first0 + tl.cdiv(N1, WEIGHT_ROWS)
         group = (block >= first0).to(tl.int32) + (block >= first1).to(tl.int32)
         block -= pick(group, 0, first0, first1)
-        rows = block * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
-        inside = rows < pick(group, N0, N1, N2)
+        n = block * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
+        inside = n < pick(group, N0, N1, N2)
         w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
-        target_rows = rows + pick(group, 0, N0, N0 + N1)
-        _gather(w_ptr, w_gathered_ptr, target_rows, rows, inside, columns_ptr, count,
+        target_rows = n + pick(group, 0, N0, N0 + N1)
+        _gather(w_ptr, w_gathered_ptr, target_rows, n, inside, columns_ptr, count,
                 K, CAPACITY, BLOCK_O)  # fmt: skip
 
 

@@ -66,16 +66,17 @@ def _int8_product(
     x_tile = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
     w_tile = w_ptr + n.to(tl.int64)[None, :] * K + k[:, None]
     acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
-        if EVEN_K:
-            x, w = tl.load(x_tile), tl.load(w_tile)
-        else:
-            inside = start + k < K
-            x = tl.load(x_tile, mask=inside[None, :], other=0)
-            w = tl.load(w_tile, mask=inside[:, None], other=0)
-        acc_int32 = tl.dot(x, w, acc_int32, out_dtype=tl.int32)
-        x_tile += BLOCK_K
-        w_tile += BLOCK_K
+    for start in range(0, K, BLOCK_K * UNROLL):
+        for step in tl.static_range(UNROLL):
+            if EVEN_K:
+                x, w = tl.load(x_tile), tl.load(w_tile)
+            else:
+                inside = start + step * BLOCK_K + k < K
+                x = tl.load(x_tile, mask=inside[None, :], other=0)
+                w = tl.load(w_tile, mask=inside[:, None], other=0)
+            acc_int32 = tl.dot(x, w, acc_int32, out_dtype=tl.int32)
+            x_tile += BLOCK_K
+            w_tile += BLOCK_K
     return acc_int32
 
 

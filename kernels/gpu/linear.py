@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
@@ -100,6 +99,16 @@ class _Linears:
         return [torch.empty((*shape, N), dtype=dtype, device=x.device) for N in self.widths]
 
 
+def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Three pointers for one to three outputs.
+
+    Not one tensor twice: functionalisation would take the two for different results of the kernel.
+    """
+    fill = [outputs[0].new_empty(1) for _ in range(MAX_GROUP - len(outputs))]
+    first, second, third = (*outputs, *fill)
+    return first, second, third
+
+
 def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
     M, K = x.shape
     N = sum(linears.widths)
@@ -118,7 +127,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
     wrap_triton(decode_kernel)[(tiles, parts)](
         x,
         *linears.pointers,
-        *padded(outputs),
+        *_output_pointers(outputs),
         M,
         *linears.N,
         K,
@@ -159,7 +168,7 @@ def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears)
         w_gathered,
         count,
         *linears.pointers,
-        *padded(outputs),
+        *_output_pointers(outputs),
         M,
         *linears.N,
         K,
@@ -170,7 +179,7 @@ def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears)
         BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
         UNROLL=config.unroll,
-        EVEN_K=K % config.block_k == 0,
+        EVEN_K=K % (config.block_k * config.unroll) == 0,
         HAS_OUTLIERS=threshold != 0,
         PRECISION=_precision(x.dtype, arch),
         num_warps=config.num_warps,

@@ -1,0 +1,41 @@
+"""Whether the GPU of this process can run the kernels of this folder."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+# The first with asynchronous copies and int8 matrix instructions that Triton generates.
+_OLDEST = (8, 0)
+_AMD = ("gfx90a", "gfx942")
+
+
+def load() -> str | None:
+    """Registers ``int8fx::quantized_linears``; or the reason why this GPU cannot run it."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    reason = _unsupported(torch.cuda.get_device_properties(0))
+    if reason is None:
+        import int8fx.kernels.gpu.linear  # noqa: F401
+    return reason
+
+
+def _unsupported(properties: Any) -> str | None:
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+        return None if arch in _AMD else f"{arch} is none of {', '.join(_AMD)}"
+    if (properties.major, properties.minor) < _OLDEST:
+        return (
+            f"{properties.name} is sm_{properties.major}{properties.minor}; int8 matrix "
+            f"instructions that Triton generates start at sm_{_OLDEST[0]}{_OLDEST[1]}"
+        )
+    return None
+
+
+def operator() -> tuple[Any, int]:
+    """The operator that quantises and multiplies, and how many linears it takes at most."""
+    from int8fx.kernels.gpu.groups import MAX_GROUP
+
+    return torch.ops.int8fx.quantized_linears.default, MAX_GROUP

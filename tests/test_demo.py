@@ -1,0 +1,165 @@
+"""The demo's contenders on a random Llama, and the table that people read."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from int8fx import demo
+from int8fx.contenders import Contender, Speed, dynamo_counts, in_bfloat16, measure
+from int8fx.errors import UserError
+from int8fx.evaluate import Accuracy
+
+CAPACITY = 24
+
+
+def ignore(done: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def token_ids() -> torch.Tensor:
+    return torch.randint(1, 64, (1, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def traced(model) -> Contender:
+    """Compiled by Dynamo alone: what is counted here is graphs, and Inductor adds none."""
+    torch._dynamo.reset()
+    return Contender("traced", "", model, "eager", CAPACITY)
+
+
+def test_logits_are_those_of_the_model(model, token_ids):
+    contender = Contender("eager", "", model, None, CAPACITY)
+    with torch.no_grad():
+        expected = model(input_ids=token_ids).logits
+    # Twice: the second time, the cache was used before.
+    for _ in range(2):
+        torch.testing.assert_close(contender.logits(token_ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generate_is_greedy_decoding(model, token_ids):
+    contender = Contender("eager", "", model, None, CAPACITY)
+    expected = model.generate(token_ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    prompt = token_ids[0].tolist()
+    generated = contender.generate(prompt, 8, stop=[], on_token=ignore)
+    assert prompt + generated == expected[0].tolist()
+
+
+def test_generate_ends_at_a_stop_token(model, token_ids):
+    contender = Contender("eager", "", model, None, CAPACITY)
+    prompt = token_ids[0].tolist()
+    free = contender.generate(prompt, 8, stop=[], on_token=ignore)
+    stopped = contender.generate(prompt, 8, stop=[free[3]], on_token=ignore)
+    assert stopped == free[: free.index(free[3])]
+
+
+def test_two_graphs_serve_everything(traced, token_ids):
+    traced.warm_up(token_ids, ignore)
+    assert (traced.graphs, traced.graph_breaks) == (2, 0)
+    before = dynamo_counts()
+    measure([traced], token_ids, rounds=2, steps=4, on_round=ignore)
+    traced.logits(token_ids)
+    traced.generate([1, 2, 3], 4, stop=[], on_token=ignore)
+    assert dynamo_counts() == before
+
+
+def test_weight_bytes_of_llmint8_follow_from_the_shapes(model, token_ids):
+    torch._dynamo.reset()
+    contender = Contender("llmint8", "", model, "llmint8", CAPACITY)
+    contender.warm_up(token_ids, ignore)
+    linears = [module.weight for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    floats = sum(parameter.nbytes for parameter in model.parameters())
+    floats -= sum(weight.nbytes for weight in linears)
+    packed = sum(weight.numel() + 4 * weight.shape[0] for weight in linears)
+    assert contender.graph_breaks == 0
+    assert contender.report is not None
+    assert len(contender.report.accepted) == len(linears)
+    # A packed weight may be padded to whole tiles, but not to a multiple of its size.
+    assert floats + packed <= contender.weight_bytes < floats + 2 * packed
+
+
+def test_bf16_copy_leaves_the_rotary_frequencies(model):
+    copied = in_bfloat16(model)
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for (name, buffer), (_, original) in zip(
+        copied.named_buffers(), model.named_buffers(), strict=True
+    ):
+        assert buffer.dtype == original.dtype, name
+
+
+def test_table_fits_80_columns(model):
+    contenders = [
+        Contender("as loaded", "float32, eager", model, None, CAPACITY),
+        Contender("Inductor", "bfloat16", model, None, CAPACITY),
+        Contender("llmint8", "int8 + float32", model, None, CAPACITY),
+    ]
+    names = [contender.name for contender in contenders]
+    speeds = dict.fromkeys(names, Speed(prefill=123456.7, decode=1234.56))
+    accuracies = dict.fromkeys(names, Accuracy(5110, 12345.678, 1.2345, 2.0, 3.0, 0.98765))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo.results("owner/a-model", contenders, speeds, accuracies))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for shown in ("owner/a-model", "123,457", "1,234.6", "12,345.68", "98.8%", "1.2345"):
+        assert shown in text
+    assert "…" not in text
+
+
+class Tokenizer:
+    """One token a character; chats are marked with a template."""
+
+    eos_token_id = 2
+
+    def __init__(self, chat_template: str | None = None) -> None:
+        self.chat_template = chat_template
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt) -> str:
+        return f"<{turns[0]['role']}>{turns[0]['content']}"
+
+
+def test_prompt_takes_the_chat_template_when_there_is_one():
+    assert demo.encode_prompt(Tokenizer(), "hi") == list(map(ord, "hi"))
+    assert demo.encode_prompt(Tokenizer("yes"), "hi") == list(map(ord, "<user>hi"))
+
+
+def test_empty_prompt():
+    with pytest.raises(UserError, match="--prompt ' ' is empty"):
+        demo.encode_prompt(Tokenizer(), " ")
+
+
+def test_more_tokens_than_the_context_holds(model):
+    with pytest.raises(UserError, match="--tokens 120 .* context of 128 tokens; at most 112"):
+        demo.window_length(model, 120)
+
+
+def test_short_context_shortens_the_window(model):
+    assert demo.window_length(model, 64) == 64
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(5, {2, 5}), ([5, 7], {2, 5, 7}), (None, {2})])
+def test_stop_tokens_come_from_model_and_tokenizer(model, monkeypatch, stop, expected):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", stop)
+    assert demo.stop_tokens(model, Tokenizer()) == expected

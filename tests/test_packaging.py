@@ -1,0 +1,89 @@
+"""The layout: both import paths work, installed or not, beside Hugging Face's package ``kernels``."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, cwd: Path, path: Path | None = None) -> str:
+    env = {**os.environ, "PYTHONPATH": "" if path is None else str(path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A stand-in for the package that transformers imports under the name ``kernels``."""
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("whose = 'hugging face'\n")
+    return package.parent
+
+
+def test_the_checkout_does_not_shadow_the_package_kernels(hugging_face):
+    code = "import kernels, int8fx.kernels.ops, int8fx.passes.lower; print(kernels.whose)"
+    assert run(code, ROOT, hugging_face) == "hugging face"
+
+
+def test_no_folder_holds_an_init_that_would_shadow_it():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "passes" / "__init__.py").exists()
+    for name in ("kernels", "passes"):
+        link = ROOT / "int8fx" / name
+        assert link.is_symlink()
+        assert os.readlink(link) == f"../{name}"
+
+
+def test_a_wheel_holds_everything_and_imports(tmp_path, hugging_face):
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "-w", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("int8fx-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    sources += (ROOT / "passes").glob("*.py")
+    for source in sources:
+        assert f"int8fx/{source.relative_to(ROOT).as_posix()}" in names
+    assert "int8fx/py.typed" in names
+    assert any(name.startswith("int8fx/data/") and name.endswith(".txt") for name in names)
+    target = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = (
+        "import sys, kernels, int8fx, int8fx.kernels.ops, int8fx.pipeline;"
+        "print(kernels.whose, int8fx.__file__)"
+    )
+    printed = run(f"import sys; sys.path.insert(0, {str(target)!r}); {code}", tmp_path, hugging_face)
+    assert printed == f"hugging face {target / 'int8fx' / '__init__.py'}"
+
+
+def test_imports_point_one_way():
+    """int8fx -> passes -> kernels, never back."""
+    forbidden = {"kernels": ("int8fx.passes",), "passes": ()}
+    own = {"kernels": "int8fx.kernels", "passes": ("int8fx.kernels", "int8fx.passes")}
+    for folder, allowed in own.items():
+        for source in (ROOT / folder).rglob("*.py"):
+            for line in source.read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["from"], ["import"]) and words[1].startswith("int8fx"):
+                    assert words[1].startswith(allowed), f"{source}: {line}"
+                    assert not words[1].startswith(forbidden[folder] or ("-",)), f"{source}: {line}"
+
+
+def test_only_one_module_touches_private_torch_names():
+    for source in ROOT.rglob("*.py"):
+        relative = source.relative_to(ROOT)
+        if relative.parts[0] not in ("int8fx", "passes", "kernels"):
+            continue
+        text = source.read_text()
+        if source.name != "torch_private.py":
+            for private in ("torch._dynamo.", "torch._inductor.", "torch._functorch", "torch._guards"):
+                assert f"import {private}" not in text, f"{relative}: {private}"
+                assert f"from {private}" not in text, f"{relative}: {private}"
