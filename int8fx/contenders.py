@@ -34,7 +34,7 @@ class Contender:
 
     Attributes:
         name, how: what it is called and how it runs, for people.
-        weight_bytes: of the weights as its products read them; known after ``warm_up``.
+        weight_bytes: of the weights that its forward reads; known after ``warm_up``.
         graphs, graph_breaks: what Dynamo made of it; known after ``warm_up``.
         report: of the int8 backend, when it is that.
     """
@@ -49,12 +49,13 @@ class Contender:
         """
         self.name = name
         self.how = how
-        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.weight_bytes = weight_bytes(model, None)
         self.graphs = 0
         self.graph_breaks = 0
         self.report: int8fx.Report | None = None
         self.compiled = backend is not None
         self._device = next(model.parameters()).device
+        self._model = model
         self._forward: Callable[..., Any] = model
         if backend is not None:
             self._forward = torch.compile(model, backend=backend, dynamic=False)
@@ -73,7 +74,7 @@ class Contender:
         if reports:
             # Both graphs read the same packed weights.
             self.report = reports[0]
-            self.weight_bytes -= self.report.float_bytes - self.report.int8_bytes
+            self.weight_bytes = weight_bytes(self._model, self.report)
 
     def logits(self, token_ids: Tensor) -> Tensor:
         """``[1, n] -> [1, n, V]``, from an empty cache."""
@@ -141,6 +142,16 @@ def _empty_cache(model: PreTrainedModel, capacity: int, device: torch.device) ->
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
     cache.reset()
     return cache
+
+
+def weight_bytes(model: PreTrainedModel, report: int8fx.Report | None) -> int:
+    """Bytes of the weights that a forward reads; a weight that several modules share counts once.
+
+    Under llmint8, an int8 weight and its scales stand for the float one. The float one stays in
+    memory, for whoever else reads it; that is the process's size, not the forward's.
+    """
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return total if report is None else total - report.float_bytes + report.int8_bytes
 
 
 def dynamo_counts() -> tuple[int, int]:

@@ -7,7 +7,7 @@ where none serves, the reference runs.
 |---|---|
 | ``quantize`` | x ≈ x_int8 · x_scale + x_outlier (``kernels/quantize.py``) |
 | ``int8_linear`` | ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias |
-| ``int8_linear_group`` | several ``int8_linear`` of one quantised input |
+| ``quantized_linears_cpu`` | ``quantize`` and several ``int8_linear`` of it, in one call |
 | ``unpack_weight`` | the ``[N, K]`` form of a packed weight |
 
 **Gradients** are straight-through: with ŵ = w_int8 · w_scale, the gradient of ``int8_linear``'s input
@@ -33,14 +33,14 @@ _library.define(
     "Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor"
 )
 _library.define(
-    "int8_linear_group(Tensor x_int8, Tensor x_scale, Tensor x_outlier, Tensor? outlier_columns, "
-    "Tensor[] weights, Tensor[] w_scales, Tensor?[] biases) -> Tensor[]"
+    "quantized_linears_cpu(Tensor x, float threshold, str decomposition, "
+    "Tensor[] weights, Tensor[] w_scales, Tensor[] biases) -> Tensor[]"
 )
 _library.define("unpack_weight(Tensor weight, SymInt N, SymInt K) -> Tensor")
 
 quantize = torch.ops.int8fx.quantize.default
 int8_linear = torch.ops.int8fx.int8_linear.default
-int8_linear_group = torch.ops.int8fx.int8_linear_group.default
+quantized_linears_cpu = torch.ops.int8fx.quantized_linears_cpu.default
 unpack_weight = torch.ops.int8fx.unpack_weight.default
 
 
@@ -133,35 +133,58 @@ torch.library.register_autograd(
 )
 
 
-# --- int8_linear_group ---------------------------------------------------------------------------
+# --- quantized_linears_cpu ------------------------------------------------------------------------
 
 
-def _int8_linear_group(
-    x_int8: Tensor,
-    x_scale: Tensor,
-    x_outlier: Tensor,
-    outlier_columns: Tensor | None,
+def _quantized_linears(
+    x: Tensor,
+    threshold: float,
+    decomposition: str,
     weights: Sequence[Tensor],
     w_scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
 ) -> list[Tensor]:
+    x_int8, x_scale, x_outlier, columns = quantize_reference(x, threshold, decomposition)
+    outliers = (x, None) if threshold == 0 else (x_outlier, columns)
     return [
-        _int8_linear(x_int8, x_scale, x_outlier, outlier_columns, *operands)
-        for operands in zip(weights, w_scales, biases, strict=True)
+        _int8_linear(x_int8, x_scale, *outliers, weight, w_scale, bias)
+        for weight, w_scale, bias in zip(
+            weights, w_scales, biases or [None] * len(weights), strict=True
+        )
     ]
 
 
-def _int8_linear_group_fake(
-    x_int8, x_scale, x_outlier, outlier_columns, weights, w_scales, biases
-) -> list[Tensor]:
-    return [
-        _int8_linear_fake(x_int8, x_scale, x_outlier, outlier_columns, *operands)
-        for operands in zip(weights, w_scales, biases, strict=True)
+def _quantized_linears_fake(x, threshold, decomposition, weights, w_scales, biases) -> list[Tensor]:
+    shapes = [(*x.shape[:-1], w_scale.shape[0]) for w_scale in w_scales]
+    return [torch.empty(shape, dtype=x.dtype, device=x.device) for shape in shapes]
+
+
+def linears_setup(ctx, inputs, output) -> None:
+    x, _, _, weights, w_scales, biases = inputs
+    ctx.save_for_backward(*weights, *w_scales)
+    ctx.K = x.shape[-1]
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
+
+
+def linears_backward(ctx, grads: Sequence[Tensor]) -> tuple:
+    """Of any operator with the arguments of ``quantized_linears_cpu``."""
+    count = len(ctx.saved_tensors) // 2
+    weights, w_scales = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    grad_x = sum(
+        _input_gradient(grad, weight, w_scale, ctx.K)
+        for grad, weight, w_scale in zip(grads, weights, w_scales, strict=True)
+    )
+    grad_biases = [
+        _bias_gradient(grad, dtype) for grad, dtype in zip(grads, ctx.bias_dtypes, strict=False)
     ]
+    return grad_x, None, None, [None] * count, [None] * count, grad_biases
 
 
-_library.impl("int8_linear_group", _int8_linear_group, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::int8_linear_group", _int8_linear_group_fake, lib=_library)
+_library.impl("quantized_linears_cpu", _quantized_linears, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::quantized_linears_cpu", _quantized_linears_fake, lib=_library)
+torch.library.register_autograd(
+    "int8fx::quantized_linears_cpu", linears_backward, setup_context=linears_setup, lib=_library
+)
 
 
 # --- unpack_weight -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from int8fx.kernels import ops
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.gpu import device as gpu
 
@@ -49,10 +50,14 @@ def _still_as_it_is(weight: Tensor, N: int, K: int) -> Tensor:
     return weight
 
 
+def _cpu_operator() -> tuple[Any, int]:
+    return ops.quantized_linears_cpu, 64
+
+
 REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _still_as_it_is)
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.unpack),
+    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.unpack, joined=_cpu_operator),
     "cuda": Kernel("Triton", gpu.load, _as_it_is, _still_as_it_is, joined=gpu.operator),
 }
 

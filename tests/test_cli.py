@@ -116,7 +116,7 @@ def test_hub_without_network(monkeypatch):
         raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
 
     monkeypatch.setattr(models, "load_directory", unreachable)
-    with pytest.raises(UserError, match="--model owner/name: .*no network") as raised:
+    with pytest.raises(UserError, match=r"--model owner/name: .*no network") as raised:
         models.load("owner/name", Console(file=io.StringIO()))
     assert "\n" not in str(raised.value)
 
@@ -224,7 +224,7 @@ def test_interrupted_download_stops_pip_and_leaves_nothing(fetch, tmp_path):
 
 
 def test_changed_wheel_is_not_used(fetch, tmp_path):
-    with pytest.raises(UserError, match="SHA-256 .* was expected"):
+    with pytest.raises(UserError, match=r"SHA-256 .* was expected"):
         fetch(FakePip(wheel_bytes() + b"!"))
     assert list(tmp_path.iterdir()) == []
 

@@ -266,16 +266,25 @@ def test_threads_do_not_change_the_result(threads):
 
 @needs_kernel
 @each_isa
-def test_group_equals_singles(isa):
-    weights = [random_weight(96, N) for N in (33, 16, 100)]
+@each_dtype
+@pytest.mark.parametrize("decomposition", ["column", "token"])
+@pytest.mark.parametrize("threshold", [0.0, 2.0, float("inf")])
+def test_quantising_in_the_same_call_equals_doing_it_before(isa, dtype, decomposition, threshold):
+    weights = [random_weight(99, N) for N in (33, 16, 100)]
     packed = [cpu.pack(w_int8) for w_int8, _ in weights]
     scales = [w_scale for _, w_scale in weights]
-    biases = [None, torch.randn(16), torch.randn(100).to(torch.bfloat16)]
-    for M in (0, 1, 40):
-        quantized = quantize_reference(torch.randn(M, 96).to(torch.bfloat16), 2.0, "column")
-        group = ops.int8_linear_group(*quantized, packed, scales, biases)
-        for y, *operands in zip(group, packed, scales, biases, strict=True):
-            assert torch.equal(y, ops.int8_linear(*quantized, *operands))
+    biases = [torch.randn(33), torch.randn(16), torch.randn(100)]
+    for M in (0, 1, 5, 40, 130):
+        x = torch.randn(M, 99).to(dtype)
+        if M > 4:
+            x[1], x[2, 7], x[3, 8] = 0, float("nan"), float("inf")
+        quantized = quantize_reference(x, threshold, decomposition)
+        if threshold == 0:
+            quantized = (*quantized[:2], x, None)
+        together = ops.quantized_linears_cpu(x, threshold, decomposition, packed, scales, biases)
+        for y, *operands in zip(together, packed, scales, biases, strict=True):
+            expected = ops.int8_linear(*quantized, *operands)
+            torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_kernel

@@ -8,9 +8,17 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from int8fx import demo
-from int8fx.contenders import Contender, Speed, dynamo_counts, in_bfloat16, measure
+from int8fx.contenders import (
+    Contender,
+    Speed,
+    dynamo_counts,
+    in_bfloat16,
+    measure,
+    weight_bytes,
+)
 from int8fx.errors import UserError
 from int8fx.evaluate import Accuracy
+from int8fx.report import Report
 
 CAPACITY = 24
 
@@ -82,19 +90,16 @@ def test_two_graphs_serve_everything(traced, token_ids):
     assert dynamo_counts() == before
 
 
-def test_weight_bytes_of_llmint8_follow_from_the_shapes(model, token_ids):
-    torch._dynamo.reset()
-    contender = Contender("llmint8", "", model, "llmint8", CAPACITY)
-    contender.warm_up(token_ids, ignore)
-    linears = [module.weight for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
-    floats = sum(parameter.nbytes for parameter in model.parameters())
-    floats -= sum(weight.nbytes for weight in linears)
-    packed = sum(weight.numel() + 4 * weight.shape[0] for weight in linears)
-    assert contender.graph_breaks == 0
-    assert contender.report is not None
-    assert len(contender.report.accepted) == len(linears)
-    # A packed weight may be padded to whole tiles, but not to a multiple of its size.
-    assert floats + packed <= contender.weight_bytes < floats + 2 * packed
+def test_weight_bytes_count_a_shared_weight_once(model):
+    tied = LlamaForCausalLM(LlamaConfig(**model.config.to_dict() | {"tie_word_embeddings": True}))
+    shared = tied.lm_head.weight
+    assert shared is tied.model.embed_tokens.weight
+    assert weight_bytes(model, None) - weight_bytes(tied, None) == shared.nbytes
+
+
+def test_weight_bytes_of_int8(model):
+    report = Report((), {}, "", "", quantizations=0, float_bytes=4096, int8_bytes=1024 + 128)
+    assert weight_bytes(model, report) == weight_bytes(model, None) - 4096 + 1024 + 128
 
 
 def test_bf16_copy_leaves_the_rotary_frequencies(model):
@@ -151,7 +156,7 @@ def test_empty_prompt():
 
 
 def test_more_tokens_than_the_context_holds(model):
-    with pytest.raises(UserError, match="--tokens 120 .* context of 128 tokens; at most 112"):
+    with pytest.raises(UserError, match=r"--tokens 120 .* context of 128 tokens; at most 112"):
         demo.window_length(model, 120)
 
 

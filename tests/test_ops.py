@@ -66,14 +66,17 @@ def test_opcheck_int8_linear(dtype, with_bias):
         torch.library.opcheck(ops.int8_linear, arguments)
 
 
-def test_opcheck_int8_linear_group():
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_opcheck_quantized_linears_cpu(with_bias):
     x = normal(3, 16)
-    x_int8, x_scale, x_outlier, columns = ops.quantize(x, 6.0, "column")
+    x[0, 3] = 9
     pairs = [quantize_weight(normal(N, 16, seed=N)) for N in (8, 24)]
     weights = [table.pack(w_int8) for w_int8, _ in pairs]
     scales = [w_scale for _, w_scale in pairs]
-    arguments = (x_int8, x_scale, x_outlier, columns, weights, scales, [None, normal(24)])
-    torch.library.opcheck(ops.int8_linear_group, arguments)
+    biases = [normal(8), normal(24)] if with_bias else []
+    for given_x in (x, x.clone().requires_grad_()):
+        arguments = (given_x, 6.0, "column", weights, scales, biases)
+        torch.library.opcheck(ops.quantized_linears_cpu, arguments)
 
 
 def test_opcheck_unpack_weight():
@@ -149,6 +152,23 @@ def test_weights_are_within_half_a_step(N, K, dtype, exponent):
     w_int8, w_scale = quantize_weight(weight)
     restored = w_int8.double() * w_scale.double().unsqueeze(1)
     assert ((weight.double() - restored).abs() <= HALF * w_scale.double().unsqueeze(1)).all()
+
+
+# --- quantise and multiply in one call -------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(activations(), thresholds, st.sampled_from(DECOMPOSITIONS), st.booleans())
+def test_one_call_is_bit_identical_to_its_parts(x, threshold, decomposition, with_bias):
+    pairs = [quantize_weight(normal(N, x.shape[1], seed=N)) for N in (5, 40)]
+    weights = [table.pack(w_int8) for w_int8, _ in pairs]
+    scales = [w_scale for _, w_scale in pairs]
+    biases = [normal(5), normal(40)] if with_bias else []
+    got = ops.quantized_linears_cpu(x, threshold, decomposition, weights, scales, biases)
+    x_int8, x_scale, x_outlier, columns = ops.quantize(x, threshold, decomposition)
+    outliers = (x, None) if threshold == 0 else (x_outlier, columns)
+    for y, weight, w_scale, bias in zip(got, weights, scales, biases or [None] * 2, strict=True):
+        assert torch.equal(y, ops.int8_linear(x_int8, x_scale, *outliers, weight, w_scale, bias))
 
 
 # --- the linear ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The layout: both import paths work, installed or not, beside Hugging Face's package ``kernels``."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,8 +45,12 @@ def test_no_folder_holds_an_init_that_would_shadow_it():
 
 
 def test_a_wheel_holds_everything_and_imports(tmp_path, hugging_face):
+    # In a copy: setuptools leaves a folder build/ behind, and would pack what an older one left.
+    source_tree = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "venv")
+    shutil.copytree(ROOT, source_tree, symlinks=True, ignore=ignored)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "-w", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    subprocess.run([*build, "-w", str(tmp_path), str(source_tree)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("int8fx-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     sources = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".cpp", ".h")]

@@ -79,9 +79,7 @@ def _writable(directory: Path) -> bool:
         status = directory.stat()
     except OSError:
         return False
-    private = not hasattr(os, "getuid") or (
-        status.st_uid == os.getuid() and not status.st_mode & 0o022
-    )
+    private = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
     return private and os.access(directory, os.W_OK | os.X_OK)
 
 

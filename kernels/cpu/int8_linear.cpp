@@ -1,4 +1,4 @@
-// int8fx::int8_linear and int8fx::int8_linear_group on the CPU.
+// int8fx::int8_linear and int8fx::quantized_linears_cpu.
 //
 //   y = ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias
 //
@@ -6,6 +6,8 @@
 // A unit keeps its packed rows in the L2 cache and streams each panel of weights past them.
 
 #include <atomic>
+#include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -86,6 +88,7 @@ class Scratch {
 
 // ---- rows
 
+// Columns that hold an outlier, ascending.
 std::vector<int32_t> flagged(const bool* columns, int64_t K) {
   std::vector<int32_t> found;
   int64_t k = 0;
@@ -112,7 +115,10 @@ void collect_outliers(const Activations& a, int64_t tile) {
     const T* x = static_cast<const T*>(a.x_outlier) + m * a.K;
     Outlier* out = a.outliers + m * a.column_count;
     for (int64_t i = 0; i < a.column_count; ++i) {
-      out[i] = {a.columns[i], static_cast<float>(x[a.columns[i]])};
+      const float value = x[a.columns[i]];
+      // With a threshold, a NaN is no outlier; without, everything that is not zero is.
+      const bool taken = a.threshold == 0 || std::abs(value) >= a.threshold;
+      out[i] = {a.columns[i], taken ? value : 0.0f};
       non_zero += out[i].value != 0;
     }
     a.outlier_count[m] = a.column_count;
@@ -223,27 +229,39 @@ c10::MaybeOwned<at::Tensor> contiguous(const at::Tensor& tensor) {
   return tensor.expect_contiguous();
 }
 
-void check(
-    const at::Tensor& x_int8, const at::Tensor& x_scale, const at::Tensor& x_outlier,
-    const std::optional<at::Tensor>& outlier_columns, const at::Tensor& weight,
-    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias) {
-  const int64_t K = x_int8.size(-1), N = w_scale.numel();
-  const auto dtype = x_outlier.scalar_type();
-  TORCH_CHECK(x_int8.scalar_type() == at::kChar, "x_int8 must be int8");
-  TORCH_CHECK(x_scale.scalar_type() == at::kFloat && w_scale.scalar_type() == at::kFloat,
-              "x_scale and w_scale must be float32");
+void check_activation(const at::Tensor& x) {
+  const auto dtype = x.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-              "x_outlier must be float32, bfloat16 or float16");
-  TORCH_CHECK(K == 0 || x_scale.numel() * K == x_int8.numel(), "x_scale must hold one scale per row");
-  TORCH_CHECK(!outlier_columns || (outlier_columns->scalar_type() == at::kBool &&
-                                   outlier_columns->numel() == K &&
-                                   x_outlier.numel() == x_int8.numel()),
-              "outlier_columns must be bool [K], and x_outlier of x_int8's shape");
+              "x must be float32, bfloat16 or float16, and is ", dtype);
+  TORCH_CHECK(x.dim() > 0, "x must have a last dimension");
+}
+
+void check_weight(
+    int64_t K, const at::Tensor& weight, const at::Tensor& w_scale,
+    const std::optional<at::Tensor>& bias) {
+  const int64_t N = w_scale.numel();
+  TORCH_CHECK(w_scale.scalar_type() == at::kFloat, "w_scale must be float32");
   TORCH_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2 &&
                   weight.size(0) == at::divup(N, BLOCK_N) &&
                   weight.size(1) == block_bytes(round_up(K, K_MULTIPLE)) && weight.is_contiguous(),
               "weight must be packed from int8 [", N, ", ", K, "]");
   TORCH_CHECK(!bias || bias->numel() == N, "bias must hold one value per output channel");
+}
+
+void check(
+    const at::Tensor& x_int8, const at::Tensor& x_scale, const at::Tensor& x_outlier,
+    const std::optional<at::Tensor>& outlier_columns, const at::Tensor& weight,
+    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias) {
+  const int64_t K = x_int8.size(-1);
+  check_activation(x_outlier);
+  TORCH_CHECK(x_int8.scalar_type() == at::kChar, "x_int8 must be int8");
+  TORCH_CHECK(x_scale.scalar_type() == at::kFloat, "x_scale must be float32");
+  TORCH_CHECK(K == 0 || x_scale.numel() * K == x_int8.numel(), "x_scale must hold one scale per row");
+  TORCH_CHECK(!outlier_columns || (outlier_columns->scalar_type() == at::kBool &&
+                                   outlier_columns->numel() == K &&
+                                   x_outlier.numel() == x_int8.numel()),
+              "outlier_columns must be bool [K], and x_outlier of x_int8's shape");
+  check_weight(K, weight, w_scale, bias);
 }
 
 at::Tensor float_bias(const std::optional<at::Tensor>& bias) {
@@ -253,28 +271,13 @@ at::Tensor float_bias(const std::optional<at::Tensor>& bias) {
   return bias->to(at::kFloat).contiguous();
 }
 
-void run(
-    const at::Tensor& x_int8_any, const at::Tensor& x_scale_any, const at::Tensor& x_outlier_any,
-    const std::optional<at::Tensor>& outlier_columns, c10::ArrayRef<Weight> weights) {
-  const auto x_int8 = contiguous(x_int8_any), x_scale = contiguous(x_scale_any),
-             x_outlier = contiguous(x_outlier_any);
-  const Kernel& kernel = kernel_for(x_scale->numel());
-  Activations a{};
-  a.M = x_scale->numel();
-  a.K = x_int8->size(-1);
+// y = ((x_int8 @ w_int8ᵀ) · x_scale + outliers @ w_int8ᵀ) · w_scale + bias, for rows described in
+// `a` up to x_outlier, with their outliers in `columns`.
+void multiply_rows(Activations a, c10::ArrayRef<int32_t> columns, c10::ArrayRef<Weight> weights) {
   if (a.M == 0) return;
+  const Kernel& kernel = kernel_for(a.M);
   a.K_padded = round_up(a.K, K_MULTIPLE);
-  a.x_int8 = x_int8->const_data_ptr<int8_t>();
-  a.x_scale = x_scale->const_data_ptr<float>();
-  a.x_outlier = x_outlier->const_data_ptr();
-  a.dtype = x_outlier->scalar_type();
   a.row_tile = kernel.row_tile;
-
-  std::vector<int32_t> columns;
-  if (outlier_columns) {
-    const auto flags = contiguous(*outlier_columns);
-    columns = flagged(flags->const_data_ptr<bool>(), a.K);
-  }
   a.columns = columns.data();
   a.column_count = columns.size();
 
@@ -295,6 +298,78 @@ void run(
     for (int64_t tile = begin; tile < end; ++tile) pack(kernel, a, tile);
   });
   multiply_all(kernel, a, weights);
+}
+
+void run(
+    const at::Tensor& x_int8_any, const at::Tensor& x_scale_any, const at::Tensor& x_outlier_any,
+    const std::optional<at::Tensor>& outlier_columns, c10::ArrayRef<Weight> weights) {
+  const auto x_int8 = contiguous(x_int8_any), x_scale = contiguous(x_scale_any),
+             x_outlier = contiguous(x_outlier_any);
+  Activations a{};
+  a.M = x_scale->numel();
+  a.K = x_int8->size(-1);
+  a.x_int8 = x_int8->const_data_ptr<int8_t>();
+  a.x_scale = x_scale->const_data_ptr<float>();
+  a.x_outlier = x_outlier->const_data_ptr();
+  a.dtype = x_outlier->scalar_type();
+  std::vector<int32_t> columns;
+  if (outlier_columns) {
+    const auto flags = contiguous(*outlier_columns);
+    columns = flagged(flags->const_data_ptr<bool>(), a.K);
+  }
+  multiply_rows(a, columns, weights);
+}
+
+// The columns of x that hold an outlier.
+std::vector<int32_t> find_outlier_columns(const Kernel& kernel, Input& in) {
+  const auto flags = std::make_unique<bool[]>(in.K);
+  in.flags = flags.get();
+  const int64_t step = 4 * BLOCK_N;  // whole cache lines, so that threads share none
+  at::parallel_for(
+      0, at::divup(in.K, step), at::divup(MIN_UNIT_BYTES, in.M * step),
+      [&](int64_t begin, int64_t end) {
+        kernel.flag_columns(in, begin * step, std::min(end * step, in.K));
+      });
+  return flagged(in.flags, in.K);
+}
+
+void quantize_and_run(
+    const at::Tensor& x, float threshold, bool column, c10::ArrayRef<Weight> weights) {
+  Input in{};
+  in.K = x.size(-1);
+  in.M = x.numel() / std::max<int64_t>(in.K, 1);
+  in.x = x.const_data_ptr();
+  in.dtype = x.scalar_type();
+  in.threshold = threshold;
+  if (in.M == 0) return;
+  const Kernel& kernel = kernel_for(in.M);
+  std::vector<int32_t> columns;
+  if (threshold > 0) columns = find_outlier_columns(kernel, in);
+
+  Scratch scratch(Scratch::bytes_for<int8_t>(in.M * in.K) + Scratch::bytes_for<float>(in.M));
+  in.x_int8 = scratch.take<int8_t>(in.M * in.K);
+  in.x_scale = scratch.take<float>(in.M);
+  std::vector<int32_t> keep;
+  if (columns.empty()) {
+    in.threshold = 0;
+  } else if (column) {
+    keep.assign(round_up(in.K, BLOCK_N), -1);
+    for (const int32_t k : columns) keep[k] = 0;
+    in.keep = keep.data();
+  }
+  at::parallel_for(
+      0, in.M, at::divup(MIN_UNIT_BYTES / 4, in.K),
+      [&](int64_t begin, int64_t end) { kernel.quantize_rows(in, begin, end); });
+
+  Activations a{};
+  a.M = in.M;
+  a.K = in.K;
+  a.x_int8 = in.x_int8;
+  a.x_scale = in.x_scale;
+  a.x_outlier = in.x;
+  a.threshold = column ? 0 : threshold;  // a column is taken out whole
+  a.dtype = in.dtype;
+  multiply_rows(a, columns, weights);
 }
 
 at::Tensor empty_output(const at::Tensor& x_int8, int64_t N, at::ScalarType dtype) {
@@ -329,29 +404,32 @@ at::Tensor int8_linear(
   return y;
 }
 
-std::vector<at::Tensor> int8_linear_group(
-    const at::Tensor& x_int8, const at::Tensor& x_scale, const at::Tensor& x_outlier,
-    const std::optional<at::Tensor>& outlier_columns, at::TensorList packed,
-    at::TensorList w_scales, const c10::List<std::optional<at::Tensor>>& biases) {
-  TORCH_CHECK(packed.size() == w_scales.size() && packed.size() == biases.size(),
-              "weights, w_scales and biases must be as many");
+// quantize() and int8_linear() of every weight, in one call.
+std::vector<at::Tensor> quantized_linears(
+    const at::Tensor& x_any, double threshold, c10::string_view decomposition,
+    at::TensorList packed, at::TensorList w_scales, at::TensorList biases) {
+  TORCH_CHECK(packed.size() == w_scales.size() && (biases.empty() || packed.size() == biases.size()),
+              "weights and w_scales must be as many, and biases as many or none");
+  const auto x = contiguous(x_any);
+  check_activation(*x);
   std::vector<at::Tensor> kept, outputs;
   std::vector<Weight> weights;
   for (size_t i = 0; i < packed.size(); ++i) {
-    const std::optional<at::Tensor> bias = biases.get(i);
-    check(x_int8, x_scale, x_outlier, outlier_columns, packed[i], w_scales[i], bias);
+    const std::optional<at::Tensor> bias =
+        biases.empty() ? std::nullopt : std::optional<at::Tensor>(biases[i]);
+    check_weight(x->size(-1), packed[i], w_scales[i], bias);
     kept.push_back(w_scales[i].contiguous());
     kept.push_back(float_bias(bias));
-    outputs.push_back(empty_output(x_int8, w_scales[i].numel(), x_outlier.scalar_type()));
+    outputs.push_back(empty_output(*x, w_scales[i].numel(), x->scalar_type()));
     weights.push_back(describe(packed[i], kept[2 * i], kept[2 * i + 1], outputs.back()));
   }
-  run(x_int8, x_scale, x_outlier, outlier_columns, weights);
+  quantize_and_run(*x, static_cast<float>(threshold), decomposition == "column", weights);
   return outputs;
 }
 
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("int8_linear", int8_linear);
-  m.impl("int8_linear_group", int8_linear_group);
+  m.impl("quantized_linears_cpu", quantized_linears);
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ typedef int32_t I32x16 __attribute__((vector_size(64)));
 typedef uint32_t U32x16 __attribute__((vector_size(64)));
 typedef int32_t I32x8 __attribute__((vector_size(32)));
 typedef uint16_t U16x16 __attribute__((vector_size(32)));
+typedef int8_t I8x16 __attribute__((vector_size(16)));
 
 #ifdef INT8FX_X86
 
@@ -76,12 +77,16 @@ inline void dot(Sums& sums, X x, W w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
+inline F32x16 load_half(const void* p) {
+  return (F32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
 inline void store_half(void* p, const F32x16& v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 
 #include "dot.h"
 #include "tile.h"
+#include "quantize.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -102,6 +107,7 @@ constexpr int TILE_ROWS = 16, TILE_K = 64;
 
 using Activation = int8_t;
 
+using avx512_vnni::load_half;
 using avx512_vnni::store_half;
 
 // Fewer than 16 rows make shorter tiles; otherwise the last tile is padded with rows of zeros.
@@ -189,6 +195,7 @@ inline void tile_product(
 }
 
 #include "tile.h"
+#include "quantize.h"
 
 // The kernel grants a process the tiles' 8 KiB of state only when asked.
 bool supported() {
@@ -228,6 +235,14 @@ inline void dot(Sums& sums, X x, W w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
+inline F32x16 load_half(const void* p) {
+  F32x16 v;
+  for (int i = 0; i < 2; ++i) {
+    const __m256 eight = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
+    std::memcpy((char*)&v + 32 * i, &eight, 32);
+  }
+  return v;
+}
 inline void store_half(void* p, const F32x16& v) {
   for (int i = 0; i < 2; ++i) {
     __m256 eight;
@@ -238,6 +253,7 @@ inline void store_half(void* p, const F32x16& v) {
 
 #include "dot.h"
 #include "tile.h"
+#include "quantize.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -282,12 +298,12 @@ inline void store_sums(int32_t* out, const Sums* sums) {
   }
 }
 
-inline void store_half(void* p, const F32x16& v) {
-  avx_vnni::store_half(p, v);
-}
+inline F32x16 load_half(const void* p) { return avx_vnni::load_half(p); }
+inline void store_half(void* p, const F32x16& v) { avx_vnni::store_half(p, v); }
 
 #include "dot.h"
 #include "tile.h"
+#include "quantize.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -331,12 +347,18 @@ inline void dot(Sums& sums, const X& x, const W& w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
+inline F32x16 load_half(const void* p) {
+  F32x16 v;
+  for (int i = 0; i < BLOCK_N; ++i) v[i] = static_cast<const c10::Half*>(p)[i];
+  return v;
+}
 inline void store_half(void* p, const F32x16& v) {
   for (int i = 0; i < BLOCK_N; ++i) static_cast<c10::Half*>(p)[i] = v[i];
 }
 
 #include "dot.h"
 #include "tile.h"
+#include "quantize.h"
 
 inline bool supported() { return true; }
 
@@ -345,7 +367,7 @@ inline bool supported() { return true; }
 #define INT8FX_KERNEL(isa, min_rows, enter, leave)                                             \
   Kernel {                                                                                     \
     #isa, isa::supported, min_rows, isa::ROW_TILE, isa::PANEL, sizeof(isa::Activation),        \
-        isa::pack_tile, enter, leave, isa::multiply                                            \
+        isa::flag_columns, isa::quantize_rows, isa::pack_tile, enter, leave, isa::multiply     \
   }
 
 inline constexpr Kernel KERNELS[] = {

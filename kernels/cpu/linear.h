@@ -15,6 +15,21 @@ constexpr int64_t SUMS_BYTES = BLOCK_N * sizeof(int32_t);
 
 inline int64_t block_bytes(int64_t k_padded) { return k_padded * BLOCK_N + SUMS_BYTES; }
 
+constexpr float MIN_SCALE = 0x1p-126f;  // kernels/quantize.py says why
+
+// Float rows to quantise, and where the result goes.
+struct Input {
+  int64_t M, K;
+  const void* x;         // [M, K] of dtype
+  c10::ScalarType dtype;
+  float threshold;       // 0: nothing is an outlier
+  bool* flags;           // [K]: the column holds an outlier
+  const int32_t* keep;   // [K rounded up to 16]: all ones where the column stays whole, 0 where it
+                         // is taken out whole; or null: only the outliers themselves are taken out
+  int8_t* x_int8;        // [M, K]
+  float* x_scale;        // [M]
+};
+
 struct Outlier {
   int32_t k;
   float value;
@@ -26,6 +41,7 @@ struct Activations {
   const int8_t* x_int8;    // [M, K]
   const float* x_scale;    // [M]
   const void* x_outlier;   // [M, K] of dtype
+  float threshold;         // smaller values of x_outlier count as zeros
   c10::ScalarType dtype;   // fp32, bf16 or fp16; the output's too
   const int32_t* columns;  // the flagged columns, ascending
   int64_t column_count;
@@ -69,6 +85,8 @@ struct Kernel {
   int64_t row_tile;
   int64_t panel;           // blocks that the kernel multiplies at once
   int64_t element_bytes;   // of a packed activation
+  void (*flag_columns)(const Input&, int64_t k0, int64_t k1);  // k0 a multiple of 16
+  void (*quantize_rows)(const Input&, int64_t m0, int64_t m1);
   void (*pack)(const Activations&, int64_t tile);
   void (*enter)(const Activations&);  // in every thread, around its calls of `multiply`; or null
   void (*leave)();

@@ -71,14 +71,19 @@ GEMM: dict[str, tuple[GemmConfig, ...]] = {
     "gfx942": _CDNA,
 }
 
-_DECODE = (DecodeConfig(16, 256, 4, 4, blocks=2), DecodeConfig(32, 256, 4, 4, blocks=2))
-_DECODE_CDNA = (DecodeConfig(16, 256, 4, 2, blocks=2), DecodeConfig(32, 256, 4, 2, blocks=2))
+_DECODE = (
+    DecodeConfig(16, 128, 8, 4, blocks=2),
+    DecodeConfig(32, 128, 8, 4, blocks=2),
+    DecodeConfig(64, 128, 8, 4, blocks=2),
+)
+_DECODE_CDNA = (DecodeConfig(16, 128, 4, 2, blocks=2), DecodeConfig(32, 128, 4, 2, blocks=2))
 DECODE: dict[str, tuple[DecodeConfig, ...]] = {
     arch: _DECODE_CDNA if arch.startswith("gfx") else _DECODE for arch in GEMM
 }
 
-# A scale needs all of a row, so the first pass over x takes the largest block that stays in registers.
-SCALE_BLOCK = {1: 1024, 16: 128}
+# Columns of x that a program of the decode kernel looks at together for the scales of 1 or 16 rows: as
+# many as stay in registers, since each step waits for its loads.
+SCALE_BLOCK = {1: 4096, 16: 512}
 
 
 def architecture(device: torch.device) -> str:

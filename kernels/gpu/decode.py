@@ -121,7 +121,9 @@ def decode_kernel(
         if HAS_BIAS:
             bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
     x_scale = _row_scales(x_ptr, M, K, limit, SCALE_ROWS, SCALE_BLOCK, COLUMN, HAS_OUTLIERS)
-    x_scale = tl.broadcast_to(x_scale, (BLOCK_M,))
+    if SCALE_ROWS == 1:
+        # As a scalar: a tensor of one element would bring its layout into the loop below.
+        x_scale = tl.sum(x_scale, 0) + tl.zeros((BLOCK_M,), tl.float32)
 
     row = tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

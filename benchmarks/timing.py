@@ -1,0 +1,55 @@
+"""Timing several callables against each other in one process: interleaved, medians with spread."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        return (self.high - self.low) / self.median
+
+
+def interleaved(
+    contenders: Mapping[str, Sequence[Callable[[], object]]],
+    *,
+    seconds: float = 1.0,
+    least: int = 7,
+    warmup: int = 2,
+) -> dict[str, Timing]:
+    """Times each contender's calls in turn: one of the first, one of the second, ... and again.
+
+    Args:
+        contenders: several calls each, taken round-robin: with as many copies of a weight as do not
+            fit into the cache, every call meets cold memory.
+        seconds: of measuring, for each contender.
+        least: rounds at the least.
+    """
+    for calls in contenders.values():
+        for call in calls:
+            for _ in range(warmup):
+                call()
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    started, done = time.perf_counter(), 0
+    while done < least or time.perf_counter() - started < seconds * len(contenders):
+        for name, calls in contenders.items():
+            call = calls[done % len(calls)]
+            before = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - before)
+        done += 1
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(values, n=4)
+    return Timing(median, low, high)
