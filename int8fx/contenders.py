@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, StaticCache
 
 import int8fx
+from int8fx.torch_private import compile_counts
 
 # generate() wants the last position's logits alone. Dynamo makes a dimension of size 1 a constant,
 # and the perplexity's graph would be another one: so one position more, of hundreds.
@@ -63,13 +63,13 @@ class Contender:
 
     def warm_up(self, token_ids: Tensor, on_graph: Callable[[int], None]) -> None:
         """Compiles both graphs; tells how many are done."""
-        before = dynamo_counts()
+        before = compile_counts()
         with int8fx.collect_reports() as reports:
             self.prefill(token_ids)
             on_graph(1)
             self.decode(0)
             on_graph(2)
-        graphs, breaks = dynamo_counts()
+        graphs, breaks = compile_counts()
         self.graphs, self.graph_breaks = graphs - before[0], breaks - before[1]
         if reports:
             # Both graphs read the same packed weights.
@@ -152,11 +152,6 @@ def weight_bytes(model: PreTrainedModel, report: int8fx.Report | None) -> int:
     """
     total = sum(parameter.nbytes for parameter in model.parameters())
     return total if report is None else total - report.float_bytes + report.int8_bytes
-
-
-def dynamo_counts() -> tuple[int, int]:
-    """How many graphs Dynamo has compiled in this process, and how many graph breaks it met."""
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def line_up(model: PreTrainedModel, capacity: int) -> list[Contender]:

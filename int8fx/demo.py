@@ -11,10 +11,11 @@ from rich.table import Table
 from torch import Tensor
 
 from int8fx import models, smollm2
-from int8fx.contenders import Contender, Speed, dynamo_counts, line_up, measure
+from int8fx.contenders import Contender, Speed, line_up, measure
 from int8fx.errors import UserError
 from int8fx.evaluate import Accuracy, compare, sample_text, windows
 from int8fx.progress import step
+from int8fx.torch_private import compile_counts
 
 WINDOW = 512
 SHORTEST_WINDOW = 16
@@ -63,10 +64,10 @@ def run(settings: Settings, console: Console, progress: Console) -> None:
         with step(progress, f"{verb} {contender.name}, {contender.how}", 2) as update:
             contender.warm_up(token_windows[:1], update)
 
-    before = dynamo_counts()
+    before = compile_counts()
     with step(progress, "Timing prefill and decode", ROUNDS) as update:
         speeds = measure(contenders, token_windows[:1], rounds=ROUNDS, steps=STEPS, on_round=update)
-    recompiled = dynamo_counts()[0] - before[0]
+    recompiled = compile_counts()[0] - before[0]
     with step(progress, "Perplexity and agreement", len(token_windows)) as update:
         logits = {contender.name: contender.logits for contender in contenders}
         reference = logits[contenders[0].name]

@@ -117,6 +117,13 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def compile_counts() -> tuple[int, int]:
+    """How many graphs Dynamo compiled in this process, and how often it broke one off."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
 # --- Inductor ------------------------------------------------------------------------------------
 
 

@@ -145,12 +145,11 @@ def _quantized_linears(
     biases: Sequence[Tensor],
 ) -> list[Tensor]:
     x_int8, x_scale, x_outlier, columns = quantize_reference(x, threshold, decomposition)
-    outliers = (x, None) if threshold == 0 else (x_outlier, columns)
+    outliers: tuple[Tensor, Tensor | None] = (x, None) if threshold == 0 else (x_outlier, columns)
+    all_biases: Sequence[Tensor | None] = biases or [None] * len(weights)
     return [
-        _int8_linear(x_int8, x_scale, *outliers, weight, w_scale, bias)
-        for weight, w_scale, bias in zip(
-            weights, w_scales, biases or [None] * len(weights), strict=True
-        )
+        _int8_linear(x_int8, x_scale, outliers[0], outliers[1], weight, w_scale, bias)
+        for weight, w_scale, bias in zip(weights, w_scales, all_biases, strict=True)
     ]
 
 

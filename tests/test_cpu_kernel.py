@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from int8fx.kernels import ops
 from int8fx.kernels.cpu import build
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.linear import linear_reference
 from int8fx.kernels.quantize import quantize_reference, quantize_weight
-from torch import Tensor
 
 REASON = cpu.load()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")
@@ -64,7 +65,6 @@ def float_bound(x_int8, x_scale, x_outlier, outlier_columns, w_int8, w_scale, bi
     half an ulp of at most the sum of all terms' magnitudes; then one rounding to the output's dtype,
     whose subnormals are spaced by `tiny * eps`.
     """
-    M, K = x_int8.shape
     count = 0 if outlier_columns is None else int(outlier_columns.sum())
     magnitude = (x_int8.double() @ w_int8.double().t()).abs() * x_scale.double().unsqueeze(1)
     if count:

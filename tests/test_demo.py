@@ -11,7 +11,6 @@ from int8fx import demo
 from int8fx.contenders import (
     Contender,
     Speed,
-    dynamo_counts,
     in_bfloat16,
     measure,
     weight_bytes,
@@ -19,6 +18,7 @@ from int8fx.contenders import (
 from int8fx.errors import UserError
 from int8fx.evaluate import Accuracy
 from int8fx.report import Report
+from int8fx.torch_private import compile_counts
 
 CAPACITY = 24
 
@@ -83,11 +83,11 @@ def test_generate_ends_at_a_stop_token(model, token_ids):
 def test_two_graphs_serve_everything(traced, token_ids):
     traced.warm_up(token_ids, ignore)
     assert (traced.graphs, traced.graph_breaks) == (2, 0)
-    before = dynamo_counts()
+    before = compile_counts()
     measure([traced], token_ids, rounds=2, steps=4, on_round=ignore)
     traced.logits(token_ids)
     traced.generate([1, 2, 3], 4, stop=[], on_token=ignore)
-    assert dynamo_counts() == before
+    assert compile_counts() == before
 
 
 def test_weight_bytes_count_a_shared_weight_once(model):

@@ -1,0 +1,28 @@
+"""Runs the tiers of ``tests/gpuless``, each in a process of its own, which it patches for good."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TIERS = ("harness", "kernels", "compiled", "executed", "launches")
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a GPU, and this machine has one")
+def test_tier(tier):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", f"tests/gpuless/test_{tier}.py"]
+    # Dynamo traces to the log at DEBUG, which pytest would keep for every test.
+    options = ["-q", "-p", "no:logging", "-p", "no:cacheprovider", "-W", "ignore"]
+    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        command + options, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
