@@ -25,11 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from int8fx import smollm2
 from int8fx.evaluate import Accuracy, compare, sample_text, windows
 from int8fx.progress import step
+from int8fx.torch_private import compile_counts
 
 WINDOW = 512
 # Threshold 0 takes nothing out, so the decompositions are the same there.
@@ -146,7 +146,7 @@ def main() -> None:
         title += f", {CHANNELS} channels x{arguments.factor:g}"
 
     accuracies = judge(model, token_windows, console)
-    breaks = sum(counters["graph_break"].values())
+    _, breaks = compile_counts()
     Console().print(table(title, accuracies))
     print(f"graph breaks: {breaks}")
     if arguments.json:

@@ -127,7 +127,10 @@ def demo(
     ] = 10,
     debug: DebugOption = False,
 ) -> None:
-    """Sets a model as loaded, Inductor's bf16 and llmint8 side by side, in one table."""
+    """Sets a model as loaded, Inductor's bf16 and llmint8 side by side, in one table.
+
+    Most of the time goes into compiling, which the next run finds in Inductor's cache.
+    """
     progress = Console(stderr=True)
     from int8fx.progress import step
 

@@ -169,7 +169,7 @@ def _footer(contenders: Sequence[Contender], token_windows: Tensor, recompiled: 
     count, length = token_windows.shape
     lines = [
         f"Prefill of {length} tokens, then decode with a static KV cache; medians of {ROUNDS} and "
-        f"{ROUNDS * STEPS}, {torch.get_num_threads()} threads. "
+        f"{ROUNDS * STEPS}, {torch.get_num_threads()} threads, Inductor in its default mode. "
         f"Accuracy on {count} windows of {length} tokens, against the model as loaded.",
     ]
     lines += [

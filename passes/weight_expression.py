@@ -42,6 +42,9 @@ _FUNCTIONS: frozenset[Callable] = frozenset(
         torch.select,
         torch.unbind,
         torch.clone,
+        # .T and .mT, as torch 2.14 traces them; 2.13 traces a getattr
+        torch.ops.aten.numpy_T,
+        torch.ops.aten.mT,
     }
 )
 _ATTRIBUTES = frozenset({"T", "mT", "data"})

@@ -57,9 +57,7 @@ def is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold):
 
 
 @triton.jit
-def compact_columns(
-    witness_ptr, x_ptr, columns_ptr, M, K, threshold, BLOCK_K: tl.constexpr
-):
+def compact_columns(witness_ptr, x_ptr, columns_ptr, M, K, threshold, BLOCK_K: tl.constexpr):
     """Writes the outlier columns to ``columns_ptr``, in order; returns their number.
 
     Every program that calls this writes the same list to the same place and reads back what it

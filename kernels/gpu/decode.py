@@ -52,8 +52,13 @@ def quantized_linear_reference(
 
 
 def sum_of_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``y`` of the partial sums ``[SPLIT_K, M, N]``, for Inductor to fuse."""
-    y = parts.sum(0)
+    """``y`` of the partial sums ``[SPLIT_K, M, N]``.
+
+    Term by term, which Inductor fuses with whatever reads ``y``; a reduction would be a launch.
+    """
+    y, *others = parts.unbind(0)
+    for part in others:
+        y = y + part
     return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
 
 

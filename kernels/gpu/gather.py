@@ -121,9 +121,7 @@ def quantize_gather_kernel(
     if program < x_programs:
         rows = program * ROWS + tl.arange(0, ROWS)
         if QUANTIZE:
-            _quantize_rows(
-                x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, limit, BLOCK_K
-            )
+            _quantize_rows(x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, limit, BLOCK_K)
         _gather(x_ptr, x_gathered_ptr, rows, rows, rows < M, columns_ptr, count,
                 K, CAPACITY, BLOCK_O)  # fmt: skip
     else:

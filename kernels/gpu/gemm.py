@@ -141,9 +141,7 @@ def gemm_kernel(
     # Rows past the end read other rows, and are not stored: loads without masks pipeline.
     m = tl.max_contiguous(tl.multiple_of(rows % M, BLOCK_M), BLOCK_M)
     n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
-    acc_int32 = _int8_product(
-        x_int8_ptr, w_ptr, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
-    )
+    acc_int32 = _int8_product(x_int8_ptr, w_ptr, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL)
     y = acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
     if HAS_OUTLIERS:
         count = tl.load(count_ptr)

@@ -2,9 +2,9 @@
 
     y_i = int8_linear(quantize(x, threshold, decomposition), weights[i], w_scales[i], biases[i])
 
-It is a ``triton_op``: under torch.compile its body becomes part of the graph. Its aten part is fused with
-whatever computes ``x`` and what reads ``y``, and the launches of our kernels are lines of Inductor's
-wrapper. Everything after ``x``, in launches:
+It is a ``triton_op``: under torch.compile its body becomes part of the graph. Its aten part is fused
+with whatever computes ``x`` and what reads ``y``, and the launches of our kernels are lines of
+Inductor's wrapper. Everything after ``x``, in launches:
 
 | M | decomposition | fused with x's own kernel | ours |
 |---|---|---|---|
@@ -149,9 +149,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
     if parts == 1:
         return outputs
     biases = linears.biases or [None] * len(outputs)
-    return [
-        sum_of_parts(output, bias, x.dtype) for output, bias in zip(outputs, biases, strict=True)
-    ]
+    return [sum_of_parts(output, bias, x.dtype) for output, bias in zip(outputs, biases, strict=True)]
 
 
 def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
