@@ -1,16 +1,16 @@
 """Accuracy of llmint8 on SmolLM2-135M-Instruct, against the same model in fp32.
 
-    python benchmarks/accuracy.py                    # the model as it is
-    python benchmarks/accuracy.py --inject           # with six outlier features in every block
+    python benchmarks/accuracy.py             # the model as it is
+    python benchmarks/accuracy.py --inject    # with six outlier features in every block
 
 Prints perplexity, KL divergence and top-1 agreement on the public-domain text that ships with the
 package, for each threshold and decomposition, through the compiled backend; ``--json`` writes them
 too. The first run fetches the model, as ``int8fx demo`` does.
 
 ``--inject`` multiplies six random channels of each RMSNorm's weight and divides the columns of the
-linears that read them by the same factor, which is a power of two when exactness matters: the
-function in fp32 is unchanged up to rounding (checked first), and the linears' inputs have outlier
-features such as large models grow by themselves (LLM.int8(), section 4).
+linears that read them by the same factor. The function in fp32 is unchanged up to rounding (checked
+first), and the linears' inputs have outlier features such as large models grow by themselves
+(LLM.int8(), section 4).
 """
 
 import argparse

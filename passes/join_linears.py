@@ -65,7 +65,7 @@ def _groups(linears: Sequence[fx.Node], limit: int) -> Iterator[list[fx.Node]]:
     for linear in linears:
         bias = linear.args[_BIAS]
         early = isinstance(bias, fx.Node) and bias.op == "placeholder"
-        key = bias.meta["example_value"].dtype if early else None
+        key = bias.meta["example_value"].dtype if isinstance(bias, fx.Node) and early else None
         by_bias.setdefault(key, []).append(linear)
     for alike in by_bias.values():
         for start in range(0, len(alike), limit):

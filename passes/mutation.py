@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from int8fx.passes.weight_expression import is_view_or_cast
+
 _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift setitem copy_".split()
 )
@@ -34,4 +36,4 @@ def written(graph: fx.Graph) -> Iterator[fx.Node]:
             target = node.kwargs.get("out") or (node.args[0] if node.args else None)
             while isinstance(target, fx.Node):
                 yield target
-                target = target.args[0] if target.args else None
+                target = target.args[0] if is_view_or_cast(target) else None

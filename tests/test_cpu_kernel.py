@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 # Around the kernels' tiles (2, 6, 12 and 32 rows), blocks (16 channels) and steps (4 and 64 k).
-ROWS = (0, 1, 2, 5, 12, 13, 16, 17, 33, 70)
+ROWS = (0, 1, 2, 5, 12, 13, 16, 17, 25, 33, 40, 70)
 SHAPES = ((1, 1), (63, 15), (64, 16), (65, 17), (130, 48), (576, 100))
 each_shape = pytest.mark.parametrize(("K", "N"), SHAPES, ids=lambda value: str(value))
 

@@ -187,6 +187,21 @@ def test_the_graph_that_writes_to_a_weight_keeps_it_in_float(x):
     torch.testing.assert_close(y, expected)
 
 
+def test_writing_to_a_result_is_not_writing_to_the_weight(x):
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(N, K), requires_grad=False)
+
+        def forward(self, x):
+            return (self.weight @ x.t()).mul_(2)
+
+    model = Scales()
+    y, report = compile_once(model, x)
+    assert report.decisions[0].accepted
+    assert_close_to_float64(y, 2 * model.weight.double() @ x.double().t(), K)
+
+
 def test_a_buffer_serves_as_a_weight(x):
     class Buffered(nn.Module):
         def __init__(self):

@@ -75,8 +75,8 @@ void tile_product(
 }
 
 void pack_tile(const Activations& a, int64_t tile) {
-  const int64_t m = tile * ROW_TILE;
-  const int64_t rows = std::min<int64_t>(ROW_TILE, a.M - m);
+  const int64_t m = tile * a.row_tile;
+  const int64_t rows = std::min(a.row_tile, a.M - m);
   auto* packed = static_cast<Activation*>(a.packed) + m * a.K_padded;
   for (int64_t r = 0; r < rows; ++r) {
     const int8_t* x = a.x_int8 + (m + r) * a.K;

@@ -104,32 +104,33 @@ std::vector<int32_t> flagged(const bool* columns, int64_t K) {
   return found;
 }
 
-// Collect the outliers of one tile of rows. When most are there, zeros stay in, so that all rows
-// hold the same columns and can walk them together.
+// Collect the outliers of one tile of rows: of each row those that are not zero, or, when most are
+// not, all flagged columns of all rows, which can then walk them together.
 template <class T>
 void collect_outliers(const Activations& a, int64_t tile) {
   const int64_t m0 = tile * a.row_tile;
-  const int64_t m1 = std::min(m0 + a.row_tile, a.M);
+  const int64_t rows = std::min(a.row_tile, a.M - m0);
+  Outlier* const outliers = a.outliers + m0 * a.column_count;
+  const auto outlier = [&](int64_t r, int32_t k) {
+    const float value = static_cast<const T*>(a.x_outlier)[(m0 + r) * a.K + k];
+    // With a threshold, a NaN is no outlier; without, everything that is not zero is.
+    return a.threshold == 0 || std::abs(value) >= a.threshold ? value : 0.0f;
+  };
   int64_t non_zero = 0;
-  for (int64_t m = m0; m < m1; ++m) {
-    const T* x = static_cast<const T*>(a.x_outlier) + m * a.K;
-    Outlier* out = a.outliers + m * a.column_count;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t before = non_zero;
     for (int64_t i = 0; i < a.column_count; ++i) {
-      const float value = x[a.columns[i]];
-      // With a threshold, a NaN is no outlier; without, everything that is not zero is.
-      const bool taken = a.threshold == 0 || std::abs(value) >= a.threshold;
-      out[i] = {a.columns[i], taken ? value : 0.0f};
-      non_zero += out[i].value != 0;
+      const float value = outlier(r, a.columns[i]);
+      outliers[non_zero] = {a.columns[i], value};
+      non_zero += value != 0;
     }
-    a.outlier_count[m] = a.column_count;
+    a.outlier_count[m0 + r] = non_zero - before;
   }
-  a.dense[tile] = 4 * non_zero >= (m1 - m0) * a.column_count;
-  if (a.dense[tile]) return;
-  for (int64_t m = m0; m < m1; ++m) {
-    Outlier* out = a.outliers + m * a.column_count;
-    const auto zero = [](const Outlier& outlier) { return outlier.value == 0; };
-    a.outlier_count[m] = std::remove_if(out, out + a.column_count, zero) - out;
-  }
+  a.dense[tile] = 4 * non_zero >= rows * a.column_count;
+  if (!a.dense[tile]) return;
+  auto* values = reinterpret_cast<float*>(outliers);
+  for (int64_t i = 0; i < a.column_count; ++i)
+    for (int64_t r = 0; r < rows; ++r) *values++ = outlier(r, a.columns[i]);
 }
 
 void pack(const Kernel& kernel, const Activations& a, int64_t tile) {
@@ -149,17 +150,30 @@ struct Blocks {
   int64_t begin, end;
 };
 
+// Rows a tile: as many as the kernel likes, or fewer, so that the last tile is not much shorter.
+int64_t even_tiles(const Kernel& kernel, int64_t M) {
+  return round_up(at::divup(M, at::divup(M, kernel.row_tile)), kernel.row_step);
+}
+
+// What dense outliers take in the cache, for each row on average.
+int64_t dense_outlier_bytes(const Activations& a) {
+  if (a.column_count == 0) return 0;
+  const int64_t tiles = at::divup(a.M, a.row_tile);
+  return std::count(a.dense, a.dense + tiles, true) * a.column_count * sizeof(float) / tiles;
+}
+
 // Cut every weight into runs of blocks, and rows into as many as half of an L2 cache holds.
 struct Plan {
   std::vector<Blocks> runs;
   int64_t rows, units;
 
   Plan(const Kernel& kernel, const Activations& a, c10::ArrayRef<Weight> weights, int64_t threads) {
-    const int64_t row_bytes = std::max(a.K_padded, K_MULTIPLE) * kernel.element_bytes;
-    const int64_t cached_tiles = l2_bytes() / 2 / (row_bytes * kernel.row_tile);
-    rows = std::max<int64_t>(cached_tiles, 1) * kernel.row_tile;
+    const int64_t row_bytes =
+        std::max(a.K_padded, K_MULTIPLE) * kernel.element_bytes + dense_outlier_bytes(a);
+    const int64_t cached_tiles = l2_bytes() / 2 / (row_bytes * a.row_tile);
+    rows = std::max<int64_t>(cached_tiles, 1) * a.row_tile;
     const int64_t row_units = at::divup(a.M, rows);
-    rows = round_up(at::divup(a.M, row_units), kernel.row_tile);
+    rows = round_up(at::divup(a.M, row_units), a.row_tile);
 
     int64_t blocks = 0;
     for (const Weight& weight : weights) blocks += at::divup(weight.N, BLOCK_N);
@@ -277,11 +291,11 @@ void multiply_rows(Activations a, c10::ArrayRef<int32_t> columns, c10::ArrayRef<
   if (a.M == 0) return;
   const Kernel& kernel = kernel_for(a.M);
   a.K_padded = round_up(a.K, K_MULTIPLE);
-  a.row_tile = kernel.row_tile;
+  a.row_tile = even_tiles(kernel, a.M);
   a.columns = columns.data();
   a.column_count = columns.size();
 
-  const int64_t tiles = at::divup(a.M, kernel.row_tile);
+  const int64_t tiles = at::divup(a.M, a.row_tile);
   const int64_t packed_rows = a.M < 16 ? a.M : round_up(a.M, 16);
   const int64_t packed_bytes = packed_rows * a.K_padded * kernel.element_bytes;
   const int64_t outlier_rows = columns.empty() ? 0 : a.M;
@@ -293,7 +307,7 @@ void multiply_rows(Activations a, c10::ArrayRef<int32_t> columns, c10::ArrayRef<
   a.outlier_count = scratch.take<int32_t>(outlier_rows);
   a.dense = scratch.take<bool>(tiles);
 
-  const int64_t grain = at::divup(MIN_UNIT_BYTES, kernel.row_tile * a.K_padded);
+  const int64_t grain = at::divup(MIN_UNIT_BYTES, a.row_tile * a.K_padded);
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack(kernel, a, tile);
   });
@@ -435,7 +449,9 @@ TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
 }  // namespace
 }  // namespace int8fx
 
-extern "C" const char* int8fx_isas() {
+#define INT8FX_EXPORT extern "C" __attribute__((visibility("default")))
+
+INT8FX_EXPORT const char* int8fx_isas() {
   static const std::string names = [] {
     std::string all;
     for (const int8fx::Kernel* kernel : int8fx::usable_kernels()) all += kernel->name + " "s;
@@ -445,7 +461,7 @@ extern "C" const char* int8fx_isas() {
 }
 
 // Use one kernel for every M, or with "auto" the best. False when this machine has no such kernel.
-extern "C" bool int8fx_use_isa(const char* name) {
+INT8FX_EXPORT bool int8fx_use_isa(const char* name) {
   const int8fx::Kernel* chosen = nullptr;
   for (const int8fx::Kernel* kernel : int8fx::usable_kernels())
     if (std::strcmp(kernel->name, name) == 0) chosen = kernel;

@@ -33,16 +33,30 @@
 
 namespace int8fx {
 
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x8 __attribute__((vector_size(32)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
-typedef int8_t I8x16 __attribute__((vector_size(16)));
+// Rows for vpdpbusd, whose activations are unsigned: a zero point of 128 is a flipped sign bit.
+inline void pack_unsigned(const int8_t* x, uint8_t* out) {
+  uint32_t quad;
+  std::memcpy(&quad, x, 4);
+  quad ^= 0x80808080;
+  std::memcpy(out, &quad, 4);
+}
+
+inline int32_t quad_of(const void* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  return quad;
+}
 
 #ifdef INT8FX_X86
 
-#define INT8FX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
+#define INT8FX_AVX2 "avx2,fma,f16c"
+#define INT8FX_AVX512 INT8FX_AVX2 ",avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+
+// Asked of every processor, so compiled for any.
+namespace amx_int8 { bool supported(); }
+namespace avx512_vnni { bool supported(); }
+namespace avx_vnni { bool supported(); }
+namespace avx2 { bool supported(); }
 
 // ---- AVX512-VNNI: vpdpbusd multiplies u8 with s8, so rows carry a zero point of 128, and the sums
 // start at -128 times the channel's sum of weights.
@@ -50,37 +64,29 @@ typedef int8_t I8x16 __attribute__((vector_size(16)));
 INT8FX_BEGIN_TARGET(INT8FX_AVX512)
 namespace avx512_vnni {
 
-constexpr int ROW_TILE = 12, PANEL = 2, VECTORS = 1, OUTLIER_ROWS = 12;
+constexpr int LANES = 16;
+#include "vectors.h"
+
+constexpr int ROW_TILE = 12, ROW_STEP = 1, PANEL = 2, VECTORS = 1, OUTLIER_ROWS = 12;
 
 using Activation = uint8_t;
 using X = __m512i;
 using W = __m512i;
-using Sums = I32x16;
+using Sums = Ints;
 
-inline void pack_x(const int8_t* x, Activation* out) {
-  uint32_t quad;
-  std::memcpy(&quad, x, 4);
-  quad ^= 0x80808080;
-  std::memcpy(out, &quad, 4);
-}
-inline X load_x(const Activation* x) {
-  int32_t quad;
-  std::memcpy(&quad, x, 4);
-  return _mm512_set1_epi32(quad);
-}
+inline void pack_x(const int8_t* x, Activation* out) { pack_unsigned(x, out); }
+inline X load_x(const Activation* x) { return _mm512_set1_epi32(quad_of(x)); }
 inline W load_w(const int8_t* w, int) { return _mm512_loadu_si512(w); }
-inline Sums first_sums(const int8_t* channel_sums, int) {
-  return (Sums)_mm512_loadu_si512(channel_sums) * -128;
-}
+inline Sums first_sums(const int8_t* channel_sums, int) { return load<Ints>(channel_sums) * -128; }
 inline void dot(Sums& sums, X x, W w) {
   sums = (Sums)_mm512_dpbusd_epi32((__m512i)sums, x, w);
 }
-inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
+inline void store_sums(int32_t* out, const Sums* sums) { store(out, *sums); }
 
-inline F32x16 load_half(const void* p) {
-  return (F32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+inline Floats load_half(const void* p) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-inline void store_half(void* p, const F32x16& v) {
+inline void store_half(void* p, Floats v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 
@@ -88,22 +94,26 @@ inline void store_half(void* p, const F32x16& v) {
 #include "tile.h"
 #include "quantize.h"
 
-bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
-}
-
 }  // namespace avx512_vnni
 INT8FX_END_TARGET
+
+bool avx512_vnni::supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 
 // ---- AMX: tdpbssd multiplies tiles of 16 rows x 64 k with 64 k x 16 channels, both signed.
 
 INT8FX_BEGIN_TARGET(INT8FX_AVX512 ",amx-tile,amx-int8")
 namespace amx_int8 {
 
-constexpr int ROW_TILE = 32, PANEL = 2, OUTLIER_ROWS = 16;
-constexpr int TILE_ROWS = 16, TILE_K = 64;
+constexpr int LANES = 16;
+#include "vectors.h"
+
+constexpr int ROW_TILE = 32, ROW_STEP = 16, PANEL = 2, OUTLIER_ROWS = 16;
+constexpr int TILE_ROWS = ROW_STEP, TILE_K = 64;
 
 using Activation = int8_t;
 
@@ -116,7 +126,8 @@ inline int64_t tile_rows(const Activations& a) { return std::min<int64_t>(TILE_R
 // Rows are packed as the tiles are: [M / 16][K_padded / 64][16][64].
 void pack_tile(const Activations& a, int64_t tile) {
   const int64_t height = tile_rows(a);
-  for (int64_t m = tile * ROW_TILE; m < std::min((tile + 1) * ROW_TILE, a.M); m += TILE_ROWS) {
+  const int64_t end = std::min((tile + 1) * a.row_tile, a.M);
+  for (int64_t m = tile * a.row_tile; m < end; m += TILE_ROWS) {
     auto* out = static_cast<int8_t*>(a.packed) + m * a.K_padded;
     for (int64_t r = 0; r < height; ++r) {
       const int8_t* x = a.x_int8 + (m + r) * a.K;
@@ -197,83 +208,31 @@ inline void tile_product(
 #include "tile.h"
 #include "quantize.h"
 
-// The kernel grants a process the tiles' 8 KiB of state only when asked.
-bool supported() {
+}  // namespace amx_int8
+INT8FX_END_TARGET
+
+// Linux grants a process the tiles' 8 KiB of state only when asked.
+bool amx_int8::supported() {
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   return avx512_vnni::supported() && __builtin_cpu_supports("amx-tile") &&
          __builtin_cpu_supports("amx-int8") &&
          syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-}  // namespace amx_int8
-INT8FX_END_TARGET
-
-// ---- AVX-VNNI: the same vpdpbusd on 8 channels.
-
-INT8FX_BEGIN_TARGET("avx2,fma,f16c,avxvnni")
-namespace avx_vnni {
-
-constexpr int ROW_TILE = 6, PANEL = 1, VECTORS = 2, OUTLIER_ROWS = 4;
-
-using Activation = uint8_t;
-using X = __m256i;
-using W = __m256i;
-using Sums = I32x8;
-
-inline void pack_x(const int8_t* x, Activation* out) { avx512_vnni::pack_x(x, out); }
-inline X load_x(const Activation* x) {
-  int32_t quad;
-  std::memcpy(&quad, x, 4);
-  return _mm256_set1_epi32(quad);
-}
-inline W load_w(const int8_t* w, int v) { return _mm256_loadu_si256((const __m256i*)w + v); }
-inline Sums first_sums(const int8_t* channel_sums, int v) {
-  return (Sums)load_w(channel_sums, v) * -128;
-}
-inline void dot(Sums& sums, X x, W w) {
-  sums = (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, x, w);
-}
-inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
-
-inline F32x16 load_half(const void* p) {
-  F32x16 v;
-  for (int i = 0; i < 2; ++i) {
-    const __m256 eight = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
-    std::memcpy((char*)&v + 32 * i, &eight, 32);
-  }
-  return v;
-}
-inline void store_half(void* p, const F32x16& v) {
-  for (int i = 0; i < 2; ++i) {
-    __m256 eight;
-    std::memcpy(&eight, (const char*)&v + 32 * i, 32);
-    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
-  }
-}
-
-#include "dot.h"
-#include "tile.h"
-#include "quantize.h"
-
-bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
-}
-
-}  // namespace avx_vnni
-INT8FX_END_TARGET
-
 // ---- AVX2: vpmaddubsw would saturate, so bytes are widened to int16 for vpmaddwd, which is exact.
 
-INT8FX_BEGIN_TARGET("avx2,fma,f16c")
+INT8FX_BEGIN_TARGET(INT8FX_AVX2)
 namespace avx2 {
 
-constexpr int ROW_TILE = 2, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
+constexpr int LANES = 8;
+#include "vectors.h"
+
+constexpr int ROW_TILE = 2, ROW_STEP = 1, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
 
 using Activation = int16_t;
 using X = __m256i;
-using W = __m256i;     // 4 channels x 4 k
-using Sums = I32x8;  // 4 channels x 2 pairs of k
+using W = __m256i;  // 4 channels x 4 k
+using Sums = Ints;  // 4 channels x 2 pairs of k
 
 inline void pack_x(const int8_t* x, Activation* out) {
   for (int i = 0; i < 4; ++i) out[i] = x[i];
@@ -287,31 +246,71 @@ inline W load_w(const int8_t* w, int v) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w + v));
 }
 inline Sums first_sums(const int8_t*, int) { return Sums{}; }
-inline void dot(Sums& sums, X x, W w) {
-  sums += (Sums)_mm256_madd_epi16(x, w);
-}
+inline void dot(Sums& sums, X x, W w) { sums += (Sums)_mm256_madd_epi16(x, w); }
 inline void store_sums(int32_t* out, const Sums* sums) {
   for (int i = 0; i < 2; ++i) {
     // hadd adds the pairs but interleaves the halves of its operands: channels 0 1 4 5, 2 3 6 7.
     const __m256i pairs = _mm256_hadd_epi32((__m256i)sums[2 * i], (__m256i)sums[2 * i + 1]);
-    _mm256_storeu_si256((__m256i*)out + i, _mm256_permute4x64_epi64(pairs, 0b11011000));
+    store(out + 8 * i, _mm256_permute4x64_epi64(pairs, 0b11011000));
   }
 }
 
-inline F32x16 load_half(const void* p) { return avx_vnni::load_half(p); }
-inline void store_half(void* p, const F32x16& v) { avx_vnni::store_half(p, v); }
+inline Floats load_half(const void* p) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+inline void store_half(void* p, Floats v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
 
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
 
-bool supported() {
+}  // namespace avx2
+INT8FX_END_TARGET
+
+bool avx2::supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
 
-}  // namespace avx2
+// ---- AVX-VNNI: vpdpbusd on 8 channels, for processors without AVX512.
+
+INT8FX_BEGIN_TARGET(INT8FX_AVX2 ",avxvnni")
+namespace avx_vnni {
+
+constexpr int LANES = 8;
+#include "vectors.h"
+
+constexpr int ROW_TILE = 6, ROW_STEP = 1, PANEL = 1, VECTORS = 2, OUTLIER_ROWS = 4;
+
+using Activation = uint8_t;
+using X = __m256i;
+using W = __m256i;
+using Sums = Ints;
+
+inline void pack_x(const int8_t* x, Activation* out) { pack_unsigned(x, out); }
+inline X load_x(const Activation* x) { return _mm256_set1_epi32(quad_of(x)); }
+inline W load_w(const int8_t* w, int v) { return _mm256_loadu_si256((const __m256i*)w + v); }
+inline Sums first_sums(const int8_t* channel_sums, int v) {
+  return load<Ints>(channel_sums + 32 * v) * -128;
+}
+inline void dot(Sums& sums, X x, W w) {
+  sums = (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, x, w);
+}
+inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
+
+using avx2::load_half;
+using avx2::store_half;
+
+#include "dot.h"
+#include "tile.h"
+#include "quantize.h"
+
+}  // namespace avx_vnni
 INT8FX_END_TARGET
+
+bool avx_vnni::supported() { return avx2::supported() && __builtin_cpu_supports("avxvnni"); }
 
 #endif  // INT8FX_X86
 
@@ -319,27 +318,26 @@ INT8FX_END_TARGET
 
 namespace portable {
 
-constexpr int ROW_TILE = 4, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 1;
+constexpr int LANES = 4;
+#include "vectors.h"
 
-typedef int32_t I32x4 __attribute__((vector_size(16)));
-typedef uint32_t U32x4 __attribute__((vector_size(16)));
+constexpr int ROW_TILE = 4, ROW_STEP = 1, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
 
 using Activation = int8_t;
 struct X {
   int32_t k[4];
 };
 struct W {
-  I32x4 k[4];  // 4 channels each
+  Ints k[4];  // 4 channels each
 };
-using Sums = I32x4;
+using Sums = Ints;
 
 inline void pack_x(const int8_t* x, Activation* out) { std::memcpy(out, x, 4); }
 inline X load_x(const Activation* x) { return {x[0], x[1], x[2], x[3]}; }
 inline W load_w(const int8_t* w, int v) {
-  U32x4 quads;
-  std::memcpy(&quads, w + 16 * v, 16);
-  return {(I32x4)(quads << 24) >> 24, (I32x4)(quads << 16) >> 24, (I32x4)(quads << 8) >> 24,
-          (I32x4)quads >> 24};
+  const Words quads = load<Words>(w + 16 * v);
+  return {(Ints)(quads << 24) >> 24, (Ints)(quads << 16) >> 24, (Ints)(quads << 8) >> 24,
+          (Ints)quads >> 24};
 }
 inline Sums first_sums(const int8_t*, int) { return Sums{}; }
 inline void dot(Sums& sums, const X& x, const W& w) {
@@ -347,32 +345,33 @@ inline void dot(Sums& sums, const X& x, const W& w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
-inline F32x16 load_half(const void* p) {
-  F32x16 v;
-  for (int i = 0; i < BLOCK_N; ++i) v[i] = static_cast<const c10::Half*>(p)[i];
+inline Floats load_half(const void* p) {
+  Floats v;
+  for (int i = 0; i < LANES; ++i) v[i] = static_cast<const c10::Half*>(p)[i];
   return v;
 }
-inline void store_half(void* p, const F32x16& v) {
-  for (int i = 0; i < BLOCK_N; ++i) static_cast<c10::Half*>(p)[i] = v[i];
+inline void store_half(void* p, Floats v) {
+  for (int i = 0; i < LANES; ++i) static_cast<c10::Half*>(p)[i] = v[i];
 }
 
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
 
-inline bool supported() { return true; }
+bool supported() { return true; }
 
 }  // namespace portable
 
 #define INT8FX_KERNEL(isa, min_rows, enter, leave)                                             \
   Kernel {                                                                                     \
-    #isa, isa::supported, min_rows, isa::ROW_TILE, isa::PANEL, sizeof(isa::Activation),        \
-        isa::flag_columns, isa::quantize_rows, isa::pack_tile, enter, leave, isa::multiply     \
+    #isa, isa::supported, min_rows, isa::ROW_TILE, isa::ROW_STEP, isa::PANEL,                  \
+        sizeof(isa::Activation), isa::flag_columns, isa::quantize_rows, isa::pack_tile, enter, \
+        leave, isa::multiply                                                                   \
   }
 
 inline constexpr Kernel KERNELS[] = {
 #ifdef INT8FX_X86
-    INT8FX_KERNEL(amx_int8, 8, amx_int8::enter, amx_int8::leave),
+    INT8FX_KERNEL(amx_int8, 2, amx_int8::enter, amx_int8::leave),
     INT8FX_KERNEL(avx512_vnni, 1, nullptr, nullptr),
     INT8FX_KERNEL(avx_vnni, 1, nullptr, nullptr),
     INT8FX_KERNEL(avx2, 1, nullptr, nullptr),

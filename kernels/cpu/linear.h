@@ -46,11 +46,12 @@ struct Activations {
   const int32_t* columns;  // the flagged columns, ascending
   int64_t column_count;
 
-  int64_t row_tile;        // rows that the kernel multiplies at once
+  int64_t row_tile;        // rows that the kernel multiplies at once; the last tile may be shorter
   void* packed;            // tiles of rows, in the kernel's order
-  Outlier* outliers;       // row m's begin at m * column_count, in ascending k
+  Outlier* outliers;       // those of a tile's rows, one row after the other, in ascending k; a
+                           // tile's begin at its first row * column_count
   int32_t* outlier_count;  // [M]
-  bool* dense;             // per tile: all rows hold every flagged column, zeros included
+  bool* dense;             // per tile: its outliers are float [column_count][rows] instead
 };
 
 struct Weight {
@@ -81,8 +82,9 @@ struct Prefetch {
 struct Kernel {
   const char* name;
   bool (*supported)();
-  int64_t min_rows;        // with fewer, the next kernel in the table is faster
-  int64_t row_tile;
+  int64_t min_rows;        // with fewer, the next kernel in the table is as fast
+  int64_t row_tile;        // at most so many rows at once
+  int64_t row_step;        // in multiples of so many
   int64_t panel;           // blocks that the kernel multiplies at once
   int64_t element_bytes;   // of a packed activation
   void (*flag_columns)(const Input&, int64_t k0, int64_t k1);  // k0 a multiple of 16

@@ -1,5 +1,5 @@
 // Quantise: rows of floats to int8 with their outliers taken out, as kernels/quantize.py states it.
-// No include guard: included once per instruction set, as tile.h is, after it.
+// No include guard: included once per instruction set, as tile.h is.
 //
 // Two passes, because in the column decomposition a row's scale needs every row's outliers:
 //
@@ -11,11 +11,11 @@
 // outlier.
 
 template <class T>
-inline F32x16 load_row(const T* x) {
+inline Floats load_row(const T* x) {
   if constexpr (std::is_same_v<T, float>) {
-    return load<F32x16>(x);
+    return load<Floats>(x);
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    return (F32x16)(__builtin_convertvector(load<U16x16>(x), U32x16) << 16);
+    return (Floats)(__builtin_convertvector(load<Halves>(x), Words) << 16);
   } else {
     return load_half(x);
   }
@@ -23,25 +23,25 @@ inline F32x16 load_row(const T* x) {
 
 // The last elements of a row, followed by zeros: neither outliers nor a larger absmax.
 template <class T>
-inline F32x16 load_row(const T* x, int64_t count) {
-  if (count >= BLOCK_N) return load_row(x);
-  T padded[BLOCK_N] = {};
+inline Floats load_row(const T* x, int64_t count) {
+  if (count >= LANES) return load_row(x);
+  T padded[LANES] = {};
   std::memcpy(static_cast<void*>(padded), x, count * sizeof(T));
   return load_row(padded);
 }
 
-inline U32x16 magnitude(F32x16 v) { return (U32x16)v & 0x7fffffff; }
+inline Words magnitude(Floats v) { return (Words)v & 0x7fffffff; }
 
 // Lanes of all ones where |v| >= threshold.
-inline I32x16 is_outlier(F32x16 v, float threshold) {
-  return (I32x16)((F32x16)magnitude(v) >= (F32x16{} + threshold));
+inline Ints is_outlier(Floats v, float threshold) {
+  return (Ints)((Floats)magnitude(v) >= (Floats{} + threshold));
 }
 
 template <class T>
 void flag_columns_of(const Input& in, int64_t k0, int64_t k1) {
-  for (int64_t k = k0; k < k1; k += BLOCK_N) {
-    const int64_t count = std::min(BLOCK_N, in.K - k);
-    I32x16 any{};
+  for (int64_t k = k0; k < k1; k += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, in.K - k);
+    Ints any{};
     for (int64_t m = 0; m < in.M; ++m)
       any |= is_outlier(load_row(static_cast<const T*>(in.x) + m * in.K + k, count), in.threshold);
     for (int64_t i = 0; i < count; ++i) in.flags[k + i] = any[i] != 0;
@@ -50,11 +50,11 @@ void flag_columns_of(const Input& in, int64_t k0, int64_t k1) {
 
 // What stays in int8: 0 where an outlier is taken out.
 template <bool COLUMN>
-inline F32x16 regular(const Input& in, F32x16 v, int64_t k) {
+inline Floats regular(const Input& in, Floats v, int64_t k) {
   if constexpr (COLUMN) {
-    return (F32x16)((I32x16)v & load<I32x16>(in.keep + k));
+    return (Floats)((Ints)v & load<Ints>(in.keep + k));
   } else {
-    return (F32x16)((I32x16)v & ~is_outlier(v, in.threshold));
+    return (Floats)((Ints)v & ~is_outlier(v, in.threshold));
   }
 }
 
@@ -62,17 +62,17 @@ template <class T, bool OUTLIERS, bool COLUMN>
 void quantize_row(const Input& in, int64_t m) {
   const T* x = static_cast<const T*>(in.x) + m * in.K;
   const auto value = [&](int64_t k) {
-    const F32x16 v = load_row(x + k, in.K - k);
+    const Floats v = load_row(x + k, in.K - k);
     if constexpr (OUTLIERS) return regular<COLUMN>(in, v, k);
     return v;
   };
-  U32x16 largest{};
-  for (int64_t k = 0; k < in.K; k += BLOCK_N) {
-    const U32x16 bits = magnitude(value(k));
+  Words largest{};
+  for (int64_t k = 0; k < in.K; k += LANES) {
+    const Words bits = magnitude(value(k));
     largest = bits > largest ? bits : largest;
   }
   uint32_t bits = 0;
-  for (int64_t i = 0; i < BLOCK_N; ++i) bits = std::max<uint32_t>(bits, largest[i]);
+  for (int64_t i = 0; i < LANES; ++i) bits = std::max<uint32_t>(bits, largest[i]);
   float absmax;
   std::memcpy(&absmax, &bits, 4);
   const float step = absmax / 127.0f;
@@ -82,10 +82,10 @@ void quantize_row(const Input& in, int64_t m) {
   // Adding and taking away 1.5 · 2^23 rounds to the nearest even integer.
   constexpr float ROUND = 12582912.0f;
   int8_t* out = in.x_int8 + m * in.K;
-  for (int64_t k = 0; k < in.K; k += BLOCK_N) {
-    const F32x16 rounded = (value(k) / scale + ROUND) - ROUND;
-    const I8x16 quantized = __builtin_convertvector(__builtin_convertvector(rounded, I32x16), I8x16);
-    __builtin_memcpy(out + k, &quantized, std::min(BLOCK_N, in.K - k));
+  for (int64_t k = 0; k < in.K; k += LANES) {
+    const Floats rounded = (value(k) / scale + ROUND) - ROUND;
+    const Bytes quantized = __builtin_convertvector(__builtin_convertvector(rounded, Ints), Bytes);
+    __builtin_memcpy(out + k, &quantized, std::min<int64_t>(LANES, in.K - k));
   }
 }
 

@@ -81,9 +81,9 @@ DECODE: dict[str, tuple[DecodeConfig, ...]] = {
     arch: _DECODE_CDNA if arch.startswith("gfx") else _DECODE for arch in GEMM
 }
 
-# Columns of x that a program of the decode kernel looks at together for the scales of 1 or 16 rows: as
-# many as stay in registers, since each step waits for its loads.
-SCALE_BLOCK = {1: 4096, 16: 512}
+# Columns of x that a program of the decode kernel looks at together for the scales: as many as stay in
+# registers, since each step waits for its loads.
+SCALE_BLOCK = 512
 
 
 def architecture(device: torch.device) -> str:

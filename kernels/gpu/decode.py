@@ -2,11 +2,14 @@
 
     y = ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias,    from x itself
 
-Reading the weight is all the time there is, and a launch costs as much as reading several MB. So each
-program quantises for itself: it looks at all of x once, for the scales (x is small and stays in L2),
-and quantises each block of columns again when the product arrives there. All rows are in one tile, so
-even the column decomposition needs no other program. Outliers multiply the weight's tile that is in
-registers anyway, in blocks that have any.
+Reading the weight is all the time there is, and a launch costs as much as reading several MB. Outliers
+multiply the weight's tile that is in registers anyway, in blocks that have any.
+
+Where rows quantise alone (one row, or the token decomposition), the kernel that computes x does it,
+and this one is given ``x_int8, x_scale`` and ``x_outlier``. Otherwise (QUANTIZE) each program quantises
+for itself: it looks at all of x once, for the scales (x is small and stays in L2), and quantises each
+block of columns again when the product arrives there. All rows are in one tile, so even the column
+decomposition needs no other program.
 
 **Split K.** With few output channels there are fewer tiles than multiprocessors. Then SPLIT_K programs
 share a tile, each with its part of K, and the result is ``[SPLIT_K, M, N]`` partial sums in fp32,
@@ -90,7 +93,9 @@ def _row_scales(
 
 @triton.jit
 def decode_kernel(
-    x_ptr,  # [M, K]
+    x_ptr,  # [M, K], x_outlier unless QUANTIZE
+    x_int8_ptr,  # [M, K] int8, unless QUANTIZE
+    x_scale_ptr,  # [M] fp32, unless QUANTIZE
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
@@ -101,8 +106,8 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     GROUPED: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -125,12 +130,11 @@ def decode_kernel(
         y_ptr = pick(group, y0_ptr, y1_ptr, y2_ptr)
         if HAS_BIAS:
             bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
-    x_scale = _row_scales(x_ptr, M, K, limit, SCALE_ROWS, SCALE_BLOCK, COLUMN, HAS_OUTLIERS)
-    if SCALE_ROWS == 1:
-        # As a scalar: a tensor of one element would bring its layout into the loop below.
-        x_scale = tl.sum(x_scale, 0) + tl.zeros((BLOCK_M,), tl.float32)
-
     row = tl.arange(0, BLOCK_M)
+    if QUANTIZE:
+        x_scale = _row_scales(x_ptr, M, K, limit, BLOCK_M, SCALE_BLOCK, COLUMN, HAS_OUTLIERS)
+    else:
+        x_scale = tl.load(x_scale_ptr + row, mask=row < M, other=0.0)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
     acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -140,17 +144,24 @@ def decode_kernel(
         k = start + tl.arange(0, BLOCK_K)
         w_tile = w_ptr + n.to(tl.int64)[None, :] * K + k[:, None]
         inside = (row < M)[:, None] & (k < K)[None, :]
-        x16 = tl.load(x_ptr + row[:, None] * K + k[None, :], mask=inside, other=0.0)
+        x_tile = row[:, None] * K + k[None, :]
         w = tl.load(w_tile) if EVEN_K else tl.load(w_tile, mask=(k < K)[:, None], other=0)
-        regular = x16.to(tl.float32)
+        if HAS_OUTLIERS or QUANTIZE:
+            x = tl.load(x_ptr + x_tile, mask=inside, other=0.0)
         if HAS_OUTLIERS:
-            taken = _outliers(regular, limit, COLUMN)
-            regular = tl.where(taken, 0.0, regular)
+            value = x.to(tl.float32)
+            taken = _outliers(value, limit, COLUMN) if QUANTIZE else value != 0
             if tl.max(tl.max(taken.to(tl.int32), 1), 0) != 0:
-                x_outlier = tl.where(taken, x16, 0.0).to(x_ptr.dtype.element_ty)
+                x_outlier = tl.where(taken, x, 0.0).to(x_ptr.dtype.element_ty)
                 w16 = w.to(x_ptr.dtype.element_ty)
                 outlier_sum = tl.dot(x_outlier, w16, outlier_sum, input_precision=PRECISION)
-        x_int8 = quantize(regular, x_scale[:, None])
+        if QUANTIZE:
+            regular = x.to(tl.float32)
+            if HAS_OUTLIERS:
+                regular = tl.where(taken, 0.0, regular)
+            x_int8 = quantize(regular, x_scale[:, None])
+        else:
+            x_int8 = tl.load(x_int8_ptr + x_tile, mask=inside, other=0)
         acc_int32 = tl.dot(x_int8, w, acc_int32, out_dtype=tl.int32)
 
     y = acc_int32.to(tl.float32) * x_scale[:, None] + outlier_sum

@@ -8,7 +8,9 @@ Inductor's wrapper. Everything after ``x``, in launches:
 
 | M | decomposition | fused with x's own kernel | ours |
 |---|---|---|---|
-| 1-16 | any | | decode |
+| 1 | any | quantise | decode |
+| 2-16 | column | | decode, which quantises |
+| 2-16 | token, none | quantise | decode |
 | 17 up | column | witness | quantise and gather, product |
 | 17 up | token | quantise, witness | gather, product |
 | 17 up | none (threshold 0) | quantise | product |
@@ -119,13 +121,19 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
         outputs = linears.outputs(x, parts, M, dtype=torch.float32)
     else:
         outputs = linears.outputs(x, M, dtype=x.dtype)
-    scale_rows = 1 if M == 1 else MAX_M
+    x_int8, x_scale, source = x, x, x  # the first two are not read
+    fused = threshold == 0 or decomposition == "token" or M == 1
+    if fused:
+        x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
+        source = x if threshold == 0 else x_outlier
     flags = linears.flags
     if parts > 1:
         flags["HAS_BIAS"] = False  # part of the sum
     tiles = sum(-(-width // config.block_n) for width in linears.widths)
     wrap_triton(decode_kernel)[(tiles, parts)](
-        x,
+        source,
+        x_int8,
+        x_scale,
         *linears.pointers,
         *_output_pointers(outputs),
         M,
@@ -136,11 +144,11 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         SPLIT_K=parts,
-        SCALE_ROWS=scale_rows,
-        SCALE_BLOCK=configs.SCALE_BLOCK[scale_rows],
+        SCALE_BLOCK=configs.SCALE_BLOCK,
+        QUANTIZE=not fused,
         EVEN_K=K % config.block_k == 0,
         HAS_OUTLIERS=threshold != 0,
-        COLUMN=decomposition == "column" and M > 1,
+        COLUMN=not fused,
         PRECISION=_precision(x.dtype, arch),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -148,7 +156,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
     )
     if parts == 1:
         return outputs
-    biases = linears.biases or [None] * len(outputs)
+    biases: list[Any] = linears.biases or [None] * len(outputs)
     return [sum_of_parts(output, bias, x.dtype) for output, bias in zip(outputs, biases, strict=True)]
 
 

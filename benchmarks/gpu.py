@@ -1,0 +1,220 @@
+"""LLM.int8() on a GPU: measured where there is one, modelled where there is none.
+
+    python benchmarks/gpu.py            # writes benchmarks/gpu.md: headed as a model, or as measured
+
+The unit is a norm and the linears that read it, at the shapes of Llama-3-8B. Measured is against the
+same module in fp16 under torch.compile, and against bitsandbytes and torchao when they are installed.
+The measuring half has not run yet: no machine with a GPU was there to write it on.
+"""
+
+import argparse
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests" / "gpuless"), str(Path(__file__).parent)]
+TABLE = Path(__file__).with_suffix(".md")
+
+# Linears that read one activation: name, widths N, and K.
+LAYERS = (
+    ("q/k/v", (4096, 1024, 1024), 4096),
+    ("o", (4096,), 4096),
+    ("gate/up", (14336, 14336), 4096),
+    ("down", (4096,), 14336),
+)
+TOKENS = (1, 16, 128, 512, 4096)
+OUTLIERS = 32
+
+MODELLED = """\
+# LLM.int8() on a GPU: a model, not a measurement
+
+Written by `python benchmarks/gpu.py` on a machine without a GPU, from the compiled kernels and data
+sheets (`benchmarks/gpu_model.py` has the formula and every constant). A norm and the linears that read
+it, at Llama-3-8B's shapes, with {outliers} outlier columns; microseconds inside a CUDA graph. *fp16*
+is a norm and cuBLAS without any tile effect. It ranks configurations; do not quote it as speed.
+
+Where the ratio is below 1 the model says why. *Issue* at 2-16 tokens is the quantisation that every
+program of the decode kernel repeats for itself, and its count of instructions includes the outlier
+branch, taken or not.
+
+| GPU | linears | tokens | fp16 | int8fx | ratio | configuration | limited by |
+|---|---|---|---|---|---|---|---|
+"""
+MEASURED = """\
+# LLM.int8() on a GPU: measured on {device}
+
+Written by `python benchmarks/gpu.py` with torch {torch}. A norm and the linears that read it, at
+Llama-3-8B's shapes; median microseconds of a call.
+
+| linears | tokens | {contenders} |
+|---|---|{rules}|
+"""
+
+
+def modelled() -> Iterator[str]:
+    """Rows of the modelled table."""
+    import gpu_model
+
+    for gpu in gpu_model.GPUS:
+        for name, widths, K in LAYERS:
+            for M in TOKENS:
+                fp16 = gpu_model.norm(gpu, M, K)
+                fp16 += sum(gpu_model.matmul_fp16(gpu, M, N, K) for N in widths)
+                seconds, label, limit = _fastest(gpu, M, sum(widths), K)
+                yield (
+                    f"| {gpu.name} | {name} | {M} | {1e6 * fp16:.1f} | {1e6 * seconds:.1f} "
+                    f"| {fp16 / seconds:.2f} | {label} | {limit} |"
+                )
+
+
+def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
+    """Our launches with the best row of the table: seconds, the row, what limits it."""
+    import gpu_model
+
+    from int8fx.kernels.gpu import configs
+
+    before = gpu_model.norm(gpu, M, K)
+    times = []
+    if M <= 16:
+        quantizes = M > 1  # the default decomposition, by columns
+        block = configs.SCALE_BLOCK if quantizes else 0
+        for config in configs.DECODE[gpu.arch]:
+            seen = _compiled_decode(gpu.arch, config, quantizes)
+            time = gpu_model.decode(gpu, config, seen, M, N, K, block)
+            times.append((before + time.seconds, f"16x{config.block_n}", time.limit))
+        return min(times)
+    before += gpu_model.quantize_gather(gpu, M, N, K, OUTLIERS)
+    for config in configs.gemm_configs(gpu.arch, M, N):
+        seen = _compiled_product(gpu.arch, config)
+        time = gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS)
+        times.append((before + time.seconds, f"{config.block_m}x{config.block_n}", time.limit))
+    return min(times)
+
+
+@functools.cache
+def _compiled_product(arch: str, config: Any) -> Any:
+    import specimens
+    from nogpu import sass
+
+    return sass.inspect(specimens.gemm(arch, config).compile())
+
+
+@functools.cache
+def _compiled_decode(arch: str, config: Any, quantizes: bool) -> Any:
+    import specimens
+    from nogpu import sass
+
+    return sass.inspect(specimens.decode(arch, config, quantizes=quantizes).compile())
+
+
+# --- with a GPU -----------------------------------------------------------------------------------
+
+
+def measured() -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Microseconds by contender, for each group of linears and number of tokens."""
+    import torch
+
+    for name, widths, K in LAYERS:
+        model = _block(widths, K)
+        contenders = _contenders(model)
+        for M in TOKENS:
+            x = torch.randn(M, K, dtype=torch.float16, device="cuda")
+            x[:, torch.randperm(K)[:OUTLIERS]] *= 20
+            yield name, M, {who: _microseconds(call, x) for who, call in contenders.items()}
+
+
+def _block(widths: tuple[int, ...], K: int) -> Any:
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(K)
+            self.linears = nn.ModuleList(nn.Linear(K, N, bias=False) for N in widths)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            h = self.norm(x)
+            return [linear(h) for linear in self.linears]
+
+    return Block().to("cuda", torch.float16).requires_grad_(False).eval()
+
+
+def _contenders(model: Any) -> dict[str, Callable[..., Any]]:
+    import torch
+
+    contenders = {
+        "fp16": torch.compile(model, mode="max-autotune"),
+        "int8fx": torch.compile(model, backend="llmint8"),
+    }
+    for name, convert in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
+        try:
+            contenders[name] = convert(copy.deepcopy(model))
+        except ImportError:
+            print(f"{name} is not installed, and not compared")
+    return contenders
+
+
+def _bitsandbytes(model: Any) -> Any:
+    import bitsandbytes
+
+    for index, linear in enumerate(model.linears):
+        quantized = bitsandbytes.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, bias=False, threshold=6.0
+        )
+        quantized.load_state_dict(linear.state_dict())
+        model.linears[index] = quantized.to("cuda").eval()
+    return model
+
+
+def _torchao(model: Any) -> Any:
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(model, mode="max-autotune")
+
+
+def _microseconds(call: Callable[..., Any], x: Any) -> float:
+    import torch
+    from triton.testing import do_bench
+
+    with torch.no_grad():
+        return 1e3 * do_bench(lambda: call(x), warmup=100, rep=300, return_mode="median")
+
+
+def main() -> None:
+    import torch
+
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    if torch.cuda.is_available():
+        text = _measured_table()
+    else:
+        text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
+    print(text)
+    TABLE.write_text(text)
+
+
+def _measured_table() -> str:
+    import torch
+
+    results = list(measured())
+    contenders = list(results[0][2])
+    text = MEASURED.format(
+        device=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        contenders=" | ".join(contenders),
+        rules="|".join(["---"] * len(contenders)),
+    )
+    for name, M, times in results:
+        cells = " | ".join(f"{times[who]:.1f}" for who in contenders)
+        text += f"| {name} | {M} | {cells} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    main()

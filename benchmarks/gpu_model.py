@@ -1,0 +1,145 @@
+"""A cost model of the GPU kernels: from compiled code and data sheets to microseconds.
+
+    time of a launch = gap + max(memory, L2, tensor cores, instruction issue, operand traffic)
+
+It ranks configurations and shows what limits them. It is not a measurement: within 30 % at best, and
+blind to everything that it does not name. Every constant is in this file.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+# Shares of a data sheet's rate that good kernels reach.
+DRAM_SHARE = 0.88
+TENSOR_SHARE = 0.80
+ISSUE_SHARE = 0.70
+# Cycles of a tile before its loop runs full and after it: addresses, first loads, epilogue.
+TILE_CYCLES = 1500
+# Cycles from a load to its value, from L2.
+L2_LATENCY = 600
+# Bytes of a gathered int8 weight: a whole sector comes for each.
+SECTOR = 32
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A data sheet.
+
+    Attributes:
+        arch: whose compiled code stands for it.
+        processors: multiprocessors, or compute units.
+        clock: sustained, GHz.
+        int8, fp16: dense operations a cycle of one processor.
+        dram, l2: bytes a second.
+        port: bytes a cycle from L2 into one processor.
+        issue: warp instructions a cycle of one processor.
+        gap: seconds from one kernel to the next inside a CUDA graph.
+    """
+
+    name: str
+    arch: str
+    processors: int
+    clock: float
+    int8: int
+    fp16: int
+    dram: float
+    l2: float
+    port: int = 64
+    issue: int = 4
+    gap: float = 1.5e-6
+
+
+GPUS = (
+    Gpu("H100 SXM", "sm_90", 132, 1.70, 8192, 4096, 3.35e12, 7.5e12),
+    Gpu("A100 SXM 80GB", "sm_80", 108, 1.41, 4096, 2048, 2.04e12, 4.0e12, gap=2.0e-6),
+    Gpu("L40S", "sm_89", 142, 2.30, 2048, 1024, 0.864e12, 4.0e12),
+    Gpu("RTX 4090", "sm_89", 128, 2.50, 2048, 1024, 1.01e12, 4.5e12),
+    Gpu("MI300X", "gfx942", 304, 2.00, 4096, 2048, 5.3e12, 10e12, gap=3.0e-6),
+)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds, and what they are spent on."""
+
+    seconds: float
+    limit: str
+
+
+def streaming(gpu: Gpu, nbytes: float) -> float:
+    """A kernel that only moves bytes."""
+    return gpu.gap + nbytes / (gpu.dram * DRAM_SHARE)
+
+
+def matmul_fp16(gpu: Gpu, M: int, N: int, K: int) -> float:
+    """cuBLAS at its best: the slower of tensor cores and memory, no tile effects."""
+    operations = 2 * M * N * K / (gpu.processors * gpu.clock * 1e9 * gpu.fp16 * TENSOR_SHARE)
+    return gpu.gap + max(operations, 2 * (M * K + N * K + M * N) / (gpu.dram * DRAM_SHARE))
+
+
+def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: int) -> Time:
+    """``gemm.py`` with one row of its table.
+
+    Args:
+        config: a ``GemmConfig``.
+        seen: its ``sass.Inspection``.
+    """
+    c = config
+    tiles = math.ceil(M / c.block_m) * math.ceil(N / c.block_n)
+    blocks = seen.blocks_per_multiprocessor
+    waves = math.ceil(tiles / (gpu.processors * blocks))
+    together = min(blocks, math.ceil(tiles / gpu.processors))
+    step_k = c.block_k * c.unroll
+    step = {
+        "tensor cores": 2 * c.block_m * c.block_n * step_k / (gpu.int8 * TENSOR_SHARE),
+        "operand traffic": (c.block_m + c.block_n) * step_k / gpu.port,
+        "issue": _loop_instructions(seen) * c.num_warps / (gpu.issue * ISSUE_SHARE),
+    }
+    slowest = max(step, key=lambda name: step[name])
+    tail = 2 * c.block_m * c.block_n * outliers / (gpu.fp16 * TENSOR_SHARE)
+    cycles = waves * together * (math.ceil(K / step_k) * step[slowest] + tail + TILE_CYCLES)
+    nbytes = (M + N) * K + 2 * M * N + 2 * outliers * (M + N)
+    limits = {
+        slowest: cycles / (gpu.clock * 1e9),
+        "memory": nbytes / (gpu.dram * DRAM_SHARE),
+        "L2": tiles * (c.block_m + c.block_n) * K / gpu.l2,
+    }
+    limit = max(limits, key=lambda name: limits[name])
+    return Time(gpu.gap + limits[limit], limit)
+
+
+def _loop_instructions(seen: Any) -> int:
+    """Of the int8 loop; AMD's code is not split into loops, and its issue is not modelled."""
+    loops = [loop for loop in seen.loops if any("IMMA" in n or "IGMMA" in n for n in loop)]
+    return sum(loops[-1].values()) if loops else 0
+
+
+def quantize_gather(gpu: Gpu, M: int, N: int, K: int, outliers: int) -> float:
+    """``gather.py``: x read twice (once from L2), int8 and outliers written, weights gathered."""
+    nbytes = 3 * M * K + 4 * M + 4 * outliers * M + N * outliers * (SECTOR + 2)
+    return streaming(gpu, nbytes)
+
+
+def norm(gpu: Gpu, M: int, K: int) -> float:
+    """Inductor's norm: x in, h out; the witness goes to L2, two bytes an element."""
+    return max(streaming(gpu, 4 * M * K), gpu.gap + 2 * M * K / gpu.l2)
+
+
+def decode(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, scale_block: int) -> Time:
+    """``decode.py``: the scales' pass over x, ``scale_block`` columns a time (0: none); the weight."""
+    c = config
+    tiles = math.ceil(N / c.block_n)
+    blocks = seen.blocks_per_multiprocessor
+    waves = math.ceil(tiles / (gpu.processors * blocks))
+    together = min(blocks, math.ceil(tiles / gpu.processors))
+    passes = math.ceil(K / scale_block) if scale_block else 0
+    scales = waves * passes * L2_LATENCY / (gpu.clock * 1e9)
+    steps = math.ceil(K / c.block_k) * waves * together
+    issue = steps * _loop_instructions(seen) * c.num_warps / (gpu.issue * ISSUE_SHARE)
+    limits = {
+        "memory": (N * K + 2 * M * (N + K)) / (gpu.dram * DRAM_SHARE),
+        "issue": issue / (gpu.clock * 1e9),
+    }
+    limit = max(limits, key=lambda name: limits[name])
+    return Time(gpu.gap + scales + limits[limit], limit)

@@ -1,0 +1,97 @@
+"""Small blocks of real architectures, with outliers in what their linears read."""
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+WIDTH = 64
+_SEED = 0
+
+
+def llama(**changed: object) -> nn.Module:
+    """One decoder layer and the final norm: q/k/v, o, gate/up, down; grouped queries."""
+    config = transformers.LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=160,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        attn_implementation="eager",
+        **changed,
+    )
+    return _finished(Hidden(transformers.LlamaModel(config)), config.dtype)
+
+
+def gpt2() -> nn.Module:
+    """One layer: ``Conv1D`` with biases, LayerNorm, gelu."""
+    config = transformers.GPT2Config(
+        n_embd=WIDTH, n_layer=1, n_head=4, vocab_size=128, attn_implementation="eager"
+    )
+    return _finished(Hidden(transformers.GPT2Model(config)))
+
+
+def t5() -> nn.Module:
+    """One encoder layer: relative positions, RMSNorm without a cast, relu."""
+    config = transformers.T5Config(
+        d_model=WIDTH, d_kv=16, d_ff=160, num_layers=1, num_heads=4, vocab_size=128
+    )
+    return _finished(Hidden(transformers.T5EncoderModel(config)))
+
+
+def moe() -> nn.Module:
+    """A norm and four experts that read the same tokens, mixed by a top-2 router."""
+    return _finished(_Experts(WIDTH, 96, experts=4))
+
+
+class Hidden(nn.Module):
+    """A transformers model from hidden states to hidden states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = {} if "T5" in type(self.model).__name__ else {"use_cache": False}
+        return self.model(inputs_embeds=x, **options).last_hidden_state
+
+
+class _Experts(nn.Module):
+    def __init__(self, width: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.router = nn.Linear(width, experts, bias=False)
+        self.gate = nn.ModuleList(nn.Linear(width, hidden, bias=False) for _ in range(experts))
+        self.up = nn.ModuleList(nn.Linear(width, hidden, bias=False) for _ in range(experts))
+        self.down = nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        weights, chosen = self.router(h).softmax(-1).topk(2)
+        y = x
+        for index in range(len(self.gate)):
+            share = (weights * (chosen == index)).sum(-1, keepdim=True)
+            hidden = nn.functional.silu(self.gate[index](h)) * self.up[index](h)
+            y = y + share * self.down[index](hidden)
+        return y
+
+
+def _finished(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Random weights of a usual size, and two norm channels that make outliers."""
+    generator = torch.Generator().manual_seed(_SEED)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            scale = parameter.shape[-1] ** -0.5
+            parameter.data.normal_(0.0, scale, generator=generator)
+        elif name.endswith("weight"):
+            parameter.data[[3, 17]] = 12.0
+    return model.requires_grad_(False).eval()
+
+
+def tokens(shape: tuple[int, ...], dtype: torch.dtype, seed: int = _SEED) -> Tensor:
+    """Hidden states ``[*shape, WIDTH]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, WIDTH, generator=generator).to(dtype)
+
+
+BLOCKS = {"llama": llama, "gpt2": gpt2, "t5": t5, "moe": moe}

@@ -1,0 +1,47 @@
+"""Wrappers that are generated and not run: for counting launches."""
+
+import contextlib
+
+import torch
+import transformers
+from blocks import Hidden
+from nogpu.inductor import NotExecuted, Wrapper, retargeted
+from torch import nn
+
+from int8fx.kernels import table
+
+LAYER_WIDTH = 512
+
+
+def serve_cpu_tensors_with_gpu_kernels() -> None:
+    """The harness retargets after our passes, which see the device that the tensors are on."""
+    table.KERNELS["cpu"] = table.KERNELS["cuda"]
+    table.kernel_for.cache_clear()
+
+
+def decoder_layer(dtype: torch.dtype) -> nn.Module:
+    """One layer of Llama with attention as one call, at a width where each projection fills tiles."""
+    config = transformers.LlamaConfig(
+        hidden_size=LAYER_WIDTH,
+        intermediate_size=2 * LAYER_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=128,
+        attn_implementation="sdpa",
+    )
+    return Hidden(transformers.LlamaModel(config)).to(dtype).requires_grad_(False).eval()
+
+
+def layer_input(M: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(1, M, LAYER_WIDTH, dtype=dtype)
+
+
+def generated(model: nn.Module, x: torch.Tensor, backend: str = "llmint8", **options) -> Wrapper:
+    """What Inductor generates for one call of a model."""
+    torch._dynamo.reset()
+    more = {"options": options} if backend == "llmint8" else {}
+    with torch.no_grad(), retargeted(execute=False) as wrappers, contextlib.suppress(NotExecuted):
+        torch.compile(model, backend=backend, fullgraph=True, **more)(x)
+    (wrapper,) = wrappers
+    return wrapper

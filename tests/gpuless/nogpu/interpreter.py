@@ -1,0 +1,217 @@
+"""Triton's interpreter for single kernels, at any time, in a process that also compiles.
+
+    interpret(kernel)[grid](*cpu_tensors, BLOCK=64)
+
+``kernel`` is an ordinary ``@triton.jit`` function, and the environment variable ``TRITON_INTERPRET``
+stays unset: with it set, torch cannot trace a ``triton_op``, and nothing can be compiled.
+
+What the stock interpreter (triton 3.8 and 3.9) lacks for that, and ``install`` adds:
+
+1. A ``@triton.jit`` function called from another raises; among them are ``tl.max``, ``tl.zeros`` and
+   ``tl.cdiv``. They are routed to the interpreter.
+2. A nested call patches ``triton.language`` and never restores it, after which nothing compiles in
+   this process. The outermost kernel patches, and restores.
+3. ``libdevice.*`` returns None. The functions that Inductor uses are given in numpy.
+4. Inductor's own combine functions (``triton_helpers.max2`` and others) are reduced element by
+   element in Python: seconds a row. They are mapped to numpy's reductions.
+5. bf16 lives in the interpreter as its 16 bits. Casts between it and other types than fp32 give the
+   bits' value as an integer, the cast from fp32 truncates, and ``tl.dot`` multiplies the bits. Casts
+   go through fp32, rounding to nearest even, and so does ``tl.dot``, which is also given a BLAS for
+   integers.
+"""
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# Binds the builtins min and max to tl.minimum and tl.maximum when it is imported, which has to
+# happen before anything patches triton.language.
+import triton.compiler.code_generator  # noqa: F401
+import triton.language as tl
+import triton.runtime.interpreter as stock
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.jit import JITFunction
+
+_PREDICATES = frozenset({"isnan", "isinf", "signbit", "finitef", "isfinited"})
+
+_LIBDEVICE: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "ceil": np.ceil,
+    "copysign": np.copysign,
+    "cos": np.cos,
+    "div_rn": np.divide,
+    "erf": np.vectorize(math.erf, otypes=[np.float64]),
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "fabs": np.abs,
+    "finitef": np.isfinite,
+    "float2int_rn": np.rint,
+    "floor": np.floor,
+    "fmod": np.fmod,
+    "isfinited": np.isfinite,
+    "isinf": np.isinf,
+    "isnan": np.isnan,
+    "llrint": np.rint,
+    "log": np.log,
+    "log1p": np.log1p,
+    "log2": np.log2,
+    "nearbyint": np.rint,
+    "pow": np.power,
+    "rint": np.rint,
+    "round": lambda x: np.trunc(x + np.copysign(0.5, x)),
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "signbit": np.signbit,
+    "sin": np.sin,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "trunc": np.trunc,
+}
+
+_INDUCTOR_COMBINERS: dict[str, Callable[..., Any]] = {
+    "maximum": np.max,
+    "minimum": np.min,
+    "_sum_combine": np.sum,
+    "prod_accumulate": np.prod,
+    "any_combine": np.any,
+}
+
+
+@functools.cache
+def interpret(kernel: JITFunction | Callable[..., Any]) -> InterpretedFunction:
+    """The interpreted twin of a kernel; launch it as ``twin[grid](...)`` on CPU tensors."""
+    install()
+    return InterpretedFunction(getattr(kernel, "fn", kernel))
+
+
+@functools.cache
+def install() -> None:
+    """Adds to Triton's interpreter what is listed above. Compilation is not affected."""
+    stock._patch_lang = _LANGUAGE.patch
+    stock.ReduceOps.apply_impl = _with_numpy_combiners(stock.ReduceOps.apply_impl)
+    builder = stock.InterpreterBuilder
+    builder.create_dot = _dot
+    builder.cast_impl = _with_bf16(builder.cast_impl)
+    builder.create_fp_to_fp = _with_bf16(builder.create_fp_to_fp)
+    JITFunction.__call__ = _nested_call
+
+
+class _Language:
+    """Patches ``triton.language`` for the outermost kernel, completely, and restores it after."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self._stock_patch = stock._patch_lang
+
+    def patch(self, function: Callable[..., Any]) -> Any:
+        if self.depth:
+            return types.SimpleNamespace(restore=lambda: None)
+        # The stock function looks for the language in the kernel's globals, where it may be missing.
+        proxy = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+        scope = self._stock_patch(proxy)
+        _patch_libdevice(scope)
+        self.depth += 1
+        restore = scope.restore
+
+        def leave() -> None:
+            self.depth -= 1
+            restore()
+
+        scope.restore = leave
+        return scope
+
+
+_LANGUAGE = _Language()
+
+
+def _patch_libdevice(scope: Any) -> None:
+    import triton.language.extra.cuda.libdevice as of_cuda
+    import triton.language.extra.libdevice as of_any
+
+    for module in (of_any, of_cuda):
+        for name in _LIBDEVICE:
+            if hasattr(module, name):
+                scope.set_attr(module, name, _libdevice(name))
+
+
+def _libdevice(name: str) -> Callable[..., tl.tensor]:
+    function = _LIBDEVICE[name]
+
+    def call(*args: Any, _semantic: Any = None) -> tl.tensor:
+        tensors = [stock.interpreter_semantic.to_tensor(argument) for argument in args]
+        dtype = _result_dtype(name, tensors[0].dtype)
+        with np.errstate(all="ignore"):
+            result = np.asarray(function(*[tensor.handle.data for tensor in tensors]))
+        result = result.astype(stock._get_np_dtype(dtype))
+        block = tensors[0].type.is_block()
+        type_ = tl.block_type(dtype, list(result.shape)) if block else dtype
+        return tl.tensor(TensorHandle(result, dtype), type_)
+
+    return call
+
+
+def _result_dtype(name: str, dtype: tl.dtype) -> tl.dtype:
+    if name in _PREDICATES or name == "float2int_rn":
+        return tl.int32
+    return tl.int64 if name == "llrint" else dtype
+
+
+def _with_numpy_combiners(stock_apply: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self: Any, inputs: Any) -> Any:
+        function = getattr(self.combine_fn, "fn", None)
+        is_inductors = getattr(function, "__module__", "") == "torch._inductor.runtime.triton_helpers"
+        reduce = _INDUCTOR_COMBINERS.get(function.__name__) if is_inductors else None
+        if reduce is None or len(inputs) != 1:
+            return stock_apply(self, inputs)
+        reduced = reduce(inputs[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(reduced, inputs[0].dtype)
+
+    return apply
+
+
+def _dot(_self: Any, a: Any, b: Any, d: Any, _precision: Any, _imprecise: Any) -> TensorHandle:
+    is_integer = np.issubdtype(d.data.dtype, np.integer)
+    # float64 holds a sum of int8 products exactly, and has a BLAS.
+    dtype = np.float64 if is_integer else np.float32
+    with np.errstate(all="ignore"):
+        product = _as_float(a, dtype) @ _as_float(b, dtype)
+    return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def _as_float(operand: Any, dtype: type) -> np.ndarray:
+    is_bf16 = operand.dtype.scalar == tl.bfloat16
+    return (_from_bf16(operand.data) if is_bf16 else operand.data).astype(dtype)
+
+
+def _with_bf16(stock_cast: Callable[..., Any]) -> Callable[..., Any]:
+    def cast(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
+        types = source.dtype.scalar, target.scalar
+        if tl.bfloat16 not in types:
+            return stock_cast(self, source, target, *rounding)
+        with np.errstate(all="ignore"):
+            data = _as_float(source, np.float32)
+            if target.scalar == tl.bfloat16:
+                return TensorHandle(_to_bf16(data), tl.bfloat16)
+            return TensorHandle(data.astype(stock._get_np_dtype(target)), target.scalar)
+
+    return cast
+
+
+def _from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bf16(data: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(data, np.float32).view(np.uint32).astype(np.uint64)
+    nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(data), 0x7FC0, nearest_even).astype(np.uint16).reshape(data.shape)
+
+
+def _nested_call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    if not _LANGUAGE.depth:
+        raise RuntimeError("Cannot call @triton.jit'd outside of the scope of a kernel")
+    return interpret(self.fn)(*args, **kwargs)

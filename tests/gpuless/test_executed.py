@@ -1,0 +1,132 @@
+"""Inductor's real CUDA output for whole blocks, executed: every int8 linear in it is checked.
+
+Over a residual block a lost outlier path is an error of 2e-3 of the output, so blocks are not compared.
+Each launch is, with the reference arithmetic on the values that it read.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import blocks
+import pytest
+import torch
+from int8_launches import LinearCheck, relative_error
+from layers import serve_cpu_tensors_with_gpu_kernels
+from nogpu import fake_cuda
+from nogpu.inductor import Wrapper, retargeted
+
+import int8fx
+
+fake_cuda.install("H100")
+serve_cpu_tensors_with_gpu_kernels()
+
+# Agreement of one linear with the reference arithmetic. bf16 and fp16 round the result; the rest is
+# fp32 summation in another order.
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+
+
+@dataclass
+class Executed:
+    """One compiled and executed block; its error is relative to the float block."""
+
+    check: LinearCheck
+    wrapper: Wrapper
+    report: int8fx.Report
+    error_of_block: float
+
+
+@contextmanager
+def checked(options: dict) -> Iterator[tuple[LinearCheck, list[Wrapper]]]:
+    check = LinearCheck(options.get("threshold", 6.0), options.get("decomposition", "column"))
+    with torch.no_grad(), retargeted(check) as wrappers:
+        yield check, wrappers
+
+
+def compiled(model: torch.nn.Module, options: dict, **more) -> torch.nn.Module:
+    # Else a fused kernel would quantise the norm's unrounded fp32 value, 1e-3 from eager.
+    inductor = {"emulate_precision_casts": True}
+    options = {**options, "inductor": inductor}
+    return torch.compile(model, backend="llmint8", options=options, fullgraph=True, **more)
+
+
+@functools.cache
+def run(name: str, shape: tuple[int, ...], dtype: torch.dtype, **options) -> Executed:
+    torch._dynamo.reset()
+    model = blocks.BLOCKS[name]().to(dtype)
+    x = blocks.tokens(shape, dtype)
+    with checked(options) as (check, wrappers), int8fx.collect_reports() as reports:
+        y = compiled(model, options)(x)
+    with torch.no_grad():
+        expected = model.float()(x.float())
+    (report,) = reports
+    (wrapper,) = wrappers
+    return Executed(check, wrapper, report, relative_error(y, expected))
+
+
+EIGHT, FORTY = (1, 8), (2, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "decomposition"),
+    [
+        ("llama", EIGHT, "column"),
+        ("llama", FORTY, "column"),
+        ("llama", FORTY, "token"),
+        ("gpt2", EIGHT, "token"),
+        ("gpt2", FORTY, "column"),
+        ("t5", EIGHT, "column"),
+        ("t5", FORTY, "token"),
+        ("moe", FORTY, "column"),
+    ],
+    ids=str,
+)
+def test_every_linear_of_a_block_agrees_with_the_reference(name, shape, decomposition):
+    done = run(name, shape, torch.float16, decomposition=decomposition)
+    errors = done.check.errors
+    assert done.report.accepted
+    assert len(errors) == len(done.report.accepted)
+    assert all(error < TOLERANCE[torch.float16] for error in errors), errors
+    assert done.check.outliers > 0
+    assert done.error_of_block < 0.05  # of int8 itself; a wrong tensor in a right place shows here
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_dtypes(dtype):
+    done = run("llama", (1, 33), dtype)
+    assert len(done.check.errors) == 7
+    assert all(error < TOLERANCE[dtype] for error in done.check.errors), done.check.errors
+    assert done.error_of_block < 0.05
+
+
+@pytest.mark.parametrize(("threshold", "M"), [(0.0, 33), (1e-3, 33), (math.inf, 8)])
+def test_no_outliers_and_nothing_but_outliers(threshold, M):
+    done = run("llama", (1, M), torch.float16, threshold=threshold)
+    errors = done.check.errors
+    assert len(errors) == 7
+    assert all(error < TOLERANCE[torch.float16] for error in errors), errors
+    assert (done.check.outliers > 0) == (threshold == 1e-3)
+
+
+@pytest.mark.parametrize("shape", [EIGHT, FORTY], ids=["M=8", "M=40"])
+def test_the_check_notices_that_the_outlier_product_is_missing(shape):
+    """Negative control: the linears behind the norms, whose inputs have outliers, must fail."""
+    done = run("llama", shape, torch.float16, decomposition="column")
+    behind_norms = [done.check.without_outliers[index] for index in (0, 1, 2, 4, 5)]
+    assert all(error > 20 * TOLERANCE[torch.float16] for error in behind_norms), behind_norms
+
+
+def test_one_compile_serves_several_lengths():
+    torch._dynamo.reset()
+    model = blocks.llama().to(torch.float16)
+    with checked({}) as (check, wrappers):
+        call = compiled(model, {}, dynamic=True)
+        for length in (50, 33):
+            call(blocks.tokens((1, length), torch.float16))
+        assert len(wrappers) == 1
+        call(blocks.tokens((1, 1), torch.float16))  # torch specialises on 1
+        assert len(wrappers) == 2
+    assert len(check.errors) == 3 * 7
+    assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors

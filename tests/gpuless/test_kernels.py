@@ -1,0 +1,273 @@
+"""Each kernel alone, in the interpreter, inside poisoned memory, over shapes and outlier placements.
+
+Every run is also a test of bounds: operands lie between NaN, results are checked to have left what is
+around them alone (``nogpu/guard.py``).
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from int8_launches import relative_error
+from nogpu.guard import assert_intact, poisoned, poisoned_like
+from nogpu.interpreter import interpret
+from torch import Tensor
+
+from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
+from int8fx.kernels.gpu.decode import (
+    MAX_M,
+    decode_kernel,
+    quantized_linear_reference,
+    sum_of_parts,
+)
+from int8fx.kernels.gpu.gather import (
+    launch_shape,
+    quantize_gather_kernel,
+    quantize_gather_reference,
+)
+from int8fx.kernels.gpu.gemm import gemm_kernel, gemm_reference
+from int8fx.kernels.gpu.groups import padded
+from int8fx.kernels.quantize import quantize_reference, quantize_weight
+
+THRESHOLD = 6.0
+# Of the result's dtype: half a unit in the last place, and fp32 sums in another order.
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
+DTYPES = st.sampled_from(list(TOLERANCE))
+THOROUGH = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@dataclass
+class Case:
+    """An activation with outliers in a drawn share of its columns, and one to three linears."""
+
+    x: Tensor
+    weights: list[Tensor]
+    w_scales: list[Tensor]
+    biases: list[Tensor]
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        biases = self.biases or self.w_scales
+        return (*padded(self.weights), *padded(self.w_scales), *padded(biases))
+
+    @property
+    def N(self) -> tuple[int, int, int]:
+        return padded([weight.shape[0] for weight in self.weights], absent=0)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.x, *self.weights, *self.w_scales, *self.biases)
+
+    def expected(self, decomposition: str, threshold: float = THRESHOLD) -> list[Tensor]:
+        biases = self.biases or [None] * len(self.weights)
+        return [
+            quantized_linear_reference(self.x.clone(), threshold, decomposition, *operands)
+            for operands in zip(self.weights, self.w_scales, biases, strict=True)
+        ]
+
+
+@st.composite
+def cases(draw: st.DrawFn, rows: st.SearchStrategy[int]) -> Case:
+    M, K = draw(rows), draw(st.integers(1, 150))
+    widths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    dtype, share = draw(DTYPES), draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x = normal(M, K)
+    hot = torch.rand(K, generator=generator) < share
+    x[torch.randint(M, (K,), generator=generator), torch.arange(K)] += 20.0 * hot
+    packed = [quantize_weight(normal(N, K)) for N in widths]
+    has_bias = draw(st.booleans())
+    return Case(
+        poisoned(x.to(dtype)),
+        [poisoned(w_int8) for w_int8, _ in packed],
+        [poisoned(w_scale) for _, w_scale in packed],
+        [poisoned(normal(N).to(dtype)) for N in widths] if has_bias else [],
+    )
+
+
+def test_the_guard_notices_a_store_outside():
+    x = poisoned(torch.zeros(4))
+    torch.as_strided(x, (1,), (1,), x.storage_offset() + 4).fill_(0.0)
+    with pytest.raises(AssertionError, match="was overwritten"):
+        assert_intact(x)
+
+
+def claims(x: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """A witness as it may be found: right where it must be, and leftovers of any kind elsewhere."""
+    M, K = x.shape
+    leftovers = torch.tensor([-1, 0, M - 1, M, 2**15 - 1], dtype=torch.int16).repeat(2 * K)
+    witness = leftovers[: 2 * K].view(2, K).clone()
+    columns = outlier_columns_reference(x, threshold)
+    witness[0, columns] = witness_rows(x, threshold)[0, columns].to(torch.int16)
+    return poisoned(witness)
+
+
+def test_witness_rows_name_an_outlier_of_each_column_that_has_one():
+    x = torch.randn(50, 70, generator=torch.Generator().manual_seed(0))
+    columns = outlier_columns_reference(x, 2.0)
+    rows = witness_rows(x, 2.0)[0].long()
+    assert 0 < columns.sum() < 70
+    assert (x[rows[columns], columns.nonzero().squeeze(1)].abs() >= 2.0).all()
+
+
+def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: bool = True):
+    x = case.x
+    M, K = x.shape
+    shape = launch_shape(K)
+    shape.pop("num_warps")
+    capacity = -(-K // shape["BLOCK_O"]) * shape["BLOCK_O"]
+    outputs = {
+        "x_int8": torch.empty(M, K, dtype=torch.int8),
+        "x_scale": torch.empty(M),
+        "x_gathered": torch.empty(M, capacity, dtype=x.dtype),
+        "w_gathered": torch.empty(sum(case.N), capacity, dtype=x.dtype),
+        "columns": torch.empty(K, dtype=torch.int32),
+        "count": torch.empty(1, dtype=torch.int32),
+    }
+    outputs = {name: poisoned_like(tensor) for name, tensor in outputs.items()}
+    programs = -(-M // shape["ROWS"]) + sum(-(-N // shape["WEIGHT_ROWS"]) for N in case.N)
+    interpret(quantize_gather_kernel)[(programs,)](
+        x,
+        claims(x, threshold),
+        *padded(case.weights),
+        *outputs.values(),
+        M,
+        *case.N,
+        K,
+        capacity,
+        threshold,
+        QUANTIZE=quantizes,
+        **shape,
+    )
+    assert_intact(*outputs.values(), *case.inputs)
+    return outputs
+
+
+@THOROUGH
+@given(cases(st.integers(1, 40)))
+def test_quantize_gather(case):
+    done = run_quantize_gather(case)
+    expected = quantize_gather_reference(case.x.clone(), case.weights, THRESHOLD)
+    count = int(done["count"])
+    assert count == int(expected[-1])
+    assert torch.equal(done["x_int8"], expected[0])
+    assert torch.equal(done["x_scale"], expected[1])
+    for name, gathered in zip(("x_gathered", "w_gathered"), expected[2:4], strict=True):
+        assert torch.equal(done[name][:, :count], gathered)
+        assert not done[name][:, count : -(-count // 32) * 32].any()
+
+
+def test_gather_alone_leaves_the_quantised_rows_as_they_are():
+    x = torch.zeros(5, 40).index_fill(1, torch.tensor([7, 30]), 9.0)
+    w_int8, w_scale = quantize_weight(torch.randn(3, 40))
+    case = Case(poisoned(x), [poisoned(w_int8)], [poisoned(w_scale)], [])
+    done = run_quantize_gather(case, quantizes=False)
+    assert int(done["count"]) == 2
+    assert torch.equal(done["w_gathered"][:, :2], w_int8[:, [7, 30]].float())
+    assert torch.equal(done["x_int8"], poisoned_like(done["x_int8"]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_with_nan_or_infinity_quantise_as_the_reference_does(value):
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    x[2, 5] = value
+    case = Case(poisoned(x), [poisoned(torch.ones(3, 40, dtype=torch.int8))], [torch.ones(3)], [])
+    case.w_scales = [poisoned(scale) for scale in case.w_scales]
+    done = run_quantize_gather(case)
+    _, x_scale, _, _ = quantize_reference(x, THRESHOLD, "column")
+    assert torch.equal(done["x_scale"].isnan(), x_scale.isnan())
+    assert bool(x_scale[2].isnan()) == (value != value)
+
+
+@THOROUGH
+@given(cases(st.integers(1, 90)), st.sampled_from([1, 2]))
+def test_product(case, unroll):
+    M, K = case.x.shape
+    outputs = [poisoned_like(torch.empty(M, N, dtype=case.x.dtype)) for N in case.N if N]
+    operands = run_quantize_gather(case)
+    del operands["columns"]
+    block = 32
+    tiles = -(-M // block) * sum(-(-N // block) for N in case.N)
+    interpret(gemm_kernel)[(tiles,)](
+        *operands.values(),
+        *case.pointers,
+        *padded(outputs),
+        M,
+        *case.N,
+        K,
+        operands["x_gathered"].shape[1],
+        BLOCK_M=block,
+        BLOCK_N=block,
+        BLOCK_K=block,
+        BLOCK_O=32,
+        GROUP_M=2,
+        UNROLL=unroll,
+        GROUPED=len(outputs) > 1,
+        EVEN_K=K % (block * unroll) == 0,
+        HAS_BIAS=bool(case.biases),
+        HAS_OUTLIERS=True,
+        PRECISION="ieee",
+    )
+    assert_intact(*outputs, *case.inputs, *operands.values())
+    x_int8, x_scale, x_gathered, _, _ = quantize_gather_reference(
+        case.x.clone(), case.weights, THRESHOLD
+    )
+    columns = outlier_columns_reference(case.x, THRESHOLD)
+    biases = case.biases or [None] * len(outputs)
+    for y, w_int8, w_scale, bias in zip(outputs, case.weights, case.w_scales, biases, strict=True):
+        w_gathered = w_int8[:, columns]
+        expected = gemm_reference(x_int8, x_scale, x_gathered, w_gathered, w_int8, w_scale, bias)
+        assert relative_error(y, expected) < TOLERANCE[y.dtype]
+
+
+@THOROUGH
+@given(
+    cases(st.integers(1, MAX_M)),
+    st.sampled_from(["column", "token"]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0.0, THRESHOLD, float("inf")]),
+    st.booleans(),
+)
+def test_decode(case, decomposition, parts, threshold, quantizes):
+    M, K = case.x.shape
+    x_int8, x_scale, x_outlier, _ = quantize_reference(case.x.clone(), threshold, decomposition)
+    source = case.x if quantizes or threshold == 0 else poisoned(x_outlier)
+    shape = (M,) if parts == 1 else (parts, M)
+    dtype = case.x.dtype if parts == 1 else torch.float32
+    outputs = [poisoned_like(torch.empty(*shape, N, dtype=dtype)) for N in case.N if N]
+    has_bias = bool(case.biases) and parts == 1
+    interpret(decode_kernel)[(sum(-(-N // 16) for N in case.N), parts)](
+        source,
+        poisoned(x_int8),
+        poisoned(x_scale),
+        *case.pointers,
+        *padded(outputs),
+        M,
+        *case.N,
+        K,
+        threshold,
+        BLOCK_M=MAX_M,
+        BLOCK_N=16,
+        BLOCK_K=32,
+        SPLIT_K=parts,
+        SCALE_BLOCK=64,
+        QUANTIZE=quantizes,
+        GROUPED=len(outputs) > 1,
+        EVEN_K=K % 32 == 0,
+        HAS_BIAS=has_bias,
+        HAS_OUTLIERS=threshold != 0,
+        COLUMN=quantizes and decomposition == "column",
+        PRECISION="ieee",
+    )
+    assert_intact(*outputs, *case.inputs)
+    if parts > 1:
+        biases = case.biases or [None] * len(outputs)
+        outputs = [sum_of_parts(y, bias, case.x.dtype) for y, bias in zip(outputs, biases, strict=True)]
+    for y, expected in zip(outputs, case.expected(decomposition, threshold), strict=True):
+        assert relative_error(y, expected) < 2 * TOLERANCE[case.x.dtype]
