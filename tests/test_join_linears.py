@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from int8fx.kernels import ops
+from int8fx.kernels import ops, table
 from int8fx.kernels.quantize import quantize_weight
 from int8fx.passes.emit import Emitter
 from int8fx.passes.join_linears import join_linears
@@ -34,7 +34,7 @@ class Example:
         generator = torch.Generator().manual_seed(0)
         x = self._placeholder("x", 9 * torch.randn(M, K, generator=generator))
         packed = [quantize_weight(torch.randn(4, K, generator=generator)) for _ in biases]
-        weights = [self._placeholder(f"w{i}", pair[0]) for i, pair in enumerate(packed)]
+        weights = [self._placeholder(f"w{i}", table.pack(pair[0])) for i, pair in enumerate(packed)]
         scales = [self._placeholder(f"s{i}", pair[1]) for i, pair in enumerate(packed)]
         given = [
             kind and self._placeholder(f"b{i}", torch.randn(4, generator=generator))
