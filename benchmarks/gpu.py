@@ -74,6 +74,7 @@ def modelled() -> Iterator[str]:
 def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
     """Our launches with the best row of the table: seconds, the row, what limits it."""
     import gpu_model
+    import torch
 
     from int8fx.kernels.gpu import configs
 
@@ -88,7 +89,7 @@ def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
             times.append((before + time.seconds, f"16x{config.block_n}", time.limit))
         return min(times)
     before += gpu_model.quantize_gather(gpu, M, N, K, OUTLIERS)
-    for config in configs.gemm_configs(gpu.arch, M, N):
+    for config in configs.gemm_configs(gpu.arch, M, N, torch.float16):
         seen = _compiled_product(gpu.arch, config)
         time = gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS)
         times.append((before + time.seconds, f"{config.block_m}x{config.block_n}", time.limit))

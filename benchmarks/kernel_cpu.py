@@ -62,9 +62,7 @@ def onednn_calls(M: int, weights: list[Tensor]) -> Calls:
             "none", [], "",
         )  # fmt: skip
 
-    # A weight that is not contiguous is packed wrongly, without an error.
-    transposed = [weight.t().contiguous() for weight in weights]
-    packed = [torch.ops.onednn.qlinear_prepack(weight, None) for weight in transposed]
+    packed = [torch.ops.onednn.qlinear_prepack(weight, None) for weight in weights]
     return [functools.partial(call, weight) for weight in packed]
 
 

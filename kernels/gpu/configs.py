@@ -103,18 +103,28 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def gemm_configs(arch: str, M: int, N: int) -> list[GemmConfig]:
+def gemm_rows(arch: str, dtype: torch.dtype) -> list[GemmConfig]:
+    """The rows that serve activations of a dtype.
+
+    Three tf32 products an outlier block need the registers that a tile of 128 x 256 has not.
+    """
+    limit = 128 if dtype == torch.float32 else 256
+    return [config for config in GEMM[arch] if config.block_n <= limit]
+
+
+def gemm_configs(arch: str, M: int, N: int, dtype: torch.dtype) -> list[GemmConfig]:
     """The rows worth trying for a shape, smallest tiles first.
 
     Only M's class is looked at, 17-64, 65-1024 or more, so that a graph with dynamic shapes is
     compiled at most once for each.
     """
+    rows = gemm_rows(arch, dtype)
     if M <= 64:
-        fits = [config for config in GEMM[arch] if config.block_m <= 64]
+        fits = [config for config in rows if config.block_m <= 64]
     elif M <= 1024:
-        fits = [config for config in GEMM[arch] if config.block_n <= 128]
+        fits = [config for config in rows if config.block_n <= 128]
     else:
-        fits = [config for config in GEMM[arch] if config.block_m > 64]
+        fits = [config for config in rows if config.block_m > 64]
     return [config for config in fits if config.block_n <= max(64, N)] or fits[:1]
 
 

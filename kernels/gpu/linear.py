@@ -163,7 +163,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
 def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
     M, K = x.shape
     arch = configs.architecture(x.device)
-    config = configs.gemm_configs(arch, M, sum(linears.widths))[-1]
+    config = configs.gemm_configs(arch, M, sum(linears.widths), x.dtype)[-1]
     x_int8, x_scale, x_gathered, w_gathered, count = _quantize(x, threshold, decomposition, linears)
     outputs = linears.outputs(x, M, dtype=x.dtype)
     tiles = sum(-(-width // config.block_n) for width in linears.widths)

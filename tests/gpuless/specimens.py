@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from nogpu.offline import compile_kernel
 
 from int8fx.kernels.gpu import configs
@@ -11,8 +12,8 @@ from int8fx.kernels.gpu.decode import MAX_M, decode_kernel
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
-DTYPES = ("fp16", "bf16", "fp32")
-K = 4096
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+WIDTHS = (512, 4096)  # the block of the gather kernel, and so its registers, follow K
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class Specimen:
 
 def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     """All of one architecture, for activations of one dtype."""
-    for config in configs.GEMM[arch]:
+    for config in configs.gemm_rows(arch, DTYPES[dtype]):
         yield gemm(arch, config, dtype)
     for decode_config in configs.DECODE[arch]:
         for quantizes in (True, False):
             yield decode(arch, decode_config, dtype, quantizes)
     for quantizes in (True, False):
-        yield quantize_gather(arch, dtype, quantizes)
+        for K in WIDTHS:
+            yield quantize_gather(arch, dtype, quantizes, K)
 
 
 def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants: Any) -> Specimen:
@@ -121,7 +123,7 @@ def decode(
     )
 
 
-def quantize_gather(arch: str, dtype: str = "fp16", quantizes: bool = True) -> Specimen:
+def quantize_gather(arch: str, dtype: str = "fp16", quantizes: bool = True, K: int = 4096) -> Specimen:
     constants = launch_shape(K)
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
@@ -129,7 +131,7 @@ def quantize_gather(arch: str, dtype: str = "fp16", quantizes: bool = True) -> S
     pointers |= dict.fromkeys(("x_ptr", "x_gathered_ptr", "w_gathered_ptr"), f"*{dtype}")
     pointers |= {"columns_ptr": "*i32", "count_ptr": "*i32"}
     return Specimen(
-        f"{'quantise and gather' if quantizes else 'gather'}, {dtype}",
+        f"{'quantise and gather' if quantizes else 'gather'}, K = {K}, {dtype}",
         arch,
         quantize_gather_kernel,
         pointers | _sizes() | {"CAPACITY": "i32", "threshold": "fp64"},
