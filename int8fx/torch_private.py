@@ -30,7 +30,7 @@ def check_torch() -> None:
         from torch._dynamo.source import Source  # noqa: F401
         from torch._inductor import list_mode_options  # noqa: F401
         from torch._inductor.compile_fx import compile_fx  # noqa: F401
-        from torch._inductor.decomposition import select_decomp_table  # noqa: F401
+        from torch._inductor.decomposition import decompositions, fast_random_decomps  # noqa: F401
         from torch._subclasses.fake_tensor import FakeTensor  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
@@ -155,17 +155,26 @@ def compile_with_inductor(
     decompositions: dict[Any, Callable[..., Any]],
     cache_tag: str,
 ) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on a graph of Dynamo's kind, with ops of ours decomposed."""
-    # config patches decide what select_decomp_table answers
-    from torch._inductor import config
+    """AOTAutograd and Inductor on a graph of Dynamo's kind, with operators of ours decomposed."""
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
-    with config.patch(patches):
-        table = {**select_decomp_table(), **decompositions}
+    _register_decompositions(decompositions)
     with _cache_tag(cache_tag):
-        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches, decompositions=table)
-        return compiled
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    return compiled
+
+
+def _register_decompositions(ours: dict[Any, Callable[..., Any]]) -> None:
+    """Adds to Inductor's own table, once.
+
+    ``compile_fx`` takes a table as an argument, too, but that becomes part of the cache's key, which
+    cannot be pickled then: every compile would bypass the cache.
+    """
+    from torch._inductor import decomposition as inductor
+
+    if not ours.keys() <= inductor.decompositions.keys():
+        inductor.decompositions.update(ours)
+        inductor.fast_random_decomps.cache_clear()  # a copy of the table
 
 
 def storage_id(tensor: Tensor) -> int:

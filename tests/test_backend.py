@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -369,8 +370,6 @@ def test_torch_logs_names_the_package():
         "f = torch.compile(torch.nn.Linear(8, 16).requires_grad_(False), backend='llmint8')\n"
         "f(torch.randn(2, 8))\n"
     )
-    import os
-
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -379,3 +378,31 @@ def test_torch_logs_names_the_package():
         env={**os.environ, "TORCH_LOGS": "+int8fx"},
     )
     assert "[N=16, K=8] torch.nn.functional.linear: int8" in run.stderr
+
+
+def test_a_torch_that_cannot_be_served_is_refused_by_name(monkeypatch):
+    from int8fx.torch_private import check_torch
+
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(RuntimeError, match=r"needs torch >= 2.13 \(tried on .*\).*2.9.1"):
+        check_torch()
+
+
+def test_a_second_process_finds_the_compiled_graph_in_the_cache(tmp_path):
+    code = (
+        "import torch\n"
+        "from torch._dynamo.utils import counters\n"
+        "model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 16)).eval()\n"
+        "with torch.no_grad():\n"
+        "    torch.compile(model, backend='llmint8')(torch.randn(2, 8))\n"
+        "found = counters['inductor']\n"
+        "print(found['fxgraph_cache_hit'], found['fxgraph_cache_miss'], found['fxgraph_cache_bypass'])"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert printed == ["0 1 0", "1 0 0"]
