@@ -15,10 +15,10 @@ So q/k/v are one product, and gate/up are. A bias that is computed in the graph 
 quantisation; it is added after the product instead.
 
 A CPU has such an operator as well (``int8fx.quantized_linears_cpu``), although Inductor could fuse
-the quantisation with a norm: a norm and two linears in bf16 with six outlier columns took 1.27 times
-(K = 576, N = 1536) and 1.49 times as long that way at M = 512, for its dense copy of the outliers,
-and 0.93 and 1.05 times at M = 1, on two cores of a busy machine; and it is ten times the nodes for
-Inductor to compile.
+the quantisation with a norm. A norm and two linears in bf16 with six outlier columns took that way,
+on two cores with AMX, 1.48 times as long at M = 512 (K = 576, N = 1536; 1.31 at K = N = 4096), for
+the dense copy of the outliers; 1.04 and 1.13 times at M = 16, and 1.00 and 0.98 at M = 1. And it is
+ten times the nodes for Inductor to compile.
 """
 
 import operator
