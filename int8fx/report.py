@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from int8fx.passes.decision import Decision
 
@@ -28,7 +28,6 @@ class Report:
     quantizations: int
     float_bytes: int
     int8_bytes: int
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def accepted(self) -> list[Decision]:
@@ -44,7 +43,7 @@ class Report:
             f"{self.quantizations} quantisations, "
             f"weights {self.float_bytes / 2**20:.1f} -> {self.int8_bytes / 2**20:.1f} MiB"
         )
-        return "\n".join([head, *(f"  {decision}" for decision in self.decisions), *self.notes])
+        return "\n".join([head, *(f"  {decision}" for decision in self.decisions)])
 
 
 _collectors: ContextVar[tuple[list[Report], ...]] = ContextVar("int8fx_reports", default=())

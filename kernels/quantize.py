@@ -45,7 +45,6 @@ def quantize_reference(
     so every output of that row, as in a float product. An infinity is an outlier, and meets the
     weight in the 16-bit product; without decomposition it makes its row's scale infinite.
     """
-    # Named before anything reads it, so that both uses below see the value rounded to x's dtype.
     regular = x.to(torch.float32)
     if threshold == 0:
         x_outlier = x.new_empty(0)

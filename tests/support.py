@@ -21,7 +21,7 @@ def compile_once(
 
 
 def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:
-    """A loose check of agreement, for tests of the rewriting; test_error_bound.py has the derived one.
+    """A loose check of agreement, for tests of the rewriting; bounds.py has the derived one.
 
     The round-off of x and of w is at most half a step of absmax / 127 each, so an error of one output
     is some sqrt(K) / 127 of its terms; a wrong rewrite is an error of the size of the output.

@@ -1,5 +1,7 @@
 """The passes on their own: what they print, how often they match, and where they hold back."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +71,14 @@ def test_what_is_no_bias_stays_where_it_is(x, combine, shape):
 
 def test_fuse_epilogue_counts_what_it_moved():
     graph = torch.fx.Graph()
+    bias = graph.placeholder("bias")
+    bias.meta["example_value"] = torch.empty(N)
+    linear = graph.call_function(ops.int8_linear, (None,) * 7)
+    linear.meta["example_value"] = torch.empty(3, N)
+    graph.output(graph.call_function(operator.add, (linear, bias)))
+    assert fuse_epilogue(graph) == 1
+    assert linear.args[6] is bias
+    assert not graph.find_nodes(op="call_function", target=operator.add)
     assert fuse_epilogue(graph) == 0
 
 
