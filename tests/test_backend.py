@@ -281,6 +281,29 @@ def test_control_flow_with_weights_inside(x):
     assert_close_to_float64(y[1], F.linear(-x.abs(), model.b.weight, model.b.bias).double(), K)
 
 
+def test_a_loop_with_a_weight_inside(x):
+    from torch._higher_order_ops import while_loop
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(K, K)
+
+        def forward(self, x):
+            def body(i, x):
+                return i + 1, torch.tanh(self.a(x))
+
+            return while_loop(lambda i, x: i < 3, body, (torch.tensor(0), x))[1]
+
+    model = Loop().requires_grad_(False)
+    y, report = compile_once(model, x)
+    assert len(report.accepted) == 1
+    twin, expected = copy.deepcopy(model).double(), x.double()
+    for _ in range(3):
+        expected = torch.tanh(twin.a(expected))
+    assert_close_to_float64(y, expected, K)
+
+
 def test_autocast_decides_the_dtype(model, x):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="llmint8", fullgraph=True)
