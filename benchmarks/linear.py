@@ -3,19 +3,23 @@
     python benchmarks/linear.py                                   # the table of the README
     python benchmarks/linear.py --shapes 4096x4096 --rows 1,512 --outliers 0,6,2%
 
-Contenders run interleaved on bf16 activations, with as many copies of each weight as leave the cache.
+Contenders run interleaved on bf16 activations. A call is a graph of many linears of the shape,
+each with its own input: up to 16 rows as many as leave the cache, so that weights come from memory.
 Peers that are not installed are skipped by name (``pip install int8fx[bench]``).
 """
 
+import copy
+import functools
 import json
 import math
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from figures import machine, plain
+from peers import PEERS, Missing
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,111 +40,72 @@ SHAPES = {
     "gpt2-xl up": (1600, 6400),
     "gpt2-xl down": (6400, 1600),
 }
-COLD_BYTES = 256 << 20
+COLD_BYTES = 64 << 20  # of int8 weights: twice a large last-level cache
+COLD_ROWS = 16  # up to so many, reading the weights is most of the time
+HIDDEN_OPERATIONS = 2e9  # in one call: some milliseconds, beside which its overhead is nothing
 OUTLIER_SIZE = 20.0
 
-Linears = list[Callable[[Tensor], Tensor]]
 
+class Stack(nn.Module):
+    """Several linears of one shape, each with an input of its own.
 
-class Missing(Exception):
-    """A peer that is not installed."""
+    One call reads more weights than the cache holds, and all of them are in one graph, as a model's
+    are; no contender can join linears that read different inputs.
+    """
 
-
-class _One(nn.Module):
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, K: int, N: int, count: int) -> None:
         super().__init__()
-        self.linear = linear
+        self.linears = nn.ModuleList(nn.Linear(K, N, bias=False) for _ in range(count))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
-def compiled(linear: nn.Module, backend: str, **options: object) -> Callable[[Tensor], Tensor]:
-    return torch.compile(_One(linear), backend=backend, dynamic=False, **options)
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [linear(x) for linear, x in zip(self.linears, xs, strict=True)]
 
 
-def eager(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    return linear
+def linears_in_stack(M: int, K: int, N: int) -> int:
+    if M <= COLD_ROWS:
+        return math.ceil(COLD_BYTES / (K * N))
+    return math.ceil(HIDDEN_OPERATIONS / (2 * M * K * N))
 
 
-def inductor(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    return compiled(linear, "inductor")
+Run = Callable[[list[Tensor]], list[Tensor]]
+Build = Callable[[nn.Module], Run]
 
 
-def inductor_frozen(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Inductor at its best: autotuned templates, and weights packed by freezing."""
-    return compiled(linear, "inductor", options={"max_autotune": True, "freezing": True})
+def compiled(backend: str, **options: object) -> Build:
+    return lambda model: torch.compile(model, backend=backend, dynamic=False, **options)
 
 
-def llmint8(**options: object) -> Callable[[nn.Linear], Callable[[Tensor], Tensor]]:
-    return lambda linear: compiled(linear, "llmint8", options={"skip": [], **options})
+def llmint8(**options: object) -> Build:
+    return compiled("llmint8", options={"skip": [], **options})
 
 
-def bitsandbytes(threshold: float) -> Callable[[nn.Linear], Callable[[Tensor], Tensor]]:
-    def build(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-        try:
-            import bitsandbytes as bnb
-        except ImportError as error:
-            raise Missing("bitsandbytes") from error
-        K, N = linear.in_features, linear.out_features
-        peer = bnb.nn.Linear8bitLt(
-            K, N, bias=False, has_fp16_weights=False, threshold=threshold, device="meta"
-        )
-        weight = linear.weight.detach().to(torch.float16)
-        peer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        return peer.to("cpu").eval()
+def in_fp32(build: Build) -> Build:
+    """The model and its input in fp32."""
 
-    return build
+    def convert(model: nn.Module) -> Run:
+        call = build(model.float())
+        return lambda xs: call([x.float() for x in xs])
+
+    return convert
 
 
-def torchao(config: str) -> Callable[[nn.Linear], Callable[[Tensor], Tensor]]:
-    def build(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-        try:
-            from torchao import quantization
-        except ImportError as error:
-            raise Missing("torchao") from error
-        model = _One(nn.Linear(linear.in_features, linear.out_features, bias=False))
-        model = model.to(torch.bfloat16).requires_grad_(False)
-        model.linear.weight.copy_(linear.weight)
-        quantization.quantize_(model, getattr(quantization, config)())
-        return torch.compile(model, dynamic=False)
-
-    return build
+def peer(name: str) -> Build:
+    convert, run = PEERS[name]
+    return lambda model: run(convert(model))
 
 
-def quanto(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    try:
-        from optimum.quanto import freeze, qint8, quantize
-    except ImportError as error:
-        raise Missing("optimum-quanto") from error
-    model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, bias=False))
-    model = model.to(torch.bfloat16).requires_grad_(False)
-    model[0].weight.copy_(linear.weight)
-    quantize(model, weights=qint8, activations=None)
-    freeze(model)
-    return model
-
-
-def torch_dynamic(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, bias=False))
-    model[0].weight.data.copy_(linear.weight)
-    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    return lambda x: quantized(x.float())
-
-
-CONTENDERS: dict[str, Callable[[nn.Linear], Callable[[Tensor], Tensor]]] = {
-    "bf16 eager": eager,
-    "bf16 inductor": inductor,
-    "bf16 inductor frozen": inductor_frozen,
+# Inductor at its best: autotuned templates, and weights packed by freezing.
+FROZEN = {"max_autotune": True, "freezing": True}
+CONTENDERS: dict[str, Build] = {
+    "fp32 eager": in_fp32(lambda model: model),
+    "fp32 inductor": in_fp32(compiled("inductor")),
+    "bf16 eager": lambda model: model,
+    "bf16 inductor": compiled("inductor"),
+    "bf16 inductor frozen": compiled("inductor", options=FROZEN),
     "llmint8 column": llmint8(),
     "llmint8 token": llmint8(decomposition="token"),
     "llmint8 threshold 0": llmint8(threshold=0),
-    "bitsandbytes 6.0": bitsandbytes(6.0),
-    "bitsandbytes 0.0": bitsandbytes(0.0),
-    "torchao dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
-    "torchao weight-only": torchao("Int8WeightOnlyConfig"),
-    "quanto weight-only": quanto,
-    "torch dynamic": torch_dynamic,
+    **{name: peer(name) for name in PEERS},
 }
 BASELINE = "bf16 inductor"
 
@@ -158,28 +123,22 @@ def activations(M: int, K: int, outliers: str) -> Tensor:
 def measure(
     M: int, K: int, N: int, outliers: str, names: list[str], seconds: float
 ) -> tuple[dict[str, Timing], list[str]]:
-    """The timings by contender, and the peers that are missing."""
+    """The timings of one linear by contender, and the peers that are missing."""
     torch.compiler.reset()
-    copies = max(1, min(8, COLD_BYTES // (2 * K * N)))
+    count = linears_in_stack(M, K, N)
     x = activations(M, K, outliers)
+    xs = [x.clone() for _ in range(count)]
+    torch.manual_seed(0)
+    stack = Stack(K, N, count).to(torch.bfloat16).requires_grad_(False).eval()
     calls: dict[str, list[Callable[[], object]]] = {}
     missing = []
     for name in names:
         try:
-            calls[name] = list(_cold(CONTENDERS[name], x, K, N, copies))
+            calls[name] = [functools.partial(CONTENDERS[name](copy.deepcopy(stack)), xs)]
         except Missing as peer:
             missing.append(str(peer))
-    return interleaved(calls, seconds=seconds), missing
-
-
-def _cold(
-    build: Callable[[nn.Linear], Callable[[Tensor], Tensor]], x: Tensor, K: int, N: int, copies: int
-) -> Iterator[Callable[[], object]]:
-    for copy in range(copies):
-        torch.manual_seed(copy)
-        linear = nn.Linear(K, N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-        call = build(linear)
-        yield lambda call=call: call(x)
+    timings = interleaved(calls, seconds=seconds)
+    return {name: timing / count for name, timing in timings.items()}, missing
 
 
 def show(console: Console, title: str, rows: list[dict], names: list[str]) -> None:
@@ -200,15 +159,6 @@ def show(console: Console, title: str, rows: list[dict], names: list[str]) -> No
         if any(cell != "-" for cell in cells):
             table.add_row(name, *cells)
     console.print(table)
-
-
-def machine() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
-    amx = torch.cpu.get_capabilities().get("amx_int8", False)
-    return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{capability}{' with AMX' if amx else ''}, torch {torch.__version__}"
-    )
 
 
 def main(
@@ -251,7 +201,7 @@ def main(
         console.print(f"not installed, skipped: {peer}")
     summarise(console, results)
     if output:
-        output.write_text(json.dumps({"machine": machine(), "results": _plain(results)}, indent=1))
+        output.write_text(json.dumps({"machine": machine(), "results": plain(results)}, indent=1))
     if plot:
         draw(results, plot)
 
@@ -268,13 +218,6 @@ def summarise(console: Console, results: list[dict]) -> None:
             if len(ratios) > 1:
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
                 console.print(f"{name}, M={M}: {mean:.2f}x over {BASELINE}, least {min(ratios):.2f}x")
-
-
-def _plain(results: list[dict]) -> list[dict]:
-    return [
-        {**row, "timings": {name: vars(timing) for name, timing in row["timings"].items()}}
-        for row in results
-    ]
 
 
 def draw(results: list[dict], path: Path) -> None:

@@ -14,6 +14,9 @@ class Timing:
     low: float
     high: float
 
+    def __truediv__(self, parts: int) -> "Timing":
+        return Timing(self.median / parts, self.low / parts, self.high / parts)
+
     @property
     def spread(self) -> float:
         return (self.high - self.low) / self.median
@@ -47,9 +50,10 @@ def interleaved(
             call()
             samples[name].append(time.perf_counter() - before)
         done += 1
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: timing_of(values) for name, values in samples.items()}
 
 
-def _timing(values: list[float]) -> Timing:
+def timing_of(values: Sequence[float]) -> Timing:
+    """The median and quartiles of at least two samples."""
     low, median, high = statistics.quantiles(values, n=4)
     return Timing(median, low, high)

@@ -40,12 +40,18 @@ class Contender:
     """
 
     def __init__(
-        self, name: str, how: str, model: PreTrainedModel, backend: str | None, capacity: int
+        self,
+        name: str,
+        how: str,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        capacity: int,
+        batch: int = 1,
     ) -> None:
         """
         Args:
-            backend: of torch.compile; None runs the model as it is.
-            capacity: how many tokens the KV cache holds.
+            forward: what runs the model: itself, or what torch.compile made of it.
+            capacity: how many tokens the KV cache holds, for each of ``batch`` sequences.
         """
         self.name = name
         self.how = how
@@ -53,21 +59,19 @@ class Contender:
         self.graphs = 0
         self.graph_breaks = 0
         self.report: int8fx.Report | None = None
-        self.compiled = backend is not None
+        self.compiled = forward is not model
         self._device = next(model.parameters()).device
         self._model = model
-        self._forward: Callable[..., Any] = model
-        if backend is not None:
-            self._forward = torch.compile(model, backend=backend, dynamic=False)
-        self._cache = _empty_cache(model, capacity, self._device)
+        self._forward = forward
+        self._cache = _empty_cache(model, capacity, batch, self._device)
 
     def warm_up(self, token_ids: Tensor, on_graph: Callable[[int], None]) -> None:
         """Compiles both graphs; tells how many are done."""
         before = compile_counts()
         with int8fx.collect_reports() as reports:
-            self.prefill(token_ids)
+            token = self.prefill(token_ids)
             on_graph(1)
-            self.decode(0)
+            self.decode(token)
             on_graph(2)
         graphs, breaks = compile_counts()
         self.graphs, self.graph_breaks = graphs - before[0], breaks - before[1]
@@ -77,14 +81,14 @@ class Contender:
             self.weight_bytes = weight_bytes(self._model, self.report)
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        """``[1, n] -> [1, n, V]``, from an empty cache."""
+        """``[B, n] -> [B, n, V]``, from an empty cache."""
         self._cache.reset()
         return self._prefill(token_ids, token_ids.shape[1])
 
-    def prefill(self, token_ids: Tensor) -> int:
-        """Fills the cache with ``token_ids [1, n]``; the most likely next token."""
+    def prefill(self, token_ids: Tensor) -> Tensor:
+        """Fills the cache with ``token_ids [B, n]``; the most likely next tokens, ``[B, 1]``."""
         self._cache.reset()
-        return int(self._prefill(token_ids, LAST)[0, -1].argmax())
+        return _most_likely(self._prefill(token_ids, LAST))
 
     def _prefill(self, token_ids: Tensor, positions: int) -> Tensor:
         length = token_ids.shape[1]
@@ -92,10 +96,9 @@ class Contender:
         torch._dynamo.mark_dynamic(wanted, 0, min=2, max=length)
         return self._run(token_ids, wanted)
 
-    def decode(self, token: int) -> int:
-        """Adds one token to the cache; the most likely next one."""
-        logits = self._run(torch.tensor([[token]], device=self._device), 1)
-        return int(logits[0, -1].argmax())
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Adds ``tokens [B, 1]`` to the cache; the most likely next ones, ``[B, 1]``."""
+        return _most_likely(self._run(tokens, 1))
 
     def _run(self, token_ids: Tensor, positions: int | Tensor) -> Tensor:
         # no_grad rather than inference_mode: inference tensors carry no version, by which the
@@ -120,7 +123,7 @@ class Contender:
         stop = frozenset(stop)
         token = -1
         for done, given in enumerate(prompt, start=1):
-            token = self.decode(given)
+            token = self._decode_one(given)
             on_token(done)
         generated: list[int] = []
         while token not in stop:
@@ -128,18 +131,28 @@ class Contender:
             on_token(len(prompt) + len(generated))
             if len(generated) == new_tokens:
                 break
-            token = self.decode(token)
+            token = self._decode_one(token)
         return generated
 
+    def _decode_one(self, token: int) -> int:
+        return int(self.decode(torch.tensor([[token]], device=self._device)))
 
-def _empty_cache(model: PreTrainedModel, capacity: int, device: torch.device) -> StaticCache:
+
+def _most_likely(logits: Tensor) -> Tensor:
+    return logits[:, -1:].argmax(-1)
+
+
+def _empty_cache(
+    model: PreTrainedModel, capacity: int, batch: int, device: torch.device
+) -> StaticCache:
     """A cache that knows the model's head counts and dtype: one eager step allocates it.
 
     Allocated while Dynamo traces, its tensors could not be marked as static addresses.
     """
     cache = StaticCache(config=model.config, max_cache_len=capacity)
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
+        tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        model(input_ids=tokens, past_key_values=cache)
     cache.reset()
     return cache
 
@@ -157,10 +170,16 @@ def weight_bytes(model: PreTrainedModel, report: int8fx.Report | None) -> int:
 def line_up(model: PreTrainedModel, capacity: int) -> list[Contender]:
     """The model as loaded, a bf16 copy under Inductor, and the model under llmint8."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+
+    def compiled(name: str, how: str, model: PreTrainedModel, backend: str) -> Contender:
+        forward = torch.compile(model, backend=backend, dynamic=False)
+        return Contender(name, how, model, forward, capacity)
+
+    half = in_bfloat16(model)
     return [
-        Contender("as loaded", f"{dtype}, eager", model, None, capacity),
-        Contender("Inductor", "bfloat16", in_bfloat16(model), "inductor", capacity),
-        Contender("llmint8", f"int8 + {dtype}", model, "llmint8", capacity),
+        Contender("as loaded", f"{dtype}, eager", model, model, capacity),
+        compiled("Inductor", "bfloat16", half, "inductor"),
+        compiled("llmint8", f"int8 + {dtype}", model, "llmint8"),
     ]
 
 

@@ -52,11 +52,13 @@ def token_ids() -> torch.Tensor:
 def traced(model) -> Contender:
     """Compiled by Dynamo alone: what is counted here is graphs, and Inductor adds none."""
     torch._dynamo.reset()
-    return Contender("traced", "", model, "eager", CAPACITY)
+    return Contender(
+        "traced", "", model, torch.compile(model, backend="eager", dynamic=False), CAPACITY
+    )
 
 
 def test_logits_are_those_of_the_model(model, token_ids):
-    contender = Contender("eager", "", model, None, CAPACITY)
+    contender = Contender("eager", "", model, model, CAPACITY)
     with torch.no_grad():
         expected = model(input_ids=token_ids).logits
     # Twice: the second time, the cache was used before.
@@ -65,7 +67,7 @@ def test_logits_are_those_of_the_model(model, token_ids):
 
 
 def test_generate_is_greedy_decoding(model, token_ids):
-    contender = Contender("eager", "", model, None, CAPACITY)
+    contender = Contender("eager", "", model, model, CAPACITY)
     expected = model.generate(token_ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     prompt = token_ids[0].tolist()
     generated = contender.generate(prompt, 8, stop=[], on_token=ignore)
@@ -73,7 +75,7 @@ def test_generate_is_greedy_decoding(model, token_ids):
 
 
 def test_generate_ends_at_a_stop_token(model, token_ids):
-    contender = Contender("eager", "", model, None, CAPACITY)
+    contender = Contender("eager", "", model, model, CAPACITY)
     prompt = token_ids[0].tolist()
     free = contender.generate(prompt, 8, stop=[], on_token=ignore)
     stopped = contender.generate(prompt, 8, stop=[free[3]], on_token=ignore)
@@ -114,9 +116,9 @@ def test_bf16_copy_leaves_the_rotary_frequencies(model):
 
 def test_table_fits_80_columns(model):
     contenders = [
-        Contender("as loaded", "float32, eager", model, None, CAPACITY),
-        Contender("Inductor", "bfloat16", model, None, CAPACITY),
-        Contender("llmint8", "int8 + float32", model, None, CAPACITY),
+        Contender("as loaded", "float32, eager", model, model, CAPACITY),
+        Contender("Inductor", "bfloat16", model, model, CAPACITY),
+        Contender("llmint8", "int8 + float32", model, model, CAPACITY),
     ]
     names = [contender.name for contender in contenders]
     speeds = dict.fromkeys(names, Speed(prefill=123456.7, decode=1234.56))

@@ -150,6 +150,8 @@ def test_a_head_tied_to_the_embedding_stays_in_float():
 
 
 def test_packed_weights_go_with_their_model(x):
+    torch._dynamo.reset()
+    gc.collect()  # what earlier tests left, or it would go while this one counts
     before = len(STORE)
     model = nn.Linear(K, N).requires_grad_(False)
     compiled = torch.compile(model, backend="llmint8")
