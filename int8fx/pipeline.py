@@ -252,11 +252,20 @@ def codegen(compilation: Compilation) -> Callable[..., Any]:
     )
     if not compilation.slots:
         return compiled
+    if not _needs_autograd(compilation.inputs):
+        compiled = torch_private.below_autograd(compiled)
 
     def call(*args: Any) -> Any:
         return compiled(*swap(args))
 
     return call
+
+
+def _needs_autograd(inputs: Sequence[Any]) -> bool:
+    """Whether a backward pass may come: Dynamo guards on both, and compiles again when one changes."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in inputs
+    )
 
 
 def _drop_unused_views(graph: fx.Graph) -> None:

@@ -164,6 +164,21 @@ def compile_with_inductor(
     return compiled
 
 
+def below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, for a call that no backward pass follows.
+
+    Operators with a gradient formula in Python (ours) are otherwise dispatched through Python, to find
+    out at each call that no gradient is wanted: 17 us instead of 6 for a small linear.
+    """
+    guard = torch._C._AutoDispatchBelowAutograd
+
+    def call(*args: Any) -> Any:
+        with guard():
+            return compiled(*args)
+
+    return call
+
+
 def _register_decompositions(ours: dict[Any, Callable[..., Any]]) -> None:
     """Adds to Inductor's own table, once.
 

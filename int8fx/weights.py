@@ -15,21 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from int8fx.identity import Snapshot, State, snapshot, state_of
 from int8fx.kernels import table
 from int8fx.kernels.quantize import quantize_weight
 from int8fx.passes.weight_expression import WeightExpression
-from int8fx.torch_private import StorageReference, storage_id
+from int8fx.torch_private import StorageReference
 
 log = logging.getLogger(__name__)
-
-State = tuple[int, int, int]
-
-
-def state_of(tensor: Tensor) -> State:
-    """What changes when a tensor's values may have: version, storage, address."""
-    # Inference tensors count no versions: in-place edits of those go unseen.
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, storage_id(tensor), tensor.data_ptr()
 
 
 @dataclass(eq=False)
@@ -118,14 +110,16 @@ class WeightSwap:
 
     The float weights go out, unless the graph still uses them, and the packed pairs come in, at the
     end. What was found last time for the same tensors in the same state is used again, so a call costs
-    one comparison of tuples.
+    one comparison of their snapshot.
     """
 
     def __init__(self, slots: Sequence[Slot], kept: Sequence[int], store: WeightStore) -> None:
         self._slots = list(slots)
         self._kept = list(kept)
         self._store = store
-        self._seen: dict[tuple[int, ...], tuple[list[State], list[Tensor]]] = {}
+        self._last: tuple[Snapshot, list[Tensor]] | None = None
+        # Blocks that share a graph take turns at each call.
+        self._seen: dict[tuple[int, ...], tuple[Snapshot, list[Tensor]]] = {}
         store.snapshots.add(self)
 
     def __call__(self, args: Sequence) -> list:
@@ -134,19 +128,25 @@ class WeightSwap:
     def packed(self, args: Sequence) -> list[Tensor]:
         """The packed pairs for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
         tensors = [args[slot.position] for slot in self._slots]
+        last = self._last
+        if last is not None and last[0].matches(tensors):
+            return last[1]
         identity = tuple(map(id, tensors))
-        state = list(map(state_of, tensors))
         known = self._seen.get(identity)
-        if known is not None and known[0] == state:
-            return known[1]
+        if known is None or not known[0].matches(tensors):
+            known = self._seen[identity] = (snapshot(tensors), self._look_up(tensors))
+        self._last = known
+        return known[1]
+
+    def _look_up(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         pairs: list[Tensor] = []
         for slot, tensor in zip(self._slots, tensors, strict=True):
             found = self._store.get(tensor, slot.expression)
             pairs += (found.weight, found.w_scale)
-        self._seen[identity] = (state, pairs)
         return pairs
 
     def forget(self, identity: int) -> None:
         """Drops what was found for a tensor that is gone."""
+        self._last = None
         for key in [key for key in list(self._seen) if identity in key]:
             self._seen.pop(key, None)

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from int8fx import collect_reports
-from int8fx.options import MODES, Options
+from int8fx.options import MODES, Options, inductor_patches
 
 K, N = 32, 48
 
@@ -95,6 +95,12 @@ def test_inductor_options_and_torch_compile_options_reach_inductor(model, x):
     check(y, model, x)
     with pytest.raises(Exception, match=r"'no_such_entry' is not an entry of torch._inductor.config"):
         compile_once(model, x, backend_options={"inductor": {"no_such_entry": 1}})
+
+
+def test_size_assertions_are_left_out_unless_asked_for():
+    assert not inductor_patches(None, Options())["size_asserts"]
+    asked = Options(inductor={"size_asserts": True})
+    assert inductor_patches("max-autotune", asked)["size_asserts"]
 
 
 @pytest.mark.parametrize(

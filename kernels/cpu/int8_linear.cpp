@@ -16,6 +16,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "identity.h"
 #include "kernels.h"
 
 using namespace std::string_literals;
@@ -439,6 +440,11 @@ std::vector<at::Tensor> quantized_linears(
   }
   quantize_and_run(*x, static_cast<float>(threshold), decomposition == "column", weights);
   return outputs;
+}
+
+TORCH_LIBRARY_FRAGMENT(int8fx, m) {
+  m.def("snapshot(Tensor[] tensors) -> Tensor", snapshot);
+  m.def("unchanged(Tensor[] tensors, Tensor snapshot) -> bool", unchanged);
 }
 
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {

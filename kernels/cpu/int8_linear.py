@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from int8fx.kernels.cpu import build
+from int8fx.kernels.cpu import build, pages
 
 BLOCK_N = 16
 K_MULTIPLE = 64
@@ -54,8 +54,11 @@ def pack(w_int8: Tensor) -> Tensor:
     padded = F.pad(w_int8, padding) if any(padding) else w_int8.contiguous()
     # Four k's are moved as one int32.
     quads = padded.view(torch.int32).unflatten(0, (-1, BLOCK_N)).transpose(1, 2)
-    sums = padded.sum(1, dtype=torch.int32).view(-1, BLOCK_N)
-    return torch.cat([quads.flatten(1), sums], 1).view(torch.int8)
+    packed = pages.empty(quads.shape[0], padded.shape[1] * BLOCK_N + 4 * BLOCK_N)
+    words = packed.view(torch.int32)
+    words[:, :-BLOCK_N].view(quads.shape).copy_(quads)
+    torch.sum(padded.view(-1, BLOCK_N, padded.shape[1]), 2, out=words[:, -BLOCK_N:])
+    return packed
 
 
 def unpack(packed: Tensor, N: int, K: int) -> Tensor:

@@ -166,8 +166,8 @@ void multiply_panel(
   const int8_t* w = weight.packed + block * stride;
   const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
   const int64_t tiles = (m1 - m0 + a.row_tile - 1) / a.row_tile;
-  // A single tile only streams the weights, which hardware prefetchers see.
-  const bool again = tiles > 1 && block + B < weight.blocks();
+  // A single row only streams the weights, which hardware prefetchers see.
+  const bool again = m1 - m0 > 1 && block + B < weight.blocks();
   const int64_t lines = again ? (B * BLOCK_N + tiles - 1) / tiles : 0;
   Prefetch ahead{w + B * stride, lines};
   for (int64_t m = m0; m < m1; m += a.row_tile) {
