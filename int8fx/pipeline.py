@@ -21,6 +21,7 @@ from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
+from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import lower
 from int8fx.passes.mutation import written
@@ -56,6 +57,7 @@ def compile_graph(
         share_quantizations(compilation)
         fold_biases(compilation)
         join_quantized_linears(compilation)
+        group_attention_heads(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation)
     report(compilation)
@@ -230,6 +232,12 @@ def join_quantized_linears(compilation: Compilation) -> None:
         quantizations = scope.graph.find_nodes(op="call_function", target=ops.quantize)
         compilation.quantizations += len(quantizations)
         join_linears(scope.graph, compilation.fake_mode, table.joined)
+
+
+def group_attention_heads(compilation: Compilation) -> None:
+    """group_heads on every graph."""
+    grouped = sum(group_heads(scope.graph, compilation.fake_mode) for scope in compilation.root.walk())
+    log.debug("grouped the heads of %d decode attentions", grouped)
 
 
 def codegen(compilation: Compilation) -> Callable[..., Any]:

@@ -24,8 +24,8 @@ class Emitter:
     fake_mode: Any
     origin: fx.Node
 
-    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        return self._annotate(self.graph.call_function(target, args), target)
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._annotate(self.graph.call_function(target, args, kwargs), target)
 
     def method(self, name: str, *args: Any) -> fx.Node:
         def run(value: Any, *rest: Any) -> Any:
@@ -42,10 +42,12 @@ class Emitter:
         return node
 
     def _annotate(self, node: fx.Node, run: Callable[..., Any]) -> fx.Node:
-        values = fx.map_arg(node.args, lambda argument: argument.meta["example_value"])
+        values, named = fx.map_arg(
+            (node.args, node.kwargs), lambda argument: argument.meta["example_value"]
+        )
         # Autocast is no part of the graph's meaning here: our calls state their dtypes.
         with self.fake_mode, torch.no_grad():
-            node.meta["example_value"] = run(*values)
+            node.meta["example_value"] = run(*values, **named)
         for key in ("stack_trace", "nn_module_stack"):
             if key in self.origin.meta:
                 node.meta[key] = self.origin.meta[key]
