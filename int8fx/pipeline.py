@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.kernels import ops, table
 from int8fx.kernels.quantize import quantize_reference
+from int8fx.kernels.scheme import Choice
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
@@ -29,7 +30,7 @@ from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal,
 from int8fx.passes.verify import Signature, verify
 from int8fx.passes.weight_expression import is_view_or_cast
 from int8fx.report import Report, publish
-from int8fx.weights import STORE, PackedWeight, Slot, WeightSwap
+from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def compile_graph(
         inputs: the graph's inputs, parameters among them as real tensors.
         patches: Inductor's configuration.
     """
-    compilation = capture(gm, inputs, options, patches)
+    compilation = capture(gm, inputs, options)
     canonicalize(compilation)
     select(compilation)
     if compilation.accepted:
@@ -57,7 +58,7 @@ def compile_graph(
         fold_biases(compilation)
         join_quantized_linears(compilation)
         verify(compilation.root, compilation.signatures)
-    compiled = codegen(compilation)
+    compiled = codegen(compilation, patches)
     report(compilation)
     return compiled
 
@@ -70,16 +71,17 @@ class Compilation:
     root: Scope
     inputs: list[Any]
     options: Options
-    patches: dict[str, Any]
     placeholders: list[fx.Node]
     paths: dict[fx.Node, str]
     tensors: dict[fx.Node, Tensor]
+    store: WeightStore = STORE
     found: list[Candidate] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     accepted: list[Candidate] = field(default_factory=list)
+    choices: dict[Candidate, Choice] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
     packed: list[PackedWeight] = field(default_factory=list)
-    packed_nodes: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    packed_nodes: dict[tuple[fx.Node, str, str], list[fx.Node]] = field(default_factory=dict)
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0
 
@@ -89,9 +91,7 @@ class Compilation:
         return torch_private.fake_mode_of(values)
 
 
-def capture(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any]
-) -> Compilation:
+def capture(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Compilation:
     """Copies the graph and finds out which of its inputs are weights, and of which modules."""
     copied = torch_private.copy_graph_module(gm)
     placeholders = copied.graph.find_nodes(op="placeholder")
@@ -100,7 +100,7 @@ def capture(
         path = _module_path(torch_private.source_name(node))
         if path is not None and isinstance(value, Tensor) and not torch_private.is_fake(value):
             paths[node], tensors[node] = path, value
-    return Compilation(gm, scopes(copied), list(inputs), options, patches, placeholders, paths, tensors)
+    return Compilation(gm, scopes(copied), list(inputs), options, placeholders, paths, tensors)
 
 
 _MODULE = re.compile(r"(?:\._modules\['([^']+)'\])|(?:\._(?:parameters|buffers)\['([^']+)'\]$)")
@@ -137,11 +137,14 @@ def select(compilation: Compilation) -> None:
             dimensions = weight_shape(candidate, selection)
             shape = dimensions if len(dimensions) == 2 else None
         path = module_path(candidate, selection)
-        decision = Decision(path, candidate.spelling, shape, not reason, reason)
+        choice = options.choice(path)
+        scheme = "" if reason else choice.scheme.name
+        decision = Decision(path, candidate.spelling, shape, not reason, reason, scheme)
         log.debug("%s", decision)
         compilation.decisions.append(decision)
         if not reason:
             compilation.accepted.append(candidate)
+            compilation.choices[candidate] = choice
     _warn_of_trainable(compilation.decisions)
 
 
@@ -163,23 +166,32 @@ def _warn_of_trainable(decisions: Sequence[Decision]) -> None:
 
 
 def quantize_weights(compilation: Compilation) -> None:
-    """Quantises each accepted weight, once, and makes the packed pair an input of the graph."""
+    """Quantises each accepted weight, once, and makes its parts inputs of the graph."""
     for candidate in compilation.accepted:
         expression = candidate.weight
         assert expression is not None
-        key = (expression.placeholder, expression.recipe)
+        key = _packed_key(compilation, candidate)
         if key in compilation.packed_nodes:
             continue
-        packed = STORE.get(compilation.tensors[expression.placeholder], expression)
+        kept = compilation.choices[candidate].weight_format
+        tensor = compilation.tensors[expression.placeholder]
+        packed = compilation.store.get(tensor, expression, kept)
         position = compilation.placeholders.index(expression.placeholder)
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
-        compilation.slots.append(Slot(position, expression))
+        compilation.slots.append(Slot(position, expression, kept))
         compilation.packed.append(packed)
-        compilation.packed_nodes[key] = (
-            _add_input(compilation, f"{name}int8", packed.weight),
-            _add_input(compilation, f"{name}scale", packed.w_scale),
-        )
+        compilation.packed_nodes[key] = [
+            _add_input(compilation, f"{name}{part}", value)
+            for part, value in zip(kept.parts, packed.tensors, strict=True)
+        ]
+
+
+def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
+    """Candidates with one key share one packed weight."""
+    assert candidate.weight is not None
+    kept = compilation.choices[candidate].weight_format
+    return candidate.weight.placeholder, candidate.weight.recipe, kept.name
 
 
 def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
@@ -194,21 +206,15 @@ def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
 
 
 def lower_linears(compilation: Compilation) -> None:
-    """Rewrites each accepted candidate into quantise and int8 linear."""
+    """Rewrites each accepted candidate into what its scheme computes."""
     rewritten: dict[fx.Node, fx.Node] = {}
     for candidate in compilation.accepted:
-        assert candidate.weight is not None
-        key = (candidate.weight.placeholder, candidate.weight.recipe)
+        weight = compilation.packed_nodes[_packed_key(compilation, candidate)]
+        product = compilation.choices[candidate].lower
         before = Signature.of(candidate.node)
         # An operand may be a candidate that has just been rewritten.
         candidate.rebind(rewritten)
-        y = rewritten[candidate.node] = lower(
-            candidate,
-            *compilation.packed_nodes[key],
-            threshold=compilation.options.threshold,
-            decomposition=compilation.options.decomposition,
-            fake_mode=compilation.fake_mode,
-        )
+        y = rewritten[candidate.node] = lower(candidate, weight, product, compilation.fake_mode)
         compilation.signatures.append((y, before, Signature.of(y)))
 
 
@@ -232,13 +238,17 @@ def join_quantized_linears(compilation: Compilation) -> None:
         join_linears(scope.graph, compilation.fake_mode, table.joined)
 
 
-def codegen(compilation: Compilation) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights."""
+def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights.
+
+    Args:
+        patches: Inductor's configuration.
+    """
     for scope in compilation.root.walk():
         # Views and casts of weights that nothing reads any more would run at every call.
         _drop_unused_views(scope.graph)
     kept = _kept_inputs(compilation)
-    swap = WeightSwap(compilation.slots, kept, STORE)
+    swap = WeightSwap(compilation.slots, kept, compilation.store)
     examples = [compilation.inputs[position] for position in kept]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
     for scope in compilation.root.walk():
@@ -246,7 +256,7 @@ def codegen(compilation: Compilation) -> Callable[..., Any]:
     compiled = torch_private.compile_with_inductor(
         compilation.root.gm,
         examples,
-        compilation.patches,
+        patches,
         DECOMPOSITIONS,
         cache_identity(),
     )
@@ -292,7 +302,8 @@ def cache_identity() -> str:
     package = Path(__file__).parent
     digest = hashlib.sha256()
     kernels = package / "kernels"
-    for folder in (package, package / "passes", kernels, kernels / "cpu", kernels / "gpu"):
+    folders = ("cpu", "gpu", "schemes")
+    for folder in (package, package / "passes", kernels, *(kernels / name for name in folders)):
         for source in sorted(folder.glob("*.py")):
             digest.update(source.read_bytes())
     return f"int8fx-{digest.hexdigest()[:16]}"
@@ -308,6 +319,7 @@ def report(compilation: Compilation) -> None:
         quantizations=compilation.quantizations,
         float_bytes=sum(weight.float_bytes for weight in compilation.packed),
         int8_bytes=sum(weight.nbytes for weight in compilation.packed),
+        unused=compilation.options.unused([each.path for each in compilation.decisions]),
     )
     log.info("%s", made)
     publish(made)

@@ -390,7 +390,7 @@ def test_debug_logging_shows_each_decision(model, x, caplog):
     with caplog.at_level(logging.DEBUG, logger="int8fx"):
         compile_once(model, x)
     text = "\n".join(record.getMessage() for record in caplog.records)
-    assert "1 [N=48, K=32] torch.nn.functional.linear: int8" in text
+    assert "1 [N=48, K=32] torch.nn.functional.linear: llm.int8" in text
 
 
 def test_torch_logs_names_the_package():
@@ -406,7 +406,7 @@ def test_torch_logs_names_the_package():
         check=True,
         env={**os.environ, "TORCH_LOGS": "+int8fx"},
     )
-    assert "[N=16, K=8] torch.nn.functional.linear: int8" in run.stderr
+    assert "[N=16, K=8] torch.nn.functional.linear: llm.int8" in run.stderr
 
 
 def test_a_torch_that_cannot_be_served_is_refused_by_name(monkeypatch):
