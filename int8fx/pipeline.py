@@ -23,7 +23,7 @@ from int8fx.passes.decision import Decision
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.join_linears import join_linears
-from int8fx.passes.lower import lower
+from int8fx.passes.lower import Product, lower
 from int8fx.passes.mutation import written
 from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal, weight_shape
@@ -63,6 +63,31 @@ def compile_graph(
     return compiled
 
 
+def rewrite_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    store: WeightStore,
+    watch: "Callable[[Compilation], None]",
+) -> Callable[..., Any]:
+    """The rewritten graph as it is before Inductor, to be run operator by operator.
+
+    Args:
+        store: keeps the packed weights: one that is not the process's own forgets them with it.
+        watch: sees the compilation after ``select`` and may wrap products, see ``observe.py``.
+    """
+    compilation = capture(gm, inputs, options)
+    compilation.store = store
+    canonicalize(compilation)
+    select(compilation)
+    watch(compilation)
+    quantize_weights(compilation)
+    lower_linears(compilation)
+    verify(compilation.root, compilation.signatures)
+    swap, _ = finish_inputs(compilation)
+    return _behind(swap, compilation.root.gm)
+
+
 @dataclass
 class Compilation:
     """What the steps hand to each other."""
@@ -79,6 +104,7 @@ class Compilation:
     decisions: list[Decision] = field(default_factory=list)
     accepted: list[Candidate] = field(default_factory=list)
     choices: dict[Candidate, Choice] = field(default_factory=dict)
+    products: dict[Candidate, Product] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
     packed: list[PackedWeight] = field(default_factory=list)
     packed_nodes: dict[tuple[fx.Node, str, str], list[fx.Node]] = field(default_factory=dict)
@@ -145,6 +171,7 @@ def select(compilation: Compilation) -> None:
         if not reason:
             compilation.accepted.append(candidate)
             compilation.choices[candidate] = choice
+            compilation.products[candidate] = choice.lower
     _warn_of_trainable(compilation.decisions)
 
 
@@ -210,7 +237,7 @@ def lower_linears(compilation: Compilation) -> None:
     rewritten: dict[fx.Node, fx.Node] = {}
     for candidate in compilation.accepted:
         weight = compilation.packed_nodes[_packed_key(compilation, candidate)]
-        product = compilation.choices[candidate].lower
+        product = compilation.products[candidate]
         before = Signature.of(candidate.node)
         # An operand may be a candidate that has just been rewritten.
         candidate.rebind(rewritten)
@@ -244,15 +271,9 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
     Args:
         patches: Inductor's configuration.
     """
-    for scope in compilation.root.walk():
-        # Views and casts of weights that nothing reads any more would run at every call.
-        _drop_unused_views(scope.graph)
-    kept = _kept_inputs(compilation)
-    swap = WeightSwap(compilation.slots, kept, compilation.store)
+    swap, kept = finish_inputs(compilation)
     examples = [compilation.inputs[position] for position in kept]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
-    for scope in compilation.root.walk():
-        scope.gm.recompile()
     compiled = torch_private.compile_with_inductor(
         compilation.root.gm,
         examples,
@@ -264,7 +285,21 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
         return compiled
     if not _needs_autograd(compilation.inputs):
         compiled = torch_private.below_autograd(compiled)
+    return _behind(swap, compiled)
 
+
+def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
+    """The swap of the graph's weights, and the positions of the inputs that it keeps as they are."""
+    for scope in compilation.root.walk():
+        # Views and casts of weights that nothing reads any more would run at every call.
+        _drop_unused_views(scope.graph)
+    kept = _kept_inputs(compilation)
+    for scope in compilation.root.walk():
+        scope.gm.recompile()
+    return WeightSwap(compilation.slots, kept, compilation.store), kept
+
+
+def _behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return compiled(*swap(args))
 

@@ -1,9 +1,10 @@
 """Packed weights: each float weight is quantised once, however many graphs use it.
 
 The store is keyed by the parameter's identity, the recipe that makes the ``[N, K]`` matrix of it
-(``passes/weight_expression.py``) and the format that the scheme keeps weights in. It holds parameters weakly, so a deleted model takes its int8
-weights with it. A weight that changed is seen at the next call: in-place edits count up ``_version``,
-and ``.data = `` brings another storage.
+(``passes/weight_expression.py``) and the format that the scheme keeps weights in
+(``kernels/scheme.py``). It holds parameters weakly, so a deleted model takes its int8 weights with
+it. A weight that changed is seen at the next call: in-place edits count up ``_version``, and
+``.data = `` brings another storage.
 """
 
 import logging

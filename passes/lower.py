@@ -24,14 +24,11 @@ from torch import fx
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.emit import Emitter
 
-
 # (call, x, tensors of the weight, bias) -> y, all of them nodes; ``kernels/scheme.py`` has the schemes'
 Product = Callable[[Callable[..., Any], fx.Node, Sequence[fx.Node], fx.Node | None], fx.Node]
 
 
-def lower(
-    candidate: Candidate, weight: Sequence[fx.Node], product: Product, fake_mode: Any
-) -> fx.Node:
+def lower(candidate: Candidate, weight: Sequence[fx.Node], product: Product, fake_mode: Any) -> fx.Node:
     """Rewrites one candidate in place; returns the node that takes its place.
 
     Args:
