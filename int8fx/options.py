@@ -51,6 +51,7 @@ class Options:
         decomposition: ``"column"`` or ``"token"``, see ``kernels/quantize.py``.
         scheme: how linears are quantised: a name of ``int8fx.SCHEMES``.
         rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
+        group_size: how many weights along K share a scale, in schemes that quantise by groups.
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten.
         inductor: Inductor config patches, applied over those of ``mode``.
@@ -62,6 +63,7 @@ class Options:
     decomposition: str = "column"
     scheme: str = DEFAULT
     rules: tuple[Rule, ...] = ()
+    group_size: int = 128
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -183,6 +185,12 @@ def _rule(name: str, value: Any) -> Rule:
     return Rule(pattern, scheme, {key: _CHECKS[key](key, given) for key, given in settings.items()})
 
 
+def _group_size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 16:
+        raise _refuse(name, value, "a multiple of 16")
+    return value
+
+
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
     listed = isinstance(value, (list, tuple, set, frozenset))
@@ -202,6 +210,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "decomposition": _decomposition,
     "scheme": _scheme,
     "rules": _rules,
+    "group_size": _group_size,
     "skip": _patterns,
     "only": _patterns,
     "inductor": _patches,

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from int8fx import torch_private
 from int8fx.kernels import ops, table
-from int8fx.kernels.quantize import quantize_reference
 from int8fx.kernels.scheme import Choice
+from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
@@ -35,7 +35,11 @@ from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap
 log = logging.getLogger(__name__)
 
 # What Inductor is given to fuse instead of a call; see passes/lower.py.
-DECOMPOSITIONS = {ops.quantize: quantize_reference}
+DECOMPOSITIONS = {
+    operator: decomposed
+    for scheme in SCHEMES.values()
+    for operator, decomposed in scheme.decompositions.items()
+}
 
 
 def compile_graph(
@@ -248,7 +252,7 @@ def lower_linears(compilation: Compilation) -> None:
 def share_quantizations(compilation: Compilation) -> None:
     """fuse_prologue on every graph."""
     for scope in compilation.root.walk():
-        fuse_prologue(scope.graph)
+        fuse_prologue(scope.graph, DECOMPOSITIONS.keys())
 
 
 def fold_biases(compilation: Compilation) -> None:

@@ -10,7 +10,7 @@ against ``call(target, *args)``: given ``eagerly`` it computes on tensors, given
 The table of all schemes is ``kernels/schemes/table.py``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ class Settings:
 
     Attributes:
         threshold, decomposition: of the outliers, see ``kernels/quantize.py``.
+        group_size: how many weights along K share a scale.
     """
 
     threshold: float = 6.0
     decomposition: str = "column"
+    group_size: int = 128
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Scheme:
         weight_format: how it keeps weights, given the settings.
         dequantized_input: x̂ ``[*, K]`` of ``x [*, K]``, in plain PyTorch.
         lower: the product, by operators that every device has.
+        decompositions: which of these operators Inductor is given to fuse instead of a call, and the
+            aten form of each; equal calls of them are shared (``passes/fuse_prologue.py``).
     """
 
     name: str
@@ -79,6 +83,7 @@ class Scheme:
     weight_format: Callable[[Settings], WeightFormat]
     dequantized_input: Callable[[Tensor, Settings], Tensor]
     lower: Lowering
+    decompositions: Mapping[Any, Callable[..., Any]]
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
         """x̂ @ ŵᵀ + bias in float64: what the lowering must come to, but for rounding.

@@ -72,6 +72,8 @@ def dequantized_whole_input(x: Tensor, settings: Settings) -> Tensor:
     return dequantized_input(x, _whole(settings))
 
 
+DECOMPOSITIONS = {ops.quantize: quantize_reference}
+
 LLM_INT8 = Scheme(
     "llm.int8",
     "per-token x, per-channel w, outliers of x in 16-bit",
@@ -80,6 +82,7 @@ LLM_INT8 = Scheme(
     lambda settings: PER_CHANNEL,
     dequantized_input,
     lower,
+    DECOMPOSITIONS,
 )
 ABSMAX_VECTOR = Scheme(
     "absmax-vector",
@@ -89,6 +92,7 @@ ABSMAX_VECTOR = Scheme(
     lambda settings: PER_CHANNEL,
     dequantized_whole_input,
     lower_whole,
+    DECOMPOSITIONS,
 )
 ABSMAX_ROW = Scheme(
     "absmax-row",
@@ -98,4 +102,5 @@ ABSMAX_ROW = Scheme(
     lambda settings: PER_TENSOR,
     dequantized_whole_input,
     lower_whole,
+    DECOMPOSITIONS,
 )
