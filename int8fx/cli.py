@@ -3,24 +3,45 @@
 Heavy imports (torch, transformers) are inside the commands, so that ``--help`` answers at once.
 """
 
-import functools
 import importlib.metadata
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from int8fx.errors import UserError
-
-FAILED = 1
-INTERRUPTED = 130  # as shells count it: 128 + SIGINT
+from int8fx.command_line import (
+    FAILED,
+    INTERRUPTED,
+    DebugOption,
+    DecompositionOption,
+    JsonOption,
+    OnlyOption,
+    RuleOption,
+    SkipOption,
+    ThresholdOption,
+    backend_options,
+    complain,
+    one_line_errors,
+    positive,
+    print_json,
+)
 
 app = typer.Typer(help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False)
 
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A causal language model: a directory, a .gguf file, or a hub name. "
+        "Without it, SmolLM2-135M-Instruct is fetched once (93 MB; 640 MB in the cache).",
+    ),
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="UTF-8 text to run on; without it, the novel that ships here."),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,49 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # It is empty when the help was shown instead.
         message = error.format_message().removesuffix(".")
         code = getattr(error, "exit_code", FAILED)
-        return _complain(f"{message}; see --help", code) if message else code
-
-
-def _complain(message: str, code: int = FAILED) -> int:
-    print(f"int8fx: {message}", file=sys.stderr)
-    return code
-
-
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Makes a command that takes ``debug`` end in one line when it fails, or in the traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, debug: bool, **kwargs: Any) -> None:
-        try:
-            command(*args, debug=debug, **kwargs)
-        except (typer.Exit, typer.Abort):
-            raise
-        except KeyboardInterrupt:
-            raise typer.Exit(_complain("interrupted", INTERRUPTED)) from None
-        except Exception as error:
-            if debug:
-                traceback.print_exc()
-            raise typer.Exit(_complain(_one_line(error))) from None
-
-    return run
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {first} (--debug shows where)"
-
-
-def positive(given: str | int) -> int:
-    """A count. Typer's own check would not say what was given."""
-    try:
-        count = int(given)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise typer.BadParameter(f"given {given!r}; allowed are whole numbers from 1")
-    return count
+        return complain(f"{message}; see --help", code) if message else code
 
 
 def _print_version(asked: bool) -> None:
@@ -125,6 +104,7 @@ def demo(
             help="How many windows of 512 tokens to judge the accuracy on, at most.",
         ),
     ] = 10,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Sets a model as loaded, Inductor's bf16 and llmint8 side by side, in one table.
@@ -137,4 +117,55 @@ def demo(
     with step(progress, "Importing torch and transformers"):
         from int8fx.demo import Settings, run
 
-    run(Settings(model, prompt, tokens, windows), Console(), progress)
+    outcome = run(Settings(model, prompt, tokens, windows), progress)
+    print_json(outcome.to_dict()) if json else Console().print(outcome)
+
+
+@app.command()
+@one_line_errors
+def explain(
+    model: ModelArgument = None,
+    text: TextOption = None,
+    tokens: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many tokens of the text to run on.")
+    ] = 256,
+    threshold: ThresholdOption = None,
+    decomposition: DecompositionOption = None,
+    scheme: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How to quantise (llm.int8).")
+    ] = None,
+    rule: RuleOption = None,
+    skip: SkipOption = None,
+    only: OnlyOption = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write one self-contained page.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the pictures (.png, .svg, .pdf).")
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Shows every linear of a model: what became of it, its outliers, what int8 costs it."""
+    progress = Console(stderr=True)
+    options = backend_options(
+        threshold=threshold,
+        decomposition=decomposition,
+        scheme=scheme,
+        rules=rule,
+        skip=skip,
+        only=only,
+    )
+    from int8fx.progress import step
+
+    with step(progress, "Importing torch and transformers"):
+        from int8fx import explain
+        from int8fx.texts import load_with_tokens
+
+    loaded, token_ids = load_with_tokens(model, text, progress)
+    with step(progress, "Running the model, observed"):
+        shown = explain(loaded, input_ids=token_ids[None, :tokens], use_cache=False, options=options)
+    for path, write in ((html, shown.to_html), (plot, shown.plot)):
+        if path is not None:
+            write(path)
+    print_json(shown.to_dict()) if json else Console().print(shown)

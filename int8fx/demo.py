@@ -1,16 +1,17 @@
 """``int8fx demo``: a model as loaded, Inductor's bf16 and llmint8, side by side in one table."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from int8fx import models, smollm2
+from int8fx import smollm2, texts
 from int8fx.contenders import Contender, Speed, line_up, measure
 from int8fx.errors import UserError
 from int8fx.evaluate import Accuracy, compare, sample_text, windows
@@ -40,13 +41,60 @@ class Settings:
     windows: int
 
 
-def run(settings: Settings, console: Console, progress: Console) -> None:
-    """Runs the demo: the table and the text to ``console``, the bars to ``progress``.
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo found: ``print`` it with rich, or take ``to_dict``.
+
+    Attributes:
+        title: the model's name.
+        contenders, speeds, accuracies: the columns of the table, and what they scored, by name.
+        windows, length: the accuracy's windows, and their tokens.
+        recompiled: graphs that were compiled while timing, and made the speeds too low.
+        prompt, answer: what llmint8 said to what.
+    """
+
+    title: str
+    contenders: Sequence[Contender]
+    speeds: dict[str, Speed]
+    accuracies: dict[str, Accuracy]
+    windows: int
+    length: int
+    recompiled: int
+    prompt: str
+    answer: str
+
+    def __rich__(self) -> RenderableType:
+        return Group(
+            results(self.title, self.contenders, self.speeds, self.accuracies),
+            Text(_footer(self), style="dim"),
+            Text(f"\n{self.prompt}", style="bold"),
+            Text(self.answer),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        columns = {
+            contender.name: {
+                "how": contender.how,
+                "prefill_tokens_per_second": self.speeds[contender.name].prefill,
+                "decode_tokens_per_second": self.speeds[contender.name].decode,
+                "weight_bytes": contender.weight_bytes,
+                "graph_breaks": contender.graph_breaks,
+                **asdict(self.accuracies[contender.name]),
+            }
+            for contender in self.contenders
+        }
+        kept = ("windows", "length", "recompiled", "prompt", "answer")
+        return {"model": self.title, "contenders": columns} | {key: getattr(self, key) for key in kept}
+
+
+def run(settings: Settings, progress: Console) -> Outcome:
+    """Runs the demo, with its bars on ``progress``.
 
     Raises:
         UserError: the model or the prompt cannot be used, and why.
     """
-    model, tokenizer = _load(settings.model, progress)
+    model, tokenizer = texts.load(settings.model, progress)
     prompt = encode_prompt(tokenizer, settings.prompt)
     length = window_length(model, settings.new_tokens)
     capacity = length + max(settings.new_tokens, STEPS)
@@ -74,16 +122,17 @@ def run(settings: Settings, console: Console, progress: Console) -> None:
         accuracies = compare(reference, logits, token_windows, update)
     answer = _answer(contenders[-1], model, tokenizer, prompt, settings.new_tokens, progress)
 
-    title = settings.model or smollm2.CONVERTED
-    console.print(results(title, contenders, speeds, accuracies))
-    console.print(_footer(contenders, token_windows, recompiled), style="dim", highlight=False)
-    console.print(f"\n[bold]{escape(settings.prompt)}[/bold]")
-    console.print(answer, markup=False, highlight=False)
-
-
-def _load(name: str | None, progress: Console) -> tuple[Any, Any]:
-    model, tokenizer = smollm2.load(progress) if name is None else models.load(name, progress)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return Outcome(
+        title=settings.model or smollm2.CONVERTED,
+        contenders=contenders,
+        speeds=speeds,
+        accuracies=accuracies,
+        windows=token_windows.shape[0],
+        length=token_windows.shape[1],
+        recompiled=recompiled,
+        prompt=settings.prompt,
+        answer=answer,
+    )
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -165,19 +214,19 @@ def results(
     return table
 
 
-def _footer(contenders: Sequence[Contender], token_windows: Tensor, recompiled: int) -> str:
-    count, length = token_windows.shape
+def _footer(outcome: Outcome) -> str:
     lines = [
-        f"Prefill of {length} tokens, then decode with a static KV cache; medians of {ROUNDS} and "
-        f"{ROUNDS * STEPS}, {torch.get_num_threads()} threads, Inductor in its default mode. "
-        f"Accuracy on {count} windows of {length} tokens, against the model as loaded.",
+        f"Prefill of {outcome.length} tokens, then decode with a static KV cache; medians of {ROUNDS} "
+        f"and {ROUNDS * STEPS}, {torch.get_num_threads()} threads, Inductor in its default mode. "
+        f"Accuracy on {outcome.windows} windows of {outcome.length} tokens, against the model as "
+        "loaded.",
     ]
     lines += [
         f"{contender.name}: {len(contender.report.accepted)} of {len(contender.report.decisions)} "
         f"linears and matmuls in int8."
-        for contender in contenders
+        for contender in outcome.contenders
         if contender.report is not None
     ]
-    if recompiled:
-        lines.append(f"{recompiled} graphs were compiled while timing: the speeds are too low.")
+    if outcome.recompiled:
+        lines.append(f"{outcome.recompiled} graphs were compiled while timing: the speeds are too low.")
     return "\n".join(lines)

@@ -44,12 +44,12 @@ def load(name: str, console: Console) -> tuple[Any, Any]:
         # The hub's client has bars of its own, one for each file.
         read, shown = partial(load_directory, name), quiet_hub()
     else:
-        raise UserError(f"--model {name}: no such file or directory; {ALLOWED}")
+        raise UserError(f"model {name}: no such file or directory; {ALLOWED}")
     with shown:
         try:
             return read()
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--model {name}: {_reason(error)}") from error
+            raise UserError(f"model {name}: {_reason(error)}") from error
 
 
 @contextlib.contextmanager

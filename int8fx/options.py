@@ -1,10 +1,13 @@
 """The options of ``torch.compile(..., backend="llmint8", options={...})``, checked before use."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import fnmatch
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from int8fx.kernels.quantize import DECOMPOSITIONS
+from int8fx.kernels.scheme import Choice, Settings
+from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
 # leaves it in float, and so do we. These are the names that transformers' models give it; a weight
@@ -20,6 +23,25 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 @dataclass(frozen=True)
+class Rule:
+    """The scheme of the modules whose path matches a pattern.
+
+    Attributes:
+        pattern: fnmatch, on module paths.
+        scheme: a name of ``int8fx.SCHEMES``.
+        settings: what differs from the options for these modules, as ``{"threshold": 3.0}``.
+    """
+
+    pattern: str
+    scheme: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = "".join(f", {name}={value}" for name, value in self.settings.items())
+        return f"{self.pattern!r}: {self.scheme}{settings}"
+
+
+@dataclass(frozen=True)
 class Options:
     """What the user may choose.
 
@@ -27,6 +49,9 @@ class Options:
         threshold: an activation with ``|x| >= threshold`` is an outlier and stays in 16-bit; 0
             means no decomposition (plain vector-wise int8).
         decomposition: ``"column"`` or ``"token"``, see ``kernels/quantize.py``.
+        scheme: how linears are quantised: a name of ``int8fx.SCHEMES``.
+        rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
+        group_size: how many weights along K share a scale, in schemes that quantise by groups.
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten.
         inductor: Inductor config patches, applied over those of ``mode``.
@@ -36,6 +61,9 @@ class Options:
 
     threshold: float = 6.0
     decomposition: str = "column"
+    scheme: str = DEFAULT
+    rules: tuple[Rule, ...] = ()
+    group_size: int = 128
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +85,31 @@ class Options:
                 )
         values = {name: _CHECKS[name](name, value) for name, value in given.items()}
         return cls(**values, skips_tied_head="skip" not in given)
+
+    def choice(self, path: str) -> Choice:
+        """The scheme of a module, and its settings."""
+        settings = {setting.name: getattr(self, setting.name) for setting in fields(Settings)}
+        rule = self.rule(path)
+        if rule is None:
+            return Choice(SCHEMES[self.scheme], Settings(**settings))
+        return Choice(SCHEMES[rule.scheme], Settings(**settings | dict(rule.settings)))
+
+    def rule(self, path: str) -> Rule | None:
+        """The rule that decides on a module's scheme."""
+        return next((rule for rule in self.rules if fnmatch.fnmatchcase(path, rule.pattern)), None)
+
+    def unused(self, paths: Collection[str]) -> tuple[str, ...]:
+        """The user's patterns that decide on none of these modules, as a person would name them."""
+        # The default skip list is not the user's: most of its names are other models'.
+        given = {"skip": () if self.skips_tied_head else self.skip, "only": self.only or ()}
+        named = [
+            f"{option}: {pattern!r}"
+            for option, patterns in given.items()
+            for pattern in patterns
+            if not fnmatch.filter(paths, pattern)
+        ]
+        used = {id(self.rule(path)) for path in paths}
+        return (*named, *(f"rules: {rule}" for rule in self.rules if id(rule) not in used))
 
 
 def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
@@ -99,6 +152,45 @@ def _decomposition(name: str, value: Any) -> str:
     return value
 
 
+def _scheme(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in SCHEMES:
+        raise _refuse(name, value, ", ".join(map(repr, SCHEMES)))
+    return value
+
+
+def _rules(name: str, value: Any) -> tuple[Rule, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise _refuse(name, value, _RULES)
+    return tuple(_rule(name, rule) for rule in value)
+
+
+_RULES = (
+    'a list of (pattern, scheme) or (pattern, scheme, settings), as [("*.mlp.*", "llm.int8"), '
+    '("*", "absmax-vector")]'
+)
+
+
+def _rule(name: str, value: Any) -> Rule:
+    if not isinstance(value, (list, tuple)) or len(value) not in (2, 3):
+        raise _refuse(name, value, _RULES)
+    pattern, scheme, *rest = value
+    settings = rest[0] if rest else {}
+    if not isinstance(pattern, str) or not isinstance(settings, Mapping):
+        raise _refuse(name, value, _RULES)
+    allowed = SCHEMES[_scheme(name, scheme)].reads
+    for setting in settings:
+        if setting not in allowed:
+            known = ", ".join(sorted(allowed)) or "none"
+            raise _refuse(name, value, f"settings that {scheme!r} reads: {known}")
+    return Rule(pattern, scheme, {key: _CHECKS[key](key, given) for key, given in settings.items()})
+
+
+def _group_size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 16:
+        raise _refuse(name, value, "a multiple of 16")
+    return value
+
+
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
     listed = isinstance(value, (list, tuple, set, frozenset))
@@ -116,6 +208,9 @@ def _patches(name: str, value: Any) -> dict[str, Any]:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threshold": _threshold,
     "decomposition": _decomposition,
+    "scheme": _scheme,
+    "rules": _rules,
+    "group_size": _group_size,
     "skip": _patterns,
     "only": _patterns,
     "inductor": _patches,

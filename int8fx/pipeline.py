@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from int8fx import torch_private
 from int8fx.kernels import ops, table
-from int8fx.kernels.quantize import quantize_reference
+from int8fx.kernels.scheme import Choice
+from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
@@ -23,19 +24,23 @@ from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
-from int8fx.passes.lower import lower
+from int8fx.passes.lower import Product, lower
 from int8fx.passes.mutation import written
 from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal, weight_shape
 from int8fx.passes.verify import Signature, verify
 from int8fx.passes.weight_expression import is_view_or_cast
 from int8fx.report import Report, publish
-from int8fx.weights import STORE, PackedWeight, Slot, WeightSwap
+from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap
 
 log = logging.getLogger(__name__)
 
 # What Inductor is given to fuse instead of a call; see passes/lower.py.
-DECOMPOSITIONS = {ops.quantize: quantize_reference}
+DECOMPOSITIONS = {
+    operator: decomposed
+    for scheme in SCHEMES.values()
+    for operator, decomposed in scheme.decompositions.items()
+}
 
 
 def compile_graph(
@@ -48,7 +53,7 @@ def compile_graph(
         inputs: the graph's inputs, parameters among them as real tensors.
         patches: Inductor's configuration.
     """
-    compilation = capture(gm, inputs, options, patches)
+    compilation = capture(gm, inputs, options)
     canonicalize(compilation)
     select(compilation)
     if compilation.accepted:
@@ -59,9 +64,34 @@ def compile_graph(
         join_quantized_linears(compilation)
         group_attention_heads(compilation)
         verify(compilation.root, compilation.signatures)
-    compiled = codegen(compilation)
+    compiled = codegen(compilation, patches)
     report(compilation)
     return compiled
+
+
+def rewrite_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    store: WeightStore,
+    watch: "Callable[[Compilation], None]",
+) -> Callable[..., Any]:
+    """The rewritten graph as it is before Inductor, to be run operator by operator.
+
+    Args:
+        store: keeps the packed weights: one that is not the process's own forgets them with it.
+        watch: sees the compilation after ``select`` and may wrap products, see ``observe.py``.
+    """
+    compilation = capture(gm, inputs, options)
+    compilation.store = store
+    canonicalize(compilation)
+    select(compilation)
+    watch(compilation)
+    quantize_weights(compilation)
+    lower_linears(compilation)
+    verify(compilation.root, compilation.signatures)
+    swap, _ = finish_inputs(compilation)
+    return _behind(swap, compilation.root.gm)
 
 
 @dataclass
@@ -72,16 +102,18 @@ class Compilation:
     root: Scope
     inputs: list[Any]
     options: Options
-    patches: dict[str, Any]
     placeholders: list[fx.Node]
     paths: dict[fx.Node, str]
     tensors: dict[fx.Node, Tensor]
+    store: WeightStore = STORE
     found: list[Candidate] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     accepted: list[Candidate] = field(default_factory=list)
+    choices: dict[Candidate, Choice] = field(default_factory=dict)
+    products: dict[Candidate, Product] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
     packed: list[PackedWeight] = field(default_factory=list)
-    packed_nodes: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    packed_nodes: dict[tuple[fx.Node, str, str], list[fx.Node]] = field(default_factory=dict)
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0
 
@@ -91,9 +123,7 @@ class Compilation:
         return torch_private.fake_mode_of(values)
 
 
-def capture(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any]
-) -> Compilation:
+def capture(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Compilation:
     """Copies the graph and finds out which of its inputs are weights, and of which modules."""
     copied = torch_private.copy_graph_module(gm)
     placeholders = copied.graph.find_nodes(op="placeholder")
@@ -102,7 +132,7 @@ def capture(
         path = _module_path(torch_private.source_name(node))
         if path is not None and isinstance(value, Tensor) and not torch_private.is_fake(value):
             paths[node], tensors[node] = path, value
-    return Compilation(gm, scopes(copied), list(inputs), options, patches, placeholders, paths, tensors)
+    return Compilation(gm, scopes(copied), list(inputs), options, placeholders, paths, tensors)
 
 
 _MODULE = re.compile(r"(?:\._modules\['([^']+)'\])|(?:\._(?:parameters|buffers)\['([^']+)'\]$)")
@@ -139,11 +169,15 @@ def select(compilation: Compilation) -> None:
             dimensions = weight_shape(candidate, selection)
             shape = dimensions if len(dimensions) == 2 else None
         path = module_path(candidate, selection)
-        decision = Decision(path, candidate.spelling, shape, not reason, reason)
+        choice = options.choice(path)
+        scheme = "" if reason else choice.scheme.name
+        decision = Decision(path, candidate.spelling, shape, not reason, reason, scheme)
         log.debug("%s", decision)
         compilation.decisions.append(decision)
         if not reason:
             compilation.accepted.append(candidate)
+            compilation.choices[candidate] = choice
+            compilation.products[candidate] = choice.lower
     _warn_of_trainable(compilation.decisions)
 
 
@@ -165,23 +199,32 @@ def _warn_of_trainable(decisions: Sequence[Decision]) -> None:
 
 
 def quantize_weights(compilation: Compilation) -> None:
-    """Quantises each accepted weight, once, and makes the packed pair an input of the graph."""
+    """Quantises each accepted weight, once, and makes its parts inputs of the graph."""
     for candidate in compilation.accepted:
         expression = candidate.weight
         assert expression is not None
-        key = (expression.placeholder, expression.recipe)
+        key = _packed_key(compilation, candidate)
         if key in compilation.packed_nodes:
             continue
-        packed = STORE.get(compilation.tensors[expression.placeholder], expression)
+        kept = compilation.choices[candidate].weight_format
+        tensor = compilation.tensors[expression.placeholder]
+        packed = compilation.store.get(tensor, expression, kept)
         position = compilation.placeholders.index(expression.placeholder)
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
-        compilation.slots.append(Slot(position, expression))
+        compilation.slots.append(Slot(position, expression, kept))
         compilation.packed.append(packed)
-        compilation.packed_nodes[key] = (
-            _add_input(compilation, f"{name}int8", packed.weight),
-            _add_input(compilation, f"{name}scale", packed.w_scale),
-        )
+        compilation.packed_nodes[key] = [
+            _add_input(compilation, f"{name}{part}", value)
+            for part, value in zip(kept.parts, packed.tensors, strict=True)
+        ]
+
+
+def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
+    """Candidates with one key share one packed weight."""
+    assert candidate.weight is not None
+    kept = compilation.choices[candidate].weight_format
+    return candidate.weight.placeholder, candidate.weight.recipe, kept.name
 
 
 def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
@@ -196,28 +239,22 @@ def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
 
 
 def lower_linears(compilation: Compilation) -> None:
-    """Rewrites each accepted candidate into quantise and int8 linear."""
+    """Rewrites each accepted candidate into what its scheme computes."""
     rewritten: dict[fx.Node, fx.Node] = {}
     for candidate in compilation.accepted:
-        assert candidate.weight is not None
-        key = (candidate.weight.placeholder, candidate.weight.recipe)
+        weight = compilation.packed_nodes[_packed_key(compilation, candidate)]
+        product = compilation.products[candidate]
         before = Signature.of(candidate.node)
         # An operand may be a candidate that has just been rewritten.
         candidate.rebind(rewritten)
-        y = rewritten[candidate.node] = lower(
-            candidate,
-            *compilation.packed_nodes[key],
-            threshold=compilation.options.threshold,
-            decomposition=compilation.options.decomposition,
-            fake_mode=compilation.fake_mode,
-        )
+        y = rewritten[candidate.node] = lower(candidate, weight, product, compilation.fake_mode)
         compilation.signatures.append((y, before, Signature.of(y)))
 
 
 def share_quantizations(compilation: Compilation) -> None:
     """fuse_prologue on every graph."""
     for scope in compilation.root.walk():
-        fuse_prologue(scope.graph)
+        fuse_prologue(scope.graph, DECOMPOSITIONS.keys())
 
 
 def fold_biases(compilation: Compilation) -> None:
@@ -240,21 +277,19 @@ def group_attention_heads(compilation: Compilation) -> None:
     log.debug("grouped the heads of %d decode attentions", grouped)
 
 
-def codegen(compilation: Compilation) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights."""
-    for scope in compilation.root.walk():
-        # Views and casts of weights that nothing reads any more would run at every call.
-        _drop_unused_views(scope.graph)
-    kept = _kept_inputs(compilation)
-    swap = WeightSwap(compilation.slots, kept, STORE)
+def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights.
+
+    Args:
+        patches: Inductor's configuration.
+    """
+    swap, kept = finish_inputs(compilation)
     examples = [compilation.inputs[position] for position in kept]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
-    for scope in compilation.root.walk():
-        scope.gm.recompile()
     compiled = torch_private.compile_with_inductor(
         compilation.root.gm,
         examples,
-        compilation.patches,
+        patches,
         DECOMPOSITIONS,
         cache_identity(),
     )
@@ -262,7 +297,21 @@ def codegen(compilation: Compilation) -> Callable[..., Any]:
         return compiled
     if not _needs_autograd(compilation.inputs):
         compiled = torch_private.below_autograd(compiled)
+    return _behind(swap, compiled)
 
+
+def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
+    """The swap of the graph's weights, and the positions of the inputs that it keeps as they are."""
+    for scope in compilation.root.walk():
+        # Views and casts of weights that nothing reads any more would run at every call.
+        _drop_unused_views(scope.graph)
+    kept = _kept_inputs(compilation)
+    for scope in compilation.root.walk():
+        scope.gm.recompile()
+    return WeightSwap(compilation.slots, kept, compilation.store), kept
+
+
+def _behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return compiled(*swap(args))
 
@@ -300,7 +349,8 @@ def cache_identity() -> str:
     package = Path(__file__).parent
     digest = hashlib.sha256()
     kernels = package / "kernels"
-    for folder in (package, package / "passes", kernels, kernels / "cpu", kernels / "gpu"):
+    folders = ("cpu", "gpu", "schemes")
+    for folder in (package, package / "passes", kernels, *(kernels / name for name in folders)):
         for source in sorted(folder.glob("*.py")):
             digest.update(source.read_bytes())
     return f"int8fx-{digest.hexdigest()[:16]}"
@@ -316,6 +366,7 @@ def report(compilation: Compilation) -> None:
         quantizations=compilation.quantizations,
         float_bytes=sum(weight.float_bytes for weight in compilation.packed),
         int8_bytes=sum(weight.nbytes for weight in compilation.packed),
+        unused=compilation.options.unused([each.path for each in compilation.decisions]),
     )
     log.info("%s", made)
     publish(made)

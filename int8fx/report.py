@@ -19,6 +19,7 @@ class Report:
         original: the graph as Dynamo gave it.
         quantizations: how many inputs are quantised (linears that read one input share it).
         float_bytes, int8_bytes: of the rewritten weights, before and after, scales included.
+        unused: patterns of ``skip``, ``only`` and ``rules`` that decide on nothing in this graph.
     """
 
     decisions: tuple[Decision, ...]
@@ -28,6 +29,7 @@ class Report:
     quantizations: int
     float_bytes: int
     int8_bytes: int
+    unused: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> list[Decision]:
@@ -43,7 +45,8 @@ class Report:
             f"{self.quantizations} quantisations, "
             f"weights {self.float_bytes / 2**20:.1f} -> {self.int8_bytes / 2**20:.1f} MiB"
         )
-        return "\n".join([head, *(f"  {decision}" for decision in self.decisions)])
+        unused = [f"  matches nothing in this graph: {pattern}" for pattern in self.unused]
+        return "\n".join([head, *(f"  {decision}" for decision in self.decisions), *unused])
 
 
 _collectors: ContextVar[tuple[list[Report], ...]] = ContextVar("int8fx_reports", default=())

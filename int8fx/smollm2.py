@@ -142,7 +142,7 @@ def _bytes_below(directory: Path) -> int:
 def _reason(output: str) -> str:
     """One line from what pip printed."""
     log.debug("pip said:\n%s", output)
-    instead = "--model DIRECTORY runs a model that is already here"
+    instead = "a model that is already here needs none: give its directory"
     if any(sign in output for sign in NO_NETWORK):
         return f"cannot download {REQUIREMENT}: no network; {instead}"
     if "No module named pip" in output:

@@ -5,6 +5,7 @@ and says so: ``check_torch`` names what is missing.
 """
 
 import contextlib
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -115,6 +116,69 @@ def is_fake(value: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(value, FakeTensor)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module that ``torch.compile`` wrapped, or the callable itself."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` with static shapes, in a cache that nobody else's compiles are in.
+
+    What the user compiled of the model stays as it is and counts against no limit of ours: Dynamo
+    keeps what it compiled by code object, so the function that calls the model gets a new one; frames
+    after a graph break, whose code is the model's, are told apart by ``isolate_recompiles``.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    apart = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    # The overloads of 2.13 leave the last argument out.
+    compile_: Callable[..., Any] = torch.compile
+    return compile_(apart, backend=backend, dynamic=False, isolate_recompiles=True)
+
+
+def current_compile() -> tuple[str, int]:
+    """Inside a backend: the id of this compile, and how often its frame was compiled before."""
+    found = torch._guards.CompileContext.current_compile_id()
+    return str(found), (found.frame_compile_id or 0) if found is not None else 0
+
+
+def recompile_reasons() -> dict[str, str]:
+    """Why Dynamo compiled a frame again, by the id of the compile; of its last compiles only."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    return {
+        str(each.compile_id): each.recompile_reason
+        for each in get_compilation_metrics()
+        if each.recompile_reason
+    }
+
+
+def graph_break_reasons() -> list[tuple[str, str]]:
+    """All graph breaks of this process since Dynamo's last reset: why, and at which line."""
+    from torch._dynamo.output_graph import graph_break_reasons as reasons
+
+    return [(each.reason, _place(each.user_stack)) for each in reasons]
+
+
+def _place(stack: Sequence[Any]) -> str:
+    return f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "unknown place"
+
+
+def flop_counter() -> Any:
+    """A context that counts the FLOPs of what runs in it, with a CPU's fused attention."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
 
 
 def compile_counts() -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """Packed weights: each float weight is quantised once, however many graphs use it.
 
-The store is keyed by the parameter's identity and the recipe that makes the ``[N, K]`` matrix of it
-(``passes/weight_expression.py``). It holds parameters weakly, so a deleted model takes its int8
-weights with it. A weight that changed is seen at the next call: in-place edits count up ``_version``,
-and ``.data = `` brings another storage.
+The store is keyed by the parameter's identity, the recipe that makes the ``[N, K]`` matrix of it
+(``passes/weight_expression.py``) and the format that the scheme keeps weights in
+(``kernels/scheme.py``). It holds parameters weakly, so a deleted model takes its int8 weights with
+it. A weight that changed is seen at the next call: in-place edits count up ``_version``, and
+``.data = `` brings another storage.
 """
 
 import logging
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from int8fx.identity import Snapshot, State, snapshot, state_of
-from int8fx.kernels import table
-from int8fx.kernels.quantize import quantize_weight
+from int8fx.kernels.scheme import WeightFormat
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.torch_private import StorageReference
 
@@ -26,17 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class PackedWeight:
-    """The int8 form of one weight.
+    """The quantised form of one weight.
 
     Attributes:
-        weight: int8, as the device's kernel takes it (``kernels/table.py``).
-        w_scale: ``[N]`` fp32.
+        tensors: the parts of its format, as ``(w_int8, w_scale)``.
         state: of the float weight when it was quantised.
         float_bytes: of the float weight.
     """
 
-    weight: Tensor
-    w_scale: Tensor
+    tensors: tuple[Tensor, ...]
     state: State
     float_bytes: int
     # Keeps the storage's identity from being given to a new one while this is compared with it.
@@ -44,27 +42,27 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + self.w_scale.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class WeightStore:
     """Float weights to packed ones."""
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[int, str], PackedWeight] = {}
+        self._packed: dict[tuple[int, str, str], PackedWeight] = {}
         self._owners: dict[int, weakref.ref] = {}
         self._lock = threading.RLock()
         # Snapshots that compiled graphs hold; they must not outlive the weights, nor their ids.
         self.snapshots: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
 
-    def get(self, tensor: Tensor, expression: WeightExpression) -> PackedWeight:
+    def get(self, tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
         """The packed form of ``expression`` over ``tensor``, quantised now if need be."""
-        key = (id(tensor), expression.recipe)
+        key = (id(tensor), expression.recipe, kept.name)
         with self._lock:
             packed = self._packed.get(key)
             state = state_of(tensor)
             if packed is None or packed.state != state:
-                packed = self._packed[key] = _pack(tensor, expression, state)
+                packed = self._packed[key] = _pack(tensor, expression, kept, state)
                 self._watch(tensor)
             return packed
 
@@ -85,13 +83,14 @@ class WeightStore:
         return len(self._packed)
 
 
-def _pack(tensor: Tensor, expression: WeightExpression, state: State) -> PackedWeight:
+def _pack(
+    tensor: Tensor, expression: WeightExpression, kept: WeightFormat, state: State
+) -> PackedWeight:
     with torch.no_grad():
         matrix = expression.evaluate(tensor.detach())
-        w_int8, w_scale = quantize_weight(matrix)
-        weight = table.pack(w_int8)
-    log.debug("quantised %s%s", tuple(w_int8.shape), expression.recipe)
-    return PackedWeight(weight, w_scale, state, matrix.nbytes, StorageReference(tensor))
+        tensors = kept.quantize(matrix)
+    log.debug("quantised %s%s: %s", tuple(matrix.shape), expression.recipe, kept.name)
+    return PackedWeight(tensors, state, matrix.nbytes, StorageReference(tensor))
 
 
 STORE = WeightStore()
@@ -103,6 +102,7 @@ class Slot:
 
     position: int
     expression: WeightExpression
+    kept: WeightFormat
 
 
 class WeightSwap:
@@ -126,7 +126,7 @@ class WeightSwap:
         return [args[position] for position in self._kept] + self.packed(args)
 
     def packed(self, args: Sequence) -> list[Tensor]:
-        """The packed pairs for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
+        """The packed weights for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
         tensors = [args[slot.position] for slot in self._slots]
         last = self._last
         if last is not None and last[0].matches(tensors):
@@ -139,11 +139,10 @@ class WeightSwap:
         return known[1]
 
     def _look_up(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pairs: list[Tensor] = []
+        parts: list[Tensor] = []
         for slot, tensor in zip(self._slots, tensors, strict=True):
-            found = self._store.get(tensor, slot.expression)
-            pairs += (found.weight, found.w_scale)
-        return pairs
+            parts += self._store.get(tensor, slot.expression, slot.kept).tensors
+        return parts
 
     def forget(self, identity: int) -> None:
         """Drops what was found for a tensor that is gone."""

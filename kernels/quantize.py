@@ -45,19 +45,21 @@ def quantize_reference(
     so every output of that row, as in a float product. An infinity is an outlier, and meets the
     weight in the 16-bit product; without decomposition it makes its row's scale infinite.
     """
-    regular = x.to(torch.float32)
-    if threshold == 0:
-        x_outlier = x.new_empty(0)
-        outlier_columns = x.new_empty(0, dtype=torch.bool)
-    else:
-        outlier = regular.abs() >= threshold
-        outlier_columns = outlier.reshape(-1, x.shape[-1]).any(0)
-        taken = outlier_columns if decomposition == "column" else outlier
-        x_outlier = torch.where(taken, x, 0)
-        regular = torch.where(taken, 0.0, regular)
+    regular, x_outlier, outlier_columns = split_outliers(x, threshold, decomposition)
     x_scale = _scale(regular)
     x_int8 = torch.round(regular / x_scale.unsqueeze(-1)).to(torch.int8)
     return x_int8, x_scale, x_outlier, outlier_columns
+
+
+def split_outliers(x: Tensor, threshold: float, decomposition: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``regular [*, K]`` fp32, 0 at outliers, and ``x_outlier`` and ``outlier_columns`` as above."""
+    regular = x.to(torch.float32)
+    if threshold == 0:
+        return regular, x.new_empty(0), x.new_empty(0, dtype=torch.bool)
+    outlier = regular.abs() >= threshold
+    outlier_columns = outlier.reshape(-1, x.shape[-1]).any(0)
+    taken = outlier_columns if decomposition == "column" else outlier
+    return torch.where(taken, 0.0, regular), torch.where(taken, x, 0), outlier_columns
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

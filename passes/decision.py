@@ -14,6 +14,7 @@ class Decision:
         shape: ``(N, K)`` of the weight, or None when it is not a 2-D weight.
         accepted: whether it was rewritten.
         reason: why it was not; empty when it was.
+        scheme: by which it was rewritten, a name of ``int8fx.SCHEMES``; empty when it was not.
     """
 
     path: str
@@ -21,8 +22,9 @@ class Decision:
     shape: tuple[int, int] | None
     accepted: bool
     reason: str = ""
+    scheme: str = ""
 
     def __str__(self) -> str:
-        what = "int8" if self.accepted else f"left alone: {self.reason}"
+        what = self.scheme if self.accepted else f"left alone: {self.reason}"
         size = "" if self.shape is None else f" [N={self.shape[0]}, K={self.shape[1]}]"
         return f"{self.path}{size} {self.spelling}: {what}"

@@ -14,24 +14,30 @@ Fusing the quantisation into the norm before it is Inductor's part.
 """
 
 import operator
+from collections.abc import Collection
+from typing import Any
 
 from torch import fx
 
-from int8fx.kernels import ops
 from int8fx.passes.mutation import writes_in_place
 
 
-def fuse_prologue(graph: fx.Graph) -> int:
-    """Shares quantisations in one graph; returns how many were saved."""
+def fuse_prologue(graph: fx.Graph, quantizers: Collection[Any]) -> int:
+    """Shares quantisations in one graph; returns how many were saved.
+
+    Args:
+        quantizers: the operators whose equal calls are one.
+    """
     seen: dict[tuple, fx.Node] = {}
     saved = 0
     for node in list(graph.nodes):
         if writes_in_place(node):
             # Something was overwritten, and views make it hard to say what: start afresh.
             seen.clear()
-        if node.target is not ops.quantize:
+        if node.target not in quantizers:
             continue
-        first = seen.setdefault(node.args, node)
+        # An argument that is a list of nodes is another list, immutable, and equal.
+        first = seen.setdefault((node.target, node.args), node)
         if first is not node:
             _take_over(graph, node, first)
             saved += 1
@@ -40,7 +46,8 @@ def fuse_prologue(graph: fx.Graph) -> int:
 
 def _take_over(graph: fx.Graph, node: fx.Node, first: fx.Node) -> None:
     items = {item.args[1]: item for item in first.users if item.target is operator.getitem}
-    for item in list(node.users):
+    for item in [user for user in node.users if user.target is operator.getitem]:
         item.replace_all_uses_with(items[item.args[1]])
         graph.erase_node(item)
+    node.replace_all_uses_with(first)
     graph.erase_node(node)

@@ -1,4 +1,5 @@
-"""Lower: an accepted candidate becomes a quantisation and an int8 linear.
+"""Lower: an accepted candidate becomes what its scheme computes; by default a quantisation and an
+int8 linear.
 
 Before::
 
@@ -14,40 +15,35 @@ After::
 ``x_outlier``: it carries the dtype and the gradient.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from int8fx.kernels import ops
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.emit import Emitter
 
+# (call, x, tensors of the weight, bias) -> y, all of them nodes; ``kernels/scheme.py`` has the schemes'
+Product = Callable[[Callable[..., Any], fx.Node, Sequence[fx.Node], fx.Node | None], fx.Node]
 
-def lower(
-    candidate: Candidate,
-    w_packed: fx.Node,
-    w_scale: fx.Node,
-    *,
-    threshold: float,
-    decomposition: str,
-    fake_mode: Any,
-) -> fx.Node:
+
+def lower(candidate: Candidate, weight: Sequence[fx.Node], product: Product, fake_mode: Any) -> fx.Node:
     """Rewrites one candidate in place; returns the node that takes its place.
 
     Args:
-        w_packed, w_scale: placeholders of the outermost graph.
+        weight: the parts of its packed weight, placeholders of the outermost graph.
+        product: emits ``y [*, N]`` of x's dtype from ``x [*, K]``.
     """
     node, graph = candidate.node, candidate.scope.graph
     assert candidate.x is not None
-    w_packed, w_scale = candidate.scope.lift(w_packed), candidate.scope.lift(w_scale)
+    weight = [candidate.scope.lift(part) for part in weight]
     output_dtype = node.meta["example_value"].dtype
     with graph.inserting_before(node):
         emit = Emitter(graph, fake_mode, node)
         x = _as_dtype(emit, candidate.x, output_dtype)
         x = emit.steps(x, candidate.x_steps)
-        quantized = _quantize(emit, x, threshold, decomposition)
-        y = emit.call(ops.int8_linear, *quantized, w_packed, w_scale, candidate.bias)
+        y = product(emit.call, x, weight, candidate.bias)
         y = emit.steps(y, candidate.y_steps)
         if candidate.addend is not None:
             y = emit.call(torch.add, y, _as_dtype(emit, candidate.addend, output_dtype))
@@ -64,11 +60,3 @@ def _as_dtype(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     if node.meta["example_value"].dtype == dtype:
         return node
     return emit.method("to", node, dtype)
-
-
-def _quantize(emit: Emitter, x: fx.Node, threshold: float, decomposition: str) -> list[Any]:
-    quantized = emit.call(ops.quantize, x, threshold, decomposition)
-    x_int8, x_scale = emit.item(quantized, 0), emit.item(quantized, 1)
-    if threshold == 0:
-        return [x_int8, x_scale, x, None]
-    return [x_int8, x_scale, emit.item(quantized, 2), emit.item(quantized, 3)]

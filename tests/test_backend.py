@@ -106,7 +106,7 @@ def test_size_assertions_are_left_out_unless_asked_for():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"treshold": 6.0}, "unknown option 'treshold'.*allowed: decomposition, inductor, only"),
+        ({"treshold": 6.0}, "unknown option 'treshold'.*allowed: decomposition, group_size, inductor"),
         ({"threshold": "6"}, "'threshold'.*given '6' .str.; allowed: a number >= 0"),
         ({"threshold": -1.0}, "'threshold'.*given -1.0"),
         ({"threshold": float("nan")}, "'threshold'.*given nan"),
@@ -390,7 +390,7 @@ def test_debug_logging_shows_each_decision(model, x, caplog):
     with caplog.at_level(logging.DEBUG, logger="int8fx"):
         compile_once(model, x)
     text = "\n".join(record.getMessage() for record in caplog.records)
-    assert "1 [N=48, K=32] torch.nn.functional.linear: int8" in text
+    assert "1 [N=48, K=32] torch.nn.functional.linear: llm.int8" in text
 
 
 def test_torch_logs_names_the_package():
@@ -406,7 +406,7 @@ def test_torch_logs_names_the_package():
         check=True,
         env={**os.environ, "TORCH_LOGS": "+int8fx"},
     )
-    assert "[N=16, K=8] torch.nn.functional.linear: int8" in run.stderr
+    assert "[N=16, K=8] torch.nn.functional.linear: llm.int8" in run.stderr
 
 
 def test_a_torch_that_cannot_be_served_is_refused_by_name(monkeypatch):

@@ -30,10 +30,10 @@ def test_version(capsys):
     assert (code, out, err) == (0, f"int8fx {int8fx.__version__}\n", [])
 
 
-def test_help_lists_demo():
+def test_help_lists_the_commands():
     result = CliRunner().invoke(int8fx.cli.app, ["--help"])
     assert result.exit_code == 0
-    assert "demo" in result.output
+    assert [name for name in ("demo", "explain") if name not in result.output] == []
 
 
 def test_help_imports_no_model_code():
@@ -54,6 +54,11 @@ def test_help_imports_no_model_code():
         (["dmo"], ["'dmo'", "demo"]),
         (["demo", "--model", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
         (["demo", "--model", "missing.gguf"], ["missing.gguf", "no such file"]),
+        (["explain", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
+        (["explain", "--text", "nowhere.txt"], ["--text nowhere.txt", "No such file"]),
+        (["explain", "--threshold", "-1"], ["'threshold'", "-1.0", "a number >= 0"]),
+        (["explain", "--scheme", "int9"], ["'scheme'", "'int9'", "'llm.int8'"]),
+        (["explain", "--rule", "*.mlp.*"], ["'*.mlp.*'", "PATTERN=SCHEME"]),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, words):
@@ -106,7 +111,7 @@ def test_missing_gguf_packages_say_what_to_install(monkeypatch, tmp_path):
 
 
 def test_directory_without_a_model(tmp_path):
-    with pytest.raises(UserError, match=f"--model {tmp_path}: ") as raised:
+    with pytest.raises(UserError, match=f"model {tmp_path}: ") as raised:
         models.load(str(tmp_path), Console(file=io.StringIO()))
     assert "\n" not in str(raised.value)
 
@@ -116,7 +121,7 @@ def test_hub_without_network(monkeypatch):
         raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
 
     monkeypatch.setattr(models, "load_directory", unreachable)
-    with pytest.raises(UserError, match=r"--model owner/name: .*no network") as raised:
+    with pytest.raises(UserError, match=r"model owner/name: .*no network") as raised:
         models.load("owner/name", Console(file=io.StringIO()))
     assert "\n" not in str(raised.value)
 

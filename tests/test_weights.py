@@ -9,6 +9,7 @@ from support import assert_close_to_float64, compile_once
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from int8fx.kernels.schemes.int8 import PER_CHANNEL, PER_TENSOR
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.weights import STORE, WeightStore
 
@@ -166,10 +167,11 @@ def test_packed_weights_go_with_their_model(x):
 def test_store_sees_a_storage_that_was_replaced(linear):
     store = WeightStore()
     expression = WeightExpression(None, ())
-    first = store.get(linear.weight, expression)
-    assert store.get(linear.weight, expression) is first
+    first = store.get(linear.weight, expression, PER_CHANNEL)
+    assert store.get(linear.weight, expression, PER_CHANNEL) is first
+    assert store.get(linear.weight, expression, PER_TENSOR) is not first
     linear.weight.data = linear.weight.data.clone()
-    assert store.get(linear.weight, expression) is not first
+    assert store.get(linear.weight, expression, PER_CHANNEL) is not first
 
 
 def test_the_graph_that_writes_to_a_weight_keeps_it_in_float(x):

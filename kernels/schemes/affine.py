@@ -1,0 +1,187 @@
+"""Activations with a zero point, or with one scale for all of them.
+
+    x̂ = (x_int8 + zero) · x_scale + x_outlier        ŵ = w_int8 · w_scale[n]
+
+``x_offset = zero · x_scale`` is a number for each row, so what it adds to the product is of rank 1:
+
+    y = int8_linear(x_int8, x_scale, x_outlier, ...) + x_offset[m] · w_sum[n],   w_sum = Σ_k ŵ[n, k]
+
+The zero point is a whole number, as in the paper, so that an outlier's place holds exactly 0. Weights
+stay symmetric: theirs are, and the paper's gain is from activations such as ReLU's.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int8fx.kernels import ops
+from int8fx.kernels.quantize import MIN_SCALE, QMAX, split_outliers
+from int8fx.kernels.scheme import Call, Lowering, Scheme, Settings, WeightFormat
+from int8fx.kernels.schemes.int8 import PER_CHANNEL, PER_TENSOR
+
+# Rounding x / scale and the zero point moves an end of the range by a whole step at most.
+_RANGE = QMAX - 0.5
+# A row that is far from zero and hardly varies: beyond this, fp32 has no fractions of a step.
+_FINEST = 2.0**-22
+
+
+def quantize_affine_reference(
+    x: Tensor, threshold: float, decomposition: str, per_tensor: bool, zero_point: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """int8 of ``x`` with its outliers taken out, in plain PyTorch.
+
+    Args:
+        x: ``[*, K]``, fp32, bf16 or fp16.
+        threshold, decomposition: as of ``kernels/quantize.py``. An outlier counts as 0 in the range.
+        per_tensor: one scale for all rows, or one each.
+        zero_point: the middle of the range is not 0.
+
+    Returns:
+        ``x_int8 [*, K]`` int8, ``x_scale [*]`` fp32, ``x_offset [*]`` fp32 (0 without zero point),
+        ``x_outlier [*, K]`` of x's dtype and ``outlier_columns [K]`` bool; the last two are empty
+        with threshold 0. |x - x̂| <= x_scale / 2, and one step at the ends of a range whose
+        middle is not 0.
+    """
+    regular, x_outlier, outlier_columns = split_outliers(x, threshold, decomposition)
+    over = tuple(range(x.dim())) if per_tensor else (-1,)
+    low, high = regular.amin(over, keepdim=True), regular.amax(over, keepdim=True)
+    largest = torch.maximum(low.abs(), high.abs())
+    if zero_point:
+        scale = torch.maximum((high / 2 - low / 2) / _RANGE, largest * _FINEST).clamp_min(MIN_SCALE)
+        zero = torch.round((high / 2 + low / 2) / scale)
+    else:
+        scale = (largest / QMAX).clamp_min(MIN_SCALE)
+        zero = torch.zeros_like(scale)
+    x_int8 = (torch.round(regular / scale) - zero).clamp(-QMAX, QMAX).to(torch.int8)
+    rows = regular.shape[:-1]
+    x_scale = scale.squeeze(-1).expand(rows).contiguous()
+    x_offset = (zero * scale).squeeze(-1).expand(rows).contiguous()
+    return x_int8, x_scale, x_offset, x_outlier, outlier_columns
+
+
+_library = torch.library.Library("int8fx", "FRAGMENT")
+_library.define(
+    "quantize_affine(Tensor x, float threshold, str decomposition, bool per_tensor, bool zero_point) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+quantize_affine = torch.ops.int8fx.quantize_affine.default
+
+
+def _quantize(x: Tensor, *how: Any) -> tuple[Tensor, ...]:
+    return quantize_affine_reference(x, *how)
+
+
+def _fake(x: Tensor, threshold: float, decomposition: str, *how: bool) -> tuple[Tensor, ...]:
+    x_int8, x_scale, x_outlier, outlier_columns = ops.quantize(x, threshold, decomposition)
+    return x_int8, x_scale, torch.empty_like(x_scale), x_outlier, outlier_columns
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x_int8, x_scale, x_offset, _, outlier_columns = output
+    ctx.decomposed = inputs[1] != 0
+    ctx.mark_non_differentiable(x_int8, x_scale, x_offset, outlier_columns)
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple:
+    """Straight-through, carried by ``x_outlier``; see ``kernels/ops.py``."""
+    return (grads[3] if ctx.decomposed else None), None, None, None, None
+
+
+_library.impl("quantize_affine", _quantize, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::quantize_affine", _fake, lib=_library)
+torch.library.register_autograd(
+    "int8fx::quantize_affine", _backward, setup_context=_setup, lib=_library
+)
+
+
+def with_sums(kept: WeightFormat) -> WeightFormat:
+    """The format, and ``w_sum [N]`` fp32, which a zero point meets."""
+
+    def quantize(weight: Tensor) -> tuple[Tensor, ...]:
+        tensors = kept.quantize(weight)
+        w_hat = kept.dequantize(tensors, *weight.shape)
+        return *tensors, w_hat.sum(1, dtype=torch.float64).to(torch.float32)
+
+    return WeightFormat(f"{kept.name}, with sums", (*kept.parts, "sum"), quantize, kept.dequantize)
+
+
+def _lowering(per_tensor: bool, zero_point: bool, decomposed: bool) -> Lowering:
+    def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+        threshold = settings.threshold if decomposed else 0.0
+        quantized = call(quantize_affine, x, threshold, settings.decomposition, per_tensor, zero_point)
+        x_int8, x_scale, x_offset, x_outlier, columns = (
+            call(operator.getitem, quantized, index) for index in range(5)
+        )
+        if threshold == 0:
+            # x stands in for its outliers: it carries the dtype and the gradient.
+            x_outlier, columns = x, None
+        if not zero_point:
+            return call(ops.int8_linear, x_int8, x_scale, x_outlier, columns, *weight, bias)
+        # Both terms may be large and of opposite sign: they meet in fp32.
+        x_outlier = call(torch.ops.aten.to.dtype, x_outlier, torch.float32)
+        packed, w_scale, w_sum = weight
+        y = call(ops.int8_linear, x_int8, x_scale, x_outlier, columns, packed, w_scale, bias)
+        correction = call(torch.mul, call(torch.unsqueeze, x_offset, -1), w_sum)
+        return call(_as_dtype_of, call(torch.add, y, correction), x)
+
+    return lower
+
+
+_as_dtype_of = torch.ops.aten.type_as.default
+
+
+def _dequantized_input(per_tensor: bool, zero_point: bool, decomposed: bool) -> Any:
+    def dequantized(x: Tensor, settings: Settings) -> Tensor:
+        threshold = settings.threshold if decomposed else 0.0
+        x_int8, x_scale, x_offset, x_outlier, _ = quantize_affine_reference(
+            x, threshold, settings.decomposition, per_tensor, zero_point
+        )
+        x_hat = x_int8.double() * x_scale.double().unsqueeze(-1) + x_offset.double().unsqueeze(-1)
+        return x_hat + x_outlier if decomposed and threshold else x_hat
+
+    return dequantized
+
+
+def _scheme(
+    name: str,
+    formula: str,
+    kept: WeightFormat,
+    *,
+    per_tensor: bool = False,
+    zero_point: bool = False,
+    decomposed: bool = False,
+) -> Scheme:
+    kept = with_sums(kept) if zero_point else kept
+    return Scheme(
+        name,
+        formula,
+        "Dettmers et al. 2022, arXiv 2208.07339, section 2 and Table 1",
+        frozenset({"threshold", "decomposition"} if decomposed else ()),
+        lambda settings: kept,
+        _dequantized_input(per_tensor, zero_point, decomposed),
+        _lowering(per_tensor, zero_point, decomposed),
+        {quantize_affine: quantize_affine_reference},
+    )
+
+
+ABSMAX_TENSOR = _scheme("absmax-tensor", "one scale for x, one for w", PER_TENSOR, per_tensor=True)
+ZEROPOINT_TENSOR = _scheme(
+    "zeropoint-tensor",
+    "one scale and zero point for x, one scale for w",
+    PER_TENSOR,
+    per_tensor=True,
+    zero_point=True,
+)
+ZEROPOINT_VECTOR = _scheme(
+    "zeropoint-vector", "per-token x with zero points, per-channel w", PER_CHANNEL, zero_point=True
+)
+LLM_INT8_ZEROPOINT = _scheme(
+    "llm.int8-zeropoint",
+    "per-token x with zero points, per-channel w, outliers of x in 16-bit",
+    PER_CHANNEL,
+    zero_point=True,
+    decomposed=True,
+)

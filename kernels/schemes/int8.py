@@ -1,0 +1,106 @@
+"""Per-token int8 activations against int8 weights, with or without LLM.int8()'s decomposition.
+
+    x̂ = x_int8 · x_scale[m] + x_outlier        ŵ = w_int8 · w_scale[n]
+
+All of them are ``int8fx.quantize`` and ``int8fx.int8_linear``; they differ in the threshold (0: no
+decomposition) and in whether a weight has a scale per channel or one for all.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int8fx.kernels import ops, table
+from int8fx.kernels.quantize import MIN_SCALE, QMAX, quantize_reference, quantize_weight
+from int8fx.kernels.scheme import Call, Scheme, Settings, WeightFormat
+
+
+def pack_per_channel(weight: Tensor) -> tuple[Tensor, ...]:
+    """``w_int8`` as the device's kernel takes it, and ``w_scale [N]`` fp32."""
+    w_int8, w_scale = quantize_weight(weight)
+    return table.pack(w_int8), w_scale
+
+
+def pack_per_tensor(weight: Tensor) -> tuple[Tensor, ...]:
+    """The same with one scale, repeated: ``w_scale [N]``, all equal."""
+    weight = weight.detach().to(torch.float32)
+    scale = (weight.abs().amax() / QMAX).clamp_min(MIN_SCALE)
+    w_int8 = torch.round(weight / scale).to(torch.int8).contiguous()
+    return table.pack(w_int8), scale.repeat(weight.shape[0])
+
+
+def dequantize(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
+    weight, w_scale = tensors[:2]
+    return table.unpack(weight, N, K).to(torch.float32) * w_scale.unsqueeze(1)
+
+
+PER_CHANNEL = WeightFormat("int8 per channel", ("int8", "scale"), pack_per_channel, dequantize)
+PER_TENSOR = WeightFormat("int8 per tensor", ("int8", "scale"), pack_per_tensor, dequantize)
+
+
+def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+    """quantize, then int8_linear; see ``passes/lower.py`` for the graph."""
+    quantized = call(ops.quantize, x, settings.threshold, settings.decomposition)
+    items = [call(operator.getitem, quantized, index) for index in range(2)]
+    if settings.threshold == 0:
+        # x stands in for its outliers: it carries the dtype and the gradient.
+        items += [x, None]
+    else:
+        items += [call(operator.getitem, quantized, index) for index in (2, 3)]
+    return call(ops.int8_linear, *items, *weight, bias)
+
+
+def dequantized_input(x: Tensor, settings: Settings) -> Tensor:
+    x_int8, x_scale, x_outlier, _ = quantize_reference(x, settings.threshold, settings.decomposition)
+    x_hat = x_int8.to(torch.float32) * x_scale.unsqueeze(-1)
+    return x_hat if settings.threshold == 0 else x_hat + x_outlier
+
+
+def _whole(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, threshold=0.0)
+
+
+def lower_whole(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+    return lower(call, x, weight, bias, _whole(settings))
+
+
+def dequantized_whole_input(x: Tensor, settings: Settings) -> Tensor:
+    return dequantized_input(x, _whole(settings))
+
+
+DECOMPOSITIONS = {ops.quantize: quantize_reference}
+
+LLM_INT8 = Scheme(
+    "llm.int8",
+    "per-token x, per-channel w, outliers of x in 16-bit",
+    "Dettmers et al. 2022, arXiv 2208.07339, section 3.2",
+    frozenset({"threshold", "decomposition"}),
+    lambda settings: PER_CHANNEL,
+    dequantized_input,
+    lower,
+    DECOMPOSITIONS,
+)
+ABSMAX_VECTOR = Scheme(
+    "absmax-vector",
+    "per-token x, per-channel w",
+    "Dettmers et al. 2022, section 3.1: vector-wise quantisation",
+    frozenset(),
+    lambda settings: PER_CHANNEL,
+    dequantized_whole_input,
+    lower_whole,
+    DECOMPOSITIONS,
+)
+ABSMAX_ROW = Scheme(
+    "absmax-row",
+    "per-token x, one scale for w",
+    "Dettmers et al. 2022, Table 1; Khudia et al. 2021, arXiv 2101.05615 (FBGEMM), row-wise",
+    frozenset(),
+    lambda settings: PER_TENSOR,
+    dequantized_whole_input,
+    lower_whole,
+    DECOMPOSITIONS,
+)

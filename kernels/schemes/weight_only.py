@@ -1,0 +1,132 @@
+"""Weights in int8, activations as they are.
+
+    w8a16         y = x @ w_int8ᵀ · w_scale[n]                       a scale for each channel
+    w8a16-group   y = Σ_g x_g @ w_int8_gᵀ · w_scale[n, g]            and for each ``group_size`` of K
+
+The first is LLM.int8() when everything is an outlier: the outlier product is what it computes, by the
+same kernels and from the same packed weights. The second de-quantises the weight where it is read:
+Inductor fuses that into a sum over K for one row of x, and into a pass over the weight before the
+product of more.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from int8fx.kernels.quantize import MIN_SCALE, QMAX
+from int8fx.kernels.scheme import Call, Scheme, Settings, WeightFormat, unchanged
+from int8fx.kernels.schemes import int8
+from int8fx.kernels.schemes.int8 import PER_CHANNEL
+
+# The smallest normal fp32: every element that is not zero (or denormal) is an outlier.
+EVERYTHING = 2.0**-126
+
+
+def lower_per_channel(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+    whole = dataclasses.replace(settings, threshold=EVERYTHING, decomposition="column")
+    return int8.lower(call, x, weight, bias, whole)
+
+
+W8A16 = Scheme(
+    "w8a16",
+    "x as it is, per-channel w",
+    "EETQ (NetEase), optimum-quanto's qint8 weights",
+    frozenset(),
+    lambda settings: PER_CHANNEL,
+    unchanged,
+    lower_per_channel,
+    int8.DECOMPOSITIONS,
+)
+
+
+# --- by groups ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def grouped(group_size: int) -> WeightFormat:
+    """``w_int8 [N, G · group_size]``, padded with zeros, and ``w_scale [N, G]`` fp32."""
+
+    def quantize(weight: Tensor) -> tuple[Tensor, ...]:
+        K = weight.shape[1]
+        padded = F.pad(weight.detach().to(torch.float32), (0, -K % group_size))
+        groups = padded.unflatten(1, (-1, group_size))
+        w_scale = (groups.abs().amax(-1) / QMAX).clamp_min(MIN_SCALE)
+        w_int8 = torch.round(groups / w_scale.unsqueeze(-1)).to(torch.int8)
+        return w_int8.flatten(1).contiguous(), w_scale
+
+    def dequantize(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
+        w_int8, w_scale = tensors
+        return dequantize_groups(w_int8, w_scale, K)
+
+    return WeightFormat(f"int8 by groups of {group_size}", ("int8", "scale"), quantize, dequantize)
+
+
+def dequantize_groups(w_int8: Tensor, w_scale: Tensor, K: int) -> Tensor:
+    """ŵ ``[N, K]`` fp32."""
+    groups = w_int8.unflatten(1, (w_scale.shape[1], -1)).to(torch.float32)
+    return (groups * w_scale.unsqueeze(-1)).flatten(1)[:, :K]
+
+
+def group_linear_reference(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [*, K] @ ŵᵀ + bias``, of x's dtype; the sums of a single row are fp32."""
+    w_hat = dequantize_groups(w_int8, w_scale, x.shape[-1])
+    if x.shape.numel() == x.shape[-1]:
+        # Not a product but a sum, which Inductor fuses the de-quantisation into: nothing of the
+        # weight is written to memory.
+        y = (x.reshape(1, -1).to(torch.float32) * w_hat).sum(-1).reshape(*x.shape[:-1], -1)
+        return (y if bias is None else y + bias).to(x.dtype)
+    return F.linear(x, w_hat.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+_library = torch.library.Library("int8fx", "FRAGMENT")
+_library.define("group_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor")
+group_linear = torch.ops.int8fx.group_linear.default
+
+
+def _group_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return group_linear_reference(x, weight, w_scale, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w_scale.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, weight, w_scale, bias = inputs
+    ctx.save_for_backward(weight, w_scale)
+    ctx.K, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    weight, w_scale = ctx.saved_tensors
+    grad_x = grad @ dequantize_groups(weight, w_scale, ctx.K).to(grad.dtype)
+    grad_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias
+
+
+_library.impl("group_linear", _group_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::group_linear", _fake, lib=_library)
+torch.library.register_autograd("int8fx::group_linear", _backward, setup_context=_setup, lib=_library)
+
+
+def lower_groups(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+    return call(group_linear, x, *weight, bias)
+
+
+W8A16_GROUP = Scheme(
+    "w8a16-group",
+    "x as it is, w by groups of group_size along K",
+    "FastChat's compression.py (there 256 weights a group)",
+    frozenset({"group_size"}),
+    lambda settings: grouped(settings.group_size),
+    unchanged,
+    lower_groups,
+    {group_linear: group_linear_reference},
+)

@@ -1,0 +1,335 @@
+"""explain: its rows against hand counts, what it shows, and that it leaves everything as it was."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import int8fx
+from int8fx.errors import UserError
+from int8fx.explanation_plots import distinct_inputs, draw, pooled
+from int8fx.kernels.cpu.int8_linear import BLOCK_N, K_MULTIPLE
+from int8fx.kernels.scheme import Settings
+from int8fx.observe import THRESHOLDS
+from int8fx.weights import STORE
+
+K, N, M = 16, 24, 5
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, K)).requires_grad_(False)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(1))
+
+
+def llama(layers: int, **config) -> LlamaForCausalLM:
+    """A random Llama; by default with the shapes of SmolLM2-135M's linears."""
+    shapes = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 128,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **shapes | config)).eval()
+
+
+def tiny(layers: int = 2, **config) -> LlamaForCausalLM:
+    shapes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return llama(layers, **shapes | config)
+
+
+def packed_bytes(n: int, k: int) -> int:
+    """Of the CPU's layout, see kernels/cpu/int8_linear.py, and of the scales."""
+    blocks = math.ceil(n / BLOCK_N)
+    return blocks * (math.ceil(k / K_MULTIPLE) * K_MULTIPLE * BLOCK_N + 4 * BLOCK_N) + 4 * n
+
+
+def test_smollm2s_210_linears_and_its_head_by_hand_count():
+    model, tokens, layers = llama(30), 8, 30
+    shown = int8fx.explain(model, torch.arange(tokens)[None], use_cache=False)
+    shapes = {
+        "self_attn.q_proj": (576, 576),
+        "self_attn.k_proj": (192, 576),
+        "self_attn.v_proj": (192, 576),
+        "self_attn.o_proj": (576, 576),
+        "mlp.gate_proj": (1536, 576),
+        "mlp.up_proj": (1536, 576),
+        "mlp.down_proj": (576, 1536),
+    }
+    expected = {
+        f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()
+    }
+    assert len(expected) == 210
+    quantised = {row.path: row.shape for row in shown.rows if row.accepted}
+    assert quantised == expected
+    (head,) = [row for row in shown.rows if not row.accepted]
+    assert (head.path, head.shape) == ("lm_head", (128, 576))
+    assert head.reason == "skip: the output head (its weight is also an embedding)"
+
+    totals = shown.totals
+    multiplied = layers * sum(n * k for n, k in shapes.values())
+    # Two products of [tokens, 64] and [64, tokens] in each of nine heads; no causal mask is counted.
+    attention = layers * 2 * 2 * 9 * tokens * tokens * 64
+    assert (totals.candidates, totals.accepted) == (211, 210)
+    assert totals.float_bytes == 4 * multiplied
+    packed = (
+        packed_bytes
+        if int8fx.kernels.table.kernel_for("cpu").name == "C++"
+        else lambda n, k: n * (k + 4)
+    )
+    assert totals.kept_bytes == layers * sum(packed(n, k) for n, k in shapes.values())
+    assert totals.left_bytes == 4 * 128 * 576
+    assert totals.flops == 2 * tokens * (multiplied + 128 * 576) + attention
+    assert totals.accepted_share == pytest.approx(2 * tokens * multiplied / totals.flops)
+    assert sum(row.share for row in shown.rows) == pytest.approx(1 - attention / totals.flops)
+    lines = str(shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = [line.split()[:2] for line in lines]
+    for path, (n, k) in {**expected, "lm_head": (128, 576)}.items():
+        assert listed.count([path, f"{n}x{k}"]) == 1
+
+
+def test_outliers_and_sqnr_by_hand(model, x):
+    x[0, 3], x[4, 3], x[2, 7] = 9.0, -7.0, 6.0
+    row = int8fx.explain(model, x).rows[0]
+    assert (row.outlier_columns, row.outlier_elements, row.rows, row.calls) == (2, 3, M, 1)
+    assert row.input_absmax == 9.0
+    assert row.channel_absmax == tuple(x.abs().amax(0).tolist())
+    linear = model[0]
+    expected = x.double() @ linear.weight.double().t() + linear.bias.double()
+    for threshold in (6.0, *THRESHOLDS):
+        scheme = int8fx.SCHEMES["llm.int8"]
+        y = scheme.reference(x, linear.weight, linear.bias, Settings(threshold=threshold))
+        decibels = 10 * math.log10(expected.square().sum() / (y - expected).square().sum())
+        assert row.sqnr_db_at[threshold] == pytest.approx(decibels, abs=0.01)
+    assert row.sqnr_db == row.sqnr_db_at[6.0]
+
+
+def test_rules_give_a_scheme_by_module(model, x):
+    options = {"rules": [("2", "absmax-row"), ("*", "llm.int8", {"threshold": 2.0})]}
+    first, second = int8fx.explain(model, x, options=options).rows
+    assert (first.scheme, second.scheme) == ("llm.int8", "absmax-row")
+    assert first.sqnr_db == first.sqnr_db_at[2.0]
+    assert second.sqnr_db_at == {}
+
+
+def test_patterns_that_decide_nothing_are_named(model, x):
+    options = {
+        "skip": ["2", "no.such"],
+        "only": ["*"],
+        "rules": [("0", "llm.int8"), ("0", "absmax-row"), ("attn.*", "llm.int8")],
+    }
+    shown = int8fx.explain(model, x, options=options)
+    assert shown.unused == ("skip: 'no.such'", "rules: '0': absmax-row", "rules: 'attn.*': llm.int8")
+    assert "matches nothing: skip: 'no.such'" in str(shown)
+
+
+def test_default_skip_patterns_are_not_the_users(model, x):
+    assert int8fx.explain(model, x).unused == ()
+
+
+def test_the_model_is_left_as_it_was(model, x):
+    torch._dynamo.reset()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    versions = [parameter._version for parameter in model.parameters()]
+    stored, counter = len(STORE), CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    compiled(x)
+    for _ in range(10):  # more than Dynamo compiles of one function
+        int8fx.explain(compiled, x)
+    compiled(x)
+    assert counter.frame_count == 1
+    assert len(STORE) == stored
+    assert [parameter._version for parameter in model.parameters()] == versions
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_model_that_compiles_in_place(model, x):
+    counter = CompileCounter()
+    model.compile(backend=counter)
+    assert int8fx.explain(model, x).totals.accepted == 2
+    assert counter.frame_count == 0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(K, K)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.fc(x)
+
+
+def test_blocks_that_share_a_graph_are_told_apart(x):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block(), Block()])}).requires_grad_(False)
+
+    def run(x):
+        for block in model["blocks"]:
+            x = block(x)
+        return x
+
+    model.forward = run
+    shown = int8fx.explain(model, x)
+    assert [row.path for row in shown.rows] == [f"blocks.{index}.fc" for index in range(3)]
+    assert {row.calls for row in shown.rows} == {1}
+    assert len({row.sqnr_db for row in shown.rows}) == 3
+    assert shown.totals.float_bytes == 3 * 4 * K * K
+    assert shown.graph_breaks and all(__file__ in each.where for each in shown.graph_breaks)
+    assert f"graph break at {__file__}" in str(shown).replace("\n", "")
+
+
+def test_a_frame_that_is_compiled_again_says_why():
+    torch._dynamo.reset()
+    layer = nn.Linear(K, K).requires_grad_(False)
+
+    def inner(x, scale):
+        torch._dynamo.graph_break()
+        return layer(x) * scale
+
+    def run(x):
+        torch._dynamo.graph_break()
+        return inner(inner(x, 2), 3)
+
+    shown = int8fx.explain(run, torch.randn(M, K))
+    assert any("scale" in reason for reason in shown.recompiles)
+
+
+def test_a_branch_that_is_not_taken_is_listed(x):
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.yes, self.no = nn.Linear(K, K), nn.Linear(K, K)
+
+        def forward(self, x):
+            return torch.cond(x.sum() * 0 == 0, lambda x: self.yes(x), lambda x: self.no(x), (x,))
+
+    yes, no = sorted(int8fx.explain(Branches(), x).rows, key=lambda row: -row.calls)
+    assert (yes.path, yes.calls, no.path, no.calls) == ("yes", 1, "no", 0)
+    assert yes.sqnr_db is not None and no.sqnr_db is None and no.outlier_columns is None
+    assert no.kept_bytes == yes.kept_bytes
+
+
+def test_a_weight_that_two_linears_share_counts_once(x):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(K, K, bias=False)
+
+        def forward(self, x):
+            return self.fc(self.fc(x))
+
+    shown = int8fx.explain(Twice(), x)
+    assert [row.path for row in shown.rows] == ["fc", "fc"]
+    assert shown.totals.float_bytes == 4 * K * K
+    assert shown.totals.flops == 2 * 2 * M * K * K
+
+
+def test_attentions_products_are_rows_of_their_own():
+    shown = int8fx.explain(tiny(attn_implementation="eager"), torch.arange(6)[None])
+    products = [row for row in shown.rows if row.reason == "both operands are activations"]
+    assert len(products) == 4
+    assert all(
+        row.path.startswith(f"model.layers.{i // 2}.self_attn.") for i, row in enumerate(products)
+    )
+    assert {row.flops for row in products} == {2 * 4 * 6 * 6 * 8}
+    assert {row.calls for row in products} == {1}
+
+
+def test_autocast_does_not_blur_the_reference(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        first = int8fx.explain(model, x).rows[0]
+    assert first.sqnr_db == pytest.approx(int8fx.explain(model, x).rows[0].sqnr_db, abs=1.5)
+
+
+def test_json_has_no_infinity(x):
+    linear = nn.Linear(K, K, bias=False).requires_grad_(False)
+    linear.weight.zero_()
+    values = int8fx.explain(linear, x).to_dict()
+    text = json.dumps(values, allow_nan=False)
+    (row,) = json.loads(text)["rows"]
+    assert row["exact"] is True and row["sqnr_db"] is None
+    assert row["sqnr_db_at"].keys() == {f"{each:g}" for each in THRESHOLDS}
+
+
+def test_the_page_needs_no_other_file(model, x, tmp_path):
+    shown = int8fx.explain(model, x, options={"skip": ["2"]})
+    page = tmp_path / "page.html"
+    shown.to_html(page)
+    text = page.read_text(encoding="utf-8")
+    assert "data:image/png;base64," in text
+    assert "http" not in text and "<script" not in text and "<link" not in text
+    for words in ("<td>0</td>", "<td>2</td>", "skip: matches &#x27;2&#x27;", f"<td>{N} x {K}</td>"):
+        assert words in text
+    assert shown._repr_html_() in text
+
+
+def test_the_figure_shows_what_was_measured(tmp_path):
+    shown = int8fx.explain(tiny(), torch.arange(6)[None])
+    inputs = distinct_inputs(shown.rows)
+    names = ["q_proj/k_proj/v_proj", "o_proj", "gate_proj/up_proj", "down_proj"]
+    assert list(inputs) == names
+    figure = draw(shown)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:4] == names
+    heat = figure.axes[3].images[0].get_array()
+    assert heat.shape == (2, 64)
+    assert 6 * 2 ** heat[1].max() == pytest.approx(max(inputs["down_proj"][1].channel_absmax))
+    path = tmp_path / "figure.png"
+    shown.plot(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pooling_keeps_every_spike():
+    values = [0.0] * 1000
+    values[577] = 3.0
+    assert max(pooled(values, 192)) == 3.0 and len(pooled(values, 192)) == 192
+    assert pooled([1.0, 2.0], 192) == [1.0, 2.0]
+
+
+def test_nothing_to_draw_is_said(model, x, tmp_path):
+    shown = int8fx.explain(model, x, options={"skip": ["*"]})
+    with pytest.raises(UserError, match="no linear was quantised"):
+        shown.plot(tmp_path / "figure.png")
+
+
+def test_drawing_without_matplotlib_says_what_to_install(model, x, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r'pip install "int8fx\[plot\]"'):
+        int8fx.explain(model, x).plot(tmp_path / "figure.png")
+
+
+def test_bad_options_are_refused_before_anything_runs(model, x):
+    model.forward = lambda x: pytest.fail("it ran")
+    with pytest.raises(ValueError, match=r"'int9'.*'llm.int8'"):
+        int8fx.explain(model, x, options={"scheme": "int9"})
+
+
+def test_a_function_of_no_module(x):
+    weight = torch.randn(N, K)
+    shown = int8fx.explain(lambda x: F.linear(x, weight), x)
+    assert [row.accepted for row in shown.rows] == [False]
+    assert shown.totals.model_bytes == 0

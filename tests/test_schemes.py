@@ -1,0 +1,258 @@
+"""Every scheme: its lowering against its reference, compiled and not, and what each promises."""
+
+import pytest
+import torch
+from bounds import FP32
+from support import compile_once
+from torch import nn
+
+import int8fx
+from int8fx.kernels import table
+from int8fx.kernels.scheme import Choice, Settings, eagerly
+from int8fx.kernels.schemes.affine import quantize_affine_reference
+from int8fx.kernels.schemes.weight_only import grouped
+from int8fx.options import Options
+
+SCHEMES = int8fx.SCHEMES
+K, N = 80, 48
+
+INT8_ACTIVATIONS = [name for name in SCHEMES if not name.startswith("w8a16")]
+DECOMPOSED = ["llm.int8", "llm.int8-zeropoint"]
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    """Rows that are not centred, with outliers in two columns."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + 0.7
+    x[..., 3] *= 9
+    x[..., 41] -= 12
+    return x.to(dtype)
+
+
+def weights(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    # Channels of different sizes: one scale for all is worse than one each.
+    scales = torch.logspace(-1, 0.5, N).unsqueeze(1)
+    return torch.randn(N, K, generator=generator) * scales, torch.randn(N, generator=generator)
+
+
+def apply(name: str, x: torch.Tensor, bias: bool = True, settings: Settings | None = None):
+    """What the lowering computes on tensors, and the scheme's reference in float64."""
+    weight, offset = (tensor.to(x.dtype) for tensor in weights())
+    choice = Choice(SCHEMES[name], settings or Settings())
+    given = offset if bias else None
+    y = choice.lower(eagerly, x, choice.weight_format.quantize(weight), given)
+    return y, choice.scheme.reference(x, weight, given, choice.settings), weight
+
+
+def assert_is_the_reference(y, expected, x, weight) -> None:
+    """They differ by fp32 round-off of the sums, and by roundings to the dtype.
+
+    A product of a 16-bit row and weight has one rounding of the weight and one of the result.
+    """
+    magnitude = x.double().abs() @ weight.double().abs().t() + expected.abs() + 1
+    eps = torch.finfo(y.dtype).eps
+    bound = FP32 * (K + 16) * 4 * magnitude + (0 if y.dtype == torch.float32 else eps) * magnitude
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(K,), (1, K), (5, K), (2, 17, K)], ids=str)
+def test_lowering_is_the_reference(name, dtype, shape):
+    x = activations(*shape, dtype=dtype)
+    y, expected, weight = apply(name, x, bias=len(shape) != 2)
+    assert_is_the_reference(y, expected, x, weight)
+
+
+@pytest.mark.parametrize("decomposition", ["column", "token"])
+@pytest.mark.parametrize("threshold", [0.0, 3.0, 1e9])
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_thresholds_and_decompositions(name, threshold, decomposition):
+    x = activations(6, K)
+    y, expected, weight = apply(name, x, settings=Settings(threshold, decomposition))
+    assert_is_the_reference(y, expected, x, weight)
+
+
+class Each(nn.Module):
+    """One linear for each scheme, all of the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleDict()
+        for index, name in enumerate(SCHEMES):
+            linear = self.linears[name.replace(".", "_")] = nn.Linear(K, N)
+            linear.weight.data, linear.bias.data = weights(index)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return torch.stack([linear(x) for linear in self.linears.values()])
+
+
+def rules() -> list[tuple[str, str]]:
+    return [(f"linears.{name.replace('.', '_')}", name) for name in SCHEMES]
+
+
+def test_compiled_together_each_is_its_reference():
+    model, x = Each(), activations(5, K)
+    y, report = compile_once(model, x, backend_options={"rules": rules()})
+    assert [decision.scheme for decision in report.decisions] == list(SCHEMES)
+    assert report.unused == ()
+    for index, name in enumerate(SCHEMES):
+        weight, bias = weights(index)
+        expected = SCHEMES[name].reference(x, weight, bias, Settings())
+        assert_is_the_reference(y[index], expected, x, weight)
+
+
+def test_groups_of_32_in_bf16_and_one_row():
+    x = activations(1, K, dtype=torch.bfloat16)
+    linear = nn.Linear(K, N).to(torch.bfloat16).requires_grad_(False)
+    options = {"scheme": "w8a16-group", "group_size": 32}
+    y, report = compile_once(linear, x, backend_options=options)
+    assert report.graph.count("int8fx.group_linear.default(") == 1
+    settings = Settings(group_size=32)
+    expected = SCHEMES["w8a16-group"].reference(x, linear.weight, linear.bias, settings)
+    assert_is_the_reference(y, expected, x, linear.weight)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gradients_are_straight_through(name):
+    x = activations(4, K).requires_grad_()
+    weight, bias = weights()
+    choice = Choice(SCHEMES[name], Settings())
+    kept = choice.weight_format.quantize(weight)
+    bias.requires_grad_()
+    grad = torch.randn(4, N, generator=torch.Generator().manual_seed(2))
+    choice.lower(eagerly, x, kept, bias).backward(grad)
+    w_hat = choice.weight_format.dequantize(kept, N, K)
+    torch.testing.assert_close(x.grad, grad @ w_hat, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+
+
+def test_linears_of_one_input_share_its_quantisation():
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList(nn.Linear(K, N) for _ in range(3)).requires_grad_(False)
+
+        def forward(self, x):
+            return sum(linear(x) for linear in self.linears)
+
+    _, report = compile_once(Three(), activations(4, K), backend_options={"scheme": "zeropoint-vector"})
+    assert report.graph.count("int8fx.quantize_affine.default(") == 1
+    assert report.graph.count("int8fx.int8_linear.default(") == 3
+    assert "zeropoint-vector" in str(report)
+
+
+# --- What each promises ---------------------------------------------------------------------------
+
+
+def error(name: str, x: torch.Tensor) -> float:
+    weight, _ = weights()
+    y = SCHEMES[name].reference(x, weight, None, Settings(group_size=16))
+    expected = x.double() @ weight.double().t()
+    return ((y - expected).norm() / expected.norm()).item()
+
+
+def test_the_papers_ordering_on_rows_of_different_sizes_with_outliers():
+    x = activations(64, K) * torch.logspace(-1, 0.3, 64).unsqueeze(1)
+    errors = [error(name, x) for name in ("absmax-tensor", "absmax-row", "absmax-vector", "llm.int8")]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 2 * errors[-1]
+    assert error("llm.int8-zeropoint", x) <= error("llm.int8", x)
+    assert error("zeropoint-tensor", x) < error("absmax-tensor", x)
+    assert error("w8a16-group", x) < error("w8a16", x) < error("llm.int8", x)
+
+
+def test_a_zero_point_gains_a_bit_on_what_is_never_negative():
+    x = activations(16, K).relu()
+    assert error("zeropoint-vector", x) < 0.7 * error("absmax-vector", x)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("rows", ["ordinary", "constant", "zero", "far", "tiny", "outliers"])
+def test_affine_rows_come_back_within_a_step(rows, per_tensor):
+    x = {
+        "ordinary": activations(4, K),
+        "constant": torch.full((4, K), 5.0),
+        "zero": torch.zeros(4, K),
+        "far": 1000 + torch.rand(4, K, generator=torch.Generator().manual_seed(0)) * 1e-3,
+        "tiny": activations(4, K) * 1e-30,
+        "outliers": torch.full((4, K), 50.0),
+    }[rows]
+    x_int8, x_scale, x_offset, x_outlier, _ = quantize_affine_reference(
+        x, 6.0 if rows == "outliers" else 0.0, "column", per_tensor, True
+    )
+    assert x_int8.abs().max() <= 127
+    x_hat = x_int8.double() * x_scale.double().unsqueeze(-1) + x_offset.double().unsqueeze(-1)
+    if rows == "outliers":
+        assert torch.equal(x_hat, torch.zeros_like(x_hat)) and torch.equal(x_outlier, x)
+    else:
+        assert ((x_hat - x).abs() <= x_scale.double().unsqueeze(-1) * 1.001).all()
+    assert x_scale.isfinite().all() and x_offset.isfinite().all()
+
+
+def test_groups_that_do_not_divide_k():
+    weight, _ = weights()
+    kept = grouped(32)
+    w_int8, w_scale = kept.quantize(weight)
+    assert w_int8.shape == (N, 96) and w_scale.shape == (N, 3)
+    w_hat = kept.dequantize((w_int8, w_scale), N, K)
+    steps = w_scale.repeat_interleave(32, 1)[:, :K]
+    assert ((w_hat - weight).abs() <= steps * 0.5001).all()
+
+
+def test_w8a16_reads_the_packed_weight_of_llm_int8():
+    formats = {name: SCHEMES[name].weight_format(Settings()).name for name in SCHEMES}
+    assert formats["w8a16"] == formats["llm.int8"] == formats["absmax-vector"]
+    assert len(set(formats.values())) == 5
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_says_what_it_is(name):
+    scheme = SCHEMES[name]
+    assert scheme.name == name and scheme.formula in str(scheme) and scheme.source in str(scheme)
+    assert scheme.reads <= {"threshold", "decomposition", "group_size"}
+    assert table.kernel_for("cpu") is not None
+
+
+# --- Choosing -------------------------------------------------------------------------------------
+
+
+def test_the_first_rule_that_matches_wins():
+    options = Options.parse(
+        {
+            "threshold": 4.0,
+            "scheme": "w8a16",
+            "rules": [("a.*", "llm.int8", {"threshold": 2.0}), ("*.b", "absmax-row"), ("a.b", "w8a16")],
+        }
+    )
+    chosen = {path: options.choice(path) for path in ("a.b", "c.b", "c.d")}
+    assert {path: choice.scheme.name for path, choice in chosen.items()} == {
+        "a.b": "llm.int8",
+        "c.b": "absmax-row",
+        "c.d": "w8a16",
+    }
+    assert chosen["a.b"].settings.threshold == 2.0
+    assert chosen["c.b"].settings.threshold == 4.0
+    assert options.unused(["a.b", "c.b"]) == ("rules: 'a.b': w8a16",)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"scheme": "int4"}, ["'scheme'", "'int4'", "'w8a16-group'"]),
+        ({"rules": "w8a16"}, ["'rules'", "'w8a16'", "(pattern, scheme)"]),
+        ({"rules": [("*",)]}, ["'rules'", "('*',)"]),
+        ({"rules": [("*", "int4")]}, ["'rules'", "'int4'", "'llm.int8'"]),
+        ({"rules": [(3, "w8a16")]}, ["'rules'", "(3, 'w8a16')"]),
+        ({"rules": [("*", "w8a16", {"threshold": 3})]}, ["'w8a16' reads: none"]),
+        ({"rules": [("*", "llm.int8", {"threshold": -3})]}, ["'threshold'", "-3", ">= 0"]),
+        ({"group_size": 20}, ["'group_size'", "20", "multiple of 16"]),
+        ({"group_size": True}, ["'group_size'", "True"]),
+    ],
+)
+def test_bad_choices_are_named(given, words):
+    with pytest.raises(ValueError, match="backend 'llmint8'") as raised:
+        Options.parse(given)
+    assert [word for word in words if word not in str(raised.value)] == []
