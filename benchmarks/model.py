@@ -281,6 +281,8 @@ def timed(
 ) -> dict[str, dict[str, Timing]]:
     """All contenders in this process, in turns."""
     torch.compiler.reset()
+    # Every contender compiles the same forward.
+    torch._dynamo.config.recompile_limit = 4 * len(CONTENDERS)
     model = load(model_name)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(names) + rounds)
