@@ -288,6 +288,23 @@ def test_quantising_in_the_same_call_equals_doing_it_before(isa, dtype, decompos
 
 
 @needs_kernel
+@each_isa
+def test_quotients_round_as_divisions_do(isa):
+    """Ties and their neighbours, over all exponents: where a reciprocal alone would be off by one."""
+    K = 1024
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(250, 1, generator=generator) + 1
+    scale *= 2.0 ** torch.arange(-130, 120).unsqueeze(1)
+    tie = (torch.randint(-127, 127, (250, K), generator=generator) + 0.5) * scale
+    x = torch.stack([tie, tie.nextafter(tie * 2), tie.nextafter(tie * 0)]).flatten(0, 1)
+    x[:, 0] = 127 * scale.repeat(3, 1).squeeze(1)
+    x_int8, x_scale, _, _ = quantize_reference(x, 0.0, "column")
+    packed, ones = cpu.pack(torch.eye(K, dtype=torch.int8)), torch.ones(K)
+    (y,) = ops.quantized_linears_cpu(x, 0.0, "column", [packed], [ones], [])
+    assert torch.equal(y, x_int8.float() * x_scale.unsqueeze(1))
+
+
+@needs_kernel
 def test_wrong_arguments_are_refused():
     w_int8, w_scale = random_weight(64, 16)
     x_int8, x_scale, x_outlier, columns = quantize_reference(torch.randn(2, 64), 2.0, "column")

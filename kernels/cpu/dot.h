@@ -5,6 +5,7 @@
 //   Activation             a packed element
 //   X, load_x, pack_x      4 consecutive k of one row; packed as 4 Activations
 //   W, load_w              4 consecutive k of the channels of one vector
+//   pack_blocks            if INT8FX_PACK_BLOCKS: pack rows from their beginning, up to the k returned
 //   Sums, dot              their int32 sums; add a product to them
 //   first_sums             what the sums of a vector start from
 //   store_sums             the sums of a block, in the order of its channels
@@ -78,10 +79,14 @@ void pack_tile(const Activations& a, int64_t tile) {
   const int64_t m = tile * a.row_tile;
   const int64_t rows = std::min(a.row_tile, a.M - m);
   auto* packed = static_cast<Activation*>(a.packed) + m * a.K_padded;
+  int64_t done = 0;
+#ifdef INT8FX_PACK_BLOCKS
+  done = pack_blocks(a.x_int8 + m * a.K, a.K, rows, packed);
+#endif
   for (int64_t r = 0; r < rows; ++r) {
     const int8_t* x = a.x_int8 + (m + r) * a.K;
-    Activation* out = packed + 4 * r;
-    int64_t k = 0;
+    Activation* out = packed + done * rows + 4 * r;
+    int64_t k = done;
     for (; k + 4 <= a.K; k += 4, out += 4 * rows) pack_x(x + k, out);
     for (; k < a.K_padded; k += 4, out += 4 * rows) {
       int8_t rest[4] = {};

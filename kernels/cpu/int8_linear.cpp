@@ -7,7 +7,7 @@
 
 #include <atomic>
 #include <cmath>
-#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -335,17 +335,22 @@ void run(
   multiply_rows(a, columns, weights);
 }
 
-// The columns of x that hold an outlier.
-std::vector<int32_t> find_outlier_columns(const Kernel& kernel, Input& in) {
-  const auto flags = std::make_unique<bool[]>(in.K);
-  in.flags = flags.get();
-  const int64_t step = 4 * BLOCK_N;  // whole cache lines, so that threads share none
-  at::parallel_for(
-      0, at::divup(in.K, step), at::divup(MIN_UNIT_BYTES, in.M * step),
-      [&](int64_t begin, int64_t end) {
-        kernel.flag_columns(in, begin * step, std::min(end * step, in.K));
-      });
-  return flagged(in.flags, in.K);
+// The columns of x that hold an outlier. Threads share the rows, which they read from end to end.
+std::vector<int32_t> find_outlier_columns(const Kernel& kernel, const Input& in) {
+  const int64_t width = round_up(in.K, BLOCK_N);
+  std::vector<int32_t> flags(width);
+  std::mutex mutex;
+  at::parallel_for(0, in.M, at::divup(MIN_UNIT_BYTES, in.K), [&](int64_t m0, int64_t m1) {
+    if (m1 - m0 == in.M) return kernel.flag_columns(in, m0, m1, flags.data());
+    std::vector<int32_t> found(width);
+    kernel.flag_columns(in, m0, m1, found.data());
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t k = 0; k < width; ++k) flags[k] |= found[k];
+  });
+  std::vector<int32_t> columns;
+  for (int64_t k = 0; k < in.K; ++k)
+    if (flags[k]) columns.push_back(k);
+  return columns;
 }
 
 void quantize_and_run(

@@ -90,10 +90,58 @@ inline void store_half(void* p, Floats v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline Floats fma(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Floats fnma(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#define INT8FX_FMA
+
+// 16 quads of up to 16 rows: a transpose of 16 x 16 int32.
+inline void pack_block(const int8_t* x, int64_t stride, int64_t rows, Activation* out) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(x + std::min<int64_t>(i, rows - 1) * stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  }
+  // r[i + j] now holds quads j, j + 4, j + 8, j + 12 of rows i .. i + 3, a quarter each.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
+    const __m512i even2 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88);
+    const __m512i odd = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    const __m512i odd2 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
+    t[j + 4] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+    t[j + 8] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+    t[j + 12] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+  }
+  const __m512i sign = _mm512_set1_epi32(0x80808080);
+  const auto lanes = static_cast<__mmask16>((1u << rows) - 1);
+  for (int q = 0; q < 16; ++q)
+    _mm512_mask_storeu_epi32(out + 4 * rows * q, lanes, _mm512_xor_si512(t[q], sign));
+}
+
+#define INT8FX_PACK_BLOCKS
+inline int64_t pack_blocks(const int8_t* x, int64_t K, int64_t rows, Activation* out) {
+  if (rows == 1) return 0;  // nothing to transpose
+  int64_t k = 0;
+  for (; k + 64 <= K; k += 64) pack_block(x + k, K, rows, out + k * rows);
+  return k;
+}
+
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
 
+#undef INT8FX_PACK_BLOCKS
 }  // namespace avx512_vnni
 INT8FX_END_TARGET
 
@@ -117,6 +165,8 @@ constexpr int TILE_ROWS = ROW_STEP, TILE_K = 64;
 
 using Activation = int8_t;
 
+using avx512_vnni::fma;
+using avx512_vnni::fnma;
 using avx512_vnni::load_half;
 using avx512_vnni::store_half;
 
@@ -262,6 +312,13 @@ inline void store_half(void* p, Floats v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline Floats fma(Floats a, Floats b, Floats c) {
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Floats fnma(Floats a, Floats b, Floats c) {
+  return (Floats)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
@@ -300,6 +357,8 @@ inline void dot(Sums& sums, X x, W w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
+using avx2::fma;
+using avx2::fnma;
 using avx2::load_half;
 using avx2::store_half;
 
@@ -316,6 +375,7 @@ bool avx_vnni::supported() { return avx2::supported() && __builtin_cpu_supports(
 
 // ---- Any machine: plain vectors of int32, which compilers know on every target.
 
+#undef INT8FX_FMA
 namespace portable {
 
 constexpr int LANES = 4;

@@ -23,7 +23,6 @@ struct Input {
   const void* x;         // [M, K] of dtype
   c10::ScalarType dtype;
   float threshold;       // 0: nothing is an outlier
-  bool* flags;           // [K]: the column holds an outlier
   const int32_t* keep;   // [K rounded up to 16]: all ones where the column stays whole, 0 where it
                          // is taken out whole; or null: only the outliers themselves are taken out
   int8_t* x_int8;        // [M, K]
@@ -87,7 +86,8 @@ struct Kernel {
   int64_t row_step;        // in multiples of so many
   int64_t panel;           // blocks that the kernel multiplies at once
   int64_t element_bytes;   // of a packed activation
-  void (*flag_columns)(const Input&, int64_t k0, int64_t k1);  // k0 a multiple of 16
+  // Sets flags [K rounded up to 16] to all ones where a column of rows [m0, m1) holds an outlier.
+  void (*flag_columns)(const Input&, int64_t m0, int64_t m1, int32_t* flags);
   void (*quantize_rows)(const Input&, int64_t m0, int64_t m1);
   void (*pack)(const Activations&, int64_t tile);
   void (*enter)(const Activations&);  // in every thread, around its calls of `multiply`; or null
