@@ -35,9 +35,12 @@ class LinearCheck:
             # A copy: the generated wrapper may give x's memory to the product's result.
             self._source = launch.arguments | {"x_ptr": launch.arguments["x_ptr"].clone()}
         elif launch.name == "gemm_kernel":
-            self._check(launch, *self._product_operands(launch))
+            self._check(launch, *self._product_operands(launch), HAS_OUTLIERS=False)
+        elif launch.name == "decode_kernel" and launch.arguments["QUANTIZE"]:
+            x_int8, x_scale, x_outlier = self._quantized(launch)
+            self._check(launch, x_int8, x_scale, x_outlier, QUANTIZE=False)
         elif launch.name == "decode_kernel":
-            self._check(launch, *self._decode_operands(launch))
+            self._check(launch, *self._digit_operands(launch), rows_ptr=self._without_digits(launch))
 
     def _product_operands(self, launch: Launch) -> tuple[Tensor, ...]:
         """What the product should have been given, made from what the launch before it read."""
@@ -54,23 +57,39 @@ class LinearCheck:
             return x_int8, x_scale, x_outlier
         return given["x_int8_ptr"], given["x_scale_ptr"], x
 
-    def _decode_operands(self, launch: Launch) -> tuple[Tensor, ...]:
+    def _quantized(self, launch: Launch) -> tuple[Tensor, ...]:
+        """What a decode kernel that quantises should have multiplied."""
         given = launch.arguments
-        x = given["x_ptr"]
-        if not given["QUANTIZE"]:
-            x_outlier = x if given["HAS_OUTLIERS"] else x[:, :0]
-            return given["x_int8_ptr"], given["x_scale_ptr"], x_outlier
-        x_int8, x_scale, x_outlier, _ = quantize_reference(x, self.threshold, self.decomposition)
-        return x_int8, x_scale, x_outlier if self.threshold else x[:, :0]
+        x_int8, x_scale, x_outlier, _ = quantize_reference(
+            given["x_ptr"], self.threshold, self.decomposition
+        )
+        assert torch.equal(given["rows_ptr"], x_int8)
+        assert torch.equal(given["row_scale_ptr"], x_scale)
+        return x_int8, x_scale, x_outlier
 
-    def _check(self, launch: Launch, x_int8: Tensor, x_scale: Tensor, x_outlier: Tensor) -> None:
+    def _digit_operands(self, launch: Launch) -> tuple[Tensor, ...]:
+        """The same for a decode kernel that is given rows: outliers from their digits."""
+        M = launch.arguments["M"]
+        rows, scales = launch.arguments["rows_ptr"], launch.arguments["row_scale_ptr"]
+        digits = rows[M:].double() * scales[M:].double().unsqueeze(1)
+        return rows[:M], scales[:M], digits.view(-1, M, rows.shape[1]).sum(0)
+
+    def _without_digits(self, launch: Launch) -> Tensor:
+        rows = launch.arguments["rows_ptr"].clone()
+        rows[launch.arguments["M"] :] = 0
+        return rows
+
+    def _check(
+        self, launch: Launch, x_int8: Tensor, x_scale: Tensor, x_outlier: Tensor, **without: Any
+    ) -> None:
+        """Compares one launch, and a run of it whose changes leave the outlier product out."""
         given = launch.arguments
         self.outliers += int((x_outlier != 0).sum())
         groups = [index for index in range(3) if given[f"N{index}"]]
         results = [given[f"y{index}_ptr"] for index in groups]
         changed = [torch.full_like(y, torch.nan) for y in results]
         spare = [*changed, *[changed[0]] * (3 - len(changed))]
-        launch.run(HAS_OUTLIERS=False, y0_ptr=spare[0], y1_ptr=spare[1], y2_ptr=spare[2])
+        launch.run(**without, y0_ptr=spare[0], y1_ptr=spare[1], y2_ptr=spare[2])
         for index, y, broken in zip(groups, results, changed, strict=True):
             w_int8 = given[f"w{index}_ptr"]
             expected = gemm_reference(

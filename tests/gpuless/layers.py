@@ -1,6 +1,7 @@
 """Wrappers that are generated and not run: for counting launches."""
 
 import contextlib
+import functools
 
 import torch
 import transformers
@@ -35,6 +36,12 @@ def decoder_layer(dtype: torch.dtype) -> nn.Module:
 
 def layer_input(M: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(1, M, LAYER_WIDTH, dtype=dtype)
+
+
+@functools.cache
+def generated_layer(M: int, dtype: torch.dtype, backend: str = "llmint8") -> Wrapper:
+    """What Inductor generates for one decoder layer and M tokens."""
+    return generated(decoder_layer(dtype), layer_input(M, dtype), backend)
 
 
 def generated(model: nn.Module, x: torch.Tensor, backend: str = "llmint8", **options) -> Wrapper:
