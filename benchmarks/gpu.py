@@ -9,7 +9,6 @@ The measuring half has not run yet: no machine with a GPU was there to write it 
 
 import argparse
 import copy
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +73,7 @@ def modelled() -> Iterator[str]:
 def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
     """Our launches with the best row of the table: seconds, the row, what limits it."""
     import gpu_model
+    import specimens
     import torch
 
     from int8fx.kernels.gpu import configs
@@ -81,35 +81,21 @@ def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
     before = gpu_model.norm(gpu, M, K)
     times = []
     if M <= 16:
-        quantizes = M > 1  # the default decomposition, by columns
-        block = configs.SCALE_BLOCK if quantizes else 0
-        for config in configs.DECODE[gpu.arch]:
-            seen = _compiled_decode(gpu.arch, config, quantizes)
-            time = gpu_model.decode(gpu, config, seen, M, N, K, block)
-            times.append((before + time.seconds, f"16x{config.block_n}", time.limit))
+        # The default decomposition, by columns: one row quantises alone, its outliers three more rows.
+        kind, rows, outliers = ("rows 16", 16, 0) if M == 1 else ("quantises", 16, OUTLIERS)
+        for config in configs.decode_configs(gpu.arch, kind, N, gpu.processors):
+            parts = configs.split_k(kind, config, N, K, gpu.processors)
+            seen = specimens.decode(gpu.arch, kind, config, columns=K // parts).inspection
+            time = gpu_model.decode(gpu, config, seen, M, N, K, parts, rows, outliers)
+            label = f"{rows}x{config.block_n}" + f", split {parts}" * (parts > 1)
+            times.append((before + time.seconds, label, time.limit))
         return min(times)
     before += gpu_model.quantize_gather(gpu, M, N, K, OUTLIERS)
     for config in configs.gemm_configs(gpu.arch, M, N, torch.float16):
-        seen = _compiled_product(gpu.arch, config)
+        seen = specimens.gemm(gpu.arch, config).inspection
         time = gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS)
         times.append((before + time.seconds, f"{config.block_m}x{config.block_n}", time.limit))
     return min(times)
-
-
-@functools.cache
-def _compiled_product(arch: str, config: Any) -> Any:
-    import specimens
-    from nogpu import sass
-
-    return sass.inspect(specimens.gemm(arch, config).compile())
-
-
-@functools.cache
-def _compiled_decode(arch: str, config: Any, quantizes: bool) -> Any:
-    import specimens
-    from nogpu import sass
-
-    return sass.inspect(specimens.decode(arch, config, quantizes=quantizes).compile())
 
 
 # --- with a GPU -----------------------------------------------------------------------------------

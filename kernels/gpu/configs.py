@@ -89,10 +89,11 @@ GEMM: dict[str, tuple[GemmConfig, ...]] = {
     "gfx942": _CDNA,
 }
 
+_MAX_PARTS = 8
 # One token in a tile of 16 rows; then tokens with their outliers' digits in one of 64; then 2 to 16
 # rows that each program quantises, which wants few and large programs.
-_ROWS_16 = (DecodeConfig(32, 256, 4, 4, blocks=3), DecodeConfig(64, 128, 4, 4, blocks=3))
-_ROWS_64 = (DecodeConfig(64, 128, 4, 4, blocks=1), DecodeConfig(128, 128, 4, 3, blocks=1))
+_ROWS_16 = (DecodeConfig(32, 256, 4, 4, blocks=2), DecodeConfig(64, 128, 4, 4, blocks=3))
+_ROWS_64 = (DecodeConfig(64, 128, 4, 4, blocks=2),)
 _QUANTIZING = (DecodeConfig(128, 128, 8, 4), DecodeConfig(256, 128, 8, 3))
 _CDNA_ROWS_16 = (DecodeConfig(16, 256, 4, 2, blocks=2), DecodeConfig(32, 128, 4, 2, blocks=2))
 _CDNA_ROWS_64 = (DecodeConfig(64, 128, 4, 2, blocks=1),)
@@ -154,12 +155,13 @@ def gemm_configs(arch: str, M: int, N: int, dtype: torch.dtype) -> list[GemmConf
 def decode_configs(arch: str, kind: str, N: int, processors: int) -> list[DecodeConfig]:
     """The rows worth trying for a kind of decode: wider tiles only where enough of them are left.
 
-    A program that quantises repeats what the others do, so one for each processor is enough; a program
-    that only reads shares its processor with others.
+    A program that quantises repeats what the others do, except that it quantises its own part of K
+    alone: few and wide tiles, each in many parts. A program that only reads shares its processor.
     """
-    enough = 3 * processors // 4 if kind == "quantises" else 2 * processors
     first, *wider = DECODE[arch][kind]
-    return [first, *(config for config in wider if N // config.block_n >= enough)]
+    if kind == "quantises":
+        return [first, *(c for c in wider if 4 * N // c.block_n * _MAX_PARTS >= 3 * processors)]
+    return [first, *(c for c in wider if N // c.block_n >= 2 * processors)]
 
 
 def split_k(kind: str, config: DecodeConfig, N: int, K: int, processors: int) -> int:
@@ -171,6 +173,10 @@ def split_k(kind: str, config: DecodeConfig, N: int, K: int, processors: int) ->
     tiles = -(-N // config.block_n)
     worth = 2 if kind == "quantises" else 4
     parts = 1
-    while parts < 8 and tiles * parts * worth <= processors and 2 * parts * 4 * config.block_k <= K:
+    while (
+        parts < _MAX_PARTS
+        and tiles * parts * worth <= processors
+        and 2 * parts * 4 * config.block_k <= K
+    ):
         parts *= 2
     return parts

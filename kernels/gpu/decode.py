@@ -81,12 +81,19 @@ def tile_rows(M: int, rows_a_token: int) -> int:
     return 16 if M * rows_a_token <= 16 else MAX_M * rows_a_token
 
 
-def look_shape(itemsize: int, num_warps: int, warp_size: int) -> dict[str, int]:
-    """Block sizes of what QUANTIZE does before the product, for x of an item size in bytes."""
+def look_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> dict[str, int]:
+    """Block sizes of what QUANTIZE does before and after the product.
+
+    Args:
+        itemsize: of x, in bytes.
+        columns: of x that one program multiplies.
+    """
     vector = _VECTOR_BYTES // itemsize
+    look = num_warps * warp_size * vector
     return {
-        "LOOK_BLOCK": num_warps * warp_size * vector,
+        "LOOK_BLOCK": look,
         "VECTOR": vector,
+        "QUANTIZE_BLOCK": min(look // 2, triton.next_power_of_2(columns)),
         "LIST_BLOCK": _LIST_BLOCK,
         "BLOCK_O": BLOCK_O,
     }
@@ -167,7 +174,7 @@ def _quantize_columns(
     x_ptr, rows_ptr, x_scale_ptr, taken_ptr, first, last, M, K,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``x_int8`` of the columns from ``first`` to ``last``, as all programs that need them do."""
+    """Writes ``x_int8`` of columns ``first`` to ``last``, as all programs that need them do."""
     row = tl.arange(0, ROWS)
     x_scale = tl.load(x_scale_ptr + row % M)
     offset = (row % M)[:, None] * K
@@ -187,7 +194,7 @@ def _add_outlier_columns(
     acc, x_ptr, w_row, columns_ptr, first, last, M, K,
     ROWS: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + x[:, C] @ w[:, C]ᵀ`` with the outlier columns C, of which ``first`` to ``last`` are ours."""
+    """``acc + x[:, C] @ w[:, C]ᵀ``, C: entries ``first`` to ``last`` of the list of outlier columns."""
     row = tl.arange(0, ROWS)
     dtype = x_ptr.dtype.element_ty
     for start in range(first, last, BLOCK_O):
@@ -219,6 +226,7 @@ def decode_kernel(
     SPLIT_K: tl.constexpr,
     LOOK_BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    QUANTIZE_BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_O: tl.constexpr,
     ROWS_A_TOKEN: tl.constexpr,
@@ -258,7 +266,7 @@ def decode_kernel(
         _look_at_all(x_ptr, row_scale_ptr, taken_ptr, M, K, limit, BLOCK_M, LOOK_BLOCK, VECTOR)
         count = _list_columns(taken_ptr, columns_ptr, K, LIST_BLOCK)
         _quantize_columns(
-            x_ptr, rows_ptr, row_scale_ptr, taken_ptr, first, last, M, K, BLOCK_M, LOOK_BLOCK // 2
+            x_ptr, rows_ptr, row_scale_ptr, taken_ptr, first, last, M, K, BLOCK_M, QUANTIZE_BLOCK
         )
     w_row = w_ptr + n.to(tl.int64)[None, :] * K
     k = first + tl.arange(0, BLOCK_K)

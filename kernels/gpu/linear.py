@@ -139,6 +139,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
     flags = linears.flags
     if parts > 1:
         flags["HAS_BIAS"] = False  # part of the sum
+    warps, lanes = candidates[-1].num_warps, configs.warp_size(arch)
     _launch(
         decode.decode_kernel,
         candidates,
@@ -159,7 +160,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
         ROWS_A_TOKEN=rows_a_token,
         QUANTIZE=quantizes,
         PRECISION=_precision(dtype, arch),
-        **decode.look_shape(dtype.itemsize, candidates[-1].num_warps, configs.warp_size(arch)),
+        **decode.look_shape(dtype.itemsize, warps, lanes, -(-K // parts)),
         **flags,
     )
     if parts == 1:

@@ -15,7 +15,8 @@ from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WIDTHS = (512, 4096)  # the block of the gather kernel, and so its registers, follow K
+# The block of the gather kernel, and so its registers, follow K; that which quantises as well is larger.
+GATHERS = ((True, 512), (True, 4096), (False, 4096))
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,8 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     for kind, rows in configs.DECODE[arch].items():
         for decode_config in rows:
             yield decode(arch, kind, decode_config, dtype)
-    for quantizes in (True, False):
-        for K in WIDTHS:
-            yield quantize_gather(arch, dtype, quantizes, K)
+    for quantizes, K in GATHERS:
+        yield quantize_gather(arch, dtype, quantizes, K)
 
 
 @functools.cache
@@ -96,8 +96,10 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
 
 
 @functools.cache
-def decode(arch: str, kind: str, config: configs.DecodeConfig, dtype: str = "fp16") -> Specimen:
-    """``kind`` as in ``configs.DECODE``; rows with the digits of outliers."""
+def decode(
+    arch: str, kind: str, config: configs.DecodeConfig, dtype: str = "fp16", columns: int = 4096
+) -> Specimen:
+    """``kind`` as in ``configs.DECODE``, rows with the digits of outliers; ``columns`` of a program."""
     quantizes = kind == "quantises"
     itemsize = DTYPES[dtype].itemsize
     return Specimen(
@@ -116,7 +118,7 @@ def decode(arch: str, kind: str, config: configs.DecodeConfig, dtype: str = "fp1
             "HAS_BIAS": True,
             "PRECISION": _precision(arch, dtype),
         }
-        | look_shape(itemsize, config.num_warps, configs.warp_size(arch))
+        | look_shape(itemsize, config.num_warps, configs.warp_size(arch), columns)
         | config.constants(K=4096),
         config.num_warps,
         config.num_stages,

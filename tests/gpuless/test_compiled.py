@@ -61,7 +61,7 @@ def test_operands_arrive_by_asynchronous_copies(arch):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
 def test_the_decode_loop_is_loads_and_products(arch):
-    """Bytes of weight for each instruction of a warp: below 5, reading them is not what takes the time."""
+    """At 5 bytes of weight or more for each instruction of a warp, memory is what takes the time."""
     for kind, rows in specimens.configs.DECODE[arch].items():
         for config in rows:
             seen = specimens.decode(arch, kind, config).inspection

@@ -255,6 +255,7 @@ def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Te
         SPLIT_K=parts,
         LOOK_BLOCK=64,
         VECTOR=4,
+        QUANTIZE_BLOCK=32,
         LIST_BLOCK=4,
         BLOCK_O=16,
         GROUPED=len(outputs) > 1,
