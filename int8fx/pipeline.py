@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.kernels import ops, table
 from int8fx.kernels.quantize import quantize_reference
+from int8fx.kernels.tuning import tuning
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
@@ -243,13 +244,14 @@ def codegen(compilation: Compilation) -> Callable[..., Any]:
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
     for scope in compilation.root.walk():
         scope.gm.recompile()
-    compiled = torch_private.compile_with_inductor(
-        compilation.root.gm,
-        examples,
-        compilation.patches,
-        DECOMPOSITIONS,
-        cache_identity(),
-    )
+    with tuning(torch_private.tunes(compilation.patches)):
+        compiled = torch_private.compile_with_inductor(
+            compilation.root.gm,
+            examples,
+            compilation.patches,
+            DECOMPOSITIONS,
+            cache_identity(),
+        )
     if not compilation.slots:
         return compiled
     if not _needs_autograd(compilation.inputs):
