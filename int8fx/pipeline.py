@@ -128,7 +128,7 @@ def select(compilation: Compilation) -> None:
         skip=options.skip,
         only=options.only,
         skips_tied_head=options.skips_tied_head,
-        kernel_reason=_kernel_reason,
+        kernel_reason=table.refusal,
         mutated=frozenset(written(compilation.root.graph)),
     )
     for candidate in compilation.found:
@@ -144,12 +144,6 @@ def select(compilation: Compilation) -> None:
         if not reason:
             compilation.accepted.append(candidate)
     _warn_of_trainable(compilation.decisions)
-
-
-def _kernel_reason(device_type: str) -> str | None:
-    if table.kernel_for(device_type) is None:
-        return f"no int8 kernel for device {device_type!r}"
-    return None
 
 
 def _warn_of_trainable(decisions: Sequence[Decision]) -> None:

@@ -37,6 +37,7 @@ from int8fx.kernels.gpu.groups import MAX_GROUP, padded
 from int8fx.kernels.ops import linears_backward, linears_setup
 from int8fx.kernels.quantize import quantize_reference
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP_M = 8  # tiles of rows that share the weight's tiles in L2
 
 
@@ -63,13 +64,11 @@ def quantized_linears(
         each ``[*, N_i]``, of x's dtype.
 
     Raises:
-        ValueError: more linears than a group takes, or only some with a bias.
+        TypeError: x is of another dtype.
+        ValueError: more linears than a group takes, or only some with a bias; a weight of another
+            dtype, width or device.
     """
-    if not 1 <= len(weights) <= MAX_GROUP or len(biases) not in (0, len(weights)):
-        raise ValueError(
-            f"1 to {MAX_GROUP} linears, all with a bias or none; given {len(weights)} weights "
-            f"and {len(biases)} biases"
-        )
+    _check(x, weights, biases)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     linears = _Linears(list(weights), list(w_scales), list(biases))
     if rows.shape[0] <= decode.MAX_M:
@@ -77,6 +76,24 @@ def quantized_linears(
     else:
         outputs = _product(rows, threshold, decomposition, linears)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    if not 1 <= len(weights) <= MAX_GROUP or len(biases) not in (0, len(weights)):
+        raise ValueError(
+            f"1 to {MAX_GROUP} linears, all with a bias or none; given {len(weights)} weights "
+            f"and {len(biases)} biases"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    for weight in weights:
+        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+            raise ValueError(
+                f"a weight is {weight.dtype} {list(weight.shape)}; "
+                f"with x {list(x.shape)} it has to be int8 [N, {x.shape[-1]}]"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"x is on {x.device}, and a weight on {weight.device}")
 
 
 class _Linears:

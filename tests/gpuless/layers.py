@@ -44,10 +44,16 @@ def generated_layer(M: int, dtype: torch.dtype, backend: str = "llmint8") -> Wra
     return generated(decoder_layer(dtype), layer_input(M, dtype), backend)
 
 
-def generated(model: nn.Module, x: torch.Tensor, backend: str = "llmint8", **options) -> Wrapper:
+def generated(
+    model: nn.Module,
+    x: torch.Tensor,
+    backend: str = "llmint8",
+    mode: str | None = None,
+    **options: object,
+) -> Wrapper:
     """What Inductor generates for one call of a model."""
     torch._dynamo.reset()
-    more = {"options": options} if backend == "llmint8" else {}
+    more = {"options": options, "mode": mode} if backend == "llmint8" else {}
     with torch.no_grad(), retargeted(execute=False) as wrappers, contextlib.suppress(NotExecuted):
         torch.compile(model, backend=backend, fullgraph=True, **more)(x)
     (wrapper,) = wrappers

@@ -15,7 +15,7 @@ from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# The block of the gather kernel, and so its registers, follow K; that which quantises as well is larger.
+# The block of the gather kernel follows K, and its registers; quantising as well takes more.
 GATHERS = ((True, 512), (True, 4096), (False, 4096))
 
 

@@ -1,7 +1,8 @@
-"""Each kernel alone, in the interpreter, inside poisoned memory, over shapes and outlier placements.
+"""Each kernel alone, inside poisoned memory, over shapes and outlier placements.
 
 Every run is also a test of bounds: operands lie between NaN, results are checked to have left what is
-around them alone (``nogpu/guard.py``).
+around them alone (``nogpu/guard.py``). Here in the interpreter; ``tests/test_gpu.py`` runs the same on
+a GPU.
 """
 
 import math
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from int8_launches import relative_error
 from nogpu.guard import assert_intact, poisoned, poisoned_like
-from nogpu.interpreter import interpret
 from torch import Tensor
+from where import launchable
 
 from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
 from int8fx.kernels.gpu.decode import (
@@ -136,7 +137,7 @@ def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: boo
     }
     outputs = {name: poisoned_like(tensor) for name, tensor in outputs.items()}
     programs = -(-M // shape["ROWS"]) + sum(-(-N // shape["WEIGHT_ROWS"]) for N in case.N)
-    interpret(quantize_gather_kernel)[(programs,)](
+    launchable(quantize_gather_kernel)[(programs,)](
         x,
         claims(x, threshold),
         *padded(case.weights),
@@ -198,7 +199,7 @@ def test_product(case, unroll):
     del operands["columns"]
     block = 32
     tiles = -(-M // block) * sum(-(-N // block) for N in case.N)
-    interpret(gemm_kernel)[(tiles,)](
+    launchable(gemm_kernel)[(tiles,)](
         *operands.values(),
         *case.pointers,
         *padded(outputs),
@@ -239,7 +240,7 @@ def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Te
     taken, columns = torch.empty(K, dtype=torch.int8), torch.empty(K, dtype=torch.int32)
     work = [poisoned_like(taken), poisoned_like(columns)]
     rows, scales = constants.pop("rows"), constants.pop("scales")
-    interpret(decode_kernel)[(sum(-(-N // 16) for N in case.N), parts)](
+    launchable(decode_kernel)[(sum(-(-N // 16) for N in case.N), parts)](
         case.x,
         rows,
         scales,

@@ -6,6 +6,8 @@ from layers import generated, generated_layer, serve_cpu_tensors_with_gpu_kernel
 from nogpu import fake_cuda, offline, sass
 from torch import nn
 
+from int8fx.kernels.gpu import configs
+
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()
 
@@ -54,6 +56,30 @@ def test_split_k_is_summed_by_the_kernel_that_reads_the_result():
     wrapper = generated(model, torch.empty(4, 4096, dtype=torch.float16))
     assert "empty_strided_cuda((8, 4, 64)" in wrapper.body
     assert len(wrapper.launches) == 3, wrapper.launches
+
+
+def launched_with(M: int, kernel: str, mode: str | None) -> list[dict]:
+    """The configurations that the wrapper of a norm and a linear holds for one of our kernels."""
+    model = NormLinear(1024, 16384).to(torch.float16).requires_grad_(False)
+    wrapper = generated(model, torch.empty(M, 1024, dtype=torch.float16), mode=mode)
+    (found,) = [one for one in wrapper.kernels if one.name.startswith(kernel)]
+    return [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in found.configs]
+
+
+@pytest.mark.parametrize(("M", "kernel"), [(16, "decode_kernel"), (64, "gemm_kernel")])
+def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
+    """And the default takes one. That each of them compiles is the compiled tier's to show."""
+    if M == 16:
+        candidates = configs.decode_configs("sm_90", "quantises", 16384, 132)
+    else:
+        candidates = configs.gemm_configs("sm_90", M, 16384, torch.float16)
+    expected = [
+        {**c.constants(1024), "num_warps": c.num_warps, "num_stages": c.num_stages} for c in candidates
+    ]
+    assert len(expected) > 1
+    assert launched_with(M, kernel, "max-autotune-no-cudagraphs") == expected
+    (alone,) = launched_with(M, kernel, None)
+    assert alone["num_stages"] == candidates[-1].num_stages
 
 
 OURS = ("decode_kernel", "quantize_gather_kernel", "gemm_kernel")
