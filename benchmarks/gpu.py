@@ -1,16 +1,19 @@
 """LLM.int8() on a GPU: measured where there is one, modelled where there is none.
 
     python benchmarks/gpu.py            # writes benchmarks/gpu.md: headed as a model, or as measured
+    python benchmarks/gpu.py --rehearse # runs the measuring half once, on the CPU
 
 The unit is a norm and the linears that read it, at the shapes of Llama-3-8B. Measured is against the
 same module in fp16 under torch.compile, and against bitsandbytes and torchao when they are installed.
-The measuring half has not run yet: no machine with a GPU was there to write it on.
+No machine with a GPU was there to write it on: the measuring half has run in rehearsal alone.
 """
 
 import argparse
 import copy
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,11 @@ sheets (`benchmarks/gpu_model.py` has the formula and every constant). A norm an
 it, at Llama-3-8B's shapes, with {outliers} outlier columns; microseconds inside a CUDA graph. *fp16*
 is a norm and cuBLAS without any tile effect. It ranks configurations; do not quote it as speed.
 
-Where the ratio is below 1 the model says why. *Issue* at 2-16 tokens is the quantisation that every
-program of the decode kernel repeats for itself, and its count of instructions includes the outlier
-branch, taken or not.
+*Limited by* names what most of the time goes into. L2: a tile of 128 x 256 reads 384 bytes for every
+32,768 products, and Triton has no multicast to share them between processors. Beside the
+product, a norm, its quantisation and the gathering of outliers move 7 bytes an element of the
+activation, where fp16 moves 4: at 4096 tokens and few output channels that is a third of the time.
+*Quantising* is what each program of the decode kernel does for itself at 2 to 16 tokens.
 
 | GPU | linears | tokens | fp16 | int8fx | ratio | configuration | limited by |
 |---|---|---|---|---|---|---|---|
@@ -101,17 +106,70 @@ def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
 # --- with a GPU -----------------------------------------------------------------------------------
 
 
-def measured() -> Iterator[tuple[str, int, dict[str, float]]]:
-    """Microseconds by contender, for each group of linears and number of tokens."""
-    import torch
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and where.
 
-    for name, widths, K in LAYERS:
-        model = _block(widths, K)
-        contenders = _contenders(model)
-        for M in TOKENS:
-            x = torch.randn(M, K, dtype=torch.float16, device="cuda")
-            x[:, torch.randperm(K)[:OUTLIERS]] *= 20
-            yield name, M, {who: _microseconds(call, x) for who, call in contenders.items()}
+    Attributes:
+        clock: median milliseconds of a call.
+    """
+
+    device: str
+    layers: tuple[tuple[str, tuple[int, ...], int], ...]
+    tokens: tuple[int, ...]
+    clock: Callable[[Callable[[], Any]], float]
+
+    def measured(self) -> Iterator[tuple[str, int, dict[str, float]]]:
+        """Microseconds by contender, for each group of linears and number of tokens."""
+        import torch
+
+        for name, widths, K in self.layers:
+            model = _block(widths, K).to(self.device, torch.float16).requires_grad_(False).eval()
+            for M in self.tokens:
+                torch.compiler.reset()  # or the recompiles of one forward() come to their limit
+                contenders = _contenders(model)
+                x = torch.randn(M, K, dtype=torch.float16, device=self.device)
+                x[:, torch.randperm(K, device=self.device)[:OUTLIERS]] *= 20
+                times = {who: self._microseconds(call, x) for who, call in contenders.items()}
+                yield name, M, times
+
+    def _microseconds(self, call: Callable[..., Any], x: Any) -> float:
+        import torch
+
+        with torch.no_grad():
+            return 1e3 * self.clock(lambda: call(x))
+
+    def table(self, device: str) -> str:
+        import torch
+
+        results = list(self.measured())
+        contenders = list(results[0][2])
+        text = MEASURED.format(
+            device=device,
+            torch=torch.__version__,
+            contenders=" | ".join(contenders),
+            rules="|".join(["---"] * len(contenders)),
+        )
+        for name, M, times in results:
+            cells = " | ".join(f"{times[who]:.1f}" for who in contenders)
+            text += f"| {name} | {M} | {cells} |\n"
+        return text
+
+
+def _bench(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=100, rep=300, return_mode="median")
+
+
+def _once(call: Callable[[], Any]) -> float:
+    call()
+    return math.nan
+
+
+ON_A_GPU = Bench("cuda", LAYERS, TOKENS, _bench)
+# Every line of the above on a CPU: nothing is timed.
+REHEARSAL = Bench("cpu", (("two", (96, 64), 64),), (1, 20), _once)
 
 
 def _block(widths: tuple[int, ...], K: int) -> Any:
@@ -128,15 +186,16 @@ def _block(widths: tuple[int, ...], K: int) -> Any:
             h = self.norm(x)
             return [linear(h) for linear in self.linears]
 
-    return Block().to("cuda", torch.float16).requires_grad_(False).eval()
+    return Block()
 
 
 def _contenders(model: Any) -> dict[str, Callable[..., Any]]:
     import torch
 
     contenders = {
-        "fp16": torch.compile(model, mode="max-autotune"),
-        "int8fx": torch.compile(model, backend="llmint8"),
+        "fp16": torch.compile(model, mode="max-autotune", dynamic=False),
+        "int8fx": torch.compile(model, backend="llmint8", dynamic=False),
+        "int8fx, tuned": torch.compile(model, backend="llmint8", mode="max-autotune", dynamic=False),
     }
     for name, convert in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
         try:
@@ -149,12 +208,13 @@ def _contenders(model: Any) -> dict[str, Callable[..., Any]]:
 def _bitsandbytes(model: Any) -> Any:
     import bitsandbytes
 
+    device = model.norm.weight.device
     for index, linear in enumerate(model.linears):
         quantized = bitsandbytes.nn.Linear8bitLt(
-            linear.in_features, linear.out_features, bias=False, threshold=6.0
+            linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
         )
         quantized.load_state_dict(linear.state_dict())
-        model.linears[index] = quantized.to("cuda").eval()
+        model.linears[index] = quantized.to(device).eval()
     return model
 
 
@@ -163,44 +223,25 @@ def _torchao(model: Any) -> Any:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(model, mode="max-autotune")
+    return torch.compile(model, mode="max-autotune", dynamic=False)
 
 
-def _microseconds(call: Callable[..., Any], x: Any) -> float:
-    import torch
-    from triton.testing import do_bench
-
-    with torch.no_grad():
-        return 1e3 * do_bench(lambda: call(x), warmup=100, rep=300, return_mode="median")
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run what measures, once, on the CPU; writes nothing"
+    )
+    if parser.parse_args(arguments).rehearse:
+        print(REHEARSAL.table("nothing: a rehearsal on a CPU"))
+        return
     if torch.cuda.is_available():
-        text = _measured_table()
+        text = ON_A_GPU.table(torch.cuda.get_device_name())
     else:
         text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
     print(text)
     TABLE.write_text(text)
-
-
-def _measured_table() -> str:
-    import torch
-
-    results = list(measured())
-    contenders = list(results[0][2])
-    text = MEASURED.format(
-        device=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        contenders=" | ".join(contenders),
-        rules="|".join(["---"] * len(contenders)),
-    )
-    for name, M, times in results:
-        cells = " | ".join(f"{times[who]:.1f}" for who in contenders)
-        text += f"| {name} | {M} | {cells} |\n"
-    return text
 
 
 if __name__ == "__main__":

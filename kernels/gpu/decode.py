@@ -4,9 +4,9 @@
 
 Reading the weight is all the time there is, so the loop over K is two loads and an int8 product.
 
-**Rows.** Where rows quantise alone (one row, or the token decomposition), the kernel that computes x
-writes what this one multiplies: ``rows [DIGITS · M, K]``, the quantised rows first and then their
-outliers as int8 digits (``digits.py``), each with its scale. A token's rows are summed at the end.
+**DIGITS.** Where rows quantise alone (one row, or the token decomposition), the kernel that computes x
+writes what this one multiplies: ``x_int8`` and the outliers as int8 digits (``digits.py``), which are
+more rows of the same tile. A token's rows are summed at the end.
 
 **QUANTIZE.** 2 to 16 rows in the column decomposition need each other before they are quantised. They
 are small and stay in L2, so each program does it for itself: it looks at all of x once, for the outlier
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
+from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.rounding import quantize, scale_of_rows
 from int8fx.kernels.linear import linear_reference
@@ -60,25 +60,9 @@ def quantized_linear_reference(
     )
 
 
-def int8_rows(x: Tensor, threshold: float, decomposition: str) -> tuple[Tensor, Tensor, int]:
-    """What the kernel multiplies where rows quantise alone, in operators that Inductor fuses with x.
-
-    Args:
-        x: ``[M, K]``.
-
-    Returns:
-        ``rows [D · M, K]`` int8, ``scales [D · M]`` fp32, and D: 1 without outliers, else 4.
-    """
-    x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
-    if threshold == 0:
-        return x_int8, x_scale, 1
-    digits, scales = outlier_digits(x_outlier)
-    return torch.cat([x_int8, *digits]), torch.cat([x_scale, *scales]), 1 + DIGITS
-
-
-def tile_rows(M: int, rows_a_token: int) -> int:
+def tile_rows(M: int, digits: int) -> int:
     """BLOCK_M: the rows of a tile, as few as a matrix instruction takes."""
-    return 16 if M * rows_a_token <= 16 else MAX_M * rows_a_token
+    return 16 if M * (1 + digits) <= 16 else MAX_M * (1 + digits)
 
 
 def look_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> dict[str, int]:
@@ -171,7 +155,7 @@ def _list_columns(taken_ptr, columns_ptr, K, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _quantize_columns(
-    x_ptr, rows_ptr, x_scale_ptr, taken_ptr, first, last, M, K,
+    x_ptr, x_int8_ptr, x_scale_ptr, taken_ptr, first, last, M, K,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Writes ``x_int8`` of columns ``first`` to ``last``, as all programs that need them do."""
@@ -185,7 +169,7 @@ def _quantize_columns(
         x = tl.load(x_ptr + offset + (k % K)[None, :]).to(tl.float32)
         regular = tl.where(taken[None, :], 0.0, x)
         x_int8 = quantize(regular, x_scale[:, None], x_ptr.dtype.element_ty != tl.float32)
-        tl.store(rows_ptr + offset + k[None, :], x_int8, mask=inside)
+        tl.store(x_int8_ptr + offset + k[None, :], x_int8, mask=inside)
     tl.debug_barrier()
 
 
@@ -211,8 +195,8 @@ def _add_outlier_columns(
 @triton.jit
 def decode_kernel(
     x_ptr,  # [M, K], where QUANTIZE
-    rows_ptr,  # [ROWS_A_TOKEN * M, K] int8; where QUANTIZE it is written
-    row_scale_ptr,  # [ROWS_A_TOKEN * M] fp32; where QUANTIZE it is written
+    x_int8_ptr, x_scale_ptr,  # [M, K] int8 and [M] fp32; where QUANTIZE they are written
+    digit0_ptr, digit1_ptr, digit2_ptr, digit_scale_ptr,  # [M, K] int8 and [M] fp32, where DIGITS
     taken_ptr, columns_ptr,  # [K] int8 and int32, to work with, where QUANTIZE
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
@@ -229,7 +213,7 @@ def decode_kernel(
     QUANTIZE_BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    ROWS_A_TOKEN: tl.constexpr,
+    DIGITS: tl.constexpr,
     QUANTIZE: tl.constexpr,
     GROUPED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -251,10 +235,13 @@ def decode_kernel(
         y_ptr = pick(group, y0_ptr, y1_ptr, y2_ptr)
         if HAS_BIAS:
             bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
-    TOKENS: tl.constexpr = BLOCK_M // ROWS_A_TOKEN
+    # Rows of the tile: x_int8 of all tokens, then each digit of all tokens.
+    GROUPS: tl.constexpr = 1 + DIGITS
+    TOKENS: tl.constexpr = BLOCK_M // GROUPS
     row = tl.arange(0, BLOCK_M)
+    digit = row // TOKENS - 1
     # Rows and columns past the end read others, and are not stored: loads without masks pipeline.
-    source = (row // TOKENS) * M + (row % TOKENS) % M
+    token = (row % TOKENS) % M
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
     # The part of K that is this program's.
@@ -263,14 +250,23 @@ def decode_kernel(
     last = tl.minimum(first + length, K)
     count = 0
     if QUANTIZE:
-        _look_at_all(x_ptr, row_scale_ptr, taken_ptr, M, K, limit, BLOCK_M, LOOK_BLOCK, VECTOR)
+        _look_at_all(x_ptr, x_scale_ptr, taken_ptr, M, K, limit, BLOCK_M, LOOK_BLOCK, VECTOR)
         count = _list_columns(taken_ptr, columns_ptr, K, LIST_BLOCK)
         _quantize_columns(
-            x_ptr, rows_ptr, row_scale_ptr, taken_ptr, first, last, M, K, BLOCK_M, QUANTIZE_BLOCK
+            x_ptr, x_int8_ptr, x_scale_ptr, taken_ptr, first, last, M, K, BLOCK_M, QUANTIZE_BLOCK
         )
     w_row = w_ptr + n.to(tl.int64)[None, :] * K
     k = first + tl.arange(0, BLOCK_K)
-    x_tile = rows_ptr + source[:, None] * K + k[None, :]
+    x_offset = (token * K)[:, None]
+    if DIGITS:
+        # The digits' distance from x_int8. Every allocation starts at a multiple of 16 bytes; a choice
+        # between pointers would lose that, and asynchronous copies with it.
+        here = x_int8_ptr.to(tl.int64)
+        distance0, distance1 = digit0_ptr.to(tl.int64) - here, digit1_ptr.to(tl.int64) - here
+        distance2 = digit2_ptr.to(tl.int64) - here
+        distance = tl.where(digit == 0, distance0, tl.where(digit == 1, distance1, distance2))
+        x_offset += tl.multiple_of(tl.where(digit < 0, 0, distance), 16)[:, None]
+    x_tile = x_int8_ptr + x_offset + k[None, :]
     w_tile = w_row + k[:, None]
     acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(first, last, BLOCK_K):
@@ -283,7 +279,10 @@ def decode_kernel(
         acc_int32 = tl.dot(x_int8, w, acc_int32, out_dtype=tl.int32)
         x_tile += BLOCK_K
         w_tile += BLOCK_K
-    scale = tl.load(row_scale_ptr + source)
+    scale = tl.load(x_scale_ptr + token)
+    if DIGITS:
+        digit_scale = scale_of_digit(tl.load(digit_scale_ptr + token), digit)
+        scale = tl.where(digit < 0, scale, digit_scale)
     y = acc_int32.to(tl.float32) * scale[:, None]
     if QUANTIZE:
         share = tl.cdiv(count, SPLIT_K)
@@ -291,12 +290,12 @@ def decode_kernel(
             y, x_ptr, w_row, columns_ptr, part * share, tl.minimum(part * share + share, count),
             M, K, BLOCK_M, BLOCK_O, PRECISION,
         )  # fmt: skip
-    if ROWS_A_TOKEN > 1:
-        y = tl.sum(tl.reshape(y, (ROWS_A_TOKEN, TOKENS, BLOCK_N)), 0)
+    if DIGITS:
+        y = tl.sum(tl.reshape(y, (GROUPS, TOKENS, BLOCK_N)), 0)
     y *= tl.load(w_scale_ptr + n)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
-    token = tl.arange(0, TOKENS)
-    target = y_ptr + (part * M + token)[:, None] * N + columns[None, :]
-    inside = (token < M)[:, None] & (columns < N)[None, :]
+    m = tl.arange(0, TOKENS)
+    target = y_ptr + (part * M + m)[:, None] * N + columns[None, :]
+    inside = (m < M)[:, None] & (columns < N)[None, :]
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)

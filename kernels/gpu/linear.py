@@ -31,6 +31,7 @@ from torch.library import triton_op, wrap_triton
 from int8fx.kernels import tuning
 from int8fx.kernels.gpu import configs, decode
 from int8fx.kernels.gpu.columns import witness_rows
+from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
 from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
@@ -139,13 +140,18 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
     N, dtype = sum(linears.widths), x.dtype
     arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
     quantizes = threshold != 0 and decomposition == "column" and M > 1
+    digits: list[Tensor] = []
     if quantizes:
-        rows, scales, rows_a_token = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32), 1
+        x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
         work = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
+        digit_scale = x_scale
     else:
-        rows, scales, rows_a_token = decode.int8_rows(x, threshold, decomposition)
-        x, work = rows, (rows, rows)  # not read: nobody need write x itself to memory
-    block_m = decode.tile_rows(M, rows_a_token)
+        x_int8, digit_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
+        x_scale, x = digit_scale, x_int8  # x is not read, and nobody need write it to memory
+        work = x_int8, x_int8
+        if threshold != 0:
+            digits, digit_scale = outlier_digits(x_outlier)
+    block_m = decode.tile_rows(M, len(digits))
     kind = "quantises" if quantizes else f"rows {block_m}"
     candidates = configs.decode_configs(arch, kind, N, processors)
     parts = configs.split_k(kind, candidates[-1], N, K, processors)
@@ -163,8 +169,10 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
         K,
         lambda meta: (linears.tiles(meta["BLOCK_N"]), parts),
         x,
-        rows,
-        scales,
+        x_int8,
+        x_scale,
+        *(digits or [x_int8] * DIGITS),
+        digit_scale,
         *work,
         *linears.pointers,
         *_output_pointers(outputs),
@@ -174,7 +182,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
         threshold,
         BLOCK_M=block_m,
         SPLIT_K=parts,
-        ROWS_A_TOKEN=rows_a_token,
+        DIGITS=len(digits),
         QUANTIZE=quantizes,
         PRECISION=_precision(dtype, arch),
         **decode.look_shape(dtype.itemsize, warps, lanes, -(-K // parts)),

@@ -6,6 +6,7 @@ import torch
 from nogpu.inductor import Launch
 from torch import Tensor
 
+from int8fx.kernels.gpu.digits import digits_reference
 from int8fx.kernels.gpu.gemm import gemm_reference
 from int8fx.kernels.quantize import quantize_reference
 
@@ -40,7 +41,9 @@ class LinearCheck:
             x_int8, x_scale, x_outlier = self._quantized(launch)
             self._check(launch, x_int8, x_scale, x_outlier, QUANTIZE=False)
         elif launch.name == "decode_kernel":
-            self._check(launch, *self._digit_operands(launch), rows_ptr=self._without_digits(launch))
+            digits = self._digits(launch)
+            zero = {f"digit{i}_ptr": torch.zeros_like(digit) for i, digit in enumerate(digits)}
+            self._check(launch, *self._digit_operands(launch), **zero)
 
     def _product_operands(self, launch: Launch) -> tuple[Tensor, ...]:
         """What the product should have been given, made from what the launch before it read."""
@@ -63,21 +66,19 @@ class LinearCheck:
         x_int8, x_scale, x_outlier, _ = quantize_reference(
             given["x_ptr"], self.threshold, self.decomposition
         )
-        assert torch.equal(given["rows_ptr"], x_int8)
-        assert torch.equal(given["row_scale_ptr"], x_scale)
+        assert torch.equal(given["x_int8_ptr"], x_int8)
+        assert torch.equal(given["x_scale_ptr"], x_scale)
         return x_int8, x_scale, x_outlier
+
+    def _digits(self, launch: Launch) -> list[Tensor]:
+        return [launch.arguments[f"digit{i}_ptr"] for i in range(launch.arguments["DIGITS"])]
 
     def _digit_operands(self, launch: Launch) -> tuple[Tensor, ...]:
         """The same for a decode kernel that is given rows: outliers from their digits."""
-        M = launch.arguments["M"]
-        rows, scales = launch.arguments["rows_ptr"], launch.arguments["row_scale_ptr"]
-        digits = rows[M:].double() * scales[M:].double().unsqueeze(1)
-        return rows[:M], scales[:M], digits.view(-1, M, rows.shape[1]).sum(0)
-
-    def _without_digits(self, launch: Launch) -> Tensor:
-        rows = launch.arguments["rows_ptr"].clone()
-        rows[launch.arguments["M"] :] = 0
-        return rows
+        given, digits = launch.arguments, self._digits(launch)
+        x_int8 = given["x_int8_ptr"]
+        x_outlier = digits_reference(digits, given["digit_scale_ptr"]) if digits else x_int8[:, :0]
+        return x_int8, given["x_scale_ptr"], x_outlier
 
     def _check(
         self, launch: Launch, x_int8: Tensor, x_scale: Tensor, x_outlier: Tensor, **without: Any

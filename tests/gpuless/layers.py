@@ -53,7 +53,7 @@ def generated(
 ) -> Wrapper:
     """What Inductor generates for one call of a model."""
     torch._dynamo.reset()
-    more = {"options": options, "mode": mode} if backend == "llmint8" else {}
+    more = {"mode": mode} if mode else {"options": options or None}
     with torch.no_grad(), retargeted(execute=False) as wrappers, contextlib.suppress(NotExecuted):
         torch.compile(model, backend=backend, fullgraph=True, **more)(x)
     (wrapper,) = wrappers

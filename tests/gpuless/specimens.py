@@ -11,6 +11,7 @@ from nogpu.offline import compile_kernel
 
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.decode import decode_kernel, look_shape
+from int8fx.kernels.gpu.digits import DIGITS
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
@@ -107,12 +108,13 @@ def decode(
         arch,
         decode_kernel,
         _linears(dtype)
-        | {"x_ptr": f"*{dtype}", "threshold": "fp64", "row_scale_ptr": "*fp32"}
-        | {"rows_ptr": "*i8", "taken_ptr": "*i8", "columns_ptr": "*i32"},
+        | {"x_ptr": f"*{dtype}", "threshold": "fp64", "columns_ptr": "*i32"}
+        | dict.fromkeys(("x_scale_ptr", "digit_scale_ptr"), "*fp32")
+        | dict.fromkeys(("x_int8_ptr", "taken_ptr", *(f"digit{i}_ptr" for i in range(DIGITS))), "*i8"),
         {
             "BLOCK_M": 64 if kind == "rows 64" else 16,
             "SPLIT_K": 1,
-            "ROWS_A_TOKEN": 1 if quantizes else 4,
+            "DIGITS": 0 if quantizes else DIGITS,
             "QUANTIZE": quantizes,
             "GROUPED": True,
             "HAS_BIAS": True,

@@ -21,12 +21,11 @@ from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
 from int8fx.kernels.gpu.decode import (
     MAX_M,
     decode_kernel,
-    int8_rows,
     quantized_linear_reference,
     sum_of_parts,
     tile_rows,
 )
-from int8fx.kernels.gpu.digits import outlier_digits
+from int8fx.kernels.gpu.digits import DIGITS, digits_reference, outlier_digits
 from int8fx.kernels.gpu.gather import (
     launch_shape,
     quantize_gather_kernel,
@@ -232,18 +231,21 @@ def test_product(case, unroll):
 
 
 def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Tensor]:
-    """``y`` of each linear; ``rows`` and ``scales`` are given unless the kernel makes them."""
+    """``y`` of each linear."""
     M, K = case.x.shape
     shape = (M,) if parts == 1 else (parts, M)
     dtype = case.x.dtype if parts == 1 else torch.float32
     outputs = [poisoned_like(torch.empty(*shape, N, dtype=dtype)) for N in case.N if N]
     taken, columns = torch.empty(K, dtype=torch.int8), torch.empty(K, dtype=torch.int32)
     work = [poisoned_like(taken), poisoned_like(columns)]
-    rows, scales = constants.pop("rows"), constants.pop("scales")
+    given = [constants.pop(name) for name in ("x_int8", "x_scale", "digits", "digit_scale")]
+    x_int8, x_scale, digits, digit_scale = given
     launchable(decode_kernel)[(sum(-(-N // 16) for N in case.N), parts)](
         case.x,
-        rows,
-        scales,
+        x_int8,
+        x_scale,
+        *(digits or [x_int8] * DIGITS),
+        digit_scale,
         *work,
         *case.pointers,
         *padded(outputs),
@@ -263,9 +265,11 @@ def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Te
         EVEN_K=K % 32 == 0,
         HAS_BIAS=bool(case.biases) and parts == 1,
         PRECISION="ieee",
+        DIGITS=len(digits),
+        BLOCK_M=tile_rows(M, len(digits)),
         **constants,
     )
-    assert_intact(*outputs, *work, rows, scales, *case.inputs)
+    assert_intact(*outputs, *work, x_int8, x_scale, *digits, digit_scale, *case.inputs)
     if parts == 1:
         return outputs
     biases = case.biases or [None] * len(outputs)
@@ -279,15 +283,16 @@ def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Te
     st.sampled_from([0.0, THRESHOLD, math.inf]),
 )
 def test_decode_of_rows(case, parts, threshold):
-    rows, scales, rows_a_token = int8_rows(case.x.clone(), threshold, "token")
+    x_int8, x_scale, x_outlier, _ = quantize_reference(case.x.clone(), threshold, "token")
+    digits, digit_scale = outlier_digits(x_outlier) if threshold else ([], x_scale)
     outputs = run_decode(
         case,
         parts,
         threshold,
-        rows=poisoned(rows),
-        scales=poisoned(scales),
-        ROWS_A_TOKEN=rows_a_token,
-        BLOCK_M=tile_rows(case.x.shape[0], rows_a_token),
+        x_int8=poisoned(x_int8),
+        x_scale=poisoned(x_scale),
+        digits=[poisoned(digit) for digit in digits],
+        digit_scale=poisoned(digit_scale),
         QUANTIZE=False,
     )
     for y, expected in zip(outputs, case.expected("token", threshold), strict=True):
@@ -298,31 +303,42 @@ def test_decode_of_rows(case, parts, threshold):
 @given(cases(st.integers(1, MAX_M)), st.sampled_from([1, 2, 4]), st.sampled_from([THRESHOLD, math.inf]))
 def test_decode_that_quantises(case, parts, threshold):
     x_int8, x_scale, _, _ = quantize_reference(case.x.clone(), threshold, "column")
-    rows, scales = poisoned_like(x_int8), poisoned_like(x_scale)
+    made = {"x_int8": poisoned_like(x_int8), "x_scale": poisoned_like(x_scale)}
     outputs = run_decode(
-        case, parts, threshold, rows=rows, scales=scales, ROWS_A_TOKEN=1, BLOCK_M=16, QUANTIZE=True
+        case, parts, threshold, **made, digits=[], digit_scale=poisoned(x_scale), QUANTIZE=True
     )
-    assert torch.equal(rows, x_int8)
-    assert torch.equal(scales, x_scale)
+    assert torch.equal(made["x_int8"], x_int8)
+    assert torch.equal(made["x_scale"], x_scale)
     for y, expected in zip(outputs, case.expected("column", threshold), strict=True):
         assert relative_error(y, expected) < 2 * TOLERANCE[case.x.dtype]
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_an_infinite_outlier_and_a_nan_come_out_of_the_digits_as_of_a_float_product(value):
-    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+def test_infinities_and_nan_come_out_of_the_digits_as_of_a_float_product(value):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 40, generator=generator)
     x[1, [5, 8]] = torch.tensor([value, 9.0])
-    w_int8, w_scale = quantize_weight(torch.randn(7, 40, generator=torch.Generator().manual_seed(2)))
-    rows, scales, _ = int8_rows(x, THRESHOLD, "token")
-    y = (rows.double() @ w_int8.double().t() * scales.double().unsqueeze(1)).view(-1, 3, 7).sum(0)
-    expected = quantized_linear_reference(x, THRESHOLD, "token", w_int8, w_scale, None).double()
-    torch.testing.assert_close(y * w_scale, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    w_int8, w_scale = quantize_weight(torch.randn(7, 40, generator=generator))
+    case = Case(poisoned(x), [poisoned(w_int8)], [poisoned(w_scale)], [])
+    x_int8, x_scale, x_outlier, _ = quantize_reference(x, THRESHOLD, "token")
+    digits, digit_scale = outlier_digits(x_outlier)
+    (y,) = run_decode(
+        case,
+        1,
+        THRESHOLD,
+        x_int8=poisoned(x_int8),
+        x_scale=poisoned(x_scale),
+        digits=[poisoned(digit) for digit in digits],
+        digit_scale=poisoned(digit_scale),
+        QUANTIZE=False,
+    )
+    (expected,) = case.expected("token")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_digits_keep_23_bits_below_the_largest_outlier():
     x = 1000 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
-    digits, scales = outlier_digits(x)
-    restored = sum(d.double() * s.double().unsqueeze(1) for d, s in zip(digits, scales, strict=True))
-    error = (restored - x).abs().amax(1) / x.abs().amax(1).double()
+    digits, scale = outlier_digits(x)
+    error = (digits_reference(digits, scale) - x).abs().amax(1) / x.abs().amax(1)
     assert (error < 2**-23).all(), error
-    assert torch.equal(digits[0], torch.round(x / scales[0].unsqueeze(1)).to(torch.int8))
+    assert torch.equal(digits[0], torch.round(x / scale.unsqueeze(1)).to(torch.int8))
