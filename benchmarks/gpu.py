@@ -88,7 +88,7 @@ def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
     if M <= 16:
         # The default decomposition, by columns: one row quantises alone, its outliers three more rows.
         kind, rows, outliers = ("rows 16", 16, 0) if M == 1 else ("quantises", 16, OUTLIERS)
-        for config in configs.decode_configs(gpu.arch, kind, N, gpu.processors):
+        for config in configs.decode_configs(gpu.arch, kind, N, K, gpu.processors):
             parts = configs.split_k(kind, config, N, K, gpu.processors)
             seen = specimens.decode(gpu.arch, kind, config, columns=K // parts).inspection
             time = gpu_model.decode(gpu, config, seen, M, N, K, parts, rows, outliers)

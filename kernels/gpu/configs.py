@@ -152,16 +152,22 @@ def gemm_configs(arch: str, M: int, N: int, dtype: torch.dtype) -> list[GemmConf
     return [config for config in fits if config.block_n <= max(64, N)] or fits[:1]
 
 
-def decode_configs(arch: str, kind: str, N: int, processors: int) -> list[DecodeConfig]:
-    """The rows worth trying for a kind of decode: wider tiles only where enough of them are left.
+def decode_configs(arch: str, kind: str, N: int, K: int, processors: int) -> list[DecodeConfig]:
+    """The rows worth trying for a kind of decode: wider tiles only where enough programs are left.
 
     A program that quantises repeats what the others do, except that it quantises its own part of K
-    alone: few and wide tiles, each in many parts. A program that only reads shares its processor.
+    alone: few and wide tiles, each in many parts, until two of three processors have a program. A
+    program that only reads shares its processor with others.
     """
+
+    def enough(config: DecodeConfig) -> bool:
+        tiles = N // config.block_n
+        if kind == "quantises":
+            return 3 * tiles * split_k(kind, config, N, K, processors) >= 2 * processors
+        return tiles >= 2 * processors
+
     first, *wider = DECODE[arch][kind]
-    if kind == "quantises":
-        return [first, *(c for c in wider if 4 * N // c.block_n * _MAX_PARTS >= 3 * processors)]
-    return [first, *(c for c in wider if N // c.block_n >= 2 * processors)]
+    return [first, *filter(enough, wider)]
 
 
 def split_k(kind: str, config: DecodeConfig, N: int, K: int, processors: int) -> int:

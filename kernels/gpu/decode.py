@@ -9,9 +9,9 @@ writes what this one multiplies: ``x_int8`` and the outliers as int8 digits (``d
 more rows of the same tile. A token's rows are summed at the end.
 
 **QUANTIZE.** 2 to 16 rows in the column decomposition need each other before they are quantised. They
-are small and stay in L2, so each program does it for itself: it looks at all of x once, for the outlier
-columns and the scales; quantises each block of columns when the product arrives there; and adds the
-columns that were left out in a loop of their own, over the outlier columns alone.
+are small and stay in L2, so each program does it for itself, before its product: it looks at all of x
+once, for the outlier columns and the scales, and quantises the part of K that it multiplies. The
+columns that were left out come after the product, in a loop over them alone.
 
 **Split K.** With few output channels there are fewer tiles than multiprocessors. Then SPLIT_K programs
 share a tile, each with its part of K, and the result is ``[SPLIT_K, M, N]`` partial sums in fp32,

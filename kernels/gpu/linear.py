@@ -141,19 +141,19 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
     arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
     quantizes = threshold != 0 and decomposition == "column" and M > 1
     digits: list[Tensor] = []
+    digit_scale = None
     if quantizes:
         x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
         work = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
-        digit_scale = x_scale
     else:
-        x_int8, digit_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
-        x_scale, x = digit_scale, x_int8  # x is not read, and nobody need write it to memory
-        work = x_int8, x_int8
+        x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
         if threshold != 0:
             digits, digit_scale = outlier_digits(x_outlier)
+        # Not read: nobody need write x itself to memory.
+        x, work = x_int8, (x_int8, x_int8)
     block_m = decode.tile_rows(M, len(digits))
     kind = "quantises" if quantizes else f"rows {block_m}"
-    candidates = configs.decode_configs(arch, kind, N, processors)
+    candidates = configs.decode_configs(arch, kind, N, K, processors)
     parts = configs.split_k(kind, candidates[-1], N, K, processors)
     if parts > 1:
         outputs = linears.outputs(x, parts, M, dtype=torch.float32)
@@ -172,7 +172,7 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
         x_int8,
         x_scale,
         *(digits or [x_int8] * DIGITS),
-        digit_scale,
+        x_scale if digit_scale is None else digit_scale,
         *work,
         *linears.pointers,
         *_output_pointers(outputs),

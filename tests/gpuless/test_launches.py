@@ -71,7 +71,7 @@ def launched_with(M: int, kernel: str, mode: str | None) -> list[dict]:
 def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
     """And the default takes one. That each of them compiles is the compiled tier's to show."""
     if M == 16:
-        candidates = configs.decode_configs("sm_90", "quantises", 16384, 132)
+        candidates = configs.decode_configs("sm_90", "quantises", 16384, 1024, 132)
     else:
         candidates = configs.gemm_configs("sm_90", M, 16384, torch.float16)
     expected = [
