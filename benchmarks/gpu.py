@@ -1,17 +1,19 @@
 """LLM.int8() on a GPU: measured where there is one, modelled where there is none.
 
     python benchmarks/gpu.py            # writes benchmarks/gpu.md: headed as a model, or as measured
+    python benchmarks/gpu.py --rehearse # runs the measuring half once, on the CPU
 
 The unit is a norm and the linears that read it, at the shapes of Llama-3-8B. Measured is against the
 same module in fp16 under torch.compile, and against bitsandbytes and torchao when they are installed.
-The measuring half has not run yet: no machine with a GPU was there to write it on.
+No machine with a GPU was there to write it on: the measuring half has run in rehearsal alone.
 """
 
 import argparse
 import copy
-import functools
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ sheets (`benchmarks/gpu_model.py` has the formula and every constant). A norm an
 it, at Llama-3-8B's shapes, with {outliers} outlier columns; microseconds inside a CUDA graph. *fp16*
 is a norm and cuBLAS without any tile effect. It ranks configurations; do not quote it as speed.
 
-Where the ratio is below 1 the model says why. *Issue* at 2-16 tokens is the quantisation that every
-program of the decode kernel repeats for itself, and its count of instructions includes the outlier
-branch, taken or not.
+*Limited by* names what most of the time goes into. L2: a tile of 128 x 256 reads 384 bytes for every
+32,768 products, and Triton has no multicast to share them between processors. Beside the
+product, a norm, its quantisation and the gathering of outliers move 7 bytes an element of the
+activation, where fp16 moves 4: at 4096 tokens and few output channels that is a third of the time.
+*Quantising* is what each program of the decode kernel does for itself at 2 to 16 tokens.
 
 | GPU | linears | tokens | fp16 | int8fx | ratio | configuration | limited by |
 |---|---|---|---|---|---|---|---|
@@ -74,6 +78,7 @@ def modelled() -> Iterator[str]:
 def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
     """Our launches with the best row of the table: seconds, the row, what limits it."""
     import gpu_model
+    import specimens
     import torch
 
     from int8fx.kernels.gpu import configs
@@ -81,51 +86,90 @@ def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
     before = gpu_model.norm(gpu, M, K)
     times = []
     if M <= 16:
-        quantizes = M > 1  # the default decomposition, by columns
-        block = configs.SCALE_BLOCK if quantizes else 0
-        for config in configs.DECODE[gpu.arch]:
-            seen = _compiled_decode(gpu.arch, config, quantizes)
-            time = gpu_model.decode(gpu, config, seen, M, N, K, block)
-            times.append((before + time.seconds, f"16x{config.block_n}", time.limit))
+        # The default decomposition, by columns: one row quantises alone, its outliers three more rows.
+        kind, rows, outliers = ("rows 16", 16, 0) if M == 1 else ("quantises", 16, OUTLIERS)
+        for config in configs.decode_configs(gpu.arch, kind, N, K, gpu.processors):
+            parts = configs.split_k(kind, config, N, K, gpu.processors)
+            seen = specimens.decode(gpu.arch, kind, config, columns=K // parts).inspection
+            time = gpu_model.decode(gpu, config, seen, M, N, K, parts, rows, outliers)
+            label = f"{rows}x{config.block_n}" + f", split {parts}" * (parts > 1)
+            times.append((before + time.seconds, label, time.limit))
         return min(times)
     before += gpu_model.quantize_gather(gpu, M, N, K, OUTLIERS)
     for config in configs.gemm_configs(gpu.arch, M, N, torch.float16):
-        seen = _compiled_product(gpu.arch, config)
+        seen = specimens.gemm(gpu.arch, config).inspection
         time = gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS)
         times.append((before + time.seconds, f"{config.block_m}x{config.block_n}", time.limit))
     return min(times)
 
 
-@functools.cache
-def _compiled_product(arch: str, config: Any) -> Any:
-    import specimens
-    from nogpu import sass
-
-    return sass.inspect(specimens.gemm(arch, config).compile())
-
-
-@functools.cache
-def _compiled_decode(arch: str, config: Any, quantizes: bool) -> Any:
-    import specimens
-    from nogpu import sass
-
-    return sass.inspect(specimens.decode(arch, config, quantizes=quantizes).compile())
-
-
 # --- with a GPU -----------------------------------------------------------------------------------
 
 
-def measured() -> Iterator[tuple[str, int, dict[str, float]]]:
-    """Microseconds by contender, for each group of linears and number of tokens."""
-    import torch
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and where.
 
-    for name, widths, K in LAYERS:
-        model = _block(widths, K)
-        contenders = _contenders(model)
-        for M in TOKENS:
-            x = torch.randn(M, K, dtype=torch.float16, device="cuda")
-            x[:, torch.randperm(K)[:OUTLIERS]] *= 20
-            yield name, M, {who: _microseconds(call, x) for who, call in contenders.items()}
+    Attributes:
+        clock: median milliseconds of a call.
+    """
+
+    device: str
+    layers: tuple[tuple[str, tuple[int, ...], int], ...]
+    tokens: tuple[int, ...]
+    clock: Callable[[Callable[[], Any]], float]
+
+    def measured(self) -> Iterator[tuple[str, int, dict[str, float]]]:
+        """Microseconds by contender, for each group of linears and number of tokens."""
+        import torch
+
+        for name, widths, K in self.layers:
+            model = _block(widths, K).to(self.device, torch.float16).requires_grad_(False).eval()
+            for M in self.tokens:
+                torch.compiler.reset()  # or the recompiles of one forward() come to their limit
+                contenders = _contenders(model)
+                x = torch.randn(M, K, dtype=torch.float16, device=self.device)
+                x[:, torch.randperm(K, device=self.device)[:OUTLIERS]] *= 20
+                times = {who: self._microseconds(call, x) for who, call in contenders.items()}
+                yield name, M, times
+
+    def _microseconds(self, call: Callable[..., Any], x: Any) -> float:
+        import torch
+
+        with torch.no_grad():
+            return 1e3 * self.clock(lambda: call(x))
+
+    def table(self, device: str) -> str:
+        import torch
+
+        results = list(self.measured())
+        contenders = list(results[0][2])
+        text = MEASURED.format(
+            device=device,
+            torch=torch.__version__,
+            contenders=" | ".join(contenders),
+            rules="|".join(["---"] * len(contenders)),
+        )
+        for name, M, times in results:
+            cells = " | ".join(f"{times[who]:.1f}" for who in contenders)
+            text += f"| {name} | {M} | {cells} |\n"
+        return text
+
+
+def _bench(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=100, rep=300, return_mode="median")
+
+
+def _once(call: Callable[[], Any]) -> float:
+    call()
+    return math.nan
+
+
+ON_A_GPU = Bench("cuda", LAYERS, TOKENS, _bench)
+# Every line of the above on a CPU: nothing is timed.
+REHEARSAL = Bench("cpu", (("two", (96, 64), 64),), (1, 20), _once)
 
 
 def _block(widths: tuple[int, ...], K: int) -> Any:
@@ -142,15 +186,16 @@ def _block(widths: tuple[int, ...], K: int) -> Any:
             h = self.norm(x)
             return [linear(h) for linear in self.linears]
 
-    return Block().to("cuda", torch.float16).requires_grad_(False).eval()
+    return Block()
 
 
 def _contenders(model: Any) -> dict[str, Callable[..., Any]]:
     import torch
 
     contenders = {
-        "fp16": torch.compile(model, mode="max-autotune"),
-        "int8fx": torch.compile(model, backend="llmint8"),
+        "fp16": torch.compile(model, mode="max-autotune", dynamic=False),
+        "int8fx": torch.compile(model, backend="llmint8", dynamic=False),
+        "int8fx, tuned": torch.compile(model, backend="llmint8", mode="max-autotune", dynamic=False),
     }
     for name, convert in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
         try:
@@ -163,12 +208,13 @@ def _contenders(model: Any) -> dict[str, Callable[..., Any]]:
 def _bitsandbytes(model: Any) -> Any:
     import bitsandbytes
 
+    device = model.norm.weight.device
     for index, linear in enumerate(model.linears):
         quantized = bitsandbytes.nn.Linear8bitLt(
-            linear.in_features, linear.out_features, bias=False, threshold=6.0
+            linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
         )
         quantized.load_state_dict(linear.state_dict())
-        model.linears[index] = quantized.to("cuda").eval()
+        model.linears[index] = quantized.to(device).eval()
     return model
 
 
@@ -177,44 +223,25 @@ def _torchao(model: Any) -> Any:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(model, mode="max-autotune")
+    return torch.compile(model, mode="max-autotune", dynamic=False)
 
 
-def _microseconds(call: Callable[..., Any], x: Any) -> float:
-    import torch
-    from triton.testing import do_bench
-
-    with torch.no_grad():
-        return 1e3 * do_bench(lambda: call(x), warmup=100, rep=300, return_mode="median")
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run what measures, once, on the CPU; writes nothing"
+    )
+    if parser.parse_args(arguments).rehearse:
+        print(REHEARSAL.table("nothing: a rehearsal on a CPU"))
+        return
     if torch.cuda.is_available():
-        text = _measured_table()
+        text = ON_A_GPU.table(torch.cuda.get_device_name())
     else:
         text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
     print(text)
     TABLE.write_text(text)
-
-
-def _measured_table() -> str:
-    import torch
-
-    results = list(measured())
-    contenders = list(results[0][2])
-    text = MEASURED.format(
-        device=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        contenders=" | ".join(contenders),
-        rules="|".join(["---"] * len(contenders)),
-    )
-    for name, M, times in results:
-        cells = " | ".join(f"{times[who]:.1f}" for who in contenders)
-        text += f"| {name} | {M} | {cells} |\n"
-    return text
 
 
 if __name__ == "__main__":

@@ -32,11 +32,10 @@ AMD), by registers, shared memory and threads; in brackets how many the table of
 def rows(architectures: list[str]) -> Iterator[str]:
     """One row of the table for each compile."""
     import specimens
-    from nogpu import sass
 
     for arch in architectures:
         for specimen in specimens.specimens(arch):
-            seen = sass.inspect(specimen.compile())
+            seen = specimen.inspection
             mma = ", ".join(f"{count} {name}" for name, count in seen.mma.items()) or "none"
             yield (
                 f"| {arch} | {specimen.label} | {specimen.num_warps} | {specimen.num_stages} "

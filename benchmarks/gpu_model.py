@@ -126,20 +126,60 @@ def norm(gpu: Gpu, M: int, K: int) -> float:
     return max(streaming(gpu, 4 * M * K), gpu.gap + 2 * M * K / gpu.l2)
 
 
-def decode(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, scale_block: int) -> Time:
-    """``decode.py``: the scales' pass over x, ``scale_block`` columns a time (0: none); the weight."""
+def decode(
+    gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, parts: int, rows: int, outliers: int = 0
+) -> Time:
+    """``decode.py``.
+
+    Args:
+        config: a ``DecodeConfig``.
+        seen: its ``sass.Inspection``.
+        parts: SPLIT_K; the partial sums are written, and read by whoever reads y.
+        rows: BLOCK_M, which are loaded beside each tile of the weight.
+        outliers: the columns that a program which quantises adds at the end; 0, it is given rows.
+    """
     c = config
-    tiles = math.ceil(N / c.block_n)
+    programs = math.ceil(N / c.block_n) * parts
     blocks = seen.blocks_per_multiprocessor
-    waves = math.ceil(tiles / (gpu.processors * blocks))
-    together = min(blocks, math.ceil(tiles / gpu.processors))
-    passes = math.ceil(K / scale_block) if scale_block else 0
-    scales = waves * passes * L2_LATENCY / (gpu.clock * 1e9)
-    steps = math.ceil(K / c.block_k) * waves * together
-    issue = steps * _loop_instructions(seen) * c.num_warps / (gpu.issue * ISSUE_SHARE)
+    waves = math.ceil(programs / (gpu.processors * blocks))
+    together = min(blocks, math.ceil(programs / gpu.processors))
+    share = waves * together * c.num_warps / (gpu.issue * ISSUE_SHARE)
+    issue = math.ceil(K / parts / c.block_k) * _loop_instructions(seen) * share
+    around = 0.0
+    if outliers:
+        for loop, times, latencies in _quantizing_loops(seen, c.num_warps, K, parts, outliers):
+            around += times * (loop * share + waves * latencies * L2_LATENCY)
+    sums = 2 * 4 * parts * M * N if parts > 1 else 0
     limits = {
         "memory": (N * K + 2 * M * (N + K)) / (gpu.dram * DRAM_SHARE),
         "issue": issue / (gpu.clock * 1e9),
+        "L2": (programs * (rows + c.block_n) * K / parts + sums) / gpu.l2,
+        "tensor cores": 2 * rows * N * K / (gpu.processors * gpu.clock * 1e9 * gpu.int8 * TENSOR_SHARE),
     }
     limit = max(limits, key=lambda name: limits[name])
-    return Time(gpu.gap + scales + limits[limit], limit)
+    seconds = around / (gpu.clock * 1e9)
+    if seconds > limits[limit]:
+        return Time(gpu.gap + seconds + limits[limit], "quantising")
+    return Time(gpu.gap + seconds + limits[limit], limit)
+
+
+def _quantizing_loops(
+    seen: Any, num_warps: int, K: int, parts: int, outliers: int
+) -> list[tuple[int, int, int]]:
+    """What a program that quantises does besides the product, for fp16: of each of its loops the
+    instructions of a warp, how often it runs, and how many loads it waits for, one after another."""
+    from int8fx.kernels.gpu.decode import look_shape
+
+    shape = look_shape(2, num_warps, 32, K // parts)
+    kinds = {
+        "FFMA": (math.ceil(K / parts / shape["QUANTIZE_BLOCK"]), 1),  # quantise
+        "FMNMX": (math.ceil(K / shape["LOOK_BLOCK"]), 1),  # columns and scales
+        "HMMA": (math.ceil(math.ceil(outliers / parts) / shape["BLOCK_O"]), 2),
+        "SHFL": (math.ceil(K / (16 * shape["LIST_BLOCK"])), 1),  # the list
+    }
+    found = []
+    for loop in seen.loops:
+        name = next((name for name in kinds if any(n.startswith(name) for n in loop)), None)
+        if name is not None and not any("IMMA" in n for n in loop):
+            found.append((sum(loop.values()), *kinds.pop(name)))
+    return found

@@ -17,6 +17,7 @@ from int8fx import torch_private
 from int8fx.kernels import ops, table
 from int8fx.kernels.scheme import Choice
 from int8fx.kernels.schemes.table import SCHEMES
+from int8fx.kernels.tuning import tuning
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
@@ -159,7 +160,7 @@ def select(compilation: Compilation) -> None:
         skip=options.skip,
         only=options.only,
         skips_tied_head=options.skips_tied_head,
-        kernel_reason=_kernel_reason,
+        kernel_reason=table.refusal,
         mutated=frozenset(written(compilation.root.graph)),
     )
     for candidate in compilation.found:
@@ -179,12 +180,6 @@ def select(compilation: Compilation) -> None:
             compilation.choices[candidate] = choice
             compilation.products[candidate] = choice.lower
     _warn_of_trainable(compilation.decisions)
-
-
-def _kernel_reason(device_type: str) -> str | None:
-    if table.kernel_for(device_type) is None:
-        return f"no int8 kernel for device {device_type!r}"
-    return None
 
 
 def _warn_of_trainable(decisions: Sequence[Decision]) -> None:
@@ -286,13 +281,14 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
     swap, kept = finish_inputs(compilation)
     examples = [compilation.inputs[position] for position in kept]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
-    compiled = torch_private.compile_with_inductor(
-        compilation.root.gm,
-        examples,
-        patches,
-        DECOMPOSITIONS,
-        cache_identity(),
-    )
+    with tuning(torch_private.tunes(patches)):
+        compiled = torch_private.compile_with_inductor(
+            compilation.root.gm,
+            examples,
+            patches,
+            DECOMPOSITIONS,
+            cache_identity(),
+        )
     if not compilation.slots:
         return compiled
     if not _needs_autograd(compilation.inputs):

@@ -204,6 +204,13 @@ def inductor_config() -> dict[str, Any]:
     return config.get_config_copy()
 
 
+def tunes(patches: dict[str, Any]) -> bool:
+    """Whether Inductor tries configurations out, under patches of its configuration."""
+    from torch._inductor import config
+
+    return bool(patches.get("max_autotune", config.max_autotune))
+
+
 @contextlib.contextmanager
 def _cache_tag(tag: str) -> Iterator[None]:
     # Inductor's and AOTAutograd's caches key on the graph, not on the decompositions that we add.

@@ -101,7 +101,8 @@ def _int8_linear_fake(x_int8, x_scale, x_outlier, outlier_columns, weight, w_sca
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, w_scale: Tensor, K: int) -> Tensor:
-    w_int8 = unpack_weight(weight, w_scale.shape[0], K)
+    N = w_scale.shape[0]
+    w_int8 = weight if weight.shape == (N, K) else unpack_weight(weight, N, K)
     return grad @ (w_int8.to(torch.float32) * w_scale.unsqueeze(1)).to(grad.dtype)
 
 

@@ -1,7 +1,9 @@
 """Which kernel serves ``int8_linear`` on which device: one table.
 
 A row names the device, how a ``w_int8 [N, K]`` is packed for the kernel and back, and how the
-kernel is loaded. A kernel that cannot be loaded gives its reason, and the reference serves.
+kernel is loaded. A kernel that cannot be loaded gives its reason, and the reference serves on a CPU.
+On a GPU nothing does: the reference would be slower than the 16-bit linear that it replaces, so linears
+stay in float, with that reason.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ class Kernel:
         pack: ``w_int8 [N, K]`` to the tensor that the kernel takes as ``weight``.
         reason: why this one serves instead of a faster one, or empty.
         unpack: ``(weight, N, K)`` back to ``w_int8 [N, K]``, bit for bit.
+        falls_back: whether the reference serves where this kernel cannot be loaded.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
             linears of it, and how many at most (``passes/join_linears.py``).
     """
@@ -39,6 +42,7 @@ class Kernel:
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int, int], Tensor]
     reason: str = ""
+    falls_back: bool = True
     joined: Callable[[], tuple[Any, int]] | None = None
 
 
@@ -58,19 +62,24 @@ REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _still_as_it_is)
 
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.unpack, joined=_cpu_operator),
-    "cuda": Kernel("Triton", gpu.load, _as_it_is, _still_as_it_is, joined=gpu.operator),
+    "cuda": Kernel(
+        "Triton", gpu.load, _as_it_is, _still_as_it_is, falls_back=False, joined=gpu.operator
+    ),
 }
 
 
 @functools.cache
 def kernel_for(device_type: str) -> Kernel | None:
-    """The kernel that serves a device, loaded; None when the device has no row."""
+    """The kernel that serves a device, loaded; None when none does (``refusal`` says why)."""
     kernel = KERNELS.get(device_type)
     if kernel is None:
         return None
     reason = kernel.load()
     if reason is None:
         return kernel
+    if not kernel.falls_back:
+        log.info("int8 kernel %r cannot serve %s: %s", kernel.name, device_type, reason)
+        return None
     log.info(
         "int8 kernel %r cannot serve %s, %s will: %s",
         kernel.name,
@@ -81,6 +90,15 @@ def kernel_for(device_type: str) -> Kernel | None:
     return dataclasses.replace(REFERENCE, reason=reason)
 
 
+def refusal(device_type: str) -> str | None:
+    """Why no kernel serves a device, or None."""
+    if kernel_for(device_type) is not None:
+        return None
+    kernel = KERNELS.get(device_type)
+    reason = None if kernel is None else kernel.load()
+    return f"no int8 kernel for device {device_type!r}" + (f": {reason}" if reason else "")
+
+
 def joined(device_type: str) -> tuple[Any, int] | None:
     """``Kernel.joined`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
@@ -88,22 +106,22 @@ def joined(device_type: str) -> tuple[Any, int] | None:
 
 
 def describe() -> dict[str, str]:
-    """What serves each device type, and why when it is not the fastest."""
-    serving = {device: kernel_for(device) for device in KERNELS}
-    return {
-        device: kernel.name + (f" ({kernel.reason})" if kernel.reason else "")
-        for device, kernel in serving.items()
-        if kernel is not None
-    }
+    """What serves each device type, and why when it is not the fastest, or nothing does."""
+    described = {}
+    for device in KERNELS:
+        kernel = kernel_for(device)
+        if kernel is None:
+            described[device] = f"none ({refusal(device)})"
+        else:
+            described[device] = kernel.name + (f" ({kernel.reason})" if kernel.reason else "")
+    return described
 
 
 def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` in the form that the kernel of its device takes."""
     kernel = kernel_for(w_int8.device.type)
     if kernel is None:
-        raise ValueError(
-            f"no int8 kernel for device {w_int8.device.type!r}; devices with one: {', '.join(KERNELS)}"
-        )
+        raise ValueError(f"{refusal(w_int8.device.type)}; devices with one: {', '.join(KERNELS)}")
     return kernel.pack(w_int8)
 
 

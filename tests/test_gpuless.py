@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TIERS = ("compiled", "executed", "launches", "kernels", "harness")
+TIERS = ("compiled", "executed", "launches", "kernels", "rounding", "harness")
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),

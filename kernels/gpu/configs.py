@@ -27,6 +27,16 @@ class GemmConfig:
     unroll: int = 1
     blocks: int = 1
 
+    def constants(self, K: int) -> dict[str, int | bool]:
+        """The kernel's constants, for rows of K elements."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "UNROLL": self.unroll,
+            "EVEN_K": K % (self.block_k * self.unroll) == 0,
+        }
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -37,6 +47,14 @@ class DecodeConfig:
     num_warps: int
     num_stages: int
     blocks: int = 1
+
+    def constants(self, K: int) -> dict[str, int | bool]:
+        """The kernel's constants, for rows of K elements."""
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "EVEN_K": K % self.block_k == 0,
+        }
 
 
 _AMPERE = (
@@ -71,19 +89,21 @@ GEMM: dict[str, tuple[GemmConfig, ...]] = {
     "gfx942": _CDNA,
 }
 
-_DECODE = (
-    DecodeConfig(16, 128, 8, 4, blocks=2),
-    DecodeConfig(32, 128, 8, 4, blocks=2),
-    DecodeConfig(64, 128, 8, 4, blocks=2),
-)
-_DECODE_CDNA = (DecodeConfig(16, 128, 4, 2, blocks=2), DecodeConfig(32, 128, 4, 2, blocks=2))
-DECODE: dict[str, tuple[DecodeConfig, ...]] = {
-    arch: _DECODE_CDNA if arch.startswith("gfx") else _DECODE for arch in GEMM
+_MAX_PARTS = 8
+# One token in a tile of 16 rows; then tokens with their outliers' digits in one of 64; then 2 to 16
+# rows that each program quantises, which wants few and large programs.
+_ROWS_16 = (DecodeConfig(32, 256, 4, 4, blocks=2), DecodeConfig(64, 128, 4, 4, blocks=3))
+_ROWS_64 = (DecodeConfig(64, 128, 4, 4, blocks=2),)
+_QUANTIZING = (DecodeConfig(128, 128, 8, 4), DecodeConfig(256, 128, 8, 3))
+_CDNA_ROWS_16 = (DecodeConfig(16, 256, 4, 2, blocks=2), DecodeConfig(32, 128, 4, 2, blocks=2))
+_CDNA_ROWS_64 = (DecodeConfig(64, 128, 4, 2, blocks=1),)
+_CDNA_QUANTIZING = (DecodeConfig(64, 128, 4, 2), DecodeConfig(128, 128, 4, 2))
+DECODE: dict[str, dict[str, tuple[DecodeConfig, ...]]] = {
+    arch: {"rows 16": _CDNA_ROWS_16, "rows 64": _CDNA_ROWS_64, "quantises": _CDNA_QUANTIZING}
+    if arch.startswith("gfx")
+    else {"rows 16": _ROWS_16, "rows 64": _ROWS_64, "quantises": _QUANTIZING}
+    for arch in GEMM
 }
-
-# Columns of x that a program of the decode kernel looks at together for the scales: as many as stay in
-# registers, since each step waits for its loads.
-SCALE_BLOCK = 512
 
 
 def architecture(device: torch.device) -> str:
@@ -101,6 +121,10 @@ def architecture(device: torch.device) -> str:
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def warp_size(arch: str) -> int:
+    return 64 if arch.startswith("gfx") else 32
 
 
 def gemm_rows(arch: str, dtype: torch.dtype) -> list[GemmConfig]:
@@ -128,20 +152,37 @@ def gemm_configs(arch: str, M: int, N: int, dtype: torch.dtype) -> list[GemmConf
     return [config for config in fits if config.block_n <= max(64, N)] or fits[:1]
 
 
-def decode_configs(arch: str, N: int, processors: int) -> list[DecodeConfig]:
-    """The rows worth trying: wider tiles only where enough of them are left for every processor."""
-    first, *wider = DECODE[arch]
-    return [first, *(config for config in wider if N // config.block_n >= 2 * processors)]
+def decode_configs(arch: str, kind: str, N: int, K: int, processors: int) -> list[DecodeConfig]:
+    """The rows worth trying for a kind of decode: wider tiles only where enough programs are left.
+
+    A program that quantises repeats what the others do, except that it quantises its own part of K
+    alone: few and wide tiles, each in many parts, until two of three processors have a program. A
+    program that only reads shares its processor with others.
+    """
+
+    def enough(config: DecodeConfig) -> bool:
+        tiles = N // config.block_n
+        if kind == "quantises":
+            return 3 * tiles * split_k(kind, config, N, K, processors) >= 2 * processors
+        return tiles >= 2 * processors
+
+    first, *wider = DECODE[arch][kind]
+    return [first, *filter(enough, wider)]
 
 
-def split_k(config: DecodeConfig, N: int, K: int, processors: int) -> int:
+def split_k(kind: str, config: DecodeConfig, N: int, K: int, processors: int) -> int:
     """In how many parts K is split: as many as fill the processors, at most 8.
 
-    Below four times too few tiles a split is not worth the sum that it needs: memory-bound tiles of
-    half the processors already take all the bandwidth there is.
+    Where a program only reads, a split is not worth the sum that it needs until four times too few
+    tiles: memory-bound tiles of half the processors already take all the bandwidth there is.
     """
     tiles = -(-N // config.block_n)
+    worth = 2 if kind == "quantises" else 4
     parts = 1
-    while parts < 8 and tiles * parts * 4 <= processors and 2 * parts * 4 * config.block_k <= K:
+    while (
+        parts < _MAX_PARTS
+        and tiles * parts * worth <= processors
+        and 2 * parts * 4 * config.block_k <= K
+    ):
         parts *= 2
     return parts

@@ -1,15 +1,17 @@
 """Decode: the whole linear in one launch, for M <= 16.
 
-    y = ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias,    from x itself
+    y = ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias
 
-Reading the weight is all the time there is, and a launch costs as much as reading several MB. Outliers
-multiply the weight's tile that is in registers anyway, in blocks that have any.
+Reading the weight is all the time there is, so the loop over K is two loads and an int8 product.
 
-Where rows quantise alone (one row, or the token decomposition), the kernel that computes x does it,
-and this one is given ``x_int8, x_scale`` and ``x_outlier``. Otherwise (QUANTIZE) each program quantises
-for itself: it looks at all of x once, for the scales (x is small and stays in L2), and quantises each
-block of columns again when the product arrives there. All rows are in one tile, so even the column
-decomposition needs no other program.
+**DIGITS.** Where rows quantise alone (one row, or the token decomposition), the kernel that computes x
+writes what this one multiplies: ``x_int8`` and the outliers as int8 digits (``digits.py``), which are
+more rows of the same tile. A token's rows are summed at the end.
+
+**QUANTIZE.** 2 to 16 rows in the column decomposition need each other before they are quantised. They
+are small and stay in L2, so each program does it for itself, before its product: it looks at all of x
+once, for the outlier columns and the scales, and quantises the part of K that it multiplies. The
+columns that were left out come after the product, in a loop over them alone.
 
 **Split K.** With few output channels there are fewer tiles than multiprocessors. Then SPLIT_K programs
 share a tile, each with its part of K, and the result is ``[SPLIT_K, M, N]`` partial sums in fp32,
@@ -24,12 +26,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.rounding import quantize, scale_of_rows
 from int8fx.kernels.linear import linear_reference
 from int8fx.kernels.quantize import quantize_reference
 
 MAX_M = 16
+BLOCK_O = 16  # outlier columns a step
+_LIST_BLOCK = 256  # times 16 columns
+_VECTOR_BYTES = 16  # of x, in one load of a thread
 
 
 def quantized_linear_reference(
@@ -54,6 +60,29 @@ def quantized_linear_reference(
     )
 
 
+def tile_rows(M: int, digits: int) -> int:
+    """BLOCK_M: the rows of a tile, as few as a matrix instruction takes."""
+    return 16 if M * (1 + digits) <= 16 else MAX_M * (1 + digits)
+
+
+def look_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> dict[str, int]:
+    """Block sizes of what QUANTIZE does before and after the product.
+
+    Args:
+        itemsize: of x, in bytes.
+        columns: of x that one program multiplies.
+    """
+    vector = _VECTOR_BYTES // itemsize
+    look = num_warps * warp_size * vector
+    return {
+        "LOOK_BLOCK": look,
+        "VECTOR": vector,
+        "QUANTIZE_BLOCK": min(look // 2, triton.next_power_of_2(columns)),
+        "LIST_BLOCK": _LIST_BLOCK,
+        "BLOCK_O": BLOCK_O,
+    }
+
+
 def sum_of_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``y`` of the partial sums ``[SPLIT_K, M, N]``.
 
@@ -66,36 +95,109 @@ def sum_of_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 @triton.jit
-def _outliers(x, threshold, COLUMN: tl.constexpr):
-    """Which elements of a block of columns, all rows of it, leave the int8 product."""
-    taken = tl.abs(x) >= threshold
-    if COLUMN:
-        taken = tl.broadcast_to((tl.max(taken.to(tl.int32), 0) != 0)[None, :], x.shape)
-    return taken
+def _folded(x, VECTOR: tl.constexpr):
+    """The largest of each VECTOR neighbours of a row, in the thread that has them; NaN stays NaN."""
+    if VECTOR == 1:
+        return x
+    else:
+        ROWS: tl.constexpr = x.shape[0]
+        HALF: tl.constexpr = x.shape[1] // 2
+        even, odd = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
+        larger = tl.maximum(even, odd, propagate_nan=tl.PropagateNan.ALL)
+        return _folded(larger, VECTOR // 2)
 
 
 @triton.jit
-def _row_scales(
-    x_ptr, M, K, threshold,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, COLUMN: tl.constexpr, HAS_OUTLIERS: tl.constexpr,
+def _look_at_all(
+    x_ptr, x_scale_ptr, taken_ptr, M, K, threshold,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """Writes ``x_scale [M]``, and which columns hold an outlier to ``taken [K]``.
+
+    Every program writes the same to the same places, and reads back what it wrote itself, or the same
+    from another. A thread loads VECTOR columns of all rows, so that maxima over rows stay in it.
+    """
     row = tl.arange(0, ROWS)
-    absmax = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    # Rows and columns past the end look at others again: no masks, and the maxima stay as they are.
+    offset = (row % M)[:, None] * K
+    absmax = tl.zeros((ROWS, BLOCK_K // VECTOR), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (row < M)[:, None] & (k < K)[None, :]
-        x = tl.load(x_ptr + row[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        if HAS_OUTLIERS:
-            x = tl.where(_outliers(x, threshold, COLUMN), 0.0, x)
-        absmax = tl.maximum(absmax, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    return scale_of_rows(absmax)
+        x = tl.load(x_ptr + offset + (k % K)[None, :])
+        x = tl.abs(x.to(tl.float32))
+        taken = tl.max(x, 0) >= threshold
+        tl.store(taken_ptr + k, taken.to(tl.int8), mask=k < K)
+        regular = _folded(tl.where(taken[None, :], 0.0, x), VECTOR)
+        absmax = tl.maximum(absmax, regular, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(x_scale_ptr + row, scale_of_rows(absmax), mask=row < M)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _list_columns(taken_ptr, columns_ptr, K, BLOCKS: tl.constexpr):
+    """Writes the list of the outlier columns, in order; returns their number.
+
+    Sixteen columns a thread: a sum along threads costs an addition a warp for each of its terms.
+    """
+    count = tl.full((), 0, tl.int32)
+    block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 16)[None, :]
+    for start in range(0, K, 16 * BLOCKS):
+        k = start + 16 * block + within
+        flag = tl.load(taken_ptr + k, mask=k < K, other=0).to(tl.int32)
+        total = tl.sum(flag, 1)
+        before = count + tl.cumsum(total, 0) - total
+        position = before[:, None] + tl.cumsum(flag, 1) - flag
+        tl.store(columns_ptr + position, k, mask=flag != 0)
+        count += tl.sum(total, 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _quantize_columns(
+    x_ptr, x_int8_ptr, x_scale_ptr, taken_ptr, first, last, M, K,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Writes ``x_int8`` of columns ``first`` to ``last``, as all programs that need them do."""
+    row = tl.arange(0, ROWS)
+    x_scale = tl.load(x_scale_ptr + row % M)
+    offset = (row % M)[:, None] * K
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (row < M)[:, None] & (k < last)[None, :]
+        taken = tl.load(taken_ptr + k, mask=k < last, other=1) != 0
+        x = tl.load(x_ptr + offset + (k % K)[None, :]).to(tl.float32)
+        regular = tl.where(taken[None, :], 0.0, x)
+        x_int8 = quantize(regular, x_scale[:, None], x_ptr.dtype.element_ty != tl.float32)
+        tl.store(x_int8_ptr + offset + k[None, :], x_int8, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _add_outlier_columns(
+    acc, x_ptr, w_row, columns_ptr, first, last, M, K,
+    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc + x[:, C] @ w[:, C]ᵀ``, C: entries ``first`` to ``last`` of the list of outlier columns."""
+    row = tl.arange(0, ROWS)
+    dtype = x_ptr.dtype.element_ty
+    for start in range(first, last, BLOCK_O):
+        j = start + tl.arange(0, BLOCK_O)
+        wanted = j < last
+        k = tl.load(columns_ptr + j, mask=wanted, other=0)
+        inside = (row < M)[:, None] & wanted[None, :]
+        x = tl.load(x_ptr + row[:, None] * K + k[None, :], mask=inside, other=0.0)
+        w = tl.load(w_row + k[:, None], mask=wanted[:, None], other=0)
+        acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def decode_kernel(
-    x_ptr,  # [M, K], x_outlier unless QUANTIZE
-    x_int8_ptr,  # [M, K] int8, unless QUANTIZE
-    x_scale_ptr,  # [M] fp32, unless QUANTIZE
+    x_ptr,  # [M, K], where QUANTIZE
+    x_int8_ptr, x_scale_ptr,  # [M, K] int8 and [M] fp32; where QUANTIZE they are written
+    digit0_ptr, digit1_ptr, digit2_ptr, digit_scale_ptr,  # [M, K] int8 and [M] fp32, where DIGITS
+    taken_ptr, columns_ptr,  # [K] int8 and int32, to work with, where QUANTIZE
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
@@ -106,13 +208,16 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
+    LOOK_BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    QUANTIZE_BLOCK: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    DIGITS: tl.constexpr,
     QUANTIZE: tl.constexpr,
     GROUPED: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_OUTLIERS: tl.constexpr,
-    COLUMN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes Python floats as fp64, eager Triton as fp32.
@@ -130,44 +235,67 @@ def decode_kernel(
         y_ptr = pick(group, y0_ptr, y1_ptr, y2_ptr)
         if HAS_BIAS:
             bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
+    # Rows of the tile: x_int8 of all tokens, then each digit of all tokens.
+    GROUPS: tl.constexpr = 1 + DIGITS
+    TOKENS: tl.constexpr = BLOCK_M // GROUPS
     row = tl.arange(0, BLOCK_M)
-    if QUANTIZE:
-        x_scale = _row_scales(x_ptr, M, K, limit, BLOCK_M, SCALE_BLOCK, COLUMN, HAS_OUTLIERS)
-    else:
-        x_scale = tl.load(x_scale_ptr + row, mask=row < M, other=0.0)
+    digit = row // TOKENS - 1
+    # Rows and columns past the end read others, and are not stored: loads without masks pipeline.
+    token = (row % TOKENS) % M
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
-    acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    outlier_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # The part of K that is this program's.
     length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-    for start in range(part * length, tl.minimum(part * length + length, K), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        w_tile = w_ptr + n.to(tl.int64)[None, :] * K + k[:, None]
-        inside = (row < M)[:, None] & (k < K)[None, :]
-        x_tile = row[:, None] * K + k[None, :]
-        w = tl.load(w_tile) if EVEN_K else tl.load(w_tile, mask=(k < K)[:, None], other=0)
-        if HAS_OUTLIERS or QUANTIZE:
-            x = tl.load(x_ptr + x_tile, mask=inside, other=0.0)
-        if HAS_OUTLIERS:
-            value = x.to(tl.float32)
-            taken = _outliers(value, limit, COLUMN) if QUANTIZE else value != 0
-            if tl.max(tl.max(taken.to(tl.int32), 1), 0) != 0:
-                x_outlier = tl.where(taken, x, 0.0).to(x_ptr.dtype.element_ty)
-                w16 = w.to(x_ptr.dtype.element_ty)
-                outlier_sum = tl.dot(x_outlier, w16, outlier_sum, input_precision=PRECISION)
-        if QUANTIZE:
-            regular = x.to(tl.float32)
-            if HAS_OUTLIERS:
-                regular = tl.where(taken, 0.0, regular)
-            x_int8 = quantize(regular, x_scale[:, None])
+    first = part * length
+    last = tl.minimum(first + length, K)
+    count = 0
+    if QUANTIZE:
+        _look_at_all(x_ptr, x_scale_ptr, taken_ptr, M, K, limit, BLOCK_M, LOOK_BLOCK, VECTOR)
+        count = _list_columns(taken_ptr, columns_ptr, K, LIST_BLOCK)
+        _quantize_columns(
+            x_ptr, x_int8_ptr, x_scale_ptr, taken_ptr, first, last, M, K, BLOCK_M, QUANTIZE_BLOCK
+        )
+    w_row = w_ptr + n.to(tl.int64)[None, :] * K
+    k = first + tl.arange(0, BLOCK_K)
+    x_offset = (token * K)[:, None]
+    if DIGITS:
+        # The digits' distance from x_int8. Every allocation starts at a multiple of 16 bytes; a choice
+        # between pointers would lose that, and asynchronous copies with it.
+        here = x_int8_ptr.to(tl.int64)
+        distance0, distance1 = digit0_ptr.to(tl.int64) - here, digit1_ptr.to(tl.int64) - here
+        distance2 = digit2_ptr.to(tl.int64) - here
+        distance = tl.where(digit == 0, distance0, tl.where(digit == 1, distance1, distance2))
+        x_offset += tl.multiple_of(tl.where(digit < 0, 0, distance), 16)[:, None]
+    x_tile = x_int8_ptr + x_offset + k[None, :]
+    w_tile = w_row + k[:, None]
+    acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(first, last, BLOCK_K):
+        if EVEN_K:
+            x_int8, w = tl.load(x_tile), tl.load(w_tile)
         else:
-            x_int8 = tl.load(x_int8_ptr + x_tile, mask=inside, other=0)
+            inside = start + tl.arange(0, BLOCK_K) < K
+            x_int8 = tl.load(x_tile, mask=inside[None, :], other=0)
+            w = tl.load(w_tile, mask=inside[:, None], other=0)
         acc_int32 = tl.dot(x_int8, w, acc_int32, out_dtype=tl.int32)
-
-    y = acc_int32.to(tl.float32) * x_scale[:, None] + outlier_sum
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K
+    scale = tl.load(x_scale_ptr + token)
+    if DIGITS:
+        digit_scale = scale_of_digit(tl.load(digit_scale_ptr + token), digit)
+        scale = tl.where(digit < 0, scale, digit_scale)
+    y = acc_int32.to(tl.float32) * scale[:, None]
+    if QUANTIZE:
+        share = tl.cdiv(count, SPLIT_K)
+        y = _add_outlier_columns(
+            y, x_ptr, w_row, columns_ptr, part * share, tl.minimum(part * share + share, count),
+            M, K, BLOCK_M, BLOCK_O, PRECISION,
+        )  # fmt: skip
+    if DIGITS:
+        y = tl.sum(tl.reshape(y, (GROUPS, TOKENS, BLOCK_N)), 0)
     y *= tl.load(w_scale_ptr + n)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
-    target = y_ptr + (part * M + row)[:, None] * N + columns[None, :]
-    inside = (row < M)[:, None] & (columns < N)[None, :]
+    m = tl.arange(0, TOKENS)
+    target = y_ptr + (part * M + m)[:, None] * N + columns[None, :]
+    inside = (m < M)[:, None] & (columns < N)[None, :]
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)

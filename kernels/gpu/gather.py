@@ -73,7 +73,8 @@ def _quantize_rows(
         inside = (rows < M)[:, None] & (k < K)[None, :]
         regular = inside & (taken == 0)[None, :]
         x = tl.load(x_ptr + offset + k[None, :], mask=regular, other=0.0).to(tl.float32)
-        tl.store(x_int8_ptr + offset + k[None, :], quantize(x, x_scale[:, None]), mask=inside)
+        x_int8 = quantize(x, x_scale[:, None], x_ptr.dtype.element_ty != tl.float32)
+        tl.store(x_int8_ptr + offset + k[None, :], x_int8, mask=inside)
 
 
 @triton.jit

@@ -19,21 +19,26 @@ Shapes depend on shapes alone, and the number of outliers stays on the device, s
 replays for any input.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from int8fx.kernels.gpu import configs
+from int8fx.kernels import tuning
+from int8fx.kernels.gpu import configs, decode
 from int8fx.kernels.gpu.columns import witness_rows
-from int8fx.kernels.gpu.decode import MAX_M, decode_kernel, sum_of_parts
+from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
 from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
+from int8fx.kernels.ops import linears_backward, linears_setup
 from int8fx.kernels.quantize import quantize_reference
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP_M = 8  # tiles of rows that share the weight's tiles in L2
 
 
@@ -60,20 +65,36 @@ def quantized_linears(
         each ``[*, N_i]``, of x's dtype.
 
     Raises:
-        ValueError: more linears than a group takes, or only some with a bias.
+        TypeError: x is of another dtype.
+        ValueError: more linears than a group takes, or only some with a bias; a weight of another
+            dtype, width or device.
     """
+    _check(x, weights, biases)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    linears = _Linears(list(weights), list(w_scales), list(biases))
+    if rows.shape[0] <= decode.MAX_M:
+        outputs = _decode(rows, threshold, decomposition, linears)
+    else:
+        outputs = _product(rows, threshold, decomposition, linears)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     if not 1 <= len(weights) <= MAX_GROUP or len(biases) not in (0, len(weights)):
         raise ValueError(
             f"1 to {MAX_GROUP} linears, all with a bias or none; given {len(weights)} weights "
             f"and {len(biases)} biases"
         )
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    linears = _Linears(list(weights), list(w_scales), list(biases))
-    if rows.shape[0] <= MAX_M:
-        outputs = _decode(rows, threshold, decomposition, linears)
-    else:
-        outputs = _product(rows, threshold, decomposition, linears)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    for weight in weights:
+        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+            raise ValueError(
+                f"a weight is {weight.dtype} {list(weight.shape)}; "
+                f"with x {list(x.shape)} it has to be int8 [N, {x.shape[-1]}]"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"x is on {x.device}, and a weight on {weight.device}")
 
 
 class _Linears:
@@ -98,7 +119,10 @@ class _Linears:
         return {"GROUPED": len(self.weights) > 1, "HAS_BIAS": bool(self.biases)}
 
     def outputs(self, x: Tensor, *shape: Any, dtype: torch.dtype) -> list[Tensor]:
-        return [torch.empty((*shape, N), dtype=dtype, device=x.device) for N in self.widths]
+        return [_empty(x, (*shape, N), dtype) for N in self.widths]
+
+    def tiles(self, block_n: int) -> int:
+        return sum(-(-N // block_n) for N in self.widths)
 
 
 def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,61 +137,75 @@ def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
     M, K = x.shape
-    N = sum(linears.widths)
+    N, dtype = sum(linears.widths), x.dtype
     arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
-    config = configs.decode_configs(arch, N, processors)[-1]
-    parts = configs.split_k(config, N, K, processors)
+    quantizes = threshold != 0 and decomposition == "column" and M > 1
+    digits: list[Tensor] = []
+    digit_scale = None
+    if quantizes:
+        x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
+        work = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
+    else:
+        x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
+        if threshold != 0:
+            digits, digit_scale = outlier_digits(x_outlier)
+        # Not read: nobody need write x itself to memory.
+        x, work = x_int8, (x_int8, x_int8)
+    block_m = decode.tile_rows(M, len(digits))
+    kind = "quantises" if quantizes else f"rows {block_m}"
+    candidates = configs.decode_configs(arch, kind, N, K, processors)
+    parts = configs.split_k(kind, candidates[-1], N, K, processors)
     if parts > 1:
         outputs = linears.outputs(x, parts, M, dtype=torch.float32)
     else:
-        outputs = linears.outputs(x, M, dtype=x.dtype)
-    x_int8, x_scale, source = x, x, x  # the first two are not read
-    fused = threshold == 0 or decomposition == "token" or M == 1
-    if fused:
-        x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
-        source = x if threshold == 0 else x_outlier
+        outputs = linears.outputs(x, M, dtype=dtype)
     flags = linears.flags
     if parts > 1:
         flags["HAS_BIAS"] = False  # part of the sum
-    tiles = sum(-(-width // config.block_n) for width in linears.widths)
-    wrap_triton(decode_kernel)[(tiles, parts)](
-        source,
+    warps, lanes = candidates[-1].num_warps, configs.warp_size(arch)
+    _launch(
+        decode.decode_kernel,
+        candidates,
+        K,
+        lambda meta: (linears.tiles(meta["BLOCK_N"]), parts),
+        x,
         x_int8,
         x_scale,
+        *(digits or [x_int8] * DIGITS),
+        x_scale if digit_scale is None else digit_scale,
+        *work,
         *linears.pointers,
         *_output_pointers(outputs),
         M,
         *linears.N,
         K,
         threshold,
-        BLOCK_M=MAX_M,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_M=block_m,
         SPLIT_K=parts,
-        SCALE_BLOCK=configs.SCALE_BLOCK,
-        QUANTIZE=not fused,
-        EVEN_K=K % config.block_k == 0,
-        HAS_OUTLIERS=threshold != 0,
-        COLUMN=not fused,
-        PRECISION=_precision(x.dtype, arch),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        DIGITS=len(digits),
+        QUANTIZE=quantizes,
+        PRECISION=_precision(dtype, arch),
+        **decode.look_shape(dtype.itemsize, warps, lanes, -(-K // parts)),
         **flags,
     )
     if parts == 1:
         return outputs
     biases: list[Any] = linears.biases or [None] * len(outputs)
-    return [sum_of_parts(output, bias, x.dtype) for output, bias in zip(outputs, biases, strict=True)]
+    return [
+        decode.sum_of_parts(output, bias, dtype) for output, bias in zip(outputs, biases, strict=True)
+    ]
 
 
 def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
     M, K = x.shape
     arch = configs.architecture(x.device)
-    config = configs.gemm_configs(arch, M, sum(linears.widths), x.dtype)[-1]
     x_int8, x_scale, x_gathered, w_gathered, count = _quantize(x, threshold, decomposition, linears)
     outputs = linears.outputs(x, M, dtype=x.dtype)
-    tiles = sum(-(-width // config.block_n) for width in linears.widths)
-    wrap_triton(gemm_kernel)[(-(-M // config.block_m) * tiles,)](
+    _launch(
+        gemm_kernel,
+        configs.gemm_configs(arch, M, sum(linears.widths), x.dtype),
+        K,
+        lambda meta: (-(-M // meta["BLOCK_M"]) * linears.tiles(meta["BLOCK_N"]),),
         x_int8,
         x_scale,
         x_gathered,
@@ -179,20 +217,45 @@ def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears)
         *linears.N,
         K,
         x_gathered.shape[-1],
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
         BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
-        UNROLL=config.unroll,
-        EVEN_K=K % (config.block_k * config.unroll) == 0,
         HAS_OUTLIERS=threshold != 0,
         PRECISION=_precision(x.dtype, arch),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
         **linears.flags,
     )
     return outputs
+
+
+def _launch(
+    kernel: Any,
+    candidates: Sequence[configs.GemmConfig] | Sequence[configs.DecodeConfig],
+    K: int,
+    grid: Callable[[dict[str, Any]], tuple[Any, ...]],
+    *args: Any,
+    **constants: Any,
+) -> None:
+    """Launches with the last of the candidates, or, while tuning, with the fastest of them."""
+    if tuning.enabled() and len(candidates) > 1:
+        wrap_triton(_tuned(kernel, tuple(candidates), K))[grid](*args, **constants)
+        return
+    chosen = candidates[-1]
+    constants |= chosen.constants(K)
+    wrap_triton(kernel)[grid(constants)](
+        *args, **constants, num_warps=chosen.num_warps, num_stages=chosen.num_stages
+    )
+
+
+@functools.cache
+def _tuned(kernel: Any, candidates: tuple[Any, ...], K: int) -> Any:
+    tried = [
+        triton.Config(candidate.constants(K), candidate.num_warps, candidate.num_stages)
+        for candidate in candidates
+    ]
+    return triton.autotune(tried, key=[])(kernel)
+
+
+def _empty(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device)
 
 
 def _quantize(
@@ -204,19 +267,17 @@ def _quantize(
     if fused:
         x_int8, x_scale, source, _ = quantize_reference(x, threshold, decomposition)
     else:
-        x_int8 = torch.empty((M, K), dtype=torch.int8, device=x.device)
-        x_scale = torch.empty((M,), dtype=torch.float32, device=x.device)
+        x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
         source = x
     if threshold == 0:
         return x_int8, x_scale, x, x, x_scale  # the last three are not read
     capacity = -(-K // BLOCK_O) * BLOCK_O
-    x_gathered = torch.empty((M, capacity), dtype=x.dtype, device=x.device)
-    w_gathered = torch.empty((sum(linears.widths), capacity), dtype=x.dtype, device=x.device)
-    columns = torch.empty((K,), dtype=torch.int32, device=x.device)
-    count = torch.empty((1,), dtype=torch.int32, device=x.device)
+    x_gathered = _empty(x, (M, capacity), x.dtype)
+    w_gathered = _empty(x, (sum(linears.widths), capacity), x.dtype)
+    columns, count = _empty(x, (K,), torch.int32), _empty(x, (1,), torch.int32)
     shape = launch_shape(K)
     weight_rows = shape["WEIGHT_ROWS"]
-    programs = -(-M // shape["ROWS"]) + sum(-(-width // weight_rows) for width in linears.widths)
+    programs = -(-M // shape["ROWS"]) + linears.tiles(weight_rows)
     wrap_triton(quantize_gather_kernel)[(programs,)](
         source,
         witness_rows(x, threshold),
@@ -243,28 +304,5 @@ def _precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
-# --- gradients: straight-through, as in kernels/ops.py --------------------------------------------
-
-
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    _, _, _, weights, w_scales, biases = inputs
-    ctx.save_for_backward(*weights, *w_scales)
-    ctx.bias_dtypes = [bias.dtype for bias in biases]
-
-
-def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple:
-    count = len(ctx.saved_tensors) // 2
-    weights, w_scales = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-    grad_x = sum(
-        grad @ (weight.to(torch.float32) * w_scale.unsqueeze(1)).to(grad.dtype)
-        for grad, weight, w_scale in zip(grads, weights, w_scales, strict=True)
-    )
-    grad_biases = [
-        grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
-        for grad, dtype in zip(grads, ctx.bias_dtypes, strict=False)
-    ]
-    none = [None] * count
-    return grad_x, None, None, none, none, grad_biases
-
-
-quantized_linears.register_autograd(_backward, setup_context=_setup)
+# Gradients are straight-through, as in kernels/ops.py.
+quantized_linears.register_autograd(linears_backward, setup_context=linears_setup)

@@ -6,6 +6,7 @@ import torch
 from nogpu.inductor import Launch
 from torch import Tensor
 
+from int8fx.kernels.gpu.digits import digits_reference
 from int8fx.kernels.gpu.gemm import gemm_reference
 from int8fx.kernels.quantize import quantize_reference
 
@@ -35,9 +36,14 @@ class LinearCheck:
             # A copy: the generated wrapper may give x's memory to the product's result.
             self._source = launch.arguments | {"x_ptr": launch.arguments["x_ptr"].clone()}
         elif launch.name == "gemm_kernel":
-            self._check(launch, *self._product_operands(launch))
+            self._check(launch, *self._product_operands(launch), HAS_OUTLIERS=False)
+        elif launch.name == "decode_kernel" and launch.arguments["QUANTIZE"]:
+            x_int8, x_scale, x_outlier = self._quantized(launch)
+            self._check(launch, x_int8, x_scale, x_outlier, QUANTIZE=False)
         elif launch.name == "decode_kernel":
-            self._check(launch, *self._decode_operands(launch))
+            digits = self._digits(launch)
+            zero = {f"digit{i}_ptr": torch.zeros_like(digit) for i, digit in enumerate(digits)}
+            self._check(launch, *self._digit_operands(launch), **zero)
 
     def _product_operands(self, launch: Launch) -> tuple[Tensor, ...]:
         """What the product should have been given, made from what the launch before it read."""
@@ -54,23 +60,37 @@ class LinearCheck:
             return x_int8, x_scale, x_outlier
         return given["x_int8_ptr"], given["x_scale_ptr"], x
 
-    def _decode_operands(self, launch: Launch) -> tuple[Tensor, ...]:
+    def _quantized(self, launch: Launch) -> tuple[Tensor, ...]:
+        """What a decode kernel that quantises should have multiplied."""
         given = launch.arguments
-        x = given["x_ptr"]
-        if not given["QUANTIZE"]:
-            x_outlier = x if given["HAS_OUTLIERS"] else x[:, :0]
-            return given["x_int8_ptr"], given["x_scale_ptr"], x_outlier
-        x_int8, x_scale, x_outlier, _ = quantize_reference(x, self.threshold, self.decomposition)
-        return x_int8, x_scale, x_outlier if self.threshold else x[:, :0]
+        x_int8, x_scale, x_outlier, _ = quantize_reference(
+            given["x_ptr"], self.threshold, self.decomposition
+        )
+        assert torch.equal(given["x_int8_ptr"], x_int8)
+        assert torch.equal(given["x_scale_ptr"], x_scale)
+        return x_int8, x_scale, x_outlier
 
-    def _check(self, launch: Launch, x_int8: Tensor, x_scale: Tensor, x_outlier: Tensor) -> None:
+    def _digits(self, launch: Launch) -> list[Tensor]:
+        return [launch.arguments[f"digit{i}_ptr"] for i in range(launch.arguments["DIGITS"])]
+
+    def _digit_operands(self, launch: Launch) -> tuple[Tensor, ...]:
+        """The same for a decode kernel that is given rows: outliers from their digits."""
+        given, digits = launch.arguments, self._digits(launch)
+        x_int8 = given["x_int8_ptr"]
+        x_outlier = digits_reference(digits, given["digit_scale_ptr"]) if digits else x_int8[:, :0]
+        return x_int8, given["x_scale_ptr"], x_outlier
+
+    def _check(
+        self, launch: Launch, x_int8: Tensor, x_scale: Tensor, x_outlier: Tensor, **without: Any
+    ) -> None:
+        """Compares one launch, and a run of it whose changes leave the outlier product out."""
         given = launch.arguments
         self.outliers += int((x_outlier != 0).sum())
         groups = [index for index in range(3) if given[f"N{index}"]]
         results = [given[f"y{index}_ptr"] for index in groups]
         changed = [torch.full_like(y, torch.nan) for y in results]
         spare = [*changed, *[changed[0]] * (3 - len(changed))]
-        launch.run(HAS_OUTLIERS=False, y0_ptr=spare[0], y1_ptr=spare[1], y2_ptr=spare[2])
+        launch.run(**without, y0_ptr=spare[0], y1_ptr=spare[1], y2_ptr=spare[2])
         for index, y, broken in zip(groups, results, changed, strict=True):
             w_int8 = given[f"w{index}_ptr"]
             expected = gemm_reference(

@@ -1,6 +1,7 @@
 """Wrappers that are generated and not run: for counting launches."""
 
 import contextlib
+import functools
 
 import torch
 import transformers
@@ -37,10 +38,22 @@ def layer_input(M: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(1, M, LAYER_WIDTH, dtype=dtype)
 
 
-def generated(model: nn.Module, x: torch.Tensor, backend: str = "llmint8", **options) -> Wrapper:
+@functools.cache
+def generated_layer(M: int, dtype: torch.dtype, backend: str = "llmint8") -> Wrapper:
+    """What Inductor generates for one decoder layer and M tokens."""
+    return generated(decoder_layer(dtype), layer_input(M, dtype), backend)
+
+
+def generated(
+    model: nn.Module,
+    x: torch.Tensor,
+    backend: str = "llmint8",
+    mode: str | None = None,
+    **options: object,
+) -> Wrapper:
     """What Inductor generates for one call of a model."""
     torch._dynamo.reset()
-    more = {"options": options} if backend == "llmint8" else {}
+    more = {"mode": mode} if mode else {"options": options or None}
     with torch.no_grad(), retargeted(execute=False) as wrappers, contextlib.suppress(NotExecuted):
         torch.compile(model, backend=backend, fullgraph=True, **more)(x)
     (wrapper,) = wrappers

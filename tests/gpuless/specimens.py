@@ -1,19 +1,23 @@
 """Every kernel in every configuration of its table, as arguments for ``nogpu.offline``."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nogpu import sass
 from nogpu.offline import compile_kernel
 
 from int8fx.kernels.gpu import configs
-from int8fx.kernels.gpu.decode import MAX_M, decode_kernel
+from int8fx.kernels.gpu.decode import decode_kernel, look_shape
+from int8fx.kernels.gpu.digits import DIGITS
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WIDTHS = (512, 4096)  # the block of the gather kernel, and so its registers, follow K
+# The block of the gather kernel follows K, and its registers; quantising as well takes more.
+GATHERS = ((True, 512), (True, 4096), (False, 4096))
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,10 @@ class Specimen:
     blocks: int
     multiplies: bool = True
 
-    def compile(self) -> Any:
-        return compile_kernel(
+    @functools.cached_property
+    def inspection(self) -> sass.Inspection:
+        """What it compiles to; compiled once in a process."""
+        compiled = compile_kernel(
             self.kernel,
             self.arch,
             self.signature,
@@ -47,6 +53,7 @@ class Specimen:
             self.num_stages,
             unaligned=("M",),
         )
+        return sass.inspect(compiled)
 
     def __str__(self) -> str:
         return f"{self.label} {self.arch}"
@@ -56,14 +63,14 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     """All of one architecture, for activations of one dtype."""
     for config in configs.gemm_rows(arch, DTYPES[dtype]):
         yield gemm(arch, config, dtype)
-    for decode_config in configs.DECODE[arch]:
-        for quantizes in (True, False):
-            yield decode(arch, decode_config, dtype, quantizes)
-    for quantizes in (True, False):
-        for K in WIDTHS:
-            yield quantize_gather(arch, dtype, quantizes, K)
+    for kind, rows in configs.DECODE[arch].items():
+        for decode_config in rows:
+            yield decode(arch, kind, decode_config, dtype)
+    for quantizes, K in GATHERS:
+        yield quantize_gather(arch, dtype, quantizes, K)
 
 
+@functools.cache
 def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants: Any) -> Specimen:
     c = config
     return Specimen(
@@ -74,18 +81,14 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
         | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "count_ptr": "*i32"}
         | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}", "CAPACITY": "i32"},
         {
-            "BLOCK_M": c.block_m,
-            "BLOCK_N": c.block_n,
-            "BLOCK_K": c.block_k,
             "BLOCK_O": 32,
             "GROUP_M": 8,
-            "UNROLL": c.unroll,
             "GROUPED": True,
-            "EVEN_K": True,
             "HAS_BIAS": True,
             "HAS_OUTLIERS": True,
             "PRECISION": _precision(arch, dtype),
         }
+        | c.constants(K=4096)
         | constants,
         c.num_warps,
         c.num_stages,
@@ -93,36 +96,39 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
     )
 
 
+@functools.cache
 def decode(
-    arch: str, config: configs.DecodeConfig, dtype: str = "fp16", quantizes: bool = True
+    arch: str, kind: str, config: configs.DecodeConfig, dtype: str = "fp16", columns: int = 4096
 ) -> Specimen:
+    """``kind`` as in ``configs.DECODE``, rows with the digits of outliers; ``columns`` of a program."""
+    quantizes = kind == "quantises"
+    itemsize = DTYPES[dtype].itemsize
     return Specimen(
-        f"decode 16x{config.block_n}x{config.block_k}{', quantises' * quantizes}, {dtype}",
+        f"decode {config.block_n}x{config.block_k}, {kind}, {dtype}",
         arch,
         decode_kernel,
         _linears(dtype)
-        | {"x_ptr": f"*{dtype}", "threshold": "fp64"}
-        | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32"},
+        | {"x_ptr": f"*{dtype}", "threshold": "fp64", "columns_ptr": "*i32"}
+        | dict.fromkeys(("x_scale_ptr", "digit_scale_ptr"), "*fp32")
+        | dict.fromkeys(("x_int8_ptr", "taken_ptr", *(f"digit{i}_ptr" for i in range(DIGITS))), "*i8"),
         {
-            "BLOCK_M": MAX_M,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
+            "BLOCK_M": 64 if kind == "rows 64" else 16,
             "SPLIT_K": 1,
-            "SCALE_BLOCK": configs.SCALE_BLOCK,
+            "DIGITS": 0 if quantizes else DIGITS,
             "QUANTIZE": quantizes,
             "GROUPED": True,
-            "EVEN_K": True,
             "HAS_BIAS": True,
-            "HAS_OUTLIERS": True,
-            "COLUMN": quantizes,
             "PRECISION": _precision(arch, dtype),
-        },
+        }
+        | look_shape(itemsize, config.num_warps, configs.warp_size(arch), columns)
+        | config.constants(K=4096),
         config.num_warps,
         config.num_stages,
         config.blocks if dtype != "fp32" else 1,
     )
 
 
+@functools.cache
 def quantize_gather(arch: str, dtype: str = "fp16", quantizes: bool = True, K: int = 4096) -> Specimen:
     constants = launch_shape(K)
     num_warps = constants.pop("num_warps")

@@ -5,7 +5,7 @@
 
 import pytest
 import specimens
-from nogpu import offline, sass
+from nogpu import offline
 
 FP16 = [
     pytest.param(specimen, id=str(specimen))
@@ -21,15 +21,15 @@ OTHER_DTYPES = [
 
 @pytest.mark.parametrize("specimen", FP16 + OTHER_DTYPES)
 def test_int8_mma_no_spills_and_enough_blocks(specimen):
-    seen = sass.inspect(specimen.compile())
+    seen = specimen.inspection
     assert seen.spill_bytes == 0
     assert bool(seen.int8_mma) == specimen.multiplies
     assert seen.blocks_per_multiprocessor >= specimen.blocks
 
 
-# What int8 products are made of: wgmma needs 64 rows, so a decode tile of 16 runs IMMA everywhere.
+# What int8 products are made of: wgmma needs 64 rows, so a tile of 16 runs IMMA everywhere.
 @pytest.mark.parametrize(
-    ("arch", "product", "decode"),
+    ("arch", "rows_64", "rows_16"),
     [
         ("sm_80", "IMMA", "IMMA"),
         ("sm_90", "IGMMA", "IMMA"),
@@ -39,20 +39,32 @@ def test_int8_mma_no_spills_and_enough_blocks(specimen):
         ("gfx942", "v_mfma_i32", "v_mfma_i32"),
     ],
 )
-def test_the_instruction_is_the_best_of_its_architecture(arch, product, decode):
-    all_specimens = {specimen.label.split()[0]: specimen for specimen in specimens.specimens(arch)}
-    for kernel, instruction in (("product", product), ("decode", decode)):
-        seen = sass.inspect(all_specimens[kernel].compile())
-        assert all(name.startswith(instruction) for name in seen.int8_mma), seen.mma
+def test_the_instruction_is_the_best_of_its_architecture(arch, rows_64, rows_16):
+    for specimen in specimens.specimens(arch):
+        instruction = rows_64 if specimen.constants.get("BLOCK_M", 16) >= 64 else rows_16
+        names = specimen.inspection.int8_mma
+        assert all(name.startswith(instruction) for name in names), (str(specimen), names)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_operands_arrive_by_asynchronous_copies(arch):
-    """Both loops of the product: a plain load in one would stall it at every step."""
-    for config in specimens.configs.GEMM[arch]:
-        seen = sass.inspect(specimens.gemm(arch, config).compile())
-        loops = [loop for loop in seen.loops if any("MMA" in name for name in loop)]
-        assert len(loops) == 2
+    """The loops over K, and the product's over outliers: a plain load in one would stall every step."""
+    for specimen in filter(lambda one: one.multiplies, specimens.specimens(arch)):
+        loops = [loop for loop in specimen.inspection.loops if any("MMA" in name for name in loop)]
+        if specimen.constants.get("QUANTIZE"):  # gathers its outlier columns byte by byte, at the end
+            loops = [loop for loop in loops if "HMMA" not in loop]
+        assert len(loops) == (2 if specimen.label.startswith("product") else 1)
         for loop in loops:
-            assert loop.get("LDGSTS", 0) > 0
-            assert loop.get("LDG", 0) == 0
+            assert loop.get("LDGSTS", 0) > 0, str(specimen)
+            assert loop.get("LDG", 0) == 0, str(specimen)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+def test_the_decode_loop_is_loads_and_products(arch):
+    """At 5 bytes of weight or more for each instruction of a warp, memory is what takes the time."""
+    for kind, rows in specimens.configs.DECODE[arch].items():
+        for config in rows:
+            seen = specimens.decode(arch, kind, config).inspection
+            (loop,) = [loop for loop in seen.loops if {"IMMA", "IGMMA"} & loop.keys()]
+            instructions = sum(loop.values()) * config.num_warps
+            assert config.block_n * config.block_k > 5 * instructions, (kind, config, loop)

@@ -15,10 +15,15 @@ import pytest
 import torch
 from int8_launches import LinearCheck, relative_error
 from layers import serve_cpu_tensors_with_gpu_kernels
+from linear_bound import CASES, assert_within_the_derived_bound
 from nogpu import fake_cuda
 from nogpu.inductor import Wrapper, retargeted
+from nogpu.interpreter import interpret
 
 import int8fx
+from int8fx.kernels.gpu import linear as gpu
+from int8fx.kernels.gpu.decode import quantized_linear_reference
+from int8fx.kernels.quantize import quantize_weight
 
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()
@@ -130,3 +135,35 @@ def test_one_compile_serves_several_lengths():
         assert len(wrappers) == 2
     assert len(check.errors) == 3 * 7
     assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
+
+
+@pytest.mark.parametrize(("M", "dtype", "decomposition"), CASES, ids=str)
+def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition):
+    with retargeted() as wrappers:
+        assert_within_the_derived_bound(M, dtype, decomposition, torch.device("cpu"))
+    assert len(wrappers) == 1
+
+
+@pytest.mark.parametrize("M", [1, 8, 40])
+def test_gradients_are_straight_through(monkeypatch, M):
+    """``grad @ ŵ`` for each linear of a group, summed; and biases that are trained.
+
+    The operator itself, in the interpreter: torch's autograd engine, which is C++, asks for the device
+    of a fake tensor, so a backward pass cannot be traced for a device that is not there.
+    """
+    monkeypatch.setattr(gpu, "wrap_triton", interpret)
+    generator = torch.Generator().manual_seed(M)
+    weights = [torch.randn(N, 64, generator=generator) for N in (48, 32)]
+    packed, scales = zip(*map(quantize_weight, weights), strict=True)
+    biases = [torch.zeros(N, requires_grad=True) for N in (48, 32)]
+    x = (3 * torch.randn(M, 64, generator=generator)).requires_grad_(True)
+    outputs = gpu.quantized_linears(x, 6.0, "column", packed, scales, biases)
+    upstream = [torch.randn(y.shape, generator=generator) for y in outputs]
+    torch.autograd.backward(outputs, upstream)
+    expected = 0
+    for y, w_int8, w_scale, bias, grad in zip(outputs, packed, scales, biases, upstream, strict=True):
+        reference = quantized_linear_reference(x.detach(), 6.0, "column", w_int8, w_scale, None)
+        torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(bias.grad, grad.sum(0), rtol=1e-5, atol=1e-5)
+        expected = expected + grad @ (w_int8 * w_scale.unsqueeze(1))
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-4)

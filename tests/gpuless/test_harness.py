@@ -8,6 +8,7 @@ import triton.language as tl
 from nogpu import fake_cuda, offline, sass
 from nogpu.inductor import retargeted
 from nogpu.interpreter import interpret
+from where import Carried
 
 fake_cuda.install("H100")
 
@@ -85,3 +86,14 @@ def test_a_launch_can_be_repeated_with_other_arguments():
     (name,) = [name for name in launch.arguments if name.startswith("out_ptr")]
     launch.run(**{name: changed})
     np.testing.assert_array_equal(changed.numpy(), y.numpy())
+
+
+def test_operands_are_carried_to_a_device_and_back():
+    """How ``tests/test_gpu.py`` runs the kernel tests; the device here is another part of the CPU."""
+    memory = torch.arange(40.0)
+    x, y = memory[4:20], memory[20:36]
+    elsewhere = Carried(interpret(scale_kernel), torch.device("cpu"))
+    elsewhere[(1,)](x, y_ptr=y, BLOCK=16)
+    assert torch.equal(memory[4:20], torch.arange(4.0, 20.0))
+    assert torch.equal(y, x / 19)
+    assert torch.equal(memory[36:], torch.arange(36.0, 40.0))

@@ -1,9 +1,11 @@
-"""Each kernel alone, in the interpreter, inside poisoned memory, over shapes and outlier placements.
+"""Each kernel alone, inside poisoned memory, over shapes and outlier placements.
 
 Every run is also a test of bounds: operands lie between NaN, results are checked to have left what is
-around them alone (``nogpu/guard.py``).
+around them alone (``nogpu/guard.py``). Here in the interpreter; ``tests/test_gpu.py`` runs the same on
+a GPU.
 """
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from int8_launches import relative_error
 from nogpu.guard import assert_intact, poisoned, poisoned_like
-from nogpu.interpreter import interpret
 from torch import Tensor
+from where import launchable
 
 from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
 from int8fx.kernels.gpu.decode import (
@@ -21,7 +23,9 @@ from int8fx.kernels.gpu.decode import (
     decode_kernel,
     quantized_linear_reference,
     sum_of_parts,
+    tile_rows,
 )
+from int8fx.kernels.gpu.digits import DIGITS, digits_reference, outlier_digits
 from int8fx.kernels.gpu.gather import (
     launch_shape,
     quantize_gather_kernel,
@@ -132,7 +136,7 @@ def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: boo
     }
     outputs = {name: poisoned_like(tensor) for name, tensor in outputs.items()}
     programs = -(-M // shape["ROWS"]) + sum(-(-N // shape["WEIGHT_ROWS"]) for N in case.N)
-    interpret(quantize_gather_kernel)[(programs,)](
+    launchable(quantize_gather_kernel)[(programs,)](
         x,
         claims(x, threshold),
         *padded(case.weights),
@@ -194,7 +198,7 @@ def test_product(case, unroll):
     del operands["columns"]
     block = 32
     tiles = -(-M // block) * sum(-(-N // block) for N in case.N)
-    interpret(gemm_kernel)[(tiles,)](
+    launchable(gemm_kernel)[(tiles,)](
         *operands.values(),
         *case.pointers,
         *padded(outputs),
@@ -226,48 +230,115 @@ def test_product(case, unroll):
         assert relative_error(y, expected) < TOLERANCE[y.dtype]
 
 
-@THOROUGH
-@given(
-    cases(st.integers(1, MAX_M)),
-    st.sampled_from(["column", "token"]),
-    st.sampled_from([1, 2, 4]),
-    st.sampled_from([0.0, THRESHOLD, float("inf")]),
-    st.booleans(),
-)
-def test_decode(case, decomposition, parts, threshold, quantizes):
+def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Tensor]:
+    """``y`` of each linear."""
     M, K = case.x.shape
-    x_int8, x_scale, x_outlier, _ = quantize_reference(case.x.clone(), threshold, decomposition)
-    source = case.x if quantizes or threshold == 0 else poisoned(x_outlier)
     shape = (M,) if parts == 1 else (parts, M)
     dtype = case.x.dtype if parts == 1 else torch.float32
     outputs = [poisoned_like(torch.empty(*shape, N, dtype=dtype)) for N in case.N if N]
-    has_bias = bool(case.biases) and parts == 1
-    interpret(decode_kernel)[(sum(-(-N // 16) for N in case.N), parts)](
-        source,
-        poisoned(x_int8),
-        poisoned(x_scale),
+    taken, columns = torch.empty(K, dtype=torch.int8), torch.empty(K, dtype=torch.int32)
+    work = [poisoned_like(taken), poisoned_like(columns)]
+    given = [constants.pop(name) for name in ("x_int8", "x_scale", "digits", "digit_scale")]
+    x_int8, x_scale, digits, digit_scale = given
+    launchable(decode_kernel)[(sum(-(-N // 16) for N in case.N), parts)](
+        case.x,
+        x_int8,
+        x_scale,
+        *(digits or [x_int8] * DIGITS),
+        digit_scale,
+        *work,
         *case.pointers,
         *padded(outputs),
         M,
         *case.N,
         K,
         threshold,
-        BLOCK_M=MAX_M,
         BLOCK_N=16,
         BLOCK_K=32,
         SPLIT_K=parts,
-        SCALE_BLOCK=64,
-        QUANTIZE=quantizes,
+        LOOK_BLOCK=64,
+        VECTOR=4,
+        QUANTIZE_BLOCK=32,
+        LIST_BLOCK=4,
+        BLOCK_O=16,
         GROUPED=len(outputs) > 1,
         EVEN_K=K % 32 == 0,
-        HAS_BIAS=has_bias,
-        HAS_OUTLIERS=threshold != 0,
-        COLUMN=quantizes and decomposition == "column",
+        HAS_BIAS=bool(case.biases) and parts == 1,
         PRECISION="ieee",
+        DIGITS=len(digits),
+        BLOCK_M=tile_rows(M, len(digits)),
+        **constants,
     )
-    assert_intact(*outputs, *case.inputs)
-    if parts > 1:
-        biases = case.biases or [None] * len(outputs)
-        outputs = [sum_of_parts(y, bias, case.x.dtype) for y, bias in zip(outputs, biases, strict=True)]
-    for y, expected in zip(outputs, case.expected(decomposition, threshold), strict=True):
+    assert_intact(*outputs, *work, x_int8, x_scale, *digits, digit_scale, *case.inputs)
+    if parts == 1:
+        return outputs
+    biases = case.biases or [None] * len(outputs)
+    return [sum_of_parts(y, bias, case.x.dtype) for y, bias in zip(outputs, biases, strict=True)]
+
+
+@THOROUGH
+@given(
+    cases(st.integers(1, MAX_M)),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0.0, THRESHOLD, math.inf]),
+)
+def test_decode_of_rows(case, parts, threshold):
+    x_int8, x_scale, x_outlier, _ = quantize_reference(case.x.clone(), threshold, "token")
+    digits, digit_scale = outlier_digits(x_outlier) if threshold else ([], x_scale)
+    outputs = run_decode(
+        case,
+        parts,
+        threshold,
+        x_int8=poisoned(x_int8),
+        x_scale=poisoned(x_scale),
+        digits=[poisoned(digit) for digit in digits],
+        digit_scale=poisoned(digit_scale),
+        QUANTIZE=False,
+    )
+    for y, expected in zip(outputs, case.expected("token", threshold), strict=True):
         assert relative_error(y, expected) < 2 * TOLERANCE[case.x.dtype]
+
+
+@THOROUGH
+@given(cases(st.integers(1, MAX_M)), st.sampled_from([1, 2, 4]), st.sampled_from([THRESHOLD, math.inf]))
+def test_decode_that_quantises(case, parts, threshold):
+    x_int8, x_scale, _, _ = quantize_reference(case.x.clone(), threshold, "column")
+    made = {"x_int8": poisoned_like(x_int8), "x_scale": poisoned_like(x_scale)}
+    outputs = run_decode(
+        case, parts, threshold, **made, digits=[], digit_scale=poisoned(x_scale), QUANTIZE=True
+    )
+    assert torch.equal(made["x_int8"], x_int8)
+    assert torch.equal(made["x_scale"], x_scale)
+    for y, expected in zip(outputs, case.expected("column", threshold), strict=True):
+        assert relative_error(y, expected) < 2 * TOLERANCE[case.x.dtype]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_infinities_and_nan_come_out_of_the_digits_as_of_a_float_product(value):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 40, generator=generator)
+    x[1, [5, 8]] = torch.tensor([value, 9.0])
+    w_int8, w_scale = quantize_weight(torch.randn(7, 40, generator=generator))
+    case = Case(poisoned(x), [poisoned(w_int8)], [poisoned(w_scale)], [])
+    x_int8, x_scale, x_outlier, _ = quantize_reference(x, THRESHOLD, "token")
+    digits, digit_scale = outlier_digits(x_outlier)
+    (y,) = run_decode(
+        case,
+        1,
+        THRESHOLD,
+        x_int8=poisoned(x_int8),
+        x_scale=poisoned(x_scale),
+        digits=[poisoned(digit) for digit in digits],
+        digit_scale=poisoned(digit_scale),
+        QUANTIZE=False,
+    )
+    (expected,) = case.expected("token")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_digits_keep_23_bits_below_the_largest_outlier():
+    x = 1000 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
+    digits, scale = outlier_digits(x)
+    error = (digits_reference(digits, scale) - x).abs().amax(1) / x.abs().amax(1)
+    assert (error < 2**-23).all(), error
+    assert torch.equal(digits[0], torch.round(x / scale.unsqueeze(1)).to(torch.int8))

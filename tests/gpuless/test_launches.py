@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from layers import decoder_layer, generated, layer_input, serve_cpu_tensors_with_gpu_kernels
+from layers import generated, generated_layer, serve_cpu_tensors_with_gpu_kernels
 from nogpu import fake_cuda, offline, sass
+from nogpu.inductor import Kernel
 from torch import nn
+
+from int8fx.kernels.gpu import configs
 
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()
@@ -56,33 +59,70 @@ def test_split_k_is_summed_by_the_kernel_that_reads_the_result():
     assert len(wrapper.launches) == 3, wrapper.launches
 
 
+def launched_with(M: int, kernel: str, mode: str | None) -> list[dict]:
+    """The configurations that the wrapper of a norm and a linear holds for one of our kernels."""
+    model = NormLinear(1024, 16384).to(torch.float16).requires_grad_(False)
+    wrapper = generated(model, torch.empty(M, 1024, dtype=torch.float16), mode=mode)
+    (found,) = [one for one in wrapper.kernels if one.name.startswith(kernel)]
+    return [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in found.configs]
+
+
+@pytest.mark.parametrize(("M", "kernel"), [(16, "decode_kernel"), (64, "gemm_kernel")])
+def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
+    """And the default takes one. That each of them compiles is the compiled tier's to show."""
+    if M == 16:
+        candidates = configs.decode_configs("sm_90", "quantises", 16384, 1024, 132)
+    else:
+        candidates = configs.gemm_configs("sm_90", M, 16384, torch.float16)
+    expected = [
+        {**c.constants(1024), "num_warps": c.num_warps, "num_stages": c.num_stages} for c in candidates
+    ]
+    assert len(expected) > 1
+    assert launched_with(M, kernel, "max-autotune-no-cudagraphs") == expected
+    (alone,) = launched_with(M, kernel, None)
+    assert alone["num_stages"] == candidates[-1].num_stages
+
+
+OURS = ("decode_kernel", "quantize_gather_kernel", "gemm_kernel")
+
+
 @pytest.mark.parametrize(("M", "ours"), [(1, 1), (16, 1), (64, 2)])
 def test_llama_decoder_layer(M, ours):
     """Seven linears read four activations, so there are four groups."""
-    x = layer_input(M, torch.float16)
-    model = decoder_layer(torch.float16)
-    wrapper = generated(model, x)
-    names = ("decode_kernel", "quantize_gather_kernel", "gemm_kernel")
-    launched = [name for name in wrapper.triton_launches if name.startswith(names)]
+    wrapper = generated_layer(M, torch.float16)
+    launched = [name for name in wrapper.triton_launches if name.startswith(OURS)]
     assert len(launched) == 4 * ours, launched
-    plain = generated(model, x, backend="inductor")
+    plain = generated_layer(M, torch.float16, "inductor")
     # Never more launches than in 16-bit: groups save what quantisation adds.
     added = len(wrapper.launches) - len(plain.launches)
     assert added <= (0 if M <= 16 else 2), (wrapper.launches, plain.launches)
 
 
 def test_nothing_waits_for_the_device_and_no_shape_depends_on_data():
-    body = generated(decoder_layer(torch.float16), layer_input(64, torch.float16)).body
-    for call in (".item()", "synchronize", ".cpu()", "nonzero", "unbacked"):
-        assert call not in body
+    for M in (16, 64):
+        for call in (".item()", "synchronize", ".cpu()", "nonzero", "unbacked"):
+            assert call not in generated_layer(M, torch.float16).body
 
 
-@pytest.mark.parametrize("M", [16, 64])
-def test_every_kernel_of_the_wrapper_compiles_without_spills(M):
-    wrapper = generated(decoder_layer(torch.float16), layer_input(M, torch.float16))
-    for arch in ("sm_80", "sm_90"):
-        for kernel in wrapper.kernels:
-            for compiled in offline.compile_generated(kernel, arch):
-                seen = sass.inspect(compiled)
-                # The range reduction of sin and cos keeps a table on the stack; that is no spill.
-                assert seen.spill_bytes == 0 or "_sin_" in kernel.name, kernel.name
+def _kernels(M: int, backend: str) -> dict[str, Kernel]:
+    """The kernels of a layer's wrapper by their source, in which their name is left out."""
+    found = generated_layer(M, torch.float16, backend).kernels
+    return {kernel.source.replace(kernel.name, ""): kernel for kernel in found}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_every_kernel_that_quantisation_changed_compiles_without_spills(arch):
+    """Those of the wrapper that Inductor's without int8 has not, each in its first configuration.
+
+    Ours are left to the compiled tier, which has them in all configurations.
+    """
+    changed: dict[str, Kernel] = {}
+    for M in (16, 64):
+        plain = _kernels(M, "inductor")
+        changed |= {source: k for source, k in _kernels(M, "llmint8").items() if source not in plain}
+    inductors = [kernel for kernel in changed.values() if not kernel.name.startswith(OURS)]
+    assert len(inductors) >= 6
+    for kernel in inductors:
+        seen = sass.inspect(offline.compile_generated(kernel, arch, first=True)[0])
+        # The range reduction of sin and cos keeps a table on the stack; that is no spill.
+        assert seen.spill_bytes == 0 or "_sin_" in kernel.name, kernel.name

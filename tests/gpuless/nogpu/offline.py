@@ -57,11 +57,12 @@ def compile_kernel(
         return triton.compile(source, target=target(arch), options=options)
 
 
-def compile_generated(kernel: Any, arch: str) -> list[Any]:
+def compile_generated(kernel: Any, arch: str, first: bool = False) -> list[Any]:
     """Every configuration of a kernel of a generated wrapper (``inductor.Kernel``).
 
     Args:
         arch: ``"sm_90"``; Inductor generates other code for AMD.
+        first: only the first configuration.
     """
     tuner = kernel.autotuner
     known = tuner.device_props
@@ -69,6 +70,9 @@ def compile_generated(kernel: Any, arch: str) -> list[Any]:
     tuner.device_props = known._replace(cc=cc, major=cc // 10)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return [tuner._precompile_config(config).kernel for config in tuner.configs]
+            return [
+                tuner._precompile_config(config).kernel
+                for config in tuner.configs[: 1 if first else None]
+            ]
     finally:
         tuner.device_props = known

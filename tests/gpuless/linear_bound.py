@@ -1,0 +1,48 @@
+"""One compiled linear against float64, within the bound that follows from the scheme."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import int8fx
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bounds import expected_and_bound
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+# M for each way to the result, see kernels/gpu/linear.py.
+CASES = [
+    (1, FP16, "column"),
+    (9, FP16, "column"),
+    (9, BF16, "token"),
+    (3, FP32, "token"),
+    (40, FP16, "column"),
+    (40, BF16, "token"),
+]
+K, N = 96, 80
+
+
+def assert_within_the_derived_bound(
+    M: int, dtype: torch.dtype, decomposition: str, device: torch.device
+) -> None:
+    """Compiles and runs one linear, whose input has outliers in three columns.
+
+    Raises:
+        AssertionError: it was not rewritten, or an element is further from float64 than it may be.
+    """
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(M)
+    linear = torch.nn.Linear(K, N)
+    linear.weight.data.normal_(generator=generator)
+    linear.bias.data.normal_(generator=generator)
+    x = torch.randn(M, K, generator=generator)
+    x[:, [5, 40, 41]] *= 15.0
+    linear, x = linear.to(device, dtype).requires_grad_(False), x.to(device, dtype)
+    options = {"decomposition": decomposition}
+    compiled = torch.compile(linear, backend="llmint8", options=options, fullgraph=True)
+    with torch.no_grad(), int8fx.collect_reports() as reports:
+        y = compiled(x)
+    assert len(reports[0].accepted) == 1
+    expected, bound = expected_and_bound(x, linear.weight, linear.bias, 6.0, decomposition)
+    assert ((y.double() - expected).abs() <= bound).all()

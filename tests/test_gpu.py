@@ -1,0 +1,46 @@
+"""The GPU path on a GPU; without one it is collected, and skipped.
+
+``tests/gpuless`` has the same tests for machines without: there kernels run in Triton's interpreter.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent / "gpuless"))
+
+from linear_bound import CASES, assert_within_the_derived_bound
+from test_kernels import *  # noqa: F403
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+@pytest.mark.parametrize(("M", "dtype", "decomposition"), CASES)
+def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition):
+    assert_within_the_derived_bound(M, dtype, decomposition, torch.device("cuda"))
+
+
+def test_a_captured_graph_serves_inputs_with_other_outliers():
+    """No synchronisation and no shape that depends on data, or capture and replay could not be."""
+    model = torch.nn.Linear(256, 128, device="cuda", dtype=torch.float16).requires_grad_(False)
+    compiled = torch.compile(model, backend="llmint8", fullgraph=True)
+    for M in (1, 8, 64):
+        static = torch.zeros(M, 256, device="cuda", dtype=torch.float16)
+        for _ in range(3):
+            compiled(static)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = compiled(static)
+        for seed in range(3):
+            x = torch.randn(M, 256, generator=torch.Generator().manual_seed(seed))
+            x[:, seed::50] *= 20
+            static.copy_(x)
+            graph.replay()
+            replayed = y.clone()
+            assert torch.equal(replayed, compiled(static))

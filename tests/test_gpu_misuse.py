@@ -1,0 +1,87 @@
+"""Misuse of the GPU path, and GPUs that it does not run on: an error or a refusal that says why."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import compile_once
+
+from int8fx.kernels import table
+from int8fx.kernels.gpu import device
+
+pytest.importorskip("triton")
+
+from int8fx.kernels.gpu.linear import quantized_linears
+
+
+def gpu(name: str, major: int, minor: int) -> SimpleNamespace:
+    return SimpleNamespace(name=name, major=major, minor=minor)
+
+
+def test_on_a_gpu_without_int8_mma_linears_stay_in_float(monkeypatch):
+    """The CPU's row of the table is the GPU's here, loaded on a GPU that is too old."""
+    reason = device._unsupported(gpu("Tesla V100", 7, 0))
+    row = dataclasses.replace(table.KERNELS["cuda"], load=lambda: reason)
+    monkeypatch.setitem(table.KERNELS, "cpu", row)
+    table.kernel_for.cache_clear()
+    model, x = torch.nn.Linear(16, 8).requires_grad_(False), torch.randn(3, 16)
+    try:
+        y, report = compile_once(model, x)
+        with pytest.raises(ValueError, match="Tesla V100 is sm_70; int8 matrix"):
+            table.pack(torch.zeros(8, 16, dtype=torch.int8))
+    finally:
+        table.kernel_for.cache_clear()
+    (decision,) = report.decisions
+    assert not decision.accepted
+    assert decision.reason == f"no int8 kernel for device 'cpu': {reason}"
+    assert report.kernel["cpu"] == f"none ({decision.reason})"
+    torch.testing.assert_close(y, model(x))
+
+
+def test_which_gpus_serve(monkeypatch):
+    for too_old in (gpu("P100", 6, 0), gpu("T4", 7, 5)):
+        assert f"{too_old.name} is sm_{too_old.major}" in device._unsupported(too_old)
+    assert device._unsupported(gpu("A100", 8, 0)) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert device._unsupported(SimpleNamespace(gcnArchName="gfx942:sramecc+")) is None
+    assert "gfx1100 is none of gfx90a" in device._unsupported(SimpleNamespace(gcnArchName="gfx1100"))
+
+
+def operands(x_dtype=torch.float16, w_dtype=torch.int8, w_device="cpu", K=16) -> tuple:
+    x = torch.zeros(3, 16, dtype=x_dtype)
+    weight = torch.zeros(8, K, dtype=w_dtype, device=w_device)
+    return x, 6.0, "column", [weight], [torch.ones(8, device=w_device)], []
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"w_device": "meta"}, ValueError, "x is on cpu, and a weight on meta"),
+        ({"x_dtype": torch.float64}, TypeError, "x is torch.float64; allowed: torch.float32"),
+        ({"w_dtype": torch.float16}, ValueError, r"torch.float16 \[8, 16\].*int8 \[N, 16\]"),
+        ({"K": 32}, ValueError, r"torch.int8 \[8, 32\].*int8 \[N, 16\]"),
+    ],
+    ids=["device", "input dtype", "weight dtype", "width"],
+)
+def test_operands_that_do_not_go_together(given, error, message):
+    with pytest.raises(error, match=message):
+        quantized_linears(*operands(**given))
+
+
+def test_groups_that_are_too_large_or_half_with_a_bias():
+    x, threshold, decomposition, weights, w_scales, _ = operands()
+    with pytest.raises(ValueError, match=r"1 to 3 linears, .* given 4 weights and 0 biases"):
+        quantized_linears(x, threshold, decomposition, weights * 4, w_scales * 4, [])
+    with pytest.raises(ValueError, match="given 2 weights and 1 biases"):
+        quantized_linears(x, threshold, decomposition, weights * 2, w_scales * 2, [torch.zeros(8)])
+
+
+def test_an_input_on_another_device_than_the_weight_is_an_error_and_the_model_as_it_was():
+    """Dynamo says it, as for a model in float: fake tensors know their devices."""
+    model = torch.nn.Linear(16, 8).requires_grad_(False)
+    with pytest.raises(Exception, match="meta"):
+        compile_once(model, torch.zeros(3, 16, device="meta"))
+    y, report = compile_once(model, torch.zeros(3, 16))
+    assert y.shape == (3, 8)
+    assert len(report.accepted) == 1
