@@ -123,6 +123,54 @@ def demo(
 
 @app.command()
 @one_line_errors
+def evaluate(
+    model: ModelArgument = None,
+    text: TextOption = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,SETTING=VALUE...]",
+            help="What to compare with float, as llm.int8,threshold=3; may be repeated. All schemes.",
+        ),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many windows of the text to judge.")
+    ] = 20,
+    length: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many tokens a window has.")
+    ] = 512,
+    inject: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR", help="A second table, with six channels of every norm amplified so much."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the injected channels.")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Through Inductor: minutes for each scheme.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compares schemes with the float model: perplexity, KL divergence, top-1 agreement."""
+    progress = Console(stderr=True)
+    from int8fx.progress import step
+
+    with step(progress, "Importing torch and transformers"):
+        from int8fx import SCHEMES, smollm2
+        from int8fx.evaluation import Settings, contender
+        from int8fx.evaluation import evaluate as run
+        from int8fx.texts import load_with_tokens
+
+    contenders = {spec: contender(spec) for spec in scheme or SCHEMES}
+    loaded, token_ids = load_with_tokens(model, text, progress)
+    settings = Settings(contenders, windows, length, inject, seed, compiled)
+    outcome = run(loaded, token_ids, settings, model or smollm2.CONVERTED, progress)
+    print_json(outcome.to_dict()) if json else Console().print(outcome)
+
+
+@app.command()
+@one_line_errors
 def explain(
     model: ModelArgument = None,
     text: TextOption = None,

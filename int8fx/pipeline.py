@@ -74,7 +74,7 @@ def rewrite_graph(
     inputs: Sequence[Any],
     options: Options,
     store: WeightStore,
-    watch: "Callable[[Compilation], None]",
+    watch: "Callable[[Compilation], None]" = lambda compilation: None,
 ) -> Callable[..., Any]:
     """The rewritten graph as it is before Inductor, to be run operator by operator.
 
