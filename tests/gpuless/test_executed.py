@@ -19,6 +19,7 @@ from nogpu import fake_cuda
 from nogpu.inductor import Wrapper, retargeted
 
 import int8fx
+from int8fx.kernels.scheme import Settings
 
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()
@@ -130,3 +131,38 @@ def test_one_compile_serves_several_lengths():
         assert len(wrappers) == 2
     assert len(check.errors) == 3 * 7
     assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
+
+
+class EachScheme(torch.nn.Module):
+    """A linear for each scheme, all of the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(K, N) for _ in int8fx.SCHEMES)
+
+    def forward(self, x):
+        return torch.stack([linear(x) for linear in self.linears])
+
+
+K, N = 96, 40
+
+
+@pytest.mark.parametrize("M", [1, 8, 40])
+def test_every_scheme_is_its_reference(M):
+    torch._dynamo.reset()
+    model = EachScheme().to(torch.float16).requires_grad_(False)
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).to(torch.float16) + 0.5
+    x[:, 5] = 20.0
+    rules = [(f"linears.{index}", name) for index, name in enumerate(int8fx.SCHEMES)]
+    with torch.no_grad(), retargeted() as wrappers:
+        y = compiled(model, {"rules": rules})(x)
+    assert len(wrappers) == 1
+    errors = {
+        name: relative_error(y[index], scheme.reference(x, linear.weight, linear.bias, Settings()))
+        for (index, (name, scheme)), linear in zip(
+            enumerate(int8fx.SCHEMES.items()), model.linears, strict=True
+        )
+    }
+    # One rounding of the outlier product and one of the result, beside that of the result alone.
+    assert all(error < 2 * TOLERANCE[torch.float16] for error in errors.values()), errors
