@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from int8fx.bench import Build, Run, compiled, llmint8, measure
-from int8fx.timing import machine
+from int8fx.timing import Timing, machine
 
 # (K, N) of the models' linears
 SHAPES = {
