@@ -164,6 +164,7 @@ def _scheme(
         lambda settings: kept,
         _dequantized_input(per_tensor, zero_point, decomposed),
         _lowering(per_tensor, zero_point, decomposed),
+        quantize_affine,
         {quantize_affine: quantize_affine_reference, ops.int8_linear: composed.int8_linear},
     )
 
