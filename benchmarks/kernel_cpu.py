@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
 from int8fx.kernels import ops
 from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.timing import interleaved
 
 CACHE_BYTES = 256 << 20  # more than a last-level cache holds
 Calls = list[Callable[[], object]]

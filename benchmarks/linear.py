@@ -8,23 +8,22 @@ each with its own input: up to 16 rows as many as leave the cache, so that weigh
 Peers that are not installed are skipped by name (``pip install int8fx[bench]``).
 """
 
-import copy
-import functools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from figures import machine, plain
-from peers import PEERS, Missing
+from figures import plain
+from peers import PEERS
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from timing import Timing, interleaved
-from torch import Tensor, nn
+from torch import nn
+
+from int8fx.bench import Build, Run, compiled, llmint8, measure
+from int8fx.timing import Timing, machine
 
 # (K, N) of the models' linears
 SHAPES = {
@@ -40,44 +39,6 @@ SHAPES = {
     "gpt2-xl up": (1600, 6400),
     "gpt2-xl down": (6400, 1600),
 }
-COLD_BYTES = 128 << 20  # of int8 weights: more than a last-level cache holds
-MOST_LINEARS = 200  # in one graph
-COLD_ROWS = 16  # up to so many, reading the weights is most of the time
-HIDDEN_OPERATIONS = 2e9  # in one call: some milliseconds, beside which its overhead is nothing
-OUTLIER_SIZE = 20.0
-
-
-class Stack(nn.Module):
-    """Several linears of one shape, each with an input of its own.
-
-    One call reads more weights than the cache holds, and all of them are in one graph, as a model's
-    are; no contender can join linears that read different inputs.
-    """
-
-    def __init__(self, K: int, N: int, count: int) -> None:
-        super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(K, N, bias=False) for _ in range(count))
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return [linear(x) for linear, x in zip(self.linears, xs, strict=True)]
-
-
-def linears_in_stack(M: int, K: int, N: int) -> int:
-    if M <= COLD_ROWS:
-        return min(math.ceil(COLD_BYTES / (K * N)), MOST_LINEARS)
-    return math.ceil(HIDDEN_OPERATIONS / (2 * M * K * N))
-
-
-Run = Callable[[list[Tensor]], list[Tensor]]
-Build = Callable[[nn.Module], Run]
-
-
-def compiled(backend: str, **options: object) -> Build:
-    return lambda model: torch.compile(model, backend=backend, dynamic=False, **options)
-
-
-def llmint8(**options: object) -> Build:
-    return compiled("llmint8", options={"skip": [], **options})
 
 
 def in_fp32(build: Build) -> Build:
@@ -109,39 +70,6 @@ CONTENDERS: dict[str, Build] = {
     **{name: peer(name) for name in PEERS},
 }
 BASELINE = "bf16 inductor"
-
-
-def activations(M: int, K: int, outliers: str) -> Tensor:
-    """bf16 rows with some columns of outliers: a count, or a share of K as ``2%``."""
-    count = round(K * float(outliers[:-1]) / 100) if outliers.endswith("%") else int(outliers)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(M, K, generator=generator).clamp(-5, 5)
-    columns = torch.randperm(K, generator=generator)[:count]
-    x[:, columns] = OUTLIER_SIZE * (1 + x[:, columns].abs())
-    return x.to(torch.bfloat16)
-
-
-def measure(
-    M: int, K: int, N: int, outliers: str, names: list[str], seconds: float
-) -> tuple[dict[str, Timing], list[str]]:
-    """The timings of one linear by contender, and the peers that are missing."""
-    torch.compiler.reset()
-    # Every contender compiles the same forward.
-    torch._dynamo.config.recompile_limit = 2 * len(CONTENDERS)
-    count = linears_in_stack(M, K, N)
-    x = activations(M, K, outliers)
-    xs = [x.clone() for _ in range(count)]
-    torch.manual_seed(0)
-    stack = Stack(K, N, count).to(torch.bfloat16).requires_grad_(False).eval()
-    calls: dict[str, list[Callable[[], object]]] = {}
-    missing = []
-    for name in names:
-        try:
-            calls[name] = [functools.partial(CONTENDERS[name](copy.deepcopy(stack)), xs)]
-        except Missing as peer:
-            missing.append(str(peer))
-    timings = interleaved(calls, seconds=seconds)
-    return {name: timing / count for name, timing in timings.items()}, missing
 
 
 def show(console: Console, title: str, rows: list[dict], names: list[str]) -> None:
@@ -192,7 +120,8 @@ def main(
             found = []
             for M in sizes:
                 progress.update(task, description=f"{shape}, M={M}, {outlier} outlier columns")
-                timings, missing = measure(M, K, N, outlier, names, seconds)
+                builds = {name: CONTENDERS[name] for name in names}
+                timings, missing = measure(M, K, N, outlier, builds, seconds)
                 absent.update(missing)
                 found.append(
                     {"shape": shape, "M": M, "K": K, "N": N, "outliers": outlier, "timings": timings}

@@ -27,17 +27,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from figures import machine, plain
+from figures import plain
 from peers import PEERS, Missing
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from timing import Timing, timing_of
 from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from int8fx import smollm2
 from int8fx.contenders import Contender, in_bfloat16
+from int8fx.timing import Timing, machine, timing_of
 
 PREFILL, DECODE = 512, 64
 SEQUENCES, LENGTH = 32, 128

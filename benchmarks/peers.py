@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8fx.bench import Missing
+
 HEADS = ("lm_head",)
-
-
-class Missing(Exception):
-    """A peer that is not installed."""
 
 
 def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

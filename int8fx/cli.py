@@ -23,6 +23,7 @@ from int8fx.command_line import (
     ThresholdOption,
     backend_options,
     complain,
+    numbers,
     one_line_errors,
     positive,
     print_json,
@@ -118,6 +119,94 @@ def demo(
         from int8fx.demo import Settings, run
 
     outcome = run(Settings(model, prompt, tokens, windows), progress)
+    print_json(outcome.to_dict()) if json else Console().print(outcome)
+
+
+@app.command()
+@one_line_errors
+def bench(
+    model: ModelArgument = None,
+    shape: Annotated[str, typer.Option(metavar="KxN", help="Of the linear.")] = "4096x4096",
+    rows: Annotated[str, typer.Option(metavar="M,...", help="Rows of its input.")] = "1,16,512",
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of llmint8's linears; may be repeated (llm.int8, w8a16)."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", help="Of measuring, for each linear and contender.")
+    ] = 1.0,
+    tokens: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="Of the model's prefill.")
+    ] = 512,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Times single linears, and a model's prefill and decode, beside Inductor in bf16."""
+    progress = Console(stderr=True)
+    K, N = numbers("--shape", shape, "x", 2)
+    sizes = numbers("--rows", rows, ",")
+    schemes = scheme or ["llm.int8", "w8a16"]
+    for name in schemes:
+        backend_options(scheme=name)
+    from int8fx.progress import step
+
+    with step(progress, "Importing torch and transformers"):
+        from int8fx import smollm2
+        from int8fx.bench import Settings
+        from int8fx.bench import bench as run
+        from int8fx.texts import load_with_tokens
+
+    loaded, token_ids = load_with_tokens(model, None, progress)
+    settings = Settings(K, N, sizes, schemes, seconds, tokens)
+    outcome = run(loaded, token_ids[None], model or smollm2.CONVERTED, settings, progress)
+    print_json(outcome.to_dict()) if json else Console().print(outcome)
+
+
+@app.command()
+@one_line_errors
+def evaluate(
+    model: ModelArgument = None,
+    text: TextOption = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,SETTING=VALUE...]",
+            help="What to compare with float, as llm.int8,threshold=3; may be repeated. All schemes.",
+        ),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many windows of the text to judge.")
+    ] = 20,
+    length: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many tokens a window has.")
+    ] = 512,
+    inject: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR", help="A second table, with six channels of every norm amplified so much."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the injected channels.")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Through Inductor: minutes for each scheme.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compares schemes with the float model: perplexity, KL divergence, top-1 agreement."""
+    progress = Console(stderr=True)
+    from int8fx.progress import step
+
+    with step(progress, "Importing torch and transformers"):
+        from int8fx import SCHEMES, smollm2
+        from int8fx.evaluation import Settings, contender
+        from int8fx.evaluation import evaluate as run
+        from int8fx.texts import load_with_tokens
+
+    contenders = {spec: contender(spec) for spec in scheme or SCHEMES}
+    loaded, token_ids = load_with_tokens(model, text, progress)
+    settings = Settings(contenders, windows, length, inject, seed, compiled)
+    outcome = run(loaded, token_ids, settings, model or smollm2.CONVERTED, progress)
     print_json(outcome.to_dict()) if json else Console().print(outcome)
 
 

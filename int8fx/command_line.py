@@ -61,6 +61,19 @@ def positive(given: str | int) -> int:
     return count
 
 
+def numbers(option: str, given: str, separator: str, count: int | None = None) -> list[int]:
+    """Counts in one text, as ``4096x4096``.
+
+    Raises:
+        UserError: names the option, what was given and what is allowed.
+    """
+    parts = given.split(separator)
+    if all(part.isdecimal() and int(part) > 0 for part in parts) and count in (None, len(parts)):
+        return [int(part) for part in parts]
+    form = separator.join(["N"] * (count or 1)) + ("" if count else f"{separator}...")
+    raise UserError(f"{option} {given}: allowed is {form}, whole numbers from 1")
+
+
 def print_json(values: Any) -> None:
     """Plain JSON: no NaN, no infinity."""
     print(json.dumps(values, indent=2, allow_nan=False))

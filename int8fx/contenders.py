@@ -18,15 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 import int8fx
+from int8fx.progress import step
 from int8fx.torch_private import compile_counts
 
 # generate() wants the last position's logits alone. Dynamo makes a dimension of size 1 a constant,
 # and the perplexity's graph would be another one: so one position more, of hundreds.
 LAST = 2
+
+ROUNDS = 5
+STEPS = 16
 
 
 class Contender:
@@ -236,3 +241,17 @@ def measure(
         )
         for name in prefills
     }
+
+
+def warm_up(contenders: Sequence[Contender], token_ids: Tensor, progress: Console) -> None:
+    """Compiles them all, with a bar for each."""
+    for contender in contenders:
+        verb = "Compiling" if contender.compiled else "Warming up"
+        with step(progress, f"{verb} {contender.name}, {contender.how}", 2) as update:
+            contender.warm_up(token_ids, update)
+
+
+def timed(contenders: Sequence[Contender], token_ids: Tensor, progress: Console) -> dict[str, Speed]:
+    """``measure``, with a bar."""
+    with step(progress, "Timing prefill and decode", ROUNDS) as update:
+        return measure(contenders, token_ids, rounds=ROUNDS, steps=STEPS, on_round=update)

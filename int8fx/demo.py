@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from int8fx import smollm2, texts
-from int8fx.contenders import Contender, Speed, line_up, measure
+from int8fx.contenders import ROUNDS, STEPS, Contender, Speed, line_up, timed, warm_up
 from int8fx.errors import UserError
 from int8fx.evaluate import Accuracy, compare, sample_text, windows
 from int8fx.progress import step
@@ -20,8 +20,6 @@ from int8fx.torch_private import compile_counts
 
 WINDOW = 512
 SHORTEST_WINDOW = 16
-ROUNDS = 5
-STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -107,14 +105,9 @@ def run(settings: Settings, progress: Console) -> Outcome:
 
     with step(progress, "Preparing the models"):
         contenders = line_up(model, capacity)
-    for contender in contenders:
-        verb = "Compiling" if contender.compiled else "Warming up"
-        with step(progress, f"{verb} {contender.name}, {contender.how}", 2) as update:
-            contender.warm_up(token_windows[:1], update)
-
+    warm_up(contenders, token_windows[:1], progress)
     before = compile_counts()
-    with step(progress, "Timing prefill and decode", ROUNDS) as update:
-        speeds = measure(contenders, token_windows[:1], rounds=ROUNDS, steps=STEPS, on_round=update)
+    speeds = timed(contenders, token_windows[:1], progress)
     recompiled = compile_counts()[0] - before[0]
     with step(progress, "Perplexity and agreement", len(token_windows)) as update:
         logits = {contender.name: contender.logits for contender in contenders}

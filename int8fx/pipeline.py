@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from int8fx import torch_private
-from int8fx.kernels import ops, table
+from int8fx.kernels import table
 from int8fx.kernels.scheme import Choice
 from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.kernels.tuning import tuning
@@ -36,6 +36,7 @@ from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap
 
 log = logging.getLogger(__name__)
 
+QUANTIZERS = {scheme.quantizer for scheme in SCHEMES.values()} - {None}
 # What Inductor is given to fuse instead of a call; see passes/lower.py.
 DECOMPOSITIONS = {
     operator: decomposed
@@ -75,7 +76,7 @@ def rewrite_graph(
     inputs: Sequence[Any],
     options: Options,
     store: WeightStore,
-    watch: "Callable[[Compilation], None]",
+    watch: "Callable[[Compilation], None]" = lambda compilation: None,
 ) -> Callable[..., Any]:
     """The rewritten graph as it is before Inductor, to be run operator by operator.
 
@@ -249,7 +250,7 @@ def lower_linears(compilation: Compilation) -> None:
 def share_quantizations(compilation: Compilation) -> None:
     """fuse_prologue on every graph."""
     for scope in compilation.root.walk():
-        fuse_prologue(scope.graph, DECOMPOSITIONS.keys())
+        fuse_prologue(scope.graph, QUANTIZERS)
 
 
 def fold_biases(compilation: Compilation) -> None:
@@ -261,8 +262,9 @@ def fold_biases(compilation: Compilation) -> None:
 def join_quantized_linears(compilation: Compilation) -> None:
     """join_linears on every graph; counts quantisations, which it may take away, before."""
     for scope in compilation.root.walk():
-        quantizations = scope.graph.find_nodes(op="call_function", target=ops.quantize)
-        compilation.quantizations += len(quantizations)
+        for quantizer in QUANTIZERS:
+            found = scope.graph.find_nodes(op="call_function", target=quantizer)
+            compilation.quantizations += len(found)
         join_linears(scope.graph, compilation.fake_mode, table.joined)
 
 

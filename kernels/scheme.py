@@ -72,8 +72,9 @@ class Scheme:
         weight_format: how it keeps weights, given the settings.
         dequantized_input: x̂ ``[*, K]`` of ``x [*, K]``, in plain PyTorch.
         lower: the product, by operators that every device has.
-        decompositions: which of these operators Inductor is given to fuse instead of a call, and the
-            aten form of each; equal calls of them are shared (``passes/fuse_prologue.py``).
+        quantizer: which of these quantises x, or None; linears of one input share its call
+            (``passes/fuse_prologue.py``).
+        decompositions: which of them Inductor is given to fuse instead of a call, and the aten form.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Scheme:
     weight_format: Callable[[Settings], WeightFormat]
     dequantized_input: Callable[[Tensor, Settings], Tensor]
     lower: Lowering
+    quantizer: Any
     decompositions: Mapping[Any, Callable[..., Any]]
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:

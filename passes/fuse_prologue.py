@@ -36,7 +36,6 @@ def fuse_prologue(graph: fx.Graph, quantizers: Collection[Any]) -> int:
             seen.clear()
         if node.target not in quantizers:
             continue
-        # An argument that is a list of nodes is another list, immutable, and equal.
         first = seen.setdefault((node.target, node.args), node)
         if first is not node:
             _take_over(graph, node, first)
@@ -46,8 +45,7 @@ def fuse_prologue(graph: fx.Graph, quantizers: Collection[Any]) -> int:
 
 def _take_over(graph: fx.Graph, node: fx.Node, first: fx.Node) -> None:
     items = {item.args[1]: item for item in first.users if item.target is operator.getitem}
-    for item in [user for user in node.users if user.target is operator.getitem]:
+    for item in list(node.users):
         item.replace_all_uses_with(items[item.args[1]])
         graph.erase_node(item)
-    node.replace_all_uses_with(first)
     graph.erase_node(node)

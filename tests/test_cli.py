@@ -33,7 +33,9 @@ def test_version(capsys):
 def test_help_lists_the_commands():
     result = CliRunner().invoke(int8fx.cli.app, ["--help"])
     assert result.exit_code == 0
-    assert [name for name in ("demo", "explain") if name not in result.output] == []
+    assert [
+        name for name in ("demo", "explain", "evaluate", "bench") if name not in result.output
+    ] == []
 
 
 def test_help_imports_no_model_code():
@@ -54,6 +56,11 @@ def test_help_imports_no_model_code():
         (["dmo"], ["'dmo'", "demo"]),
         (["demo", "--model", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
         (["demo", "--model", "missing.gguf"], ["missing.gguf", "no such file"]),
+        (["bench", "--shape", "4096"], ["--shape 4096", "NxN", "whole numbers from 1"]),
+        (["bench", "--rows", "1,0"], ["--rows 1,0", "N,...", "whole numbers from 1"]),
+        (["bench", "--scheme", "int9"], ["'int9'", "'w8a16'"]),
+        (["evaluate", "--scheme", "int9"], ["--scheme int9", "'w8a16'"]),
+        (["evaluate", "--windows", "none"], ["--windows", "'none'"]),
         (["explain", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
         (["explain", "--text", "nowhere.txt"], ["--text nowhere.txt", "No such file"]),
         (["explain", "--threshold", "-1"], ["'threshold'", "-1.0", "a number >= 0"]),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import ops
+from int8fx.kernels.gpu import composed
 from int8fx.kernels.quantize import MIN_SCALE, QMAX, split_outliers
 from int8fx.kernels.scheme import Call, Lowering, Scheme, Settings, WeightFormat
 from int8fx.kernels.schemes.int8 import PER_CHANNEL, PER_TENSOR
@@ -163,7 +164,8 @@ def _scheme(
         lambda settings: kept,
         _dequantized_input(per_tensor, zero_point, decomposed),
         _lowering(per_tensor, zero_point, decomposed),
-        {quantize_affine: quantize_affine_reference},
+        quantize_affine,
+        {quantize_affine: quantize_affine_reference, ops.int8_linear: composed.int8_linear},
     )
 
 

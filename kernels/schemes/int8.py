@@ -82,6 +82,7 @@ LLM_INT8 = Scheme(
     lambda settings: PER_CHANNEL,
     dequantized_input,
     lower,
+    ops.quantize,
     DECOMPOSITIONS,
 )
 ABSMAX_VECTOR = Scheme(
@@ -92,6 +93,7 @@ ABSMAX_VECTOR = Scheme(
     lambda settings: PER_CHANNEL,
     dequantized_whole_input,
     lower_whole,
+    ops.quantize,
     DECOMPOSITIONS,
 )
 ABSMAX_ROW = Scheme(
@@ -102,5 +104,6 @@ ABSMAX_ROW = Scheme(
     lambda settings: PER_TENSOR,
     dequantized_whole_input,
     lower_whole,
+    ops.quantize,
     DECOMPOSITIONS,
 )

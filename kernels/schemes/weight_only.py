@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from int8fx.kernels import ops
 from int8fx.kernels.quantize import MIN_SCALE, QMAX
 from int8fx.kernels.scheme import Call, Scheme, Settings, WeightFormat, unchanged
 from int8fx.kernels.schemes import int8
@@ -40,6 +41,7 @@ W8A16 = Scheme(
     lambda settings: PER_CHANNEL,
     unchanged,
     lower_per_channel,
+    ops.quantize,
     int8.DECOMPOSITIONS,
 )
 
@@ -128,5 +130,6 @@ W8A16_GROUP = Scheme(
     lambda settings: grouped(settings.group_size),
     unchanged,
     lower_groups,
+    None,
     {group_linear: group_linear_reference},
 )

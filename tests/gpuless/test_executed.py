@@ -24,6 +24,7 @@ import int8fx
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
 from int8fx.kernels.quantize import quantize_weight
+from int8fx.kernels.scheme import Settings
 
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()
@@ -167,3 +168,38 @@ def test_gradients_are_straight_through(monkeypatch, M):
         torch.testing.assert_close(bias.grad, grad.sum(0), rtol=1e-5, atol=1e-5)
         expected = expected + grad @ (w_int8 * w_scale.unsqueeze(1))
     torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-4)
+
+
+class EachScheme(torch.nn.Module):
+    """A linear for each scheme, all of the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(K, N) for _ in int8fx.SCHEMES)
+
+    def forward(self, x):
+        return torch.stack([linear(x) for linear in self.linears])
+
+
+K, N = 96, 40
+
+
+@pytest.mark.parametrize("M", [1, 8, 40])
+def test_every_scheme_is_its_reference(M):
+    torch._dynamo.reset()
+    model = EachScheme().to(torch.float16).requires_grad_(False)
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).to(torch.float16) + 0.5
+    x[:, 5] = 20.0
+    rules = [(f"linears.{index}", name) for index, name in enumerate(int8fx.SCHEMES)]
+    with torch.no_grad(), retargeted() as wrappers:
+        y = compiled(model, {"rules": rules})(x)
+    assert len(wrappers) == 1
+    errors = {
+        name: relative_error(y[index], scheme.reference(x, linear.weight, linear.bias, Settings()))
+        for (index, (name, scheme)), linear in zip(
+            enumerate(int8fx.SCHEMES.items()), model.linears, strict=True
+        )
+    }
+    # One rounding of the outlier product and one of the result, beside that of the result alone.
+    assert all(error < 2 * TOLERANCE[torch.float16] for error in errors.values()), errors

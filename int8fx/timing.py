@@ -1,9 +1,15 @@
-"""Timing several callables against each other in one process: interleaved, medians with spread."""
+"""Timing several callables against each other in one process: interleaved, medians with spread; and
+what every benchmark says of the machine.
+"""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,22 @@ def timing_of(values: Sequence[float]) -> Timing:
     """The median and quartiles of at least two samples."""
     low, median, high = statistics.quantiles(values, n=4)
     return Timing(median, low, high)
+
+
+def machine() -> str:
+    """The processor, what it can do, the threads, and torch's release."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    amx = torch.cpu.get_capabilities().get("amx_int8", False)
+    return (
+        f"{processor()}, {torch.get_num_threads()} threads, {capability}{' with AMX' if amx else ''}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,111 @@
+"""A model whose linears are switched between float and several schemes, in one trace.
+
+All ways must keep weights in one format, so that switching costs nothing; the graph then runs operator
+by operator, as in ``observe.py``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from int8fx import torch_private
+from int8fx.evaluate import token_kl
+from int8fx.kernels.scheme import eagerly
+from int8fx.options import Options
+from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.lower import Product
+from int8fx.pipeline import Compilation, rewrite_graph
+from int8fx.weights import WeightStore
+
+
+class Mixtures:
+    """Answers how far any mixture is from the float model, on one input.
+
+    Attributes:
+        paths: of the linears that may be quantised.
+        skipped: patterns for what the default options leave in float.
+        float_bytes: of the model's parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        ways: Mapping[str, tuple[str, Mapping[str, Any]]],
+    ) -> None:
+        self.paths: list[str] = []
+        self.skipped: list[str] = []
+        self.float_bytes = 0
+        self._choices = {
+            way: Options.parse({"scheme": scheme, **settings}).choice("")
+            for way, (scheme, settings) in ways.items()
+        }
+        self._active: Mapping[str, str] = {}
+        self._bytes: dict[str, tuple[int, int]] = {}
+        self._store = WeightStore()
+        model = torch_private.uncompiled(model)
+        if isinstance(model, torch.nn.Module):
+            tensors = (*model.parameters(), *model.buffers())
+            self.float_bytes = sum(tensor.nbytes for tensor in tensors)
+        self._run = torch_private.compile_apart(model, self._backend)
+        self._args, self._kwargs = args, kwargs
+        self._expected = self._logits({})
+
+    def nbytes(self, path: str) -> tuple[int, int]:
+        """Of a linear's weight, in float and in int8."""
+        return self._bytes[path]
+
+    def kl(self, mixture: Mapping[str, str]) -> float:
+        """Mean KL divergence, in nats, with these linears quantised, each in its way."""
+        return token_kl(self._expected, self._logits(mixture)).double().mean().item()
+
+    @torch.no_grad()
+    def _logits(self, mixture: Mapping[str, str]) -> Tensor:
+        self._active = mixture
+        output = self._run(*self._args, **self._kwargs)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise TypeError(
+                f"the model answers with a {type(output).__name__}; needed are logits, a tensor or an "
+                "attribute of that name"
+            )
+        return logits.reshape(-1, logits.shape[-1])
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return rewrite_graph(gm, inputs, Options(), self._store, self._watch)
+
+    def _watch(self, compilation: Compilation) -> None:
+        for candidate, decision in zip(compilation.found, compilation.decisions, strict=True):
+            if candidate in compilation.choices:
+                self._add(compilation, candidate, decision.path)
+            elif decision.reason.startswith("skip:"):
+                self.skipped.append(decision.path)
+
+    def _add(self, compilation: Compilation, candidate: Candidate, path: str) -> None:
+        assert candidate.weight is not None
+        compilation.products[candidate] = self._product(candidate, path)
+        if path not in self._bytes:
+            tensor = compilation.tensors[candidate.weight.placeholder]
+            kept = compilation.choices[candidate].weight_format
+            packed = self._store.get(tensor, candidate.weight, kept)
+            self._bytes[path] = (packed.float_bytes, packed.nbytes)
+            self.paths.append(path)
+
+    def _product(self, candidate: Candidate, path: str) -> Product:
+        expression = candidate.weight
+        assert expression is not None
+
+        def switched(x: Tensor, weight: Tensor, bias: Tensor | None, *kept: Tensor) -> Tensor:
+            way = self._active.get(path)
+            if way is None:
+                return F.linear(x, expression.evaluate(weight).to(x.dtype), bias)
+            return self._choices[way].lower(eagerly, x, kept, bias)
+
+        def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], bias: fx.Node | None) -> fx.Node:
+            return call(switched, x, candidate.scope.lift(expression.placeholder), bias, *kept)
+
+        return emit

@@ -1,0 +1,55 @@
+"""``int8_linear`` on a GPU for rows that come quantised, composed of operators that Inductor has.
+
+llm.int8 quantises inside its own kernels (``linear.py``). Schemes whose rows are quantised otherwise
+(``kernels/schemes/affine.py``) meet the weight here: the integer product is ``_int_mm``, for which
+Inductor has a Triton template beside cuBLAS, or up to 16 rows a sum that it turns into one kernel; the
+outlier product is a 16-bit one with the weight de-quantised before it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What the integer product of cuBLAS wants of its sizes.
+_MORE_ROWS_THAN, _MULTIPLE = 16, 8
+
+
+def int8_linear(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    x_outlier: Tensor,
+    outlier_columns: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Any:
+    """The formula of ``kernels/linear.py``; NotImplemented for what is not on a GPU.
+
+    Args:
+        weight: ``[N, K]`` int8; the others as there.
+    """
+    if x_int8.device.type != "cuda":
+        return NotImplemented
+    K = x_int8.shape[-1]
+    acc_int32 = _product(x_int8.reshape(-1, K), weight)
+    y = acc_int32.to(torch.float32) * x_scale.reshape(-1, 1)
+    if outlier_columns is not None:
+        outliers = x_outlier.reshape(-1, K)
+        y = y + F.linear(outliers, weight.to(outliers.dtype)).to(torch.float32)
+    y = y * w_scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x_outlier.dtype).reshape(*x_int8.shape[:-1], weight.shape[0])
+
+
+def _product(x_int8: Tensor, weight: Tensor) -> Tensor:
+    """``[M, K] @ [N, K]ᵀ`` in int32, exact."""
+    M, N = x_int8.shape[0], weight.shape[0]
+    if M <= _MORE_ROWS_THAN:
+        return (x_int8.unsqueeze(1).to(torch.int32) * weight.to(torch.int32)).sum(-1, dtype=torch.int32)
+    columns = -x_int8.shape[1] % _MULTIPLE
+    x_int8 = F.pad(x_int8, (0, columns))
+    weight = F.pad(weight, (0, columns, 0, -N % _MULTIPLE))
+    return torch._int_mm(x_int8, weight.t())[:, :N]

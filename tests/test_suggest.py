@@ -1,0 +1,128 @@
+"""suggest: it finds the linear that is planted to be sensitive, keeps its budget, and says why."""
+
+import json
+
+import pytest
+import torch
+from support import compile_once
+from torch import nn
+
+import int8fx
+from int8fx.evaluate import token_kl
+from int8fx.suggest import WAYS
+
+K, V = 32, 24
+
+
+class Classifier(nn.Module):
+    """Three blocks; the input of the second has outliers just below the threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(K, K) for _ in range(3))
+        self.head = nn.Linear(K, V)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            if index == 1:
+                scale = torch.ones(K)
+                scale[5] = 60.0
+                x = block(x.tanh() * scale) / 4
+            else:
+                x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Classifier()
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(20, K, generator=torch.Generator().manual_seed(1))
+
+
+def measured_kl(model, x, options) -> float:
+    y, _ = compile_once(model, x, backend_options=options)
+    return token_kl(model(x), y).mean().item()
+
+
+def test_a_budget_of_kl_is_kept_by_what_the_sensitive_linear_needs(model, x):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runs = []
+    loose = int8fx.suggest(model, x, budget={"kl": 1.0}, on_run=lambda *run: runs.append(run))
+    assert loose.options == {} and loose.kl == loose.uniform_kl["llm.int8"]
+    assert runs[-1] == (12, 12) and len(runs) == 12
+    alone = {each.path: each.kl["llm.int8"] for each in loose.linears}
+    assert max(alone, key=alone.get) == "blocks.1"
+
+    budget = loose.kl / 3
+    tight = int8fx.suggest(model, x, budget={"kl": budget})
+    assert tight.kl <= budget
+    assert {each.path: each.chosen for each in tight.linears}["blocks.1"] != "llm.int8"
+    assert tight.kl == pytest.approx(measured_kl(model, x, tight.options), rel=0.05, abs=1e-6)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_no_divergence_at_all_is_float(model, x):
+    none = int8fx.suggest(model, x, budget={"kl": 1e-12})
+    assert none.kl <= 1e-12
+    assert set(none.options["skip"]) == {"blocks.*", "head"}
+    assert none.model_bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_budget_of_memory_buys_float_for_the_most_sensitive(model, x):
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    least = int8fx.suggest(model, x, budget={"memory": whole})
+    assert {each.chosen for each in least.linears} == {"float"}
+    one = least.linears[0].float_bytes - least.linears[0].kept_bytes
+    bought = int8fx.suggest(model, x, budget={"memory": whole - 3 * one})
+    in_float = [each for each in bought.linears if each.chosen == "float"]
+    assert len(in_float) == 1 and bought.model_bytes <= whole - 3 * one
+    gains = {each.path: min(each.kl[way] for way in WAYS) / each.float_bytes for each in bought.linears}
+    assert in_float[0].path == max(gains, key=gains.get)
+
+
+def test_the_table_shows_every_linear_and_the_options(model, x):
+    shown = int8fx.suggest(model, x, budget={"kl": 1.0})
+    lines = str(shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    for each in shown.linears:
+        (line,) = [line for line in lines if line.startswith(f"{each.path} ")]
+        assert f"{each.kl['w8a16'] * 1e6:,.0f}" in line
+    assert json.loads(json.dumps(shown.to_dict()))["kl"] == shown.kl
+
+
+def test_the_head_that_is_skipped_stays_so(x):
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lm_head = nn.Linear(K, K), nn.Linear(K, V)
+
+        def forward(self, x):
+            return self.lm_head(self.fc(x))
+
+    shown = int8fx.suggest(WithHead().requires_grad_(False), x, budget={"kl": 1e-12})
+    assert shown.options["skip"] == ["lm_head", "fc"]
+
+
+@pytest.mark.parametrize(
+    "budget", [{}, {"kl": 0}, {"kl": True}, {"speed": 3}, {"kl": 1, "memory": 2}, 0.1, {"kl": "1"}]
+)
+def test_a_wrong_budget_is_named(model, x, budget):
+    with pytest.raises(ValueError, match=r'budget=.*allowed: \{"kl": nats\} or \{"memory": bytes\}'):
+        int8fx.suggest(model, x, budget=budget)
+
+
+def test_a_budget_that_cannot_be_kept_says_what_can(model, x):
+    with pytest.raises(ValueError, match=r"every linear in int8 the model takes \d+ bytes"):
+        int8fx.suggest(model, x, budget={"memory": 100})
+
+
+def test_a_model_without_logits(x):
+    with pytest.raises(TypeError, match="answers with a tuple; needed are logits"):
+        int8fx.suggest(lambda x: (x, x), x, budget={"kl": 1.0})
