@@ -57,6 +57,7 @@ class Options:
         inductor: Inductor config patches, applied over those of ``mode``.
         skips_tied_head: whether a weight that is also an embedding stays in float: with the default
             ``skip``, as the output head does.
+        given: the names of those that the user gave; the others are defaults.
     """
 
     threshold: float = 6.0
@@ -68,27 +69,43 @@ class Options:
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     skips_tied_head: bool = True
+    given: frozenset[str] = frozenset()
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any] | None) -> "Options":
+    def parse(
+        cls,
+        given: Mapping[str, Any] | None,
+        taker: str = "backend 'llmint8'",
+        allowed: Collection[str] | None = None,
+    ) -> "Options":
         """Options from the user's dict.
+
+        Args:
+            taker: whose options these are, for messages.
+            allowed: the names of those that it takes; all by default.
 
         Raises:
             ValueError: names the option, what was given and what is allowed.
         """
         given = dict(given or {})
+        allowed = _CHECKS if allowed is None else allowed
         for name in given:
-            if name not in _CHECKS:
+            if name not in allowed:
                 raise ValueError(
-                    f"unknown option {name!r} for backend 'llmint8'; "
-                    f"allowed: {', '.join(sorted(_CHECKS))}"
+                    f"unknown option {name!r} for {taker}; allowed: {', '.join(sorted(allowed))}"
                 )
         values = {name: _CHECKS[name](name, value) for name, value in given.items()}
-        return cls(**values, skips_tied_head="skip" not in given)
+        return cls(**values, skips_tied_head="skip" not in given, given=frozenset(given))
 
-    def choice(self, path: str) -> Choice:
-        """The scheme of a module, and its settings."""
+    def choice(self, path: str, kept: Mapping[str, Any] | None = None) -> Choice:
+        """The scheme of a module, and its settings.
+
+        Args:
+            kept: settings that an int8 weight has from ``quantize_``: they go before the defaults, and
+                behind what was given for this compile.
+        """
         settings = {setting.name: getattr(self, setting.name) for setting in fields(Settings)}
+        settings |= {name: value for name, value in (kept or {}).items() if name not in self.given}
         rule = self.rule(path)
         if rule is None:
             return Choice(SCHEMES[self.scheme], Settings(**settings))
@@ -133,8 +150,7 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
 
 def _refuse(name: str, value: Any, allowed: str) -> ValueError:
     return ValueError(
-        f"option {name!r} of backend 'llmint8': given {value!r} "
-        f"({type(value).__name__}); allowed: {allowed}"
+        f"option {name!r} of 'llmint8': given {value!r} ({type(value).__name__}); allowed: {allowed}"
     )
 
 

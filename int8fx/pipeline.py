@@ -29,9 +29,10 @@ from int8fx.passes.mutation import written
 from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal, weight_shape
 from int8fx.passes.verify import Signature, verify
-from int8fx.passes.weight_expression import is_view_or_cast
+from int8fx.passes.weight_expression import WeightExpression, is_view_or_cast
+from int8fx.quantized_weight import Int8Weight
 from int8fx.report import Report, publish
-from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap
+from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap, weight_reason
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ def select(compilation: Compilation) -> None:
         skips_tied_head=options.skips_tied_head,
         kernel_reason=_kernel_reason,
         mutated=frozenset(written(compilation.root.graph)),
+        weight_reason=functools.partial(_weight_reason, options),
     )
     for candidate in compilation.found:
         reason = refusal(candidate, selection)
@@ -169,7 +171,7 @@ def select(compilation: Compilation) -> None:
             dimensions = weight_shape(candidate, selection)
             shape = dimensions if len(dimensions) == 2 else None
         path = module_path(candidate, selection)
-        choice = options.choice(path)
+        choice = _choice(compilation, candidate, path)
         scheme = "" if reason else choice.scheme.name
         decision = Decision(path, candidate.spelling, shape, not reason, reason, scheme)
         log.debug("%s", decision)
@@ -179,6 +181,16 @@ def select(compilation: Compilation) -> None:
             compilation.choices[candidate] = choice
             compilation.products[candidate] = choice.lower
     _warn_of_trainable(compilation.decisions)
+
+
+def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice:
+    weight = candidate.weight and compilation.tensors.get(candidate.weight.placeholder)
+    kept = weight.activation_options if isinstance(weight, Int8Weight) else None
+    return compilation.options.choice(path, kept)
+
+
+def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:
+    return weight_reason(tensor, expression, options.choice(path).weight_format)
 
 
 def _kernel_reason(device_type: str) -> str | None:
@@ -212,7 +224,7 @@ def quantize_weights(compilation: Compilation) -> None:
         position = compilation.placeholders.index(expression.placeholder)
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
-        compilation.slots.append(Slot(position, expression, kept))
+        compilation.slots.append(Slot(position, expression, kept, isinstance(tensor, Int8Weight)))
         compilation.packed.append(packed)
         compilation.packed_nodes[key] = [
             _add_input(compilation, f"{name}{part}", value)

@@ -85,6 +85,8 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     output.meta = dict(graph.output_node().meta)
     for old, new in environment.items():
         new.meta = dict(old.meta)
+        # It refers to the real tensor, which nn.Module.to cannot swap then. Dynamo drops its own.
+        new.meta.pop("grapharg", None)
         for attribute in ("_dynamo_source",):
             if hasattr(old, attribute):
                 setattr(new, attribute, getattr(old, attribute))
@@ -254,6 +256,43 @@ def _register_decompositions(ours: dict[Any, Callable[..., Any]]) -> None:
     if not ours.keys() <= inductor.decompositions.keys():
         inductor.decompositions.update(ours)
         inductor.fast_random_decomps.cache_clear()  # a copy of the table
+
+
+# --- Tensor subclasses ---------------------------------------------------------------------------
+
+
+# Makes torch functions of a subclass arrive as the aten operators that they are made of.
+without_torch_functions: Any = torch._C._disabled_torch_function_impl
+
+
+def new_wrapper(cls: type, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass, without memory of its own. Contiguous when ``stride`` is None."""
+    return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        cls, shape, strides=stride, dtype=dtype, device=device
+    )
+
+
+def with_aliasing_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
+    """``out``, known to torch as the view that ``func`` declares it to be."""
+    from torch.utils._python_dispatch import return_and_correct_aliasing
+
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def map_tensors(kind: type, function: Callable[[Any], Any], values: Any) -> Any:
+    """A nest of lists, tuples and dicts with ``function`` applied to what is of a type in it."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(kind, function, values)
+
+
+def persistent_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a module that its ``state_dict`` holds, by every name they have."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield (f"{path}.{name}" if path else name), buffer
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -29,6 +29,7 @@ class Kernel:
         load: registers the kernel; None, or the reason why it cannot serve here.
         pack: ``w_int8 [N, K]`` to the tensor that the kernel takes as ``weight``.
         reason: why this one serves instead of a faster one, or empty.
+        packed_shape: of the packed form of an ``[N, K]`` weight.
         unpack: ``(weight, N, K)`` back to ``w_int8 [N, K]``, bit for bit.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
             linears of it, and how many at most (``passes/join_linears.py``).
@@ -37,6 +38,7 @@ class Kernel:
     name: str
     load: Callable[[], str | None]
     pack: Callable[[Tensor], Tensor]
+    packed_shape: Callable[[int, int], tuple[int, int]]
     unpack: Callable[[Tensor, int, int], Tensor]
     reason: str = ""
     joined: Callable[[], tuple[Any, int]] | None = None
@@ -44,6 +46,10 @@ class Kernel:
 
 def _as_it_is(w_int8: Tensor) -> Tensor:
     return w_int8
+
+
+def _same_shape(N: int, K: int) -> tuple[int, int]:
+    return N, K
 
 
 def _still_as_it_is(weight: Tensor, N: int, K: int) -> Tensor:
@@ -54,11 +60,11 @@ def _cpu_operator() -> tuple[Any, int]:
     return ops.quantized_linears_cpu, 64
 
 
-REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _still_as_it_is)
+REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _same_shape, _still_as_it_is)
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.unpack, joined=_cpu_operator),
-    "cuda": Kernel("Triton", gpu.load, _as_it_is, _still_as_it_is, joined=gpu.operator),
+    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.packed_shape, cpu.unpack, joined=_cpu_operator),
+    "cuda": Kernel("Triton", gpu.load, _as_it_is, _same_shape, _still_as_it_is, joined=gpu.operator),
 }
 
 
@@ -99,12 +105,21 @@ def describe() -> dict[str, str]:
 
 def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` in the form that the kernel of its device takes."""
+    return _serving(w_int8).pack(w_int8)
+
+
+def packed_shape(w_int8: Tensor) -> tuple[int, int]:
+    """The shape of ``pack(w_int8)``."""
+    return _serving(w_int8).packed_shape(*w_int8.shape)
+
+
+def _serving(w_int8: Tensor) -> Kernel:
     kernel = kernel_for(w_int8.device.type)
     if kernel is None:
         raise ValueError(
             f"no int8 kernel for device {w_int8.device.type!r}; devices with one: {', '.join(KERNELS)}"
         )
-    return kernel.pack(w_int8)
+    return kernel
 
 
 def unpack(weight: Tensor, N: int, K: int) -> Tensor:
