@@ -150,7 +150,7 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
 
 def _refuse(name: str, value: Any, allowed: str) -> ValueError:
     return ValueError(
-        f"option {name!r} of 'llmint8': given {value!r} ({type(value).__name__}); allowed: {allowed}"
+        f"option {name!r} of backend 'llmint8': given {value!r} ({type(value).__name__}); allowed: {allowed}"
     )
 
 

@@ -128,6 +128,11 @@ def _kinds() -> dict[type[nn.Module], bool]:
     return kinds
 
 
+def keeps_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weight as ``[K, N]``."""
+    return any(transposed for kind, transposed in _kinds().items() if isinstance(module, kind))
+
+
 def _sites(model: nn.Module, options: Options) -> list[_Site]:
     kinds = _kinds()
     inside_attention = {

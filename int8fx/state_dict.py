@@ -124,7 +124,12 @@ class _Entry:
             raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
 
     def read(self) -> Int8Weight | None:
-        """The int8 weight in the entry; None when there is none."""
+        """The int8 weight in the entry; None when there is none.
+
+        Raises:
+            CheckpointError: as ``check``.
+        """
+        self.check()
         value, weight = self.value, self.weight
         if value is None or isinstance(value, Int8Weight):
             return value
@@ -140,10 +145,18 @@ class _Entry:
         return weight.like(in_its_shape(value.detach(), weight), w_scale)
 
 
+def read(key: str, like: Int8Weight, state: Mapping[str, Any]) -> Int8Weight | None:
+    """The int8 weight that a ``state_dict`` holds under ``key``, with the attributes of ``like``.
+
+    Raises:
+        CheckpointError: names the tensor, what it is and what it should be.
+    """
+    return _Entry(key, like, state).read()
+
+
 def _read(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
     for name, weight in _int8_parameters(module):
         entry = _Entry(prefix + name, weight, state)
-        entry.check()
         found = entry.read()
         if found is not None:
             state[entry.key] = found
