@@ -55,6 +55,7 @@ class Options:
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten.
         inductor: Inductor config patches, applied over those of ``mode``.
+        release_weights: whether modules give up their float weights for the int8 form, once compiled.
         skips_tied_head: whether a weight that is also an embedding stays in float: with the default
             ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
@@ -68,6 +69,7 @@ class Options:
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    release_weights: bool = False
     skips_tied_head: bool = True
     given: frozenset[str] = frozenset()
 
@@ -150,7 +152,8 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
 
 def _refuse(name: str, value: Any, allowed: str) -> ValueError:
     return ValueError(
-        f"option {name!r} of backend 'llmint8': given {value!r} ({type(value).__name__}); allowed: {allowed}"
+        f"option {name!r} of backend 'llmint8': given {value!r} "
+        f"({type(value).__name__}); allowed: {allowed}"
     )
 
 
@@ -215,6 +218,12 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(name, value, "True or False")
+    return value
+
+
 def _patches(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _refuse(name, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
@@ -230,4 +239,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "skip": _patterns,
     "only": _patterns,
     "inductor": _patches,
+    "release_weights": _flag,
 }

@@ -31,6 +31,7 @@ from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal,
 from int8fx.passes.verify import Signature, verify
 from int8fx.passes.weight_expression import WeightExpression, is_view_or_cast
 from int8fx.quantized_weight import Int8Weight
+from int8fx.release import release
 from int8fx.report import Report, publish
 from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap, weight_reason
 
@@ -66,6 +67,8 @@ def compile_graph(
         group_attention_heads(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation, patches)
+    if options.release_weights:
+        compilation.swap.replaced(release(compilation))
     report(compilation)
     return compiled
 
@@ -117,6 +120,7 @@ class Compilation:
     packed_nodes: dict[tuple[fx.Node, str, str], list[fx.Node]] = field(default_factory=dict)
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0
+    swap: WeightSwap = field(init=False)
 
     @functools.cached_property
     def fake_mode(self) -> Any:
@@ -320,7 +324,8 @@ def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
     kept = _kept_inputs(compilation)
     for scope in compilation.root.walk():
         scope.gm.recompile()
-    return WeightSwap(compilation.slots, kept, compilation.store), kept
+    compilation.swap = WeightSwap(compilation.slots, kept, compilation.store)
+    return compilation.swap, kept
 
 
 def _behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -249,6 +249,11 @@ def _holders(model: nn.Module) -> dict[int, list[_Holder]]:
     return holders
 
 
+def holders_of(root: Any, tensor: Tensor) -> list[_Holder]:
+    """Where else in a model, seen from ``root``, the memory of a parameter is held."""
+    return _holders(root).get(storage_id(tensor), []) if isinstance(root, nn.Module) else []
+
+
 # --- one weight ----------------------------------------------------------------------------------
 
 

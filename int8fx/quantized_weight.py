@@ -4,7 +4,8 @@
 
 It holds the form that its device's kernel takes (``kernels/table.py``) and no second one; ``w_int8``
 unpacks it, bit for bit. To the rest of torch it is a float tensor of the shape that it had, with
-values ``w_int8 · w_scale``, which may be read and moved, but not written to.
+values ``w_int8 · w_scale``, which may be read and moved; what may write to them is in
+``int8fx/weight_operators.py``.
 
 A product with it is LLM.int8(), by the same operators that the backend puts into a graph, so eager
 and compiled results are one arithmetic. Compiled by another backend, AOTAutograd takes it apart and

@@ -5,6 +5,7 @@ and says so: ``check_torch`` names what is missing.
 """
 
 import contextlib
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -47,6 +48,21 @@ def source_name(placeholder: fx.Node) -> str | None:
     """Where Dynamo took an input from, as a Python expression: ``L['self']._modules['fc']...``."""
     source = getattr(placeholder, "_dynamo_source", None)
     return None if source is None else source.name
+
+
+def source_owner(placeholder: fx.Node) -> tuple[Any, str, Any] | None:
+    """While Dynamo compiles: the module that an input is a parameter of, its name there, and the
+    outermost module that Dynamo reached it from; None for an input that is no parameter."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    parameter = r"(([LG]\['[^']+'\]).*)\._parameters\['([^']+)'\]"
+    match = re.fullmatch(parameter, source_name(placeholder) or "")
+    if match is None:
+        return None
+    owner, root, name = match.groups()
+    output = InstructionTranslator.current_tx().output
+    scope = {"L": output.local_scope, "G": output.global_scope, "__builtins__": {}}
+    return eval(owner, scope), name, eval(root, scope)
 
 
 def mark_as_weight(placeholder: fx.Node) -> None:

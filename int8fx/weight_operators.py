@@ -1,6 +1,7 @@
 """What torch's operators do with an ``Int8Weight``: one table.
 
-An operator without a row reads the float values; one that would write to them is refused.
+An operator without a row reads the float values; one that would write to them is refused, but for
+``copy_``, ``add_`` and ``sub_``, which quantise the result.
 """
 
 from collections.abc import Callable
@@ -182,6 +183,16 @@ def _copy(func: Any, args: tuple, kwargs: dict) -> Any:
     target.packed.copy_(source.packed)
     target.w_scale.copy_(source.w_scale)
     return target
+
+
+@_on(aten.add_.Tensor, aten.sub_.Tensor)
+def _add(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Merging an adapter (peft) adds to the weight: the sum is quantised again."""
+    target, other = args
+    if not isinstance(target, Int8Weight):
+        return _on_the_float_values(func, args, kwargs)
+    values = target.dequantize(torch.float32)
+    return target.copy_(func(values, other, **kwargs))
 
 
 def _quantized(source: Tensor, target: Int8Weight) -> Int8Weight:

@@ -9,10 +9,11 @@ it. A weight that changed is seen at the next call: in-place edits count up ``_v
 An ``Int8Weight`` is its own packed form, and needs no store.
 """
 
+import dataclasses
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +165,16 @@ class WeightSwap:
         # Blocks that share a graph take turns at each call.
         self._seen: dict[tuple[int, ...], tuple[Snapshot, list[Tensor]]] = {}
         store.snapshots.add(self)
+
+    def replaced(self, positions: Collection[int]) -> None:
+        """From the next call on, the inputs at these positions are ``Int8Weight``s."""
+        self._slots = [
+            dataclasses.replace(slot, quantized=slot.quantized or slot.position in positions)
+            for slot in self._slots
+        ]
+        self._float = [slot for slot in self._slots if not slot.quantized]
+        self._last = None
+        self._seen.clear()
 
     def __call__(self, args: Sequence) -> list:
         return [args[position] for position in self._kept] + self.packed(args)

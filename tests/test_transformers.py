@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -101,19 +102,18 @@ def test_generate(model, saved, cache):
     assert torch.equal(load(saved).generate(tokens, **options), expected)
 
 
-def test_generate_compiled(model):
+def test_generate_compiled(floats):
+    config = AutoConfig.from_pretrained(floats[0], num_hidden_layers=1, num_key_value_heads=4)
+    model = int8fx.quantize_(LlamaForCausalLM(config).eval())
     tokens = torch.arange(8).unsqueeze(0)
-    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    options = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(tokens, **options)
     torch._dynamo.reset()
-    forward = model.forward
-    model.forward = torch.compile(forward, backend="llmint8")
-    try:
-        with int8fx.collect_reports() as reports:
-            assert torch.equal(model.generate(tokens, **options), expected)
-        assert sum(len(report.accepted) for report in reports) >= 14
-    finally:
-        model.forward = forward
+    # A region of it: whole models are compiled elsewhere, at their price.
+    model.model.layers[0].mlp.compile(backend="llmint8", dynamic=True)
+    with int8fx.collect_reports() as reports:
+        assert torch.equal(model.generate(tokens, **options), expected)
+    assert reports and all(len(report.accepted) == 3 for report in reports)
 
 
 def test_conv1d_and_a_tied_head(tmp_path):
@@ -152,7 +152,7 @@ def test_a_wrong_option_is_named(options, message):
 
 
 def test_what_cannot_be_loaded(floats):
-    with pytest.raises(ValueError, match="no weight of LlamaForCausalLM can be quantised\n  model.lay"):
+    with pytest.raises(ValueError, match=r"no weight of LlamaForCausalLM can be quantised\n  model"):
         load(floats[0], quantization_config=Int8FxConfig(only=["nothing"]))
     with pytest.raises(ValueError, match="device_map sends modules to 'disk', from where int8"):
         load(

@@ -11,7 +11,7 @@ Each weight is quantised as it is read, so memory peaks one weight above the int
 that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dict.py``).
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,7 @@ class Int8FxQuantizer(HfQuantizer):
     """What transformers asks while it loads and saves; see ``transformers.quantizers.HfQuantizer``."""
 
     quantization_config: Int8FxConfig
-    serialized_names: ClassVar[dict[str, list[str]]] = {
-        "weight": ["weight", f"weight{state_dict.SCALE}"]
-    }
+    serialized_names = {"weight": ["weight", f"weight{state_dict.SCALE}"]}  # noqa: RUF012
     quantized_element_size = 1
     is_trainable = True
     is_compileable = True
