@@ -30,6 +30,7 @@ from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal, weight_shape
 from int8fx.passes.verify import Signature, verify
 from int8fx.passes.weight_expression import WeightExpression, is_view_or_cast
+from int8fx.quantize import local
 from int8fx.quantized_weight import Int8Weight
 from int8fx.release import release
 from int8fx.report import Report, publish
@@ -307,13 +308,26 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
         examples,
         patches,
         DECOMPOSITIONS,
-        cache_identity(),
+        cache_identity() + _int8_shards(examples),
     )
     if not compilation.slots:
         return compiled
     if not _needs_autograd(compilation.inputs):
         compiled = torch_private.below_autograd(compiled)
     return _behind(swap, compiled)
+
+
+def _int8_shards(examples: Sequence[Any]) -> str:
+    """Which inputs are distributed int8 weights: AOTAutograd's cache takes all DTensors of a shape and
+    placement for the same, whatever they hold."""
+    shards = [
+        str(position)
+        for position, example in enumerate(examples)
+        if isinstance(example, Tensor)
+        and not isinstance(example, Int8Weight)
+        and isinstance(local(example), Int8Weight)
+    ]
+    return "-int8-shards-" + ",".join(shards) if shards else ""
 
 
 def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
