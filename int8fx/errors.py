@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Names what was given and what is allowed; the command shows it as one line."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that does not fit the model, or is damaged: names the tensor."""

@@ -55,8 +55,10 @@ class Options:
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten.
         inductor: Inductor config patches, applied over those of ``mode``.
+        release_weights: whether modules give up their float weights for the int8 form, once compiled.
         skips_tied_head: whether a weight that is also an embedding stays in float: with the default
             ``skip``, as the output head does.
+        given: the names of those that the user gave; the others are defaults.
     """
 
     threshold: float = 6.0
@@ -67,28 +69,45 @@ class Options:
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    release_weights: bool = False
     skips_tied_head: bool = True
+    given: frozenset[str] = frozenset()
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any] | None) -> "Options":
+    def parse(
+        cls,
+        given: Mapping[str, Any] | None,
+        taker: str = "backend 'llmint8'",
+        allowed: Collection[str] | None = None,
+    ) -> "Options":
         """Options from the user's dict.
+
+        Args:
+            taker: whose options these are, for messages.
+            allowed: the names of those that it takes; all by default.
 
         Raises:
             ValueError: names the option, what was given and what is allowed.
         """
         given = dict(given or {})
+        allowed = _CHECKS if allowed is None else allowed
         for name in given:
-            if name not in _CHECKS:
+            if name not in allowed:
                 raise ValueError(
-                    f"unknown option {name!r} for backend 'llmint8'; "
-                    f"allowed: {', '.join(sorted(_CHECKS))}"
+                    f"unknown option {name!r} for {taker}; allowed: {', '.join(sorted(allowed))}"
                 )
         values = {name: _CHECKS[name](name, value) for name, value in given.items()}
-        return cls(**values, skips_tied_head="skip" not in given)
+        return cls(**values, skips_tied_head="skip" not in given, given=frozenset(given))
 
-    def choice(self, path: str) -> Choice:
-        """The scheme of a module, and its settings."""
+    def choice(self, path: str, kept: Mapping[str, Any] | None = None) -> Choice:
+        """The scheme of a module, and its settings.
+
+        Args:
+            kept: settings that an int8 weight has from ``quantize_``: they go before the defaults, and
+                behind what was given for this compile.
+        """
         settings = {setting.name: getattr(self, setting.name) for setting in fields(Settings)}
+        settings |= {name: value for name, value in (kept or {}).items() if name not in self.given}
         rule = self.rule(path)
         if rule is None:
             return Choice(SCHEMES[self.scheme], Settings(**settings))
@@ -199,6 +218,12 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(name, value, "True or False")
+    return value
+
+
 def _patches(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _refuse(name, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
@@ -214,4 +239,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "skip": _patterns,
     "only": _patterns,
     "inductor": _patches,
+    "release_weights": _flag,
 }

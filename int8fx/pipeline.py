@@ -30,9 +30,12 @@ from int8fx.passes.mutation import written
 from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal, weight_shape
 from int8fx.passes.verify import Signature, verify
-from int8fx.passes.weight_expression import is_view_or_cast
+from int8fx.passes.weight_expression import WeightExpression, is_view_or_cast
+from int8fx.quantize import local
+from int8fx.quantized_weight import Int8Weight
+from int8fx.release import release
 from int8fx.report import Report, publish
-from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap
+from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap, weight_reason
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,8 @@ def compile_graph(
         group_attention_heads(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation, patches)
+    if options.release_weights:
+        compilation.swap.replaced(release(compilation))
     report(compilation)
     return compiled
 
@@ -118,6 +123,7 @@ class Compilation:
     packed_nodes: dict[tuple[fx.Node, str, str], list[fx.Node]] = field(default_factory=dict)
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0
+    swap: WeightSwap = field(init=False)
 
     @functools.cached_property
     def fake_mode(self) -> Any:
@@ -163,6 +169,7 @@ def select(compilation: Compilation) -> None:
         skips_tied_head=options.skips_tied_head,
         kernel_reason=table.refusal,
         mutated=frozenset(written(compilation.root.graph)),
+        weight_reason=functools.partial(_weight_reason, options),
     )
     for candidate in compilation.found:
         reason = refusal(candidate, selection)
@@ -171,7 +178,7 @@ def select(compilation: Compilation) -> None:
             dimensions = weight_shape(candidate, selection)
             shape = dimensions if len(dimensions) == 2 else None
         path = module_path(candidate, selection)
-        choice = options.choice(path)
+        choice = _choice(compilation, candidate, path)
         scheme = "" if reason else choice.scheme.name
         decision = Decision(path, candidate.spelling, shape, not reason, reason, scheme)
         log.debug("%s", decision)
@@ -181,6 +188,16 @@ def select(compilation: Compilation) -> None:
             compilation.choices[candidate] = choice
             compilation.products[candidate] = choice.lower
     _warn_of_trainable(compilation.decisions)
+
+
+def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice:
+    weight = candidate.weight and compilation.tensors.get(candidate.weight.placeholder)
+    kept = weight.activation_options if isinstance(weight, Int8Weight) else None
+    return compilation.options.choice(path, kept)
+
+
+def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:
+    return weight_reason(tensor, expression, options.choice(path).weight_format)
 
 
 def _warn_of_trainable(decisions: Sequence[Decision]) -> None:
@@ -208,7 +225,7 @@ def quantize_weights(compilation: Compilation) -> None:
         position = compilation.placeholders.index(expression.placeholder)
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
-        compilation.slots.append(Slot(position, expression, kept))
+        compilation.slots.append(Slot(position, expression, kept, isinstance(tensor, Int8Weight)))
         compilation.packed.append(packed)
         compilation.packed_nodes[key] = [
             _add_input(compilation, f"{name}{part}", value)
@@ -289,13 +306,26 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
             examples,
             patches,
             DECOMPOSITIONS,
-            cache_identity(),
+            cache_identity() + _int8_shards(examples),
         )
     if not compilation.slots:
         return compiled
     if not _needs_autograd(compilation.inputs):
         compiled = torch_private.below_autograd(compiled)
     return _behind(swap, compiled)
+
+
+def _int8_shards(examples: Sequence[Any]) -> str:
+    """Which inputs are distributed int8 weights: AOTAutograd's cache takes all DTensors of a shape and
+    placement for the same, whatever they hold."""
+    shards = [
+        str(position)
+        for position, example in enumerate(examples)
+        if isinstance(example, Tensor)
+        and not isinstance(example, Int8Weight)
+        and isinstance(local(example), Int8Weight)
+    ]
+    return "-int8-shards-" + ",".join(shards) if shards else ""
 
 
 def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
@@ -306,7 +336,8 @@ def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
     kept = _kept_inputs(compilation)
     for scope in compilation.root.walk():
         scope.gm.recompile()
-    return WeightSwap(compilation.slots, kept, compilation.store), kept
+    compilation.swap = WeightSwap(compilation.slots, kept, compilation.store)
+    return compilation.swap, kept
 
 
 def _behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:

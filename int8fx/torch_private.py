@@ -5,6 +5,7 @@ and says so: ``check_torch`` names what is missing.
 """
 
 import contextlib
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -49,6 +50,21 @@ def source_name(placeholder: fx.Node) -> str | None:
     return None if source is None else source.name
 
 
+def source_owner(placeholder: fx.Node) -> tuple[Any, str, Any] | None:
+    """While Dynamo compiles: the module that an input is a parameter of, its name there, and the
+    outermost module that Dynamo reached it from; None for an input that is no parameter."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    parameter = r"(([LG]\['[^']+'\]).*)\._parameters\['([^']+)'\]"
+    match = re.fullmatch(parameter, source_name(placeholder) or "")
+    if match is None:
+        return None
+    owner, root, name = match.groups()
+    output = InstructionTranslator.current_tx().output
+    scope = {"L": output.local_scope, "G": output.global_scope, "__builtins__": {}}
+    return eval(owner, scope), name, eval(root, scope)
+
+
 def mark_as_weight(placeholder: fx.Node) -> None:
     """Makes a placeholder that Dynamo did not make look like a parameter to AOTAutograd.
 
@@ -85,6 +101,8 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     output.meta = dict(graph.output_node().meta)
     for old, new in environment.items():
         new.meta = dict(old.meta)
+        # It refers to the real tensor, which nn.Module.to cannot swap then. Dynamo drops its own.
+        new.meta.pop("grapharg", None)
         for attribute in ("_dynamo_source",):
             if hasattr(old, attribute):
                 setattr(new, attribute, getattr(old, attribute))
@@ -261,6 +279,43 @@ def _register_decompositions(ours: dict[Any, Callable[..., Any]]) -> None:
     if not ours.keys() <= inductor.decompositions.keys():
         inductor.decompositions.update(ours)
         inductor.fast_random_decomps.cache_clear()  # a copy of the table
+
+
+# --- Tensor subclasses ---------------------------------------------------------------------------
+
+
+# Makes torch functions of a subclass arrive as the aten operators that they are made of.
+without_torch_functions: Any = torch._C._disabled_torch_function_impl
+
+
+def new_wrapper(cls: type, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass, without memory of its own. Contiguous when ``stride`` is None."""
+    return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        cls, shape, strides=stride, dtype=dtype, device=device
+    )
+
+
+def with_aliasing_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
+    """``out``, known to torch as the view that ``func`` declares it to be."""
+    from torch.utils._python_dispatch import return_and_correct_aliasing
+
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def map_tensors(kind: type, function: Callable[[Any], Any], values: Any) -> Any:
+    """A nest of lists, tuples and dicts with ``function`` applied to what is of a type in it."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(kind, function, values)
+
+
+def persistent_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a module that its ``state_dict`` holds, by every name they have."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield (f"{path}.{name}" if path else name), buffer
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -5,12 +5,15 @@ The store is keyed by the parameter's identity, the recipe that makes the ``[N, 
 (``kernels/scheme.py``). It holds parameters weakly, so a deleted model takes its int8 weights with
 it. A weight that changed is seen at the next call: in-place edits count up ``_version``, and
 ``.data = `` brings another storage.
+
+An ``Int8Weight`` is its own packed form, and needs no store.
 """
 
+import dataclasses
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +21,34 @@ from torch import Tensor
 
 from int8fx.identity import Snapshot, State, snapshot, state_of
 from int8fx.kernels.scheme import WeightFormat
+from int8fx.kernels.schemes.int8 import PER_CHANNEL
 from int8fx.passes.weight_expression import WeightExpression
+from int8fx.quantized_weight import Int8Weight
 from int8fx.torch_private import StorageReference
 
 log = logging.getLogger(__name__)
+
+
+def weight_reason(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> str:
+    """Why a tensor cannot be quantised to a format, or serve as what it already is; or empty."""
+    if isinstance(tensor, Int8Weight):
+        return _int8_reason(tensor, expression, kept)
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"weight is a {type(tensor).__name__}, no plain tensor"
+    if tensor.layout is not torch.strided:
+        return f"weight with layout {tensor.layout}"
+    return ""
+
+
+def _int8_reason(weight: Int8Weight, expression: WeightExpression, kept: WeightFormat) -> str:
+    if kept is not PER_CHANNEL:
+        return f"the weight is {PER_CHANNEL.name} already, and the scheme wants it {kept.name}"
+    rows = expression.evaluate(weight.on_meta())
+    # Views that keep all rows and columns have the same int8 form.
+    whole = (weight.w_scale.shape[0], weight.K)
+    if isinstance(rows, Int8Weight) and not rows.transposed and rows.shape == whole:
+        return ""
+    return f"an int8 weight cannot be seen through {expression.recipe or 'its transpose'}"
 
 
 @dataclass(eq=False)
@@ -57,6 +84,8 @@ class WeightStore:
 
     def get(self, tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
         """The packed form of ``expression`` over ``tensor``, quantised now if need be."""
+        if isinstance(tensor, Int8Weight):
+            return _as_it_is(tensor)
         key = (id(tensor), expression.recipe, kept.name)
         with self._lock:
             packed = self._packed.get(key)
@@ -93,16 +122,30 @@ def _pack(
     return PackedWeight(tensors, state, matrix.nbytes, StorageReference(tensor))
 
 
+def _as_it_is(weight: Int8Weight) -> PackedWeight:
+    tensors = weight.packed, weight.w_scale
+    float_bytes = weight.numel() * weight.dtype.itemsize
+    return PackedWeight(tensors, state_of(tensors[0]), float_bytes, StorageReference(tensors[0]))
+
+
 STORE = WeightStore()
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One weight of a compiled graph: the position of its float tensor among the graph's inputs."""
+    """One weight of a compiled graph.
+
+    Attributes:
+        position: of its tensor among the graph's inputs.
+        expression: what makes its rows of that tensor.
+        kept: how it is quantised.
+        quantized: whether the tensor is an ``Int8Weight``.
+    """
 
     position: int
     expression: WeightExpression
     kept: WeightFormat
+    quantized: bool
 
 
 class WeightSwap:
@@ -115,6 +158,7 @@ class WeightSwap:
 
     def __init__(self, slots: Sequence[Slot], kept: Sequence[int], store: WeightStore) -> None:
         self._slots = list(slots)
+        self._float = [slot for slot in slots if not slot.quantized]
         self._kept = list(kept)
         self._store = store
         self._last: tuple[Snapshot, list[Tensor]] | None = None
@@ -122,12 +166,36 @@ class WeightSwap:
         self._seen: dict[tuple[int, ...], tuple[Snapshot, list[Tensor]]] = {}
         store.snapshots.add(self)
 
+    def replaced(self, positions: Collection[int]) -> None:
+        """From the next call on, the inputs at these positions are ``Int8Weight``s."""
+        self._slots = [
+            dataclasses.replace(slot, quantized=slot.quantized or slot.position in positions)
+            for slot in self._slots
+        ]
+        self._float = [slot for slot in self._slots if not slot.quantized]
+        self._last = None
+        self._seen.clear()
+
     def __call__(self, args: Sequence) -> list:
         return [args[position] for position in self._kept] + self.packed(args)
 
     def packed(self, args: Sequence) -> list[Tensor]:
         """The packed weights for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
-        tensors = [args[slot.position] for slot in self._slots]
+        packed = self._packed_floats(args)
+        if len(self._float) == len(self._slots):
+            return packed
+        of_floats = iter(packed)
+        parts: list[Tensor] = []
+        for slot in self._slots:
+            tensor = args[slot.position]
+            if slot.quantized:
+                parts += (tensor.packed, tensor.w_scale)
+            else:
+                parts += (next(of_floats) for _ in slot.kept.parts)
+        return parts
+
+    def _packed_floats(self, args: Sequence) -> list[Tensor]:
+        tensors = [args[slot.position] for slot in self._float]
         last = self._last
         if last is not None and last[0].matches(tensors):
             return last[1]
@@ -140,7 +208,7 @@ class WeightSwap:
 
     def _look_up(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         parts: list[Tensor] = []
-        for slot, tensor in zip(self._slots, tensors, strict=True):
+        for slot, tensor in zip(self._float, tensors, strict=True):
             parts += self._store.get(tensor, slot.expression, slot.kept).tensors
         return parts
 

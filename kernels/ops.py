@@ -8,6 +8,7 @@ where none serves, the reference runs.
 | ``quantize`` | x ≈ x_int8 · x_scale + x_outlier (``kernels/quantize.py``) |
 | ``int8_linear`` | ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias |
 | ``quantized_linears_cpu`` | ``quantize`` and several ``int8_linear`` of it, in one call |
+| ``pack_weight`` | ``w_int8 [N, K]`` in the form that its device's kernel takes, a copy |
 | ``unpack_weight`` | the ``[N, K]`` form of a packed weight |
 
 **Gradients** are straight-through: with ŵ = w_int8 · w_scale, the gradient of ``int8_linear``'s input
@@ -36,11 +37,13 @@ _library.define(
     "quantized_linears_cpu(Tensor x, float threshold, str decomposition, "
     "Tensor[] weights, Tensor[] w_scales, Tensor[] biases) -> Tensor[]"
 )
+_library.define("pack_weight(Tensor w_int8) -> Tensor")
 _library.define("unpack_weight(Tensor weight, SymInt N, SymInt K) -> Tensor")
 
 quantize = torch.ops.int8fx.quantize.default
 int8_linear = torch.ops.int8fx.int8_linear.default
 quantized_linears_cpu = torch.ops.int8fx.quantized_linears_cpu.default
+pack_weight = torch.ops.int8fx.pack_weight.default
 unpack_weight = torch.ops.int8fx.unpack_weight.default
 
 
@@ -187,7 +190,24 @@ torch.library.register_autograd(
 )
 
 
-# --- unpack_weight -------------------------------------------------------------------------------
+# --- pack_weight, unpack_weight ------------------------------------------------------------------
+
+
+def _pack_weight(w_int8: Tensor) -> Tensor:
+    from int8fx.kernels import table
+
+    packed = table.pack(w_int8)
+    return packed.clone() if packed is w_int8 else packed  # an output may not alias its input
+
+
+def _pack_weight_fake(w_int8: Tensor) -> Tensor:
+    from int8fx.kernels import table
+
+    return torch.empty(table.packed_shape(w_int8), dtype=torch.int8, device=w_int8.device)
+
+
+_library.impl("pack_weight", _pack_weight, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::pack_weight", _pack_weight_fake, lib=_library)
 
 
 def _unpack_weight(weight: Tensor, N: int, K: int) -> Tensor:

@@ -19,6 +19,8 @@ MIN_SCALE = 2.0**-126
 # int32 holds a sum of K products of at most 127 * 127 each.
 MAX_K = (2**31 - 1) // (QMAX * QMAX)
 
+_ELEMENTS_AT_ONCE = 2**20
+
 DECOMPOSITIONS = ("column", "token")
 
 
@@ -71,10 +73,18 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``w_int8 [N, K]`` int8, contiguous, and ``w_scale [N]`` fp32; weight ≈ w_int8 · w_scale.
     """
-    weight = weight.detach().to(torch.float32)
-    w_scale = _scale(weight)
-    w_int8 = torch.round(weight / w_scale.unsqueeze(-1)).to(torch.int8)
-    return w_int8.contiguous(), w_scale
+    weight = weight.detach()
+    w_int8 = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    w_scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    # Some rows at a time: a large weight in fp32, several times over, is what a peak is made of.
+    step = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        values = weight[rows].to(torch.float32)
+        scale = _scale(values)
+        w_scale[rows] = scale
+        w_int8[rows] = torch.round(values / scale.unsqueeze(-1)).to(torch.int8)
+    return w_int8, w_scale
 
 
 def _scale(rows: Tensor) -> Tensor:

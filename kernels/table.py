@@ -31,6 +31,7 @@ class Kernel:
         load: registers the kernel; None, or the reason why it cannot serve here.
         pack: ``w_int8 [N, K]`` to the tensor that the kernel takes as ``weight``.
         reason: why this one serves instead of a faster one, or empty.
+        packed_shape: of the packed form of an ``[N, K]`` weight.
         unpack: ``(weight, N, K)`` back to ``w_int8 [N, K]``, bit for bit.
         falls_back: whether the reference serves where this kernel cannot be loaded.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
@@ -40,6 +41,7 @@ class Kernel:
     name: str
     load: Callable[[], str | None]
     pack: Callable[[Tensor], Tensor]
+    packed_shape: Callable[[int, int], tuple[int, int]]
     unpack: Callable[[Tensor, int, int], Tensor]
     reason: str = ""
     falls_back: bool = True
@@ -50,6 +52,10 @@ def _as_it_is(w_int8: Tensor) -> Tensor:
     return w_int8
 
 
+def _same_shape(N: int, K: int) -> tuple[int, int]:
+    return N, K
+
+
 def _still_as_it_is(weight: Tensor, N: int, K: int) -> Tensor:
     return weight
 
@@ -58,12 +64,18 @@ def _cpu_operator() -> tuple[Any, int]:
     return ops.quantized_linears_cpu, 64
 
 
-REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _still_as_it_is)
+REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _same_shape, _still_as_it_is)
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.unpack, joined=_cpu_operator),
+    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.packed_shape, cpu.unpack, joined=_cpu_operator),
     "cuda": Kernel(
-        "Triton", gpu.load, _as_it_is, _still_as_it_is, falls_back=False, joined=gpu.operator
+        "Triton",
+        gpu.load,
+        _as_it_is,
+        _same_shape,
+        _still_as_it_is,
+        falls_back=False,
+        joined=gpu.operator,
     ),
 }
 
@@ -119,10 +131,19 @@ def describe() -> dict[str, str]:
 
 def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` in the form that the kernel of its device takes."""
+    return _serving(w_int8).pack(w_int8)
+
+
+def packed_shape(w_int8: Tensor) -> tuple[int, int]:
+    """The shape of ``pack(w_int8)``."""
+    return _serving(w_int8).packed_shape(*w_int8.shape)
+
+
+def _serving(w_int8: Tensor) -> Kernel:
     kernel = kernel_for(w_int8.device.type)
     if kernel is None:
         raise ValueError(f"{refusal(w_int8.device.type)}; devices with one: {', '.join(KERNELS)}")
-    return kernel.pack(w_int8)
+    return kernel
 
 
 def unpack(weight: Tensor, N: int, K: int) -> Tensor:

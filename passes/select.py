@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from int8fx.kernels.quantize import MAX_K
 from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.weight_expression import WeightExpression
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +26,8 @@ class Selection:
         skips_tied_head: whether a weight that is also an embedding stays in float.
         kernel_reason: why a device cannot be served, or None when it can.
         mutated: placeholders that the graph itself writes to.
+        weight_reason: why the weight of a module path cannot be quantised, or read as what it already
+            is; or empty.
     """
 
     tensors: Mapping[fx.Node, Tensor]
@@ -34,9 +37,11 @@ class Selection:
     skips_tied_head: bool
     kernel_reason: Callable[[str], str | None]
     mutated: frozenset[fx.Node]
+    weight_reason: Callable[[str, Tensor, WeightExpression], str]
 
 
 REQUIRES_GRAD = "weight requires grad"
+TIED_HEAD = "skip: the output head (its weight is also an embedding)"
 
 
 def refusal(candidate: Candidate, selection: Selection) -> str:
@@ -59,18 +64,24 @@ def module_path(candidate: Candidate, selection: Selection) -> str:
 
 
 def _skipped(candidate: Candidate, selection: Selection) -> str:
-    path = module_path(candidate, selection)
-    for pattern in selection.skip:
+    return skip_reason(module_path(candidate, selection), selection.skip)
+
+
+def skip_reason(path: str, skip: tuple[str, ...]) -> str:
+    """Why a module stays in float by the option ``skip``, or empty."""
+    for pattern in skip:
         if fnmatch.fnmatchcase(path, pattern):
             return f"skip: matches {pattern!r}"
     return ""
 
 
 def _not_only(candidate: Candidate, selection: Selection) -> str:
-    if selection.only is None:
-        return ""
-    path = module_path(candidate, selection)
-    if any(fnmatch.fnmatchcase(path, pattern) for pattern in selection.only):
+    return only_reason(module_path(candidate, selection), selection.only)
+
+
+def only_reason(path: str, only: tuple[str, ...] | None) -> str:
+    """Why a module stays in float by the option ``only``, or empty."""
+    if only is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in only):
         return ""
     return "only: matches none of its patterns"
 
@@ -79,7 +90,7 @@ def _tied_head(candidate: Candidate, selection: Selection) -> str:
     assert candidate.weight is not None
     users = candidate.weight.placeholder.users
     if selection.skips_tied_head and any(user.target is F.embedding for user in users):
-        return "skip: the output head (its weight is also an embedding)"
+        return TIED_HEAD
     return ""
 
 
@@ -113,11 +124,7 @@ def _device(candidate: Candidate, selection: Selection) -> str:
 def _real_weight(candidate: Candidate, selection: Selection) -> str:
     assert candidate.weight is not None
     tensor = selection.tensors[candidate.weight.placeholder]
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
-        return f"weight is a {type(tensor).__name__}, no plain tensor"
-    if tensor.layout is not torch.strided:
-        return f"weight with layout {tensor.layout}"
-    return ""
+    return selection.weight_reason(module_path(candidate, selection), tensor, candidate.weight)
 
 
 def _mutated(candidate: Candidate, selection: Selection) -> str:
@@ -129,7 +136,11 @@ def _mutated(candidate: Candidate, selection: Selection) -> str:
 
 def _size(candidate: Candidate, selection: Selection) -> str:
     assert candidate.weight is not None
-    shape = weight_shape(candidate, selection)
+    return size_reason(weight_shape(candidate, selection))
+
+
+def size_reason(shape: tuple[int, ...]) -> str:
+    """Why a weight of shape ``[N, K]`` cannot be quantised, or empty."""
     if len(shape) != 2 or 0 in shape:
         return f"the weight has shape {list(shape)}"
     if shape[1] > MAX_K:

@@ -47,6 +47,11 @@ def use_isa(name: str) -> None:
         raise ValueError(f"this machine cannot execute {name!r}, only {isas()}")
 
 
+def packed_shape(N: int, K: int) -> tuple[int, int]:
+    """Of the layout above."""
+    return -(-N // BLOCK_N), -(-K // K_MULTIPLE) * K_MULTIPLE * BLOCK_N + 4 * BLOCK_N
+
+
 def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` in the layout above."""
     N, K = w_int8.shape
@@ -54,7 +59,7 @@ def pack(w_int8: Tensor) -> Tensor:
     padded = F.pad(w_int8, padding) if any(padding) else w_int8.contiguous()
     # Four k's are moved as one int32.
     quads = padded.view(torch.int32).unflatten(0, (-1, BLOCK_N)).transpose(1, 2)
-    packed = pages.empty(quads.shape[0], padded.shape[1] * BLOCK_N + 4 * BLOCK_N)
+    packed = pages.empty(*packed_shape(N, K))
     words = packed.view(torch.int32)
     words[:, :-BLOCK_N].view(quads.shape).copy_(quads)
     torch.sum(padded.view(-1, BLOCK_N, padded.shape[1]), 2, out=words[:, -BLOCK_N:])

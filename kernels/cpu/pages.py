@@ -7,6 +7,7 @@ goes with its last one.
 """
 
 import contextlib
+import ctypes
 import mmap
 import threading
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 CHUNK_BYTES = 32 << 20
 ALIGNMENT = 64
+_MADV_PAGEOUT = 21  # Linux; mmap has no name for it
 
 _lock = threading.Lock()
 _chunk: mmap.mmap | None = None
@@ -28,6 +30,20 @@ def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int8)
     memory, offset = _take(size)
     return torch.frombuffer(memory, dtype=torch.int8, count=size, offset=offset).view(shape)
+
+
+def release_mapped(tensor: Tensor) -> None:
+    """Tells the system that the memory of a tensor that is mapped from a file is not needed soon.
+
+    A hint that loses nothing: what is read again comes from the file again. Memory that is not of a
+    file stays where it is.
+    """
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if tensor.device.type == "cpu" and length > 0:
+        madvise = getattr(ctypes.CDLL(None), "madvise", None)
+        if madvise is not None:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
 
 
 def _take(size: int) -> tuple[mmap.mmap, int]:

@@ -1,0 +1,135 @@
+"""Checkpoints of models with int8 weights: safetensors, in shards, read without a float copy.
+
+The files hold what ``state_dict`` gives (``int8fx/state_dict.py``), so every tool that reads
+safetensors reads them. ``load_checkpoint`` looks at all of it before it changes anything.
+"""
+
+import json
+import struct
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from int8fx.errors import CheckpointError
+from int8fx.state_dict import keys_beside
+from int8fx.torch_private import persistent_tensors
+
+INDEX = "model.safetensors.index.json"
+
+
+def save_checkpoint(
+    model: nn.Module, directory: str | Path, *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Writes ``model.safetensors``, or shards of at most ``max_shard_size`` and their index."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(model.state_dict(), directory, max_shard_size=max_shard_size)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
+    """Loads a checkpoint into a model on which ``quantize_`` was called.
+
+    A model on the meta device gets its tensors as they are read, and never holds a float copy::
+
+        with torch.device("meta"):
+            model = Model()
+        load_checkpoint(int8fx.quantize_(model), "checkpoint")
+
+    Float weights in the checkpoint are quantised one by one.
+
+    Args:
+        path: a safetensors file, or the directory that ``save_checkpoint`` wrote.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape or damaged; it is named,
+            and the model is as it was.
+        FileNotFoundError: there is no checkpoint at ``path``.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(Path(path)):
+        tensors.update(_read(file))
+    tied = _check_names(model, tensors)
+    on_meta = any(tensor.is_meta for _, tensor in persistent_tensors(model))
+    if on_meta:
+        # What is assigned must not stay a view of the file; int8 weights are packed, and are none.
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.int8:
+                tensors[name] = tensor.clone()
+    model.load_state_dict(tensors, strict=False, assign=on_meta)
+    for name, source in tied.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(source))
+    return model
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    index = path / INDEX
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{index} names {missing[0]}, which is not there")
+        return [path / shard for shard in shards]
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"neither {single.name} nor {INDEX} in {path}")
+    return [single]
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: {_damage(file) or error}") from error
+
+
+def _damage(file: Path) -> str:
+    """Which tensor a file that cannot be read breaks off in, or empty."""
+    content = file.read_bytes()
+    if len(content) < 8:
+        return "broken off in its header"
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    if len(content) < start:
+        return "broken off in its header"
+    try:
+        header = json.loads(content[8:start])
+    except ValueError:
+        return "its header is damaged"
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if start + entry["data_offsets"][1] > len(content):
+            return f"broken off in {name}"
+    return ""
+
+
+def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The names that the checkpoint leaves out, as it holds their tensor under another.
+
+    Raises:
+        CheckpointError: names what is missing or unexpected.
+    """
+    expected = dict(persistent_tensors(model))
+    known = {beside for name in expected for beside in keys_beside(name)} | expected.keys()
+    unexpected = sorted(tensors.keys() - known)
+    if unexpected:
+        raise CheckpointError(f"{unexpected[0]}: in the checkpoint, and not in the model")
+    by_tensor: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in expected.items():
+        by_tensor[id(tensor)].append(name)
+    tied: dict[str, str] = {}
+    for names in by_tensor.values():
+        present = [name for name in names if name in tensors]
+        if not present:
+            raise CheckpointError(f"{names[0]}: in the model, and missing in the checkpoint")
+        tied |= {name: present[0] for name in names if name is not present[0]}
+    return tied

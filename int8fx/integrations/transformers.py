@@ -1,0 +1,148 @@
+"""int8fx as a quantiser of transformers; importing this module registers it::
+
+    import int8fx.integrations.transformers
+    from int8fx.integrations.transformers import Int8FxConfig
+
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=Int8FxConfig(threshold=6.0))
+    model.save_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+
+Each weight is quantised as it is read, so memory peaks one weight above the int8 model. The files
+that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dict.py``).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from int8fx import state_dict
+from int8fx.kernels.cpu import pages
+from int8fx.options import Options
+from int8fx.quantize import OPTIONS, decisions, dequantize_, keeps_transposed
+from int8fx.quantized_weight import Int8Weight
+
+METHOD = "int8fx"
+
+
+@register_quantization_config(METHOD)
+class Int8FxConfig(QuantizationConfigMixin):
+    """The options of ``int8fx.quantize_``, in a model's ``config.json``.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options.pop("quant_method", None)
+        self.quant_method: Any = METHOD
+        Options.parse(options, type(self).__name__, OPTIONS)
+        self.options = options
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, **self.options}
+
+    @property
+    def activation_options(self) -> dict[str, Any]:
+        parsed = Options.parse(self.options)
+        return {"threshold": parsed.threshold, "decomposition": parsed.decomposition}
+
+
+@register_quantizer(METHOD)
+class Int8FxQuantizer(HfQuantizer):
+    """What transformers asks while it loads and saves; see ``transformers.quantizers.HfQuantizer``."""
+
+    quantization_config: Int8FxConfig
+    serialized_names = {"weight": ["weight", f"weight{state_dict.SCALE}"]}  # noqa: RUF012
+    quantized_element_size = 1
+    is_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map sends modules to 'disk', from where int8 weights cannot be read back; "
+                "allowed: devices, 'cpu' among them"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+        found = decisions(model, **self.quantization_config.options)
+        names = {f"{decision.path}.weight" for decision in found if decision.accepted}
+        self.names = names - tied
+        if not self.names:
+            reasons = "".join(f"\n  {decision}" for decision in found)
+            raise ValueError(f"no weight of {type(model).__name__} can be quantised{reasons}")
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        return param_name in self.names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": _Deserialize}
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        state_dict.check_on_load(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return dequantize_(model, dtype)
+
+
+class _Operation(ConversionOps):
+    def __init__(self, hf_quantizer: Int8FxQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def form(self, model: nn.Module, name: str) -> dict[str, Any]:
+        """How the weight of a name is kept."""
+        owner = model.get_submodule(name.rpartition(".")[0])
+        state_dict.attach(owner)
+        config = self.hf_quantizer.quantization_config
+        return {"transposed": keeps_transposed(owner), **config.activation_options}
+
+
+class _Quantize(_Operation):
+    """A float weight as it comes from the file, to int8."""
+
+    def convert(self, input_dict: Any, model: Any = None, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+        result = {}
+        for name, value in input_dict.items():
+            weight = _single(value)
+            quantized = Int8Weight.from_float(weight, **self.form(model, name))
+            # It may be a mapping of the file, whose pages would count as ours until the last is read.
+            pages.release_mapped(weight)
+            result[name] = nn.Parameter(quantized, requires_grad=False)
+        return result
+
+
+class _Deserialize(_Operation):
+    """``weight`` and ``weight_scale`` to an int8 weight; a float ``weight`` stays what it is."""
+
+    def convert(  # type: ignore[override]
+        self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Any]:
+        tensors = {name: _single(value) for name, value in input_dict.items()}
+        if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
+            return tensors
+        prefix = full_layer_name.removesuffix("weight")
+        state = {prefix + name: tensor for name, tensor in tensors.items()}
+        expected = model.get_parameter(full_layer_name)
+        on_meta = torch.empty_like(expected, device="meta")
+        like = Int8Weight.from_float(on_meta, **self.form(model, full_layer_name))
+        weight = state_dict.read(full_layer_name, like, state)
+        assert weight is not None  # read has seen to it
+        for tensor in tensors.values():
+            pages.release_mapped(tensor)
+        return {"weight": nn.Parameter(weight, requires_grad=False)}
+
+
+def _single(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value

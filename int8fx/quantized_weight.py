@@ -1,0 +1,241 @@
+"""A weight that is kept in int8: a tensor subclass that stands where the float parameter stood.
+
+    weight ≈ w_int8 · w_scale        w_int8 [N, K] int8, w_scale [N] fp32
+
+It holds the form that its device's kernel takes (``kernels/table.py``) and no second one; ``w_int8``
+unpacks it, bit for bit. To the rest of torch it is a float tensor of the shape that it had, with
+values ``w_int8 · w_scale``, which may be read and moved; what may write to them is in
+``int8fx/weight_operators.py``.
+
+A product with it is LLM.int8(), by the same operators that the backend puts into a graph, so eager
+and compiled results are one arithmetic. Compiled by another backend, AOTAutograd takes it apart and
+finds these operators as well.
+
+Why a subclass, and no parametrization: ``torch.nn.utils.parametrize`` changes the module's class,
+renames its ``state_dict`` entries and forbids pickling, and its computed weight is an activation to
+a graph. A subclass keeps class, names and pickling, reaches a backend as one input, and FSDP2 and
+DTensor hold it as they hold any shard.
+"""
+
+import gc
+import weakref
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int8fx.kernels import ops, table
+from int8fx.kernels.quantize import quantize_weight
+from int8fx.torch_private import new_wrapper, without_torch_functions
+
+
+class Int8Weight(Tensor):
+    """See above.
+
+    Attributes:
+        packed: int8, as the kernel of its device takes it.
+        w_scale: ``[N]`` fp32.
+        K: columns of ``w_int8``; its rows are those of ``w_scale``.
+        transposed: whether the tensor stands for ``(w_int8 · w_scale)ᵀ`` (Hugging Face's ``Conv1D``).
+        threshold, decomposition: of the activations in a product, see ``int8fx.Options``.
+    """
+
+    packed: Tensor
+    w_scale: Tensor
+    K: int
+    transposed: bool
+    threshold: float
+    decomposition: str
+
+    # Torch functions are taken apart into aten operators before they come here.
+    __torch_function__ = without_torch_functions
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: Tensor,
+        w_scale: Tensor,
+        *,
+        K: int,
+        dtype: torch.dtype,
+        transposed: bool,
+        threshold: float,
+        decomposition: str,
+        size: Sequence[int] | None = None,
+        stride: Sequence[int] | None = None,
+    ) -> "Int8Weight":
+        N = w_scale.shape[0]
+        shape = tuple(size) if size is not None else ((K, N) if transposed else (N, K))
+        self = new_wrapper(cls, shape, stride, dtype, packed.device)
+        self.packed, self.w_scale, self.K, self.transposed = packed, w_scale, K, transposed
+        self.threshold, self.decomposition = threshold, decomposition
+        return self
+
+    @classmethod
+    def from_float(
+        cls, weight: Tensor, *, threshold: float, decomposition: str, transposed: bool = False
+    ) -> "Int8Weight":
+        """Quantises ``weight [N, K]``, or ``[K, N]`` when ``transposed``."""
+        matrix = weight.detach()
+        w_int8, w_scale = quantize_weight(matrix.t() if transposed else matrix)
+        return cls.from_int8(
+            w_int8,
+            w_scale,
+            dtype=weight.dtype,
+            threshold=threshold,
+            decomposition=decomposition,
+            transposed=transposed,
+        )
+
+    @classmethod
+    def from_int8(cls, w_int8: Tensor, w_scale: Tensor, **attributes: Any) -> "Int8Weight":
+        """Packs ``w_int8 [N, K]`` for its device; attributes as of the class."""
+        return cls(pack(w_int8), w_scale, K=w_int8.shape[1], **attributes)
+
+    @property
+    def w_int8(self) -> Tensor:
+        """``[N, K]`` int8, a copy."""
+        return ops.unpack_weight(self.packed, self.w_scale.shape[0], self.K)
+
+    @property
+    def int8_bytes(self) -> int:
+        """What it takes in memory."""
+        return self.packed.nbytes + self.w_scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float tensor that this stands for, contiguous, in its dtype or another."""
+        dtype = dtype or self.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        matrix = (self.w_int8.to(exact) * self.w_scale.to(exact).unsqueeze(1)).to(dtype)
+        return (matrix.t().contiguous() if self.transposed else matrix).reshape(self.shape)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Int8Weight":
+        """Raises:
+        RuntimeError: an int8 weight cannot be trained.
+        """
+        if requires_grad:
+            raise RuntimeError(
+                f"an int8 weight of shape {list(self.shape)} cannot require grad: train an adapter "
+                "beside it (LoRA), or bring the float weights back with int8fx.dequantize_(model)"
+            )
+        super().requires_grad_(False)
+        return self
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes in memory over elements, scales and padding included: what footprints multiply by."""
+        return self.int8_bytes / self.numel()
+
+    def share_memory_(self) -> "Int8Weight":
+        """Moves the int8 form to shared memory, in place."""
+        drop_weak_references(self)
+        self.packed.share_memory_()
+        self.w_scale.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.packed.is_shared()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"Int8Weight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"threshold={self.threshold}, decomposition={self.decomposition!r})"
+        )
+
+    # --- torch's protocols -----------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return ["packed", "w_scale"], self._attributes()
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, attributes, size, stride) -> "Int8Weight":
+        return cls(inner["packed"], inner["w_scale"], size=size, stride=stride, **attributes)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        from int8fx.weight_operators import call
+
+        return call(func, args, kwargs or {})
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compile caches tell weights apart by: everything but the values."""
+        form = (tuple(self.shape), self.stride(), self.device, tuple(self.packed.shape))
+        return f"Int8Weight{(*form, *self._attributes().values())}"
+
+    def __reduce_ex__(self, protocol):
+        # Not the packed form: a pickle may be read on a machine with another kernel.
+        return _rebuild, (self.w_int8, self.w_scale, self._attributes(), self._extras())
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """FSDP2: what the ranks exchange, and what they know without."""
+        return (self.w_int8, self.w_scale), None
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        """FSDP2: the whole weight from what all ranks gave."""
+        w_int8, w_scale = outputs
+        whole = self.like(w_int8, w_scale, dtype=param_dtype)
+        if out is None:
+            return whole, (whole.packed,)
+        # FSDP gave its memory back since the last time: ``w_scale`` is FSDP's own, and is filled.
+        out.packed.copy_(whole.packed)
+        return None
+
+    # --- copies of itself ------------------------------------------------------------------------
+
+    def like(self, w_int8: Tensor, w_scale: Tensor, **changed: Any) -> "Int8Weight":
+        """Another matrix, with the attributes of this one, some changed."""
+        return self.with_packed(pack(w_int8), w_scale, K=w_int8.shape[1], **changed)
+
+    def with_packed(self, packed: Tensor, w_scale: Tensor, **changed: Any) -> "Int8Weight":
+        return type(self)(packed, w_scale, **(self._attributes() | changed))
+
+    def on_meta(self) -> "Int8Weight":
+        """Without its values: for looking at shapes."""
+        packed = torch.empty(self.w_scale.shape[0], self.K, dtype=torch.int8, device="meta")
+        w_scale = torch.empty_like(self.w_scale, device="meta")
+        return self.with_packed(packed, w_scale, size=self.shape, stride=self.stride())
+
+    @property
+    def activation_options(self) -> dict[str, Any]:
+        return {"threshold": self.threshold, "decomposition": self.decomposition}
+
+    def _attributes(self) -> dict[str, Any]:
+        form = {"K": self.K, "dtype": self.dtype, "transposed": self.transposed}
+        return form | self.activation_options
+
+    def _extras(self) -> dict[str, Any]:
+        """What else was set on the tensor: ``_is_param``, and whatever frameworks left."""
+        own = {"packed", "w_scale", *self._attributes()}
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+
+def drop_weak_references(weight: Int8Weight) -> None:
+    """``Module.to`` and its like swap a parameter's content, which weak references to it prevent;
+    Dynamo leaves some behind, in cycles."""
+    if weakref.getweakrefs(weight):
+        gc.collect()
+
+
+def pack(w_int8: Tensor) -> Tensor:
+    """``w_int8 [N, K]`` for the kernel of its device; as it is where there is none (meta)."""
+    return w_int8 if table.kernel_for(w_int8.device.type) is None else ops.pack_weight(w_int8)
+
+
+def _rebuild(w_int8: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> Int8Weight:
+    return _rebuild_packed(pack(w_int8), w_scale, attributes, extras)
+
+
+def _rebuild_packed(packed: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> Int8Weight:
+    weight = Int8Weight(packed, w_scale, **attributes)
+    weight.__dict__.update(extras)
+    return weight
+
+
+def _share(weight: Int8Weight) -> tuple:
+    # Between processes of one machine the packed form itself is handed on, in shared memory.
+    arguments = weight.packed, weight.w_scale, weight._attributes(), weight._extras()
+    return _rebuild_packed, arguments
+
+
+ForkingPickler.register(Int8Weight, _share)

@@ -1,0 +1,184 @@
+"""How int8 weights are written to a ``state_dict`` and read from one.
+
+    weight          int8, in the shape of the parameter, the same on every device
+    weight_scale    [N] fp32, one per output channel
+
+They are plain tensors, for safetensors and for every other tool; loading packs them again. A float
+``weight`` is quantised on loading, and bitsandbytes' ``weight`` and ``SCB`` are read as well
+(``SCB`` = 127 · ``weight_scale``).
+
+What does not fit raises ``CheckpointError`` before anything is loaded.
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8fx.errors import CheckpointError
+from int8fx.kernels.quantize import QMAX
+from int8fx.quantized_weight import Int8Weight
+
+SCALE = "_scale"
+# bitsandbytes keeps its scales beside the weight, under a name of its own.
+BITSANDBYTES_SCALE = "SCB"
+BITSANDBYTES_FORMAT = "weight_format"
+
+
+def keys_beside(key: str) -> tuple[str, str, str]:
+    """What may come with the int8 values under ``key``: our scales, or bitsandbytes' and its format."""
+    owner = key.rpartition(".")[0]
+    prefix = f"{owner}." if owner else ""
+    return key + SCALE, prefix + BITSANDBYTES_SCALE, prefix + BITSANDBYTES_FORMAT
+
+
+def attach(module: nn.Module) -> None:
+    """Makes a module write and read its int8 weights in the form above."""
+    module.register_state_dict_post_hook(_write)
+    module.register_load_state_dict_pre_hook(_read)
+
+
+def check_on_load(model: nn.Module) -> None:
+    """Makes loading into a model check all of its tensors before the first is changed."""
+    model.register_load_state_dict_pre_hook(_check)
+
+
+def _int8_parameters(module: nn.Module) -> Iterator[tuple[str, Int8Weight]]:
+    for name, weight in module.named_parameters(recurse=False):
+        if isinstance(weight, Int8Weight):
+            yield name, weight
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
+    for name, _ in _int8_parameters(module):
+        weight = state.get(prefix + name)
+        if isinstance(weight, Int8Weight):
+            state[prefix + name] = in_its_shape(weight.w_int8, weight)
+            # A copy, as the int8 values are: writers drop one of two names with the same memory.
+            state[prefix + name + SCALE] = weight.w_scale.clone()
+
+
+def in_its_shape(w_int8: Tensor, weight: Int8Weight) -> Tensor:
+    """``w_int8 [N, K]`` in the shape of the parameter; and back."""
+    return w_int8.t().contiguous() if weight.transposed else w_int8
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The part of a ``state_dict`` that belongs to one int8 weight."""
+
+    key: str
+    weight: Int8Weight
+    state: Mapping[str, Any]
+
+    @property
+    def value(self) -> Any:
+        return self.state.get(self.key)
+
+    @property
+    def scale(self) -> Tensor | None:
+        ours, of_bitsandbytes, _ = keys_beside(self.key)
+        if ours in self.state:
+            return self.state[ours]
+        scale = self.state.get(of_bitsandbytes)
+        return None if scale is None else scale.to(torch.float32) / QMAX
+
+    def check(self) -> None:
+        """Raises:
+        CheckpointError: names the tensor, what it is and what it should be.
+        """
+        key, value, scale, weight = self.key, self.value, self.scale, self.weight
+        if value is None:
+            if scale is not None:
+                raise CheckpointError(f"{key}: its scales are there, and its int8 values are missing")
+            return
+        if tuple(value.shape) != tuple(weight.shape):
+            raise CheckpointError(
+                f"{key}: shape {list(value.shape)} in the checkpoint, {list(weight.shape)} in the model"
+            )
+        if value.dtype == torch.int8:
+            self._check_int8(value, scale)
+        elif not value.is_floating_point():
+            raise CheckpointError(f"{key}: {value.dtype} in the checkpoint; allowed: int8, or a float")
+
+    def _check_int8(self, value: Tensor, scale: Tensor | None) -> None:
+        key, N = self.key, self.weight.w_scale.shape[0]
+        if scale is None:
+            ours, theirs, _ = keys_beside(key)
+            raise CheckpointError(f"{key}: int8 values without their scales, {ours} or {theirs}")
+        if tuple(scale.shape) != (N,):
+            raise CheckpointError(f"{key}: scales of shape {list(scale.shape)}, {[N]} expected")
+        if scale.is_meta or value.is_meta:
+            return
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise CheckpointError(f"{key}: corrupt: a scale that is not finite, or not above 0")
+        if value.amin() < -QMAX:
+            raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
+
+    def read(self) -> Int8Weight | None:
+        """The int8 weight in the entry; None when there is none.
+
+        Raises:
+            CheckpointError: as ``check``.
+        """
+        self.check()
+        value, weight = self.value, self.weight
+        if value is None or isinstance(value, Int8Weight):
+            return value
+        if value.dtype != torch.int8:
+            return Int8Weight.from_float(
+                value,
+                **weight.activation_options,
+                transposed=weight.transposed,
+            )
+        scale = self.scale
+        assert scale is not None
+        w_scale = scale.detach().to(torch.float32, copy=True)
+        return weight.like(in_its_shape(value.detach(), weight), w_scale)
+
+
+def read(key: str, like: Int8Weight, state: Mapping[str, Any]) -> Int8Weight | None:
+    """The int8 weight that a ``state_dict`` holds under ``key``, with the attributes of ``like``.
+
+    Raises:
+        CheckpointError: names the tensor, what it is and what it should be.
+    """
+    return _Entry(key, like, state).read()
+
+
+def _read(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+    for name, weight in _int8_parameters(module):
+        entry = _Entry(prefix + name, weight, state)
+        found = entry.read()
+        if found is not None:
+            state[entry.key] = found
+        for key in keys_beside(entry.key):
+            state.pop(key, None)
+
+
+def _check(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    for path, module in model.named_modules(remove_duplicate=False):
+        base = f"{prefix}{path}." if path else prefix
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in tensors:
+            if isinstance(tensor, Int8Weight):
+                _Entry(base + name, tensor, state).check()
+            else:
+                _check_shape(base + name, tensor, state.get(base + name))
+
+
+def _check_shape(key: str, tensor: Tensor, value: Tensor | None) -> None:
+    if value is not None and tuple(value.shape) != tuple(tensor.shape):
+        raise CheckpointError(
+            f"{key}: shape {list(value.shape)} in the checkpoint, {list(tensor.shape)} in the model"
+        )
+    if value is not None and value.is_floating_point() is not tensor.is_floating_point():
+        raise CheckpointError(f"{key}: {value.dtype} in the checkpoint, {tensor.dtype} in the model")

@@ -1,0 +1,256 @@
+"""state_dict, safetensors, loading on the meta device; and what a bad checkpoint is told."""
+
+import copy
+import json
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import int8fx
+from int8fx import Int8Weight
+from int8fx.errors import CheckpointError
+from int8fx.kernels.quantize import quantize_weight
+
+K, N = 64, 96
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(K)
+        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K, bias=False)
+        self.register_buffer("scratch", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        return self.norm(x + self.down(torch.relu(self.up(x))))
+
+
+@pytest.fixture
+def floats():
+    torch.manual_seed(0)
+    return Model().bfloat16().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def model(floats):
+    return int8fx.quantize_(copy.deepcopy(floats), threshold=5.0)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def empty(device="cpu"):
+    with torch.device(device):
+        model = Model().bfloat16().eval().requires_grad_(False)
+    model.scratch = torch.ones(3)
+    return int8fx.quantize_(model, threshold=5.0)
+
+
+def snapshot(model):
+    return {name: (id(t), t.clone()) for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def assert_unchanged(model, before):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        identity, values = before[name]
+        assert identity == id(tensor)
+        assert torch.equal(values, tensor)
+
+
+def test_the_entries_are_plain_tensors_that_do_not_depend_on_the_device(floats, model):
+    state = model.state_dict()
+    assert all(type(tensor) is torch.Tensor for tensor in state.values())
+    w_int8, w_scale = quantize_weight(floats.up.weight)
+    assert torch.equal(state["up.weight"], w_int8)
+    assert torch.equal(state["up.weight_scale"], w_scale)
+    assert set(state) - set(floats.state_dict()) == {"up.weight_scale", "down.weight_scale"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("shard", ["5GB", 5000])
+def test_round_trip_bit_for_bit(model, x, tmp_path, device, shard):
+    int8fx.save_checkpoint(model, tmp_path, max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if shard == "5GB" else 3)
+    read = int8fx.load_checkpoint(empty(device), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, read.state_dict()[name]), name
+    assert torch.equal(read(x), model(x))
+    assert type(read.up.weight) is Int8Weight and not read.up.weight.requires_grad
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_load_state_dict_alone(model, x, assign):
+    state = safetensors.torch.load(safetensors.torch.save(model.state_dict()))
+    keys = set(state)
+    read = empty()
+    result = read.load_state_dict(state, assign=assign)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert set(state) == keys
+    assert torch.equal(read(x), model(x))
+
+
+def test_inside_a_larger_model(model, x):
+    outer = nn.ModuleDict({"inner": model})
+    read = nn.ModuleDict({"inner": empty()})
+    read.load_state_dict(outer.state_dict())
+    assert torch.equal(read["inner"](x), model(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_float_weights_are_quantised_as_they_are_read(floats, model, x, tmp_path, device):
+    int8fx.save_checkpoint(floats, tmp_path)
+    read = int8fx.load_checkpoint(empty(device), tmp_path / "model.safetensors")
+    assert torch.equal(read(x), model(x))
+
+
+def test_what_is_read_is_no_view_of_the_file(model, x, tmp_path):
+    int8fx.save_checkpoint(model, tmp_path)
+    read = int8fx.load_checkpoint(empty("meta"), tmp_path)
+    expected = read(x)
+    file = tmp_path / "model.safetensors"
+    with open(file, "r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert torch.equal(read(x), expected)
+
+
+def test_tied_weights_stay_tied(x, tmp_path):
+    def tied(device="cpu"):
+        with torch.device(device):
+            linears = [nn.Linear(*sizes) for sizes in ((K, N), (N, K), (K, 10), (10, K), (K, N))]
+            model = nn.Sequential(nn.Embedding(10, K), *linears)
+        model[3].weight, model[5].weight = model[0].weight, model[1].weight
+        return int8fx.quantize_(model.requires_grad_(False))
+
+    model = tied()
+    int8fx.save_checkpoint(model, tmp_path)
+    read = int8fx.load_checkpoint(tied("meta"), tmp_path)
+    assert read[3].weight is read[0].weight
+    assert read[5].weight is read[1].weight and type(read[1].weight) is Int8Weight
+    tokens = torch.arange(4)
+    assert torch.equal(read(tokens), model(tokens))
+
+
+# --- bad checkpoints -----------------------------------------------------------------------------
+
+
+def missing(state):
+    del state["up.bias"]
+
+
+def missing_scale(state):
+    del state["down.weight_scale"]
+
+
+def missing_int8(state):
+    del state["down.weight"]
+
+
+def unexpected(state):
+    state["extra.weight"] = torch.ones(2)
+
+
+def other_shape(state):
+    state["up.weight"] = state["up.weight"][:-1].contiguous()
+
+
+def other_scale(state):
+    state["up.weight_scale"] = state["up.weight_scale"][:-1].contiguous()
+
+
+def other_norm(state):
+    state["norm.running_mean"] = torch.ones(K + 1)
+
+
+def other_dtype(state):
+    state["up.weight"] = state["up.weight"].to(torch.int32)
+
+
+def int8_norm(state):
+    state["norm.weight"] = state["norm.weight"].to(torch.int8)
+
+
+def nan_scale(state):
+    state["down.weight_scale"][3] = float("nan")
+
+
+def negative_scale(state):
+    state["down.weight_scale"][3] *= -1
+
+
+def impossible_value(state):
+    state["down.weight"][3, 5] = -128
+
+
+# Of those, load_state_dict leaves names to torch, which tells missing from unexpected after loading.
+NAMES = {
+    missing: "up.bias: in the model, and missing in the checkpoint",
+    unexpected: "extra.weight: in the checkpoint, and not in the model",
+}
+VALUES = {
+    missing_scale: "down.weight: int8 values without their scales, down.weight_scale or down.SCB",
+    missing_int8: "down.weight: its scales are there, and its int8 values are missing",
+    other_shape: "up.weight: shape [95, 64] in the checkpoint, [96, 64] in the model",
+    other_scale: "up.weight: scales of shape [95], [96] expected",
+    other_norm: "norm.running_mean: shape [65] in the checkpoint, [64] in the model",
+    other_dtype: "up.weight: torch.int32 in the checkpoint; allowed: int8, or a float",
+    int8_norm: "norm.weight: torch.int8 in the checkpoint, torch.bfloat16 in the model",
+    nan_scale: "down.weight: corrupt: a scale that is not finite, or not above 0",
+    negative_scale: "down.weight: corrupt: a scale that is not finite, or not above 0",
+    impossible_value: "down.weight: corrupt: a value of -128, where int8 weights end at -127",
+}
+
+
+@pytest.mark.parametrize("spoil", [*NAMES, *VALUES], ids=lambda spoil: spoil.__name__)
+def test_a_bad_checkpoint_is_named_and_changes_nothing(model, tmp_path, spoil):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    spoil(state)
+    target = empty()
+    before = snapshot(target)
+    message = re.escape((NAMES | VALUES)[spoil])
+    if spoil in VALUES:
+        with pytest.raises(CheckpointError, match=message):
+            target.load_state_dict(state)
+        assert_unchanged(target, before)
+    if spoil is missing_int8:
+        message = "down.weight: in the model, and missing in the checkpoint"
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        int8fx.load_checkpoint(target, tmp_path)
+    assert_unchanged(target, before)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-9000], "model.safetensors: broken off in down.weight"),
+        (lambda content: content[:-1], "model.safetensors: broken off in "),
+        (lambda content: content[:40], "model.safetensors: broken off in its header"),
+        (lambda content: b"", "model.safetensors: broken off in its header"),
+        (lambda content: content[:8] + b"x" + content[9:], "model.safetensors: its header is damaged"),
+        (lambda content: content + b"x", "model.safetensors: .*not fully covered"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_tensor(model, tmp_path, damage, message):
+    int8fx.save_checkpoint(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    target = empty()
+    before = snapshot(target)
+    with pytest.raises(CheckpointError, match=message):
+        int8fx.load_checkpoint(target, tmp_path)
+    assert_unchanged(target, before)
+
+
+def test_files_that_are_not_there(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor .*index"):
+        int8fx.load_checkpoint(empty(), tmp_path)
+    int8fx.save_checkpoint(model, tmp_path, max_shard_size=5000)
+    shard = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]["up.bias"]
+    (tmp_path / shard).unlink()
+    with pytest.raises(FileNotFoundError, match=f"names {shard}, which is not there"):
+        int8fx.load_checkpoint(empty(), tmp_path)

@@ -1,0 +1,111 @@
+"""release_weights: the compile leaves int8 weights in the modules, and nothing of the float ones."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from support import compile_once
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import int8fx
+from int8fx import Int8Weight
+from int8fx.options import Options
+
+K, N = 32, 48
+RELEASE = {"release_weights": True}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model().requires_grad_(False)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, K, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_float_weights_are_gone_and_it_is_compiled_once(model, x):
+    torch._dynamo.reset()
+    expected, _ = compile_once(copy.deepcopy(model), x)
+    gone = [weakref.ref(model.up.weight), weakref.ref(model.down.weight)]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("llmint8")
+
+    def backend(gm, inputs):
+        counter.frame_count += 1
+        return int8fx.llmint8(gm, inputs, options=RELEASE)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        assert torch.equal(compiled(x), expected)
+    assert counter.frame_count == 1
+    assert all(reference() is None for reference in gone)
+    assert type(model.up.weight) is Int8Weight and type(model.down.weight) is Int8Weight
+    # Another shape is another graph, of the weights that are there now.
+    assert torch.equal(compiled(x[:3]), expected[:3])
+    assert counter.frame_count == 2
+
+
+def test_everything_that_reads_a_released_weight_finds_its_int8_form(model, x):
+    quantized = int8fx.quantize_(copy.deepcopy(model))
+    y, _ = compile_once(model, x, backend_options=RELEASE)
+    assert torch.equal(model(x), quantized(x)) and torch.equal(model(x), y)
+    for name, tensor in quantized.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    assert model.half().up.weight.dtype == torch.float16
+    assert type(int8fx.dequantize_(model).up.weight) is nn.Parameter
+
+
+def test_conv1d_is_released_in_its_own_shape(x):
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(N, K).requires_grad_(False)
+    y, _ = compile_once(conv, x, backend_options=RELEASE)
+    assert conv.weight.transposed and conv.weight.shape == (K, N)
+    assert torch.equal(conv(x), y)
+
+
+def test_what_something_else_needs_in_float_stays(model, x):
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+            self.embedding = nn.Embedding(N, K, _weight=model.up.weight.data)
+            self.embedding.weight = model.up.weight
+            self.register_buffer("buffer", torch.randn(N, K))
+
+        def forward(self, x):
+            return self.inner(x), x @ self.buffer.t(), self.inner.down.weight.sum()
+
+    holds = Holds()
+    with pytest.warns(UserWarning, match="release_weights kept") as warned:
+        compile_once(holds, x, backend_options=RELEASE)
+    (text,) = [str(w.message) for w in warned if "release_weights" in str(w.message)]
+    assert "inner.up.weight: its memory is that of embedding.weight, too" in text
+    assert "buffer: it is a buffer" in text
+    assert "inner.down.weight: the graph reads it in float as well" in text
+    assert type(model.up.weight) is nn.Parameter
+
+
+def test_other_formats_stay(model, x):
+    with pytest.warns(UserWarning, match="up.weight: the scheme keeps it int8 per tensor"):
+        compile_once(model, x, backend_options=RELEASE | {"scheme": "absmax-tensor"})
+
+
+def test_a_wrong_option_is_named():
+    with pytest.raises(ValueError, match=r"'release_weights'.*given 1 .int.; allowed: True or False"):
+        Options.parse({"release_weights": 1})

@@ -1,0 +1,172 @@
+"""The quantiser of transformers: load, save, generate, refuse."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import int8fx
+from int8fx import Int8Weight
+from int8fx.integrations.transformers import Int8FxConfig
+from int8fx.kernels.quantize import quantize_weight
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """A bf16 Llama in shards, and its weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        max_position_embeddings=64,
+    )
+    path = tmp_path_factory.mktemp("floats")
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(path, max_shard_size="50KB")
+    return path, model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def model(floats):
+    return load(floats[0], quantization_config=Int8FxConfig(threshold=5.0))
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("int8")
+    model.save_pretrained(path, max_shard_size="30KB")
+    return path
+
+
+def load(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(8).unsqueeze(0)).logits
+
+
+def test_every_linear_but_the_head_is_int8_and_of_the_right_values(floats, model):
+    _, state = floats
+    weight = model.get_parameter(UP)
+    assert type(weight) is Int8Weight and weight.threshold == 5.0 and not weight.requires_grad
+    w_int8, w_scale = quantize_weight(state[UP])
+    assert torch.equal(weight.w_int8, w_int8) and torch.equal(weight.w_scale, w_scale)
+    kinds = {name: type(parameter) is Int8Weight for name, parameter in model.named_parameters()}
+    assert sum(kinds.values()) == 2 * 7
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+
+
+def test_the_footprint_is_that_of_the_tensors(model):
+    expected = sum(buffer.nbytes for buffer in model.buffers())
+    for parameter in model.parameters():
+        is_int8 = isinstance(parameter, Int8Weight)
+        expected += parameter.int8_bytes if is_int8 else parameter.nbytes
+    assert round(model.get_memory_footprint()) == expected
+
+
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_save_and_load_bit_for_bit(model, saved, device_map):
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    config = json.loads((saved / "config.json").read_text())["quantization_config"]
+    assert config == {"quant_method": "int8fx", "threshold": 5.0}
+    read = load(saved, device_map=device_map)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, read.state_dict()[name]), name
+    assert read.get_parameter(UP).threshold == 5.0
+    assert torch.equal(logits(read), logits(model))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(model, saved, cache):
+    tokens = torch.arange(8).unsqueeze(0)
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    expected = model.generate(tokens, **options)
+    assert expected.shape == (1, 12)
+    assert torch.equal(load(saved).generate(tokens, **options), expected)
+
+
+def test_generate_compiled(floats):
+    config = AutoConfig.from_pretrained(floats[0], num_hidden_layers=1, num_key_value_heads=4)
+    model = int8fx.quantize_(LlamaForCausalLM(config).eval())
+    tokens = torch.arange(8).unsqueeze(0)
+    options = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(tokens, **options)
+    torch._dynamo.reset()
+    # A region of it: whole models are compiled elsewhere, at their price.
+    model.model.layers[0].mlp.compile(backend="llmint8", dynamic=True)
+    with int8fx.collect_reports() as reports:
+        assert torch.equal(model.generate(tokens, **options), expected)
+    assert reports and all(len(report.accepted) == 3 for report in reports)
+
+
+def test_conv1d_and_a_tied_head(tmp_path):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "floats")
+    read = load(tmp_path / "floats", quantization_config=Int8FxConfig(skip=[]))
+    assert read.lm_head.weight is read.transformer.wte.weight
+    assert type(read.lm_head.weight) is torch.nn.Parameter
+    weight = read.transformer.h[0].mlp.c_fc.weight
+    assert weight.transposed and weight.shape == (32, 128)
+    read.save_pretrained(tmp_path / "int8")
+    again = load(tmp_path / "int8")
+    assert torch.equal(again.transformer.h[0].mlp.c_fc.weight, weight)
+    assert torch.equal(logits(again), logits(read))
+
+
+def test_dequantize(saved):
+    model = load(saved)
+    expected = model.get_parameter(UP).dequantize()
+    model.dequantize()
+    assert type(model.get_parameter(UP)) is torch.nn.Parameter
+    assert torch.equal(model.get_parameter(UP), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"treshold": 6.0}, "unknown option 'treshold' for Int8FxConfig; allowed: decomposition,"),
+        ({"threshold": -1}, "'threshold'.*given -1"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Int8FxConfig(**options)
+
+
+def test_what_cannot_be_loaded(floats):
+    with pytest.raises(ValueError, match=r"no weight of LlamaForCausalLM can be quantised\n  model"):
+        load(floats[0], quantization_config=Int8FxConfig(only=["nothing"]))
+    with pytest.raises(ValueError, match="device_map sends modules to 'disk', from where int8"):
+        load(
+            floats[0],
+            quantization_config=Int8FxConfig(),
+            device_map={"model": "cpu", "lm_head": "disk"},
+        )
+
+
+def test_a_damaged_checkpoint_names_the_tensor(model, saved, tmp_path, caplog):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state[f"{UP}_scale"][3] = float("nan")
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="conversion"):
+        load(tmp_path)
+    assert f"{UP}: corrupt: a scale that is not finite, or not above 0" in caplog.text
