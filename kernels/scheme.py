@@ -72,6 +72,8 @@ class Scheme:
         weight_format: how it keeps weights, given the settings.
         dequantized_input: x̂ ``[*, K]`` of ``x [*, K]``, in plain PyTorch.
         lower: the product, by operators that every device has.
+        experts: the same for rows that each meet a matrix of their own, with ``experts [S]`` in the
+            place of the bias (``kernels/experts.py``); None where a scheme has no such product.
         decompositions: which of these operators Inductor is given to fuse instead of a call, and the
             aten form of each; equal calls of them are shared (``passes/fuse_prologue.py``).
     """
@@ -84,6 +86,7 @@ class Scheme:
     dequantized_input: Callable[[Tensor, Settings], Tensor]
     lower: Lowering
     decompositions: Mapping[Any, Callable[..., Any]]
+    experts: Lowering | None = None
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
         """x̂ @ ŵᵀ + bias in float64: what the lowering must come to, but for rounding.
@@ -114,6 +117,10 @@ class Choice:
 
     def lower(self, call: Call, x: Any, weight: Sequence[Any], bias: Any) -> Any:
         return self.scheme.lower(call, x, weight, bias, self.settings)
+
+    def lower_experts(self, call: Call, x: Any, weight: Sequence[Any], experts: Any) -> Any:
+        assert self.scheme.experts is not None
+        return self.scheme.experts(call, x, weight, experts, self.settings)
 
 
 def unchanged(x: Tensor, settings: Settings) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from int8fx.kernels import ops
@@ -98,12 +99,14 @@ def describe() -> dict[str, str]:
 
 
 def pack(w_int8: Tensor) -> Tensor:
-    """``w_int8 [N, K]`` in the form that the kernel of its device takes."""
+    """``w_int8 [N, K]`` in the form that the kernel of its device takes; ``[E, N, K]`` one by one."""
     kernel = kernel_for(w_int8.device.type)
     if kernel is None:
         raise ValueError(
             f"no int8 kernel for device {w_int8.device.type!r}; devices with one: {', '.join(KERNELS)}"
         )
+    if w_int8.dim() == 3:
+        return torch.stack([kernel.pack(matrix) for matrix in w_int8])
     return kernel.pack(w_int8)
 
 
