@@ -22,6 +22,7 @@ or an argmax that tips over), and far in one only is a wrong answer.
 import argparse
 import collections
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -92,8 +93,8 @@ def call(toy: Toy, backend: str) -> tuple[Any, int, int]:
     return y, *compile_counts()
 
 
-def examine(name: str) -> dict[str, Any]:
-    """One row of the results."""
+def examine(name: str, compiles: bool = True) -> dict[str, Any]:
+    """One row of the results; without step 4 if asked for."""
     row: dict[str, Any] = {"architecture": name}
     try:
         toy = build(name)
@@ -106,8 +107,10 @@ def examine(name: str) -> dict[str, Any]:
     except Exception as error:
         return row | {"status": "not traced", "why": first_line(error)}
     try:
-        row |= check_linears(toy)
-        row |= compile_llmint8(toy, row.pop("_checked"))
+        checked, found = check_linears(toy)
+        row |= found | {"status": "checked"}
+        if compiles:
+            row |= compile_llmint8(toy, checked)
     except Exception as error:
         row["why"] = first_line(error)
         row["trace"] = traceback.format_exc()[-3000:]
@@ -115,15 +118,14 @@ def examine(name: str) -> dict[str, Any]:
     return row
 
 
-def check_linears(toy: Toy) -> dict[str, Any]:
+def check_linears(toy: Toy) -> tuple[Any, dict[str, Any]]:
     with checking() as seen, int8fx.collect_reports() as reports:
         y, graphs, breaks = call(toy, "llmint8")
     decisions = [decision for report in reports for decision in report.decisions]
     refused = collections.Counter(
         re.sub(r"'[^']*'|\d+", "…", decision.reason) for decision in decisions if not decision.accepted
     )
-    return {
-        "_checked": y,
+    return y, {
         "llmint8 graphs": graphs,
         "llmint8 breaks": breaks,
         "linears": sum(decision.accepted for decision in decisions),
@@ -187,14 +189,14 @@ def in_process(examine: Callable[[str], dict], name: str) -> dict[str, Any]:
     return {"architecture": name, "status": "died", "why": why}
 
 
-def sweep(names: list[str], results: Path, seconds: float) -> None:
+def sweep(names: list[str], results: Path, seconds: float, compiles: bool) -> None:
     torch.set_num_threads(1)  # forked processes and OpenMP's threads do not go together
     torch._inductor.config.compile_threads = 1
     end = time.time() + seconds
     for position, name in enumerate(names, 1):
         if time.time() > end:
             break
-        row = in_process(examine, name)
+        row = in_process(functools.partial(examine, compiles=compiles), name)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{position}/{len(names)} {name}: {row['status']} {row.get('why', '')[:150]}", flush=True)
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("--names", type=Path, help="a file of architectures: just these, a line each")
     parser.add_argument("--again", nargs="*", default=[], help="statuses to examine again")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
+    parser.add_argument("--quick", action="store_true", help="steps 1 to 3 only, no Inductor")
     arguments = parser.parse_args()
     known = load(arguments.results)
     names = arguments.names.read_text().split() if arguments.names else architectures()
@@ -224,7 +227,7 @@ def main() -> None:
         names = [
             name for name in names if name not in known or known[name]["status"] in arguments.again
         ]
-    sweep(names, arguments.results, arguments.seconds)
+    sweep(names, arguments.results, arguments.seconds, not arguments.quick)
 
 
 if __name__ == "__main__":

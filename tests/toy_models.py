@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-MAX_PARAMETERS = 150_000_000
+MAX_PARAMETERS = 80_000_000
 VOCABULARY = 256
 IMAGE_TOKEN = 200  # ids above are placeholders of images, audio and video; each field gets its own
 TOKENS = 8
@@ -124,7 +124,8 @@ def _narrow(factor: int) -> tuple[Rule, ...]:
     return (
         (_WIDTH, width),
         (_HEADS, lambda heads: min(heads, 4)),
-        (_KV_HEADS, lambda heads: 2 if heads > 1 else heads),
+        # Many are as many as there are heads, as latent attention asks; few are groups.
+        (_KV_HEADS, lambda heads: min(heads, 4 if heads >= 12 else 2)),
         (_HEAD_DIM, lambda size: min(size, 16)),
     )
 
@@ -156,6 +157,8 @@ def _shrunk(values: dict, rules: tuple[Rule, ...], counter: Iterator[int]) -> di
             value = next(counter)
         elif name.endswith("token_id") and isinstance(value, int) and value >= IMAGE_TOKEN:
             value = 3
+        elif name == "head_dim" and value is None:
+            value = 16
         for pattern, change in rules:
             if pattern.match(name):
                 value = _map(value, change)
@@ -182,13 +185,24 @@ RECIPES: dict[str, tuple[Rule, ...]] = {
     "as published": (),
 }
 
-# Where names mislead: recipe, and values that are set after shrinking (dots descend).
-OVERRIDES: dict[str, dict[str, Any]] = {}
+# Where names mislead: values that are set after shrinking (dots descend).
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 8},
+    "informer": {"prediction_length": 8},
+    "time_series_transformer": {"prediction_length": 8},
+    "depth_anything": {"neck_hidden_sizes": [32], "reassemble_factors": [1]},
+    "flan-t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "gpt_neo": {"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
+}
+
+
+# Models that are a model type of another name with other values.
+ALIASES = {"flan-t5": "t5"}
 
 
 def toy_config(model_type: str, recipe: str) -> PreTrainedConfig:
     """The configuration of a model type, made small."""
-    config_class = CONFIG_MAPPING[model_type]
+    config_class = CONFIG_MAPPING[ALIASES.get(model_type, model_type)]
     values = config_class().to_dict()
     values.pop("model_type", None)
     values = _shrunk(values, RECIPES[recipe], iter(range(IMAGE_TOKEN, VOCABULARY)))
@@ -252,6 +266,46 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _video(config: Any) -> Tensor:
+    frames = _first(config, "num_frames", "frames_per_clip", default=4)
+    image = _pixels(config)
+    return image.unsqueeze(1).expand(-1, frames, -1, -1, -1).clone()
+
+
+def _patches(config: Any) -> Tensor:
+    """Patches of the image of ``grid_thw``, flattened."""
+    vision = getattr(config, "vision_config", None) or config
+    side, frames = (
+        _first(vision, "patch_size", default=14),
+        _first(vision, "temporal_patch_size", default=1),
+    )
+    channels = _first(vision, "in_channels", "num_channels", default=3)
+    return torch.randn(_GRID.prod(), channels * frames * side * side)
+
+
+_GRID = torch.tensor([[1, 4, 4]])
+
+# Other shapes that go by the same names: channels last, videos, packed patches.
+ALTERNATIVES: tuple[dict[str, Callable[[Any], Any]], ...] = (
+    {},
+    {
+        "pixel_values": _video,
+        "input_values": lambda config: _features(config).mT[
+            :, : _first(config, "max_length", default=64)
+        ],
+        "input_features": lambda config: _features(config).mT,
+    },
+    {
+        "pixel_values": _patches,
+        "hidden_states": _patches,
+        "grid_thw": lambda config: _GRID,
+        "image_grid_thw": lambda config: _GRID,
+        "pixel_values_videos": _video,
+        "input_values": lambda config: torch.randn(1, 1, 4000),
+    },
+)
+
+
 @dataclass
 class Toy:
     """A model that runs, and how to call it."""
@@ -291,9 +345,14 @@ def input_sets(model: nn.Module) -> Iterator[dict[str, Any]]:
     wanted = list(dict.fromkeys([main, *required]))
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
         wanted.append("decoder_input_ids")
-    for chosen in (wanted, [*wanted, "decoder_input_ids"], given, ["input_ids"], ["pixel_values"]):
-        if all(name in MAKERS for name in chosen):
-            yield {name: MAKERS[name](config) for name in dict.fromkeys(chosen)}
+    seen: list[tuple[int, frozenset[str]]] = []
+    for number, other in enumerate(ALTERNATIVES):
+        makers = MAKERS | other
+        for chosen in (wanted, [*wanted, "decoder_input_ids"], given, ["input_ids"], ["pixel_values"]):
+            key = (number if other.keys() & set(chosen) else 0, frozenset(chosen))
+            if chosen and key not in seen and all(name in makers for name in chosen):
+                seen.append(key)
+                yield {name: makers[name](config) for name in dict.fromkeys(chosen)}
 
 
 def build(model_type: str) -> Toy:
@@ -303,7 +362,7 @@ def build(model_type: str) -> Toy:
         LookupError: it has no class.
         RuntimeError: no recipe and no inputs make it run; says what each came to.
     """
-    task, cls = model_class(model_type)
+    task, cls = model_class(ALIASES.get(model_type, model_type))
     failures: list[str] = []
     for recipe in RECIPES:
         try:
