@@ -20,11 +20,17 @@ from unittest import mock
 from bounds import expected_and_bound
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from int8fx import pipeline, torch_private
 from int8fx.kernels import ops
 from int8fx.kernels.experts import expert_linear
+from int8fx.kernels.scheme import WeightFormat
+from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.decision import Decision
+from int8fx.passes.flops import flops
+from int8fx.passes.weight_expression import WeightExpression
+from int8fx.weights import STORE, PackedWeight
 
 
 @dataclass
@@ -118,46 +124,32 @@ def checking() -> Iterator[Seen]:
 
         return run
 
-    def quantize_weights(compilation: pipeline.Compilation) -> None:
-        original_step(compilation)
-        for slot, packed in zip(compilation.slots, compilation.packed, strict=True):
-            weight = slot.expression.evaluate(compilation.inputs[slot.position].detach())
-            seen.weights[packed.weight.data_ptr()] = weight
+    def get(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
+        packed = original_get(tensor, expression, kept)
+        seen.weights[packed.tensors[0].data_ptr()] = expression.evaluate(tensor.detach())
+        return packed
 
     def select(compilation: pipeline.Compilation) -> None:
         original_select(compilation)
         pairs = zip(compilation.found, compilation.decisions, strict=True)
-        seen.flops += [(decision, flops(candidate.node)) for candidate, decision in pairs]
+        for candidate, decision in pairs:
+            seen.flops.append((decision, operations(candidate, decision, compilation)))
 
-    original_step, original_select = pipeline.quantize_weights, pipeline.select
+    original_get, original_select = STORE.get, pipeline.select
     with (
         mock.patch.object(torch_private, "compile_with_inductor", interpreted),
-        mock.patch.object(pipeline, "quantize_weights", quantize_weights),
+        mock.patch.object(STORE, "get", get),
         mock.patch.object(pipeline, "select", select),
     ):
         yield seen
 
 
-def flops(node: fx.Node) -> int | None:
-    """Operations of one linear or matmul of Dynamo's graph; None where a size is not known."""
-    operands: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), operands.append)
-    values = [operand.meta.get("example_value") for operand in operands]
-    shapes = [value.shape for value in values if isinstance(value, Tensor)]
-    y = node.meta.get("example_value")
-    if not isinstance(y, Tensor) or len(shapes) < 2:
-        return None
-    if isinstance(node.args[0], str):
-        left, right = node.args[0].replace(" ", "").split("->")[0].split(",")
-        if "..." in node.args[0]:
-            return None
-        sizes = dict(zip(left + right, (*shapes[0], *shapes[1]), strict=True))
-        return _integer(2 * math.prod(sizes.values()))
-    # addmm and baddbmm have what is added before the factors
-    skipped = "add" in str(node.target)
-    K = shapes[int(skipped)][-1]
-    return _integer(2 * y.numel() * K)
-
-
-def _integer(size: Any) -> int | None:
-    return size if isinstance(size, int) else getattr(getattr(size, "node", None), "hint", None)
+def operations(
+    candidate: Candidate, decision: Decision, compilation: pipeline.Compilation
+) -> int | None:
+    """Multiplications and additions of one linear or matmul of Dynamo's graph, if they are known."""
+    y = candidate.node.meta.get("example_value")
+    if decision.shape is not None and isinstance(y, Tensor):
+        size = 2 * y.numel() * decision.shape[1]
+        return size if isinstance(size, int) else None
+    return flops(candidate.node, compilation.fake_mode, FlopCounterMode(display=False))

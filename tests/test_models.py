@@ -9,6 +9,7 @@ import torch
 from checked import checking
 from toy_models import build
 
+from int8fx.kernels.schemes import int8
 from int8fx.torch_private import compile_counts
 
 # Varied on purpose: decoders, encoders, both; vision, audio, several at once; mixtures of experts,
@@ -70,15 +71,13 @@ def test_compiled_it_computes_what_the_checked_graph_does(toys, name):
 
 
 def test_the_check_can_fail(monkeypatch):
-    from int8fx import weights
-
-    quantize = weights.quantize_weight
+    quantize = int8.quantize_weight
 
     def halved(weight):
         w_int8, w_scale = quantize(weight)
         return w_int8, w_scale * 0.5
 
-    monkeypatch.setattr(weights, "quantize_weight", halved)
+    monkeypatch.setattr(int8, "quantize_weight", halved)
     with checking() as seen:
         run(build("bert"), "llmint8")
     assert seen.worst > 1
