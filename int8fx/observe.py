@@ -167,6 +167,8 @@ class Observation:
                 # Seen at least as it was compiled, should it not run (a branch that is not taken).
                 tensor = compilation.tensors[candidate.weight.placeholder]
                 observer.seen(tensor, compilation.choices.get(candidate))
+            if candidate.routing is not None:
+                continue  # its rows meet several matrices: what was decided is shown, and no statistics
             if candidate in compilation.choices:
                 product = observer.product(compilation.choices[candidate])
                 compilation.products[candidate] = product

@@ -173,20 +173,27 @@ def select(compilation: Compilation) -> None:
     )
     for candidate in compilation.found:
         reason = refusal(candidate, selection)
-        shape = None
-        if candidate.weight is not None:
-            dimensions = weight_shape(candidate, selection)
-            shape = dimensions if len(dimensions) == 2 else None
+        dimensions = () if candidate.weight is None else weight_shape(candidate, selection)
         path = module_path(candidate, selection)
         choice = _choice(compilation, candidate, path)
-        scheme = "" if reason else choice.scheme.name
-        decision = Decision(path, candidate.spelling, shape, not reason, reason, scheme)
+        routed = candidate.routing is not None
+        if not reason and routed and choice.scheme.experts is None:
+            reason = f"scheme {choice.scheme.name!r} has no product for experts"
+        decision = Decision(
+            path=path,
+            spelling=candidate.spelling,
+            shape=(dimensions[-2], dimensions[-1]) if len(dimensions) in (2, 3) else None,
+            accepted=not reason,
+            reason=reason,
+            scheme="" if reason else choice.scheme.name,
+            experts=dimensions[0] if len(dimensions) == 3 else 0,
+        )
         log.debug("%s", decision)
         compilation.decisions.append(decision)
         if not reason:
             compilation.accepted.append(candidate)
             compilation.choices[candidate] = choice
-            compilation.products[candidate] = choice.lower
+            compilation.products[candidate] = choice.lower_experts if routed else choice.lower
     _warn_of_trainable(compilation.decisions)
 
 

@@ -9,6 +9,7 @@ where none serves, the reference runs.
 | ``int8_linear`` | ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias |
 | ``quantized_linears_cpu`` | ``quantize`` and several ``int8_linear`` of it, in one call |
 | ``pack_weight`` | ``w_int8 [N, K]`` in the form that its device's kernel takes, a copy |
+| ``expert_linear`` | each row with the weight of its expert (``kernels/experts.py``) |
 | ``unpack_weight`` | the ``[N, K]`` form of a packed weight |
 
 **Gradients** are straight-through: with ŵ = w_int8 · w_scale, the gradient of ``int8_linear``'s input
@@ -103,7 +104,7 @@ def _int8_linear_fake(x_int8, x_scale, x_outlier, outlier_columns, weight, w_sca
     return torch.empty(shape, dtype=x_outlier.dtype, device=x_int8.device)
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, w_scale: Tensor, K: int) -> Tensor:
+def input_gradient(grad: Tensor, weight: Tensor, w_scale: Tensor, K: int) -> Tensor:
     N = w_scale.shape[0]
     w_int8 = weight if weight.shape == (N, K) else unpack_weight(weight, N, K)
     return grad @ (w_int8.to(torch.float32) * w_scale.unsqueeze(1)).to(grad.dtype)
@@ -124,7 +125,7 @@ def _int8_linear_backward(ctx, grad):
     weight, w_scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[2]:
-        grad_x = _input_gradient(grad, weight, w_scale, ctx.K)
+        grad_x = input_gradient(grad, weight, w_scale, ctx.K)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
         grad_bias = _bias_gradient(grad, ctx.bias_dtype)
     return None, None, grad_x, None, None, None, grad_bias
@@ -174,7 +175,7 @@ def linears_backward(ctx, grads: Sequence[Tensor]) -> tuple:
     count = len(ctx.saved_tensors) // 2
     weights, w_scales = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     grad_x = sum(
-        _input_gradient(grad, weight, w_scale, ctx.K)
+        input_gradient(grad, weight, w_scale, ctx.K)
         for grad, weight, w_scale in zip(grads, weights, w_scales, strict=True)
     )
     grad_biases = [

@@ -75,6 +75,9 @@ class Scheme:
         quantizer: which of these quantises x, or None; linears of one input share its call
             (``passes/fuse_prologue.py``).
         decompositions: which of them Inductor is given to fuse instead of a call, and the aten form.
+        experts: the same as ``lower`` for rows that each meet a matrix of their own, with
+            ``experts [S]`` in the place of the bias (``kernels/experts.py``); None where a scheme has
+            no such product.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Scheme:
     lower: Lowering
     quantizer: Any
     decompositions: Mapping[Any, Callable[..., Any]]
+    experts: Lowering | None = None
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
         """x̂ @ ŵᵀ + bias in float64: what the lowering must come to, but for rounding.
@@ -116,6 +120,10 @@ class Choice:
 
     def lower(self, call: Call, x: Any, weight: Sequence[Any], bias: Any) -> Any:
         return self.scheme.lower(call, x, weight, bias, self.settings)
+
+    def lower_experts(self, call: Call, x: Any, weight: Sequence[Any], experts: Any) -> Any:
+        assert self.scheme.experts is not None
+        return self.scheme.experts(call, x, weight, experts, self.settings)
 
 
 def unchanged(x: Tensor, settings: Settings) -> Tensor:

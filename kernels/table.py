@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from int8fx.kernels import ops
@@ -130,8 +131,11 @@ def describe() -> dict[str, str]:
 
 
 def pack(w_int8: Tensor) -> Tensor:
-    """``w_int8 [N, K]`` in the form that the kernel of its device takes."""
-    return _serving(w_int8).pack(w_int8)
+    """``w_int8 [N, K]`` in the form that the kernel of its device takes; ``[E, N, K]`` one by one."""
+    kernel = _serving(w_int8)
+    if w_int8.dim() == 3:
+        return torch.stack([kernel.pack(matrix) for matrix in w_int8])
+    return kernel.pack(w_int8)
 
 
 def packed_shape(w_int8: Tensor) -> tuple[int, int]:

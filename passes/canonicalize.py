@@ -5,6 +5,8 @@
     x @ w,  torch.matmul,  mm,  bmm   x, w.transpose(0, 1)
     w @ x                             x.transpose(-2, -1), w;    y.transpose(-2, -1)
     einsum("bsk,hkd->bshd", x, w)     x, w.permute(0, 2, 1).reshape(N, K);    y.unflatten(-1, (h, d))
+    bmm(x, w[experts])                x, w.transpose(-2, -1) [E, N, K], with a routing
+    grouped_mm(x, w, offs)            the same (``passes/experts.py``)
 
 Nothing in the graph changes here: the result is a list of candidates. A candidate that cannot be
 brought to this form carries the reason.
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from int8fx.passes.einsum import linear_map
+from int8fx.passes.experts import Routing, selected
 from int8fx.passes.scope import Scope
 from int8fx.passes.weight_expression import (
     TRANSPOSE,
@@ -44,7 +47,9 @@ class Candidate:
         node: what computes it now, in ``scope``.
         spelling: as the model wrote it, for people.
         x: the activation; ``x_steps`` bring it to ``[*, K]``.
-        weight: ``[N, K]`` once evaluated; None when no operand is a weight.
+        weight: ``[N, K]`` once evaluated, or ``[E, N, K]`` with a routing; None when no operand is
+            a weight.
+        routing: which of a batch of matrices a row meets, or None.
         bias: 1-D, or None.
         addend: what is added to the result and is no 1-D bias.
         y_steps: bring ``[*, N]`` to the node's shape.
@@ -61,6 +66,7 @@ class Candidate:
     addend: fx.Node | None = None
     y_steps: Steps = ()
     refusal: str = ""
+    routing: Routing | None = None
     weight_shape: tuple[int, ...] | None = field(default=None)
 
     def rebind(self, replaced: Mapping[fx.Node, fx.Node]) -> None:
@@ -127,6 +133,9 @@ def _scaled(call: _Call, addend: Any, left: Any, right: Any, beta: Any, alpha: A
 
 def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidate:
     left, right = without_broadcast(left), without_broadcast(right)
+    routed = _routed_product(call, left, right, addend)
+    if routed is not None:
+        return routed
     left_weight, right_weight = call.weight(left), call.weight(right)
     if left_weight and right_weight:
         return call.candidate().refused("both operands are weights")
@@ -138,6 +147,61 @@ def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidat
         return _with_weight(call, right, left, (), bias=addend)
     swap = (method("transpose", -2, -1),)
     return _with_weight(call, right, left, (), bias=addend, x_steps=swap, y_steps=swap)
+
+
+def _routed_product(call: _Call, left: Any, right: Any, addend: Any) -> Candidate | None:
+    """A product of batches, one of them of weights or of weights chosen by an index."""
+    for side, (operand, x) in enumerate(((right, left), (left, right))):
+        weight, index, turned = selected(operand) or (operand, None, False)
+        if _rank(weight) != 3 or _rank(x) != 3 or call.weight(weight) is None:
+            continue
+        batches = {shape[0] for shape in map(_shape, (x, operand)) if shape is not None}
+        if call.weight(x) is not None or len(batches) != 1:
+            return None
+        swap = (method("transpose", -2, -1),)
+        steps = {"x_steps": swap, "y_steps": swap} if side else {}
+        routing = Routing(index=index)
+        transposed = turned if side else not turned
+        return _with_routing(call, x, weight, routing, transposed=transposed, addend=addend, **steps)
+    return None
+
+
+def _grouped_mm(call: _Call) -> Candidate:
+    names = ("input", "mat2")
+    x, weight, ends, bias, dtype = call.arguments(*names, offs=None, bias=None, out_dtype=None)
+    candidate = call.candidate()
+    if _rank(x) != 2 or _rank(weight) != 3 or not isinstance(ends, fx.Node):
+        return candidate.refused("a grouped product of other shapes than [S, K] and [E, K, N]")
+    if bias is not None or dtype not in (None, _dtype(x)):
+        return candidate.refused("a grouped product with a bias or an output dtype of its own")
+    return _with_routing(call, x, weight, Routing(ends=ends), transposed=True)
+
+
+def _grouped_fallback(call: _Call) -> Candidate:
+    x, weight, ends = call.arguments("input", "weight", "offs")
+    return _with_routing(call, x, weight, Routing(ends=ends), transposed=True)
+
+
+def _with_routing(
+    call: _Call,
+    x: fx.Node,
+    weight: fx.Node,
+    routing: Routing,
+    *,
+    transposed: bool,
+    addend: Any = None,
+    x_steps: Steps = (),
+    y_steps: Steps = (),
+) -> Candidate:
+    """A candidate of which each row meets its own matrix; ``transposed``: they are ``[E, K, N]``."""
+    candidate = call.candidate()
+    expression = call.weight(weight)
+    if expression is None:
+        return candidate.refused(_not_a_weight(call))
+    candidate.weight = expression.then(method("transpose", -2, -1)) if transposed else expression
+    candidate.x, candidate.routing, candidate.addend = x, routing, addend
+    candidate.x_steps, candidate.y_steps = x_steps, y_steps
+    return candidate
 
 
 def _einsum(call: _Call) -> Candidate:
@@ -180,11 +244,7 @@ def _with_weight(
     expression = call.weight(weight)
     candidate.weight_shape = _shape(weight)
     if expression is None:
-        return candidate.refused(
-            "inside a sub-graph that weights cannot be traced through"
-            if call.scope.closed
-            else "the weight is an activation: neither a parameter nor a buffer, nor a view of one"
-        )
+        return candidate.refused(_not_a_weight(call))
     candidate.weight = expression
     if not isinstance(x, fx.Node):
         return candidate.refused("the input is a constant")
@@ -202,6 +262,12 @@ def _with_weight(
     return candidate
 
 
+def _not_a_weight(call: _Call) -> str:
+    if call.scope.closed:
+        return "inside a sub-graph that weights cannot be traced through"
+    return "the weight is an activation: neither a parameter nor a buffer, nor a view of one"
+
+
 def _is_broadcast(bias: fx.Node, weight: fx.Node, weight_steps: Steps) -> bool:
     shape, bias_shape = _shape(weight), _shape(bias)
     if shape is None or bias_shape is None:
@@ -215,6 +281,11 @@ def _shape(node: Any) -> tuple | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def _dtype(node: Any) -> torch.dtype | None:
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
+
+
 def _rank(node: Any) -> int | None:
     shape = _shape(node)
     return None if shape is None else len(shape)
@@ -222,7 +293,8 @@ def _rank(node: Any) -> int | None:
 
 aten = torch.ops.aten
 
-# A spelling is what Dynamo puts into a graph: a function, or the name of a Tensor method.
+# A spelling is what Dynamo puts into a graph: a function, the name of a Tensor method, or the name of
+# another package's operator.
 SPELLINGS: dict[Any, tuple[str, Callable[[_Call], Candidate]]] = {
     F.linear: ("torch.nn.functional.linear", _linear),
     torch.matmul: ("torch.matmul", _matmul),
@@ -239,6 +311,9 @@ SPELLINGS: dict[Any, tuple[str, Callable[[_Call], Candidate]]] = {
     "baddbmm": ("Tensor.baddbmm", _baddbmm),
     torch.einsum: ("torch.einsum", _einsum),
     torch.functional.einsum: ("torch.einsum", _einsum),
+    torch._grouped_mm: ("torch.nn.functional.grouped_mm", _grouped_mm),
+    F.grouped_mm: ("torch.nn.functional.grouped_mm", _grouped_mm),
+    "transformers.grouped_mm_fallback": ("transformers.grouped_mm_fallback", _grouped_fallback),
     aten.linear.default: ("aten.linear", _linear),
     aten.matmul.default: ("aten.matmul", _matmul),
     aten.mm.default: ("aten.mm", _mm),
@@ -255,8 +330,10 @@ def candidates(root: Scope, is_weight: Callable[[fx.Node], bool]) -> list[Candid
         for node in scope.graph.nodes:
             if node.op not in ("call_function", "call_method"):
                 continue
-            spelling, match = SPELLINGS.get(node.target, (None, None))
-            if match is not None and spelling is not None:
+            # Operators of other packages are known by name: they need not be there.
+            entry = SPELLINGS.get(node.target) or SPELLINGS.get(str(node.target))
+            if entry is not None:
+                spelling, match = entry
                 found.append(match(_Call(node, scope, spelling, is_weight)))
             elif node.target is F.multi_head_attention_forward:
                 found.append(_fused_attention(node, scope))

@@ -11,10 +11,12 @@ class Decision:
         path: the module path of the weight (``model.layers.0.mlp.up_proj``), or the FX node's name
             when no weight is involved.
         spelling: what the model wrote, as ``torch.nn.functional.linear``.
-        shape: ``(N, K)`` of the weight, or None when it is not a 2-D weight.
+        shape: ``(N, K)`` of the weight, of each of them when there are ``experts``; None when it is
+            no matrix.
         accepted: whether it was rewritten.
         reason: why it was not; empty when it was.
         scheme: by which it was rewritten, a name of ``int8fx.SCHEMES``; empty when it was not.
+        experts: how many matrices the weight holds, of which each row meets one; 0 for a linear.
     """
 
     path: str
@@ -23,8 +25,10 @@ class Decision:
     accepted: bool
     reason: str = ""
     scheme: str = ""
+    experts: int = 0
 
     def __str__(self) -> str:
         what = self.scheme if self.accepted else f"left alone: {self.reason}"
-        size = "" if self.shape is None else f" [N={self.shape[0]}, K={self.shape[1]}]"
+        experts = f"E={self.experts}, " if self.experts else ""
+        size = "" if self.shape is None else f" [{experts}N={self.shape[0]}, K={self.shape[1]}]"
         return f"{self.path}{size} {self.spelling}: {what}"

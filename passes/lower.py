@@ -23,6 +23,7 @@ from torch import fx
 
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.emit import Emitter
+from int8fx.passes.experts import emit_experts
 
 # (call, x, tensors of the weight, bias) -> y, all of them nodes; ``kernels/scheme.py`` has the schemes'
 Product = Callable[[Callable[..., Any], fx.Node, Sequence[fx.Node], fx.Node | None], fx.Node]
@@ -43,7 +44,10 @@ def lower(candidate: Candidate, weight: Sequence[fx.Node], product: Product, fak
         emit = Emitter(graph, fake_mode, node)
         x = _as_dtype(emit, candidate.x, output_dtype)
         x = emit.steps(x, candidate.x_steps)
-        y = product(emit.call, x, weight, candidate.bias)
+        if candidate.routing is None:
+            y = product(emit.call, x, weight, candidate.bias)
+        else:
+            y = emit_experts(emit, x, candidate.routing, weight, product)
         y = emit.steps(y, candidate.y_steps)
         if candidate.addend is not None:
             y = emit.call(torch.add, y, _as_dtype(emit, candidate.addend, output_dtype))

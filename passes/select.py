@@ -13,6 +13,8 @@ from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.weight_expression import WeightExpression
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The expert linear asks on the host which experts have rows; on a GPU that would synchronise.
+EXPERT_DEVICES = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def _device(candidate: Candidate, selection: Selection) -> str:
     input_device = candidate.x.meta["example_value"].device
     if weight.device.type != input_device.type:
         return f"input on {input_device}, weight on {weight.device}"
+    if candidate.routing is not None and weight.device.type not in EXPERT_DEVICES:
+        return f"experts on {weight.device.type}: their int8 product is there on {EXPERT_DEVICES} only"
     return selection.kernel_reason(weight.device.type) or ""
 
 
@@ -136,20 +140,20 @@ def _mutated(candidate: Candidate, selection: Selection) -> str:
 
 def _size(candidate: Candidate, selection: Selection) -> str:
     assert candidate.weight is not None
-    return size_reason(weight_shape(candidate, selection))
+    return size_reason(weight_shape(candidate, selection), 2 if candidate.routing is None else 3)
 
 
-def size_reason(shape: tuple[int, ...]) -> str:
-    """Why a weight of shape ``[N, K]`` cannot be quantised, or empty."""
-    if len(shape) != 2 or 0 in shape:
+def size_reason(shape: tuple[int, ...], rank: int = 2) -> str:
+    """Why a weight of shape ``[N, K]``, or ``[E, N, K]``, cannot be quantised, or empty."""
+    if len(shape) != rank or 0 in shape:
         return f"the weight has shape {list(shape)}"
-    if shape[1] > MAX_K:
-        return f"K = {shape[1]} could overflow an int32 sum (at most {MAX_K})"
+    if shape[-1] > MAX_K:
+        return f"K = {shape[-1]} could overflow an int32 sum (at most {MAX_K})"
     return ""
 
 
 def weight_shape(candidate: Candidate, selection: Selection) -> tuple[int, ...]:
-    """The shape of the weight in the form ``[N, K]``."""
+    """The shape of the weight in the form ``[N, K]``, or ``[E, N, K]`` of experts."""
     assert candidate.weight is not None
     tensor = selection.tensors[candidate.weight.placeholder]
     # Views of a meta tensor have the right shape, and touch no memory.

@@ -127,7 +127,7 @@ REFUSED = {
     "a sum of weights": (lambda x, v, w: F.linear(x, v + w), [(N, K)] * 2, "is an activation"),
     "weights": (lambda x, v, w: x[..., :1] * (v @ w).sum(), [(N, K), (K, N)], "both .* weights"),
     "a vector": (lambda x, w: x @ w, [(K,)], "the weight is a vector"),
-    "a batch": (lambda x, w: torch.bmm(x, w), [(B, K, N)], "the weight is a batch of matrices"),
+    "a batch": (lambda x, w: x[:, None] @ w, [(B, K, N)], "the weight is a batch of matrices"),
     "alpha": (
         lambda x, w, b: torch.addmm(b, flat(x), w, alpha=2),
         [(K, N), (N,)],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import ops, table
+from int8fx.kernels.experts import expert_linear
 from int8fx.kernels.quantize import MIN_SCALE, QMAX, quantize_reference, quantize_weight
 from int8fx.kernels.scheme import Call, Scheme, Settings, WeightFormat
 
@@ -54,6 +55,10 @@ def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settin
     return call(ops.int8_linear, *items, *weight, bias)
 
 
+def lower_experts(call: Call, x: Any, weight: Sequence[Any], experts: Any, settings: Settings) -> Any:
+    return call(expert_linear, x, settings.threshold, settings.decomposition, *weight, experts)
+
+
 def dequantized_input(x: Tensor, settings: Settings) -> Tensor:
     x_int8, x_scale, x_outlier, _ = quantize_reference(x, settings.threshold, settings.decomposition)
     x_hat = x_int8.to(torch.float32) * x_scale.unsqueeze(-1)
@@ -72,6 +77,12 @@ def dequantized_whole_input(x: Tensor, settings: Settings) -> Tensor:
     return dequantized_input(x, _whole(settings))
 
 
+def lower_whole_experts(
+    call: Call, x: Any, weight: Sequence[Any], experts: Any, settings: Settings
+) -> Any:
+    return lower_experts(call, x, weight, experts, _whole(settings))
+
+
 DECOMPOSITIONS = {ops.quantize: quantize_reference}
 
 LLM_INT8 = Scheme(
@@ -84,6 +95,7 @@ LLM_INT8 = Scheme(
     lower,
     ops.quantize,
     DECOMPOSITIONS,
+    lower_experts,
 )
 ABSMAX_VECTOR = Scheme(
     "absmax-vector",
@@ -95,6 +107,7 @@ ABSMAX_VECTOR = Scheme(
     lower_whole,
     ops.quantize,
     DECOMPOSITIONS,
+    lower_whole_experts,
 )
 ABSMAX_ROW = Scheme(
     "absmax-row",

@@ -1,0 +1,234 @@
+"""Every architecture of transformers at toy size under llmint8: what compiles, and what agrees.
+
+    python benchmarks/coverage.py                       # all that is not in the results yet
+    python benchmarks/coverage.py --only 'qwen*'        # these, again
+    python benchmarks/coverage.py --table               # coverage.md from the results
+
+Each architecture is built from its configuration, shrunk (``tests/toy_models.py``), in a process of
+its own with a time limit. There it is
+
+1. run in eager fp32;
+2. traced by Dynamo for a backend that compiles nothing: its graph breaks are Inductor's, too;
+3. run through the rewritten graph without Inductor, each int8 linear against float64 and the derived
+   bound (``tests/checked.py``);
+4. compiled with llmint8, and its outputs compared with eager's;
+5. if that fails, compiled with Inductor alone, to tell whose fault it is.
+
+Whole outputs are reported as a relative error, and judged against step 3's: both compute the same
+int8 arithmetic, so an output that is far from eager in both is a discontinuity of the model (a router
+or an argmax that tips over), and far in one only is a wrong answer.
+"""
+
+import argparse
+import collections
+import fnmatch
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch  # noqa: E402
+from checked import checking  # noqa: E402
+from torch import Tensor  # noqa: E402
+from toy_models import Toy, architectures, build  # noqa: E402
+
+import int8fx  # noqa: E402
+from int8fx.torch_private import compile_counts  # noqa: E402
+
+LIMIT = 240  # seconds for one architecture
+FAR = 0.15  # relative error of a whole output that asks for an explanation
+
+
+# --- one architecture -----------------------------------------------------------------------------
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The floating tensors of a model's output, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def relative_error(y: Any, expected: Any) -> float:
+    """The largest ``|y - expected| / |expected|`` over the output's tensors, in the 2-norm."""
+    worst = 0.0
+    pairs = list(zip(tensors(y), tensors(expected), strict=True))
+    for got, wanted in pairs:
+        if got.shape != wanted.shape:
+            return float("inf")
+        usual = wanted.isfinite()
+        if (got.isfinite() != usual).any():
+            return float("inf")
+        size = wanted[usual].double().norm()
+        if size > 0:
+            worst = max(worst, float((got[usual].double() - wanted[usual].double()).norm() / size))
+    return worst
+
+
+def call(toy: Toy, backend: str) -> tuple[Any, int, int]:
+    """The output under a backend, and how many graphs and graph breaks Dynamo made."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        y = torch.compile(toy.model, backend=backend)(**toy.inputs)
+    return y, *compile_counts()
+
+
+def examine(name: str, compiles: bool = True) -> dict[str, Any]:
+    """One row of the results; without step 4 if asked for."""
+    row: dict[str, Any] = {"architecture": name}
+    try:
+        toy = build(name)
+    except (LookupError, RuntimeError) as error:
+        return row | {"status": "not built", "why": str(error)}
+    row |= {"task": toy.task, "class": type(toy.model).__name__, "recipe": toy.recipe}
+    row |= {"inputs": list(toy.inputs)}
+    try:
+        _, row["graphs"], row["breaks"] = call(toy, "eager")
+    except Exception as error:
+        return row | {"status": "not traced", "why": first_line(error)}
+    try:
+        checked, found = check_linears(toy)
+        row |= found | {"status": "checked"}
+        if compiles:
+            row |= compile_llmint8(toy, checked)
+    except Exception as error:
+        row["why"] = first_line(error)
+        row["trace"] = traceback.format_exc()[-3000:]
+        row["status"] = "llmint8 only" if works(toy, "inductor") else "fails under Inductor"
+    return row
+
+
+def check_linears(toy: Toy) -> tuple[Any, dict[str, Any]]:
+    with checking() as seen, int8fx.collect_reports() as reports:
+        y, graphs, breaks = call(toy, "llmint8")
+    decisions = [decision for report in reports for decision in report.decisions]
+    refused = collections.Counter(
+        re.sub(r"'[^']*'|\d+", "…", decision.reason) for decision in decisions if not decision.accepted
+    )
+    return y, {
+        "llmint8 graphs": graphs,
+        "llmint8 breaks": breaks,
+        "linears": sum(decision.accepted for decision in decisions),
+        "refused": dict(refused),
+        "share": seen.share,
+        "worst": seen.worst,
+        "worst call": seen.worst_call,
+        "checked error": relative_error(y, toy.expected),
+    }
+
+
+def compile_llmint8(toy: Toy, checked: Any) -> dict[str, Any]:
+    started = time.time()
+    y, _, _ = call(toy, "llmint8")
+    row = {
+        "error": relative_error(y, toy.expected),
+        "apart": relative_error(y, checked),
+        "seconds": round(time.time() - started, 1),
+    }
+    return row | {"status": "compiled"}
+
+
+def works(toy: Toy, backend: str) -> bool:
+    try:
+        call(toy, backend)
+    except Exception:
+        return False
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text[:400]
+
+
+# --- the sweep ------------------------------------------------------------------------------------
+
+
+def in_process(examine: Callable[[str], dict], name: str) -> dict[str, Any]:
+    """A row from a forked process, which a time limit or a crash cannot take the sweep with it."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(LIMIT)
+        warnings.simplefilter("ignore")
+        try:
+            row = examine(name)
+        except BaseException as error:
+            row = {"architecture": name, "status": "sweep failed", "why": first_line(error)}
+        with os.fdopen(write, "w") as pipe:
+            json.dump(row, pipe, default=str)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if text:
+        return json.loads(text)
+    signal_number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    why = f"over {LIMIT} s" if signal_number == signal.SIGALRM else f"died of signal {signal_number}"
+    return {"architecture": name, "status": "died", "why": why}
+
+
+def sweep(names: list[str], results: Path, seconds: float, compiles: bool) -> None:
+    torch.set_num_threads(1)  # forked processes and OpenMP's threads do not go together
+    torch._inductor.config.compile_threads = 1
+    end = time.time() + seconds
+    for position, name in enumerate(names, 1):
+        if time.time() > end:
+            break
+        row = in_process(functools.partial(examine, compiles=compiles), name)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{position}/{len(names)} {name}: {row['status']} {row.get('why', '')[:150]}", flush=True)
+
+
+def load(results: Path) -> dict[str, dict[str, Any]]:
+    """The last row of each architecture."""
+    if not results.exists():
+        return {}
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    return {row["architecture"]: row for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"))
+    parser.add_argument("--only", help="fnmatch pattern of architectures, examined again")
+    parser.add_argument("--names", type=Path, help="a file of architectures: just these, a line each")
+    parser.add_argument("--again", nargs="*", default=[], help="statuses to examine again")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
+    parser.add_argument("--quick", action="store_true", help="steps 1 to 3 only, no Inductor")
+    arguments = parser.parse_args()
+    known = load(arguments.results)
+    names = arguments.names.read_text().split() if arguments.names else architectures()
+    if arguments.only:
+        names = [name for name in names if fnmatch.fnmatchcase(name, arguments.only)]
+    else:
+        names = [
+            name for name in names if name not in known or known[name]["status"] in arguments.again
+        ]
+    sweep(names, arguments.results, arguments.seconds, not arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

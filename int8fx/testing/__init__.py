@@ -1,0 +1,1 @@
+"""For running other people's tests on int8fx; needs pytest."""

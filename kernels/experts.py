@@ -1,0 +1,113 @@
+"""The expert linear of a mixture of experts: each row meets the matrix of its own expert.
+
+    y[s] = x̂[s] @ ŵ[e]ᵀ,   e = experts[s],   ŵ[e] = w_int8[e] · w_scale[e]
+
+``x̂`` is LLM.int8()'s (``kernels/quantize.py``); with the column decomposition, a column is taken out
+where it holds an outlier in any row *of one expert*, since these rows are one product. Weights are
+quantised per expert and per channel. On a CPU it is one C++ product (``quantized_linears_cpu``) for
+each expert that has rows, and no copy of a weight is made, where indexing ``weight[experts]`` in float
+makes one for every row.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from int8fx.kernels import ops
+
+_library = torch.library.Library("int8fx", "FRAGMENT")
+_library.define(
+    "expert_linear(Tensor x, float threshold, str decomposition, Tensor weight, Tensor w_scale, "
+    "Tensor experts) -> Tensor"
+)
+_library.define(
+    "expert_linear_backward(Tensor grad, Tensor weight, Tensor w_scale, Tensor experts, SymInt K) "
+    "-> Tensor"
+)
+
+expert_linear = torch.ops.int8fx.expert_linear.default
+# An operator of its own, since which experts have rows is known at run time only.
+expert_linear_backward = torch.ops.int8fx.expert_linear_backward.default
+
+Rows = slice | Tensor
+
+
+def rows_of_experts(experts: Tensor, E: int) -> Iterator[tuple[int, Rows]]:
+    """Each expert that has rows, with these: a slice where rows come sorted, else their indices.
+
+    Args:
+        experts: ``[S]`` integers from ``-E`` to ``E``. A negative one counts from the end, as an
+            index does; ``E`` stands for no expert.
+
+    Raises:
+        IndexError: names an expert that is not there.
+    """
+    if experts.numel() == 0:
+        return
+    lowest, highest = (int(end) for end in torch.aminmax(experts))
+    if lowest < -E or highest > E:
+        wrong = lowest if lowest < -E else highest
+        raise IndexError(f"expert {wrong} of {E}: allowed are {-E} to {E - 1}, and {E} for none")
+    experts = torch.where(experts < 0, experts + E, experts)
+    ends = torch.bincount(experts, minlength=E + 1).cumsum(0).tolist()
+    in_order = bool((experts[1:] >= experts[:-1]).all())
+    order = None if in_order else torch.argsort(experts, stable=True)
+    for expert, (start, end) in enumerate(zip([0, *ends[: E - 1]], ends[:E], strict=True)):
+        if start < end:
+            yield expert, slice(start, end) if order is None else order[start:end]
+
+
+def _expert_linear(
+    x: Tensor, threshold: float, decomposition: str, weight: Tensor, w_scale: Tensor, experts: Tensor
+) -> Tensor:
+    """The formula above; a row without an expert is zero.
+
+    Args:
+        x: ``[S, K]``, fp32, bf16 or fp16.
+        weight: ``[E, ...]`` int8, each matrix packed for the device (``kernels/table.py``).
+        w_scale: ``[E, N]`` fp32.
+        experts: ``[S]``, see ``rows_of_experts``.
+
+    Returns:
+        ``[S, N]`` in x's dtype.
+    """
+    y = x.new_zeros((x.shape[0], w_scale.shape[1]))
+    for expert, rows in rows_of_experts(experts, weight.shape[0]):
+        (y[rows],) = ops.quantized_linears_cpu(
+            x[rows], threshold, decomposition, [weight[expert]], [w_scale[expert]], []
+        )
+    return y
+
+
+def _fake(x, threshold, decomposition, weight, w_scale, experts) -> Tensor:
+    return x.new_empty((x.shape[0], w_scale.shape[1]))
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, _, _, weight, w_scale, experts = inputs
+    ctx.save_for_backward(weight, w_scale, experts)
+    ctx.K = x.shape[-1]
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    return expert_linear_backward(grad, *ctx.saved_tensors, ctx.K), None, None, None, None, None
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, w_scale: Tensor, experts: Tensor, K: int) -> Tensor:
+    """``grad[s] @ ŵ[e]``: straight through the rounding of x, as that of ``int8_linear``."""
+    grad_x = grad.new_zeros((grad.shape[0], K))
+    for expert, rows in rows_of_experts(experts, weight.shape[0]):
+        grad_x[rows] = ops.input_gradient(grad[rows], weight[expert], w_scale[expert], K)
+    return grad_x
+
+
+def _input_gradient_fake(grad, weight, w_scale, experts, K) -> Tensor:
+    return grad.new_empty((grad.shape[0], K))
+
+
+_library.impl("expert_linear_backward", _input_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::expert_linear_backward", _input_gradient_fake, lib=_library)
+_library.impl("expert_linear", _expert_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::expert_linear", _fake, lib=_library)
+torch.library.register_autograd("int8fx::expert_linear", _backward, setup_context=_setup, lib=_library)

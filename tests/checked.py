@@ -1,0 +1,155 @@
+"""A model under llmint8 with every int8 linear checked while it runs, and without Inductor.
+
+What surrounds a linear in a whole model amplifies rounding (DESIGN, section 8), so outputs of whole
+models say little; the derived bound (``bounds.py``) holds for each linear alone. ``checking()`` runs
+the rewritten graph as it is, call by call, and compares each ``int8fx`` call with the float64 product
+of the same input and the *float* weight::
+
+    with checking() as seen:
+        y = torch.compile(model, backend="llmint8")(x)
+    assert seen.worst <= 1
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from bounds import expected_and_bound
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from int8fx import pipeline, torch_private
+from int8fx.kernels import ops
+from int8fx.kernels.experts import expert_linear
+from int8fx.kernels.scheme import WeightFormat
+from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.decision import Decision
+from int8fx.passes.flops import flops
+from int8fx.passes.weight_expression import WeightExpression
+from int8fx.weights import STORE, PackedWeight
+
+
+@dataclass
+class Seen:
+    """What ran, and how near it came to the bound.
+
+    Attributes:
+        worst: the largest ratio of an error to its bound; at most 1 when all is well.
+        linears: how many products were compared.
+        flops: of each decision, multiplications and additions of one call; None if not known.
+        graphs: how many graphs Dynamo made.
+    """
+
+    worst: float = 0.0
+    worst_call: str = ""
+    linears: int = 0
+    graphs: int = 0
+    flops: list[tuple[Decision, int | None]] = field(default_factory=list)
+    weights: dict[int, Tensor] = field(default_factory=dict)
+
+    def record(self, what: str, y: Tensor, expected: Tensor, bound: Tensor) -> None:
+        self.linears += 1
+        finite = expected.isfinite() & bound.isfinite()
+        # A non-finite result must not come out as a wrong finite number.
+        if (y.isfinite() & ~expected.isfinite()).any():
+            self.worst, self.worst_call = math.inf, f"{what}: finite where float is not"
+        error = ((y.double() - expected).abs() / bound)[finite]
+        ratio = 0.0 if error.numel() == 0 else float(error.nan_to_num(math.inf).max())
+        if ratio > self.worst:
+            self.worst, self.worst_call = ratio, what
+
+    @property
+    def share(self) -> float | None:
+        """The share of the matmuls' operations that is in int8; None without any."""
+        total = sum(flops or 0 for _, flops in self.flops)
+        done = sum(flops or 0 for decision, flops in self.flops if decision.accepted)
+        return done / total if total else None
+
+
+def _check_linears(seen: Seen, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    x, threshold, decomposition, weights, _, biases = args
+    for index, (packed, y) in enumerate(zip(weights, outputs, strict=True)):
+        weight = seen.weights[packed.data_ptr()]
+        bias = biases[index] if biases else None
+        expected, bound = expected_and_bound(x, weight, bias, threshold, decomposition)
+        seen.record(f"[N={weight.shape[0]}, K={weight.shape[1]}]", y, expected, bound)
+
+
+def _check_experts(seen: Seen, args: Sequence[Any], y: Tensor) -> None:
+    x, threshold, decomposition, packed, _, experts = args
+    weight = seen.weights[packed.data_ptr()]
+    E, N, K = weight.shape
+    for expert in range(E):
+        rows = (experts == expert) | (experts == expert - E)
+        expected, bound = expected_and_bound(x[rows], weight[expert], None, threshold, decomposition)
+        seen.record(f"expert [N={N}, K={K}]", y[rows], expected, bound)
+    assert not y[experts == E].any()
+
+
+CHECKS: dict[Any, Callable[[Seen, Sequence[Any], Any], None]] = {
+    ops.quantized_linears_cpu: _check_linears,
+    expert_linear: _check_experts,
+}
+
+
+class _Checking(TorchDispatchMode):
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in CHECKS:
+            CHECKS[func](self.seen, args, result)
+        elif func.namespace == "int8fx":
+            raise AssertionError(f"nothing here checks {func}")
+        return result
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[Seen]:
+    """Models compiled in the ``with`` block are interpreted, and every int8 linear is checked."""
+    seen = Seen()
+
+    def interpreted(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
+        seen.graphs += 1
+
+        def run(*args: Any) -> Any:
+            with _Checking(seen):
+                return gm(*args)
+
+        return run
+
+    def get(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
+        packed = original_get(tensor, expression, kept)
+        seen.weights[packed.tensors[0].data_ptr()] = expression.evaluate(tensor.detach())
+        return packed
+
+    def select(compilation: pipeline.Compilation) -> None:
+        original_select(compilation)
+        pairs = zip(compilation.found, compilation.decisions, strict=True)
+        for candidate, decision in pairs:
+            seen.flops.append((decision, operations(candidate, decision, compilation)))
+
+    original_get, original_select = STORE.get, pipeline.select
+    with (
+        mock.patch.object(torch_private, "compile_with_inductor", interpreted),
+        mock.patch.object(STORE, "get", get),
+        mock.patch.object(pipeline, "select", select),
+    ):
+        yield seen
+
+
+def operations(
+    candidate: Candidate, decision: Decision, compilation: pipeline.Compilation
+) -> int | None:
+    """Multiplications and additions of one linear or matmul of Dynamo's graph, if they are known."""
+    y = candidate.node.meta.get("example_value")
+    if decision.shape is not None and isinstance(y, Tensor):
+        size = 2 * y.numel() * decision.shape[1]
+        return size if isinstance(size, int) else None
+    return flops(candidate.node, compilation.fake_mode, FlopCounterMode(display=False))

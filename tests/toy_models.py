@@ -1,0 +1,394 @@
+"""Any architecture of transformers at toy size, with inputs for it: configs shrunk by field names.
+
+A configuration is shrunk by *recipes*, strongest first, until a model of it runs: ``narrow`` makes
+widths, depths, vocabularies, expert counts and images small; ``shallow`` leaves widths as they are
+(some depend on each other in ways that no name tells); ``as published`` takes the defaults, if they
+are small. What no rule can know is in ``OVERRIDES``.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+MAX_PARAMETERS = 80_000_000
+VOCABULARY = 256
+IMAGE_TOKEN = 200  # ids above are placeholders of images, audio and video; each field gets its own
+TOKENS = 8
+
+# The class that is built of an architecture: the first of these tasks that it has a class for.
+TASKS = {
+    "causal LM": "MODEL_FOR_CAUSAL_LM",
+    "sequence to sequence": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
+    "image and text to text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT",
+    "multimodal LM": "MODEL_FOR_MULTIMODAL_LM",
+    "speech to text": "MODEL_FOR_SPEECH_SEQ_2_SEQ",
+    "masked LM": "MODEL_FOR_MASKED_LM",
+    "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION",
+    "video classification": "MODEL_FOR_VIDEO_CLASSIFICATION",
+    "audio classification": "MODEL_FOR_AUDIO_CLASSIFICATION",
+    "CTC": "MODEL_FOR_CTC",
+    "zero-shot image classification": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "object detection": "MODEL_FOR_OBJECT_DETECTION",
+    "segmentation": "MODEL_FOR_UNIVERSAL_SEGMENTATION",
+    "semantic segmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION",
+    "depth estimation": "MODEL_FOR_DEPTH_ESTIMATION",
+    "time series": "MODEL_FOR_TIME_SERIES_PREDICTION",
+    "encoder": "MODEL",
+    "text to waveform": "MODEL_FOR_TEXT_TO_WAVEFORM",
+    "text to spectrogram": "MODEL_FOR_TEXT_TO_SPECTROGRAM",
+    "pretraining": "MODEL_FOR_PRETRAINING",
+}
+
+
+def architectures() -> list[str]:
+    """Every model type that transformers knows a configuration for."""
+    return sorted(CONFIG_MAPPING_NAMES)
+
+
+def model_class(model_type: str) -> tuple[str, type[PreTrainedModel]]:
+    """The task and the class that stand for an architecture.
+
+    Raises:
+        LookupError: no automatic class serves it.
+    """
+    mappings = [name for name in dir(modeling_auto) if re.match(r"MODEL_\w*_?MAPPING_NAMES$", name)]
+    tables = {task: f"{name}_MAPPING_NAMES" for task, name in TASKS.items()}
+    rest = {name.removesuffix("_MAPPING_NAMES").lower(): name for name in mappings}
+    for task, table in (tables | {k: v for k, v in rest.items() if v not in tables.values()}).items():
+        names = getattr(modeling_auto, table, {}).get(model_type, ())
+        for name in (names,) if isinstance(names, str) else names:
+            found = getattr(transformers, name, None)
+            if found is not None:
+                return task, found
+    raise LookupError("no automatic class of transformers serves it")
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+_DEPTH = re.compile(
+    r"^(n_?layers?|num_layers|num_blocks|depth|layers|.*num_hidden_layers|\w*coder_layers|"
+    r"(num_)?(en|de)coder_layers|\w*_num_layers|num_\w*coder_layers|c2f_num_blocks|"
+    r"num_(encoder_)?blocks|num_residual_layers|num_res_blocks|\w*_depth|n_layers|"
+    r"num_mel_attn_blocks|resampler_depth|num_lstm_layers|lqe_layers|depths|stage_num_blocks|"
+    r"blocks_per_stage|stage_numb_of_layers|num_block_repeats)$"
+)
+_WIDTH = re.compile(
+    r"^(\w*hidden_sizes?|\w*hidden_dim|\w*intermediate_size\w*|d_model|d_ff|ffn_dim|\w*ffn_dim|"
+    r"embed_dims?|\w*_embed_dim|n_embd|n_inner|emb_dim|dim|\w*embedding_size|word_embed_proj_dim|"
+    r"mlp_dim|projection_dim|project_dim|output_dim|fusion_hidden_size|d_inner|\w*linear_units|"
+    r"ffn_hidden_size|moe_shared_expert_intermediate_size|model_dim|embedding_dim|"
+    r"classifier_proj_size|query_pre_attn_scalar|tdnn_dim|pooler_output_size)$"
+)
+_HEADS = re.compile(r"^(\w*num_attention_heads|n_heads?|num_heads|\w*attention_heads|index_n_heads)$")
+_KV_HEADS = re.compile(r"^\w*num_key_value_heads$")
+_HEAD_DIM = re.compile(r"^(\w*head_dim|d_kv|kv_channels|d_head)$")
+_EXPERTS = re.compile(
+    r"^(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_total_experts)$"
+)
+_POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|max_source_positions)$")
+_TOP_K = re.compile(r"^(num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts)$")
+_PLACEHOLDER = re.compile(
+    r"^(image|audio|video|boi|eoi|boa|eoa|vision|speech|\w+_start|\w+_end)\w*_(id|index)$"
+)
+# Computed from other fields, or keyed by integers, which to_dict() loses on the way back.
+_DERIVED = frozenset(
+    "id2label label2id per_layer_config stage_names out_features out_indices qk_head_dim "
+    "transformers_version architectures".split()
+)
+_TYPES = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
+
+Rule = tuple[re.Pattern[str], Callable[[Any], Any]]
+
+
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Over a number, or numbers in lists: other values stay."""
+    if isinstance(value, (list, tuple)):
+        return [_map(item, change) for item in value]
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return change(value) if plain else value
+
+
+def _narrow(factor: int) -> tuple[Rule, ...]:
+    def width(value: Any) -> Any:
+        return value if value < 64 else type(value)(max(32, value // factor // 16 * 16))
+
+    return (
+        (_WIDTH, width),
+        (_HEADS, lambda heads: min(heads, 4)),
+        # Many are as many as there are heads, as latent attention asks; few are groups.
+        (_KV_HEADS, lambda heads: min(heads, 4 if heads >= 12 else 2)),
+        (_HEAD_DIM, lambda size: min(size, 16)),
+    )
+
+
+_SHALLOW: tuple[Rule, ...] = (
+    (_DEPTH, lambda depth: min(depth, 1)),
+    (_EXPERTS, lambda experts: min(experts, 4)),
+    (_TOP_K, lambda k: min(k, 2)),
+    (re.compile(r"^\w*vocab_size$"), lambda size: min(size, VOCABULARY)),
+    (
+        re.compile(r"^(max_position_embeddings|n_positions|max_source_positions)$"),
+        lambda n: min(n, 512),
+    ),
+)
+
+
+def _shrunk(values: dict, rules: tuple[Rule, ...], counter: Iterator[int]) -> dict:
+    result = {}
+    for name, value in values.items():
+        if name in _DERIVED:
+            continue
+        if not rules:
+            result[name] = _shrunk(value, rules, counter) if isinstance(value, dict) else value
+            continue
+        if isinstance(value, dict) and name not in ("rope_parameters", "rope_scaling"):
+            result[name] = _shrunk(value, rules, counter)
+            continue
+        if _PLACEHOLDER.match(name) and isinstance(value, int):
+            value = next(counter)
+        elif name.endswith("token_id") and isinstance(value, int) and value >= IMAGE_TOKEN:
+            value = 3
+        elif name == "head_dim" and value is None:
+            value = 16
+        for pattern, change in rules:
+            if pattern.match(name):
+                value = _map(value, change)
+        result[name] = value
+    return _one_layer_of_each_type(result) if rules else result
+
+
+def _one_layer_of_each_type(values: dict) -> dict:
+    """Lists of layer types cut down to one of each, and the number of layers with them."""
+    kinds = [name for name in _TYPES if isinstance(values.get(name), (list, tuple))]
+    if kinds:
+        rows = list(dict.fromkeys(zip(*(values[name] for name in kinds), strict=False)))
+        for position, name in enumerate(kinds):
+            values[name] = [row[position] for row in rows]
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if name in values:
+                values[name] = len(rows)
+    return values
+
+
+RECIPES: dict[str, tuple[Rule, ...]] = {
+    "narrow": (*_narrow(16), *_SHALLOW),
+    "shallow": _SHALLOW,
+    "as published": (),
+}
+
+# Where names mislead: values that are set after shrinking (dots descend).
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 8},
+    "informer": {"prediction_length": 8},
+    "time_series_transformer": {"prediction_length": 8},
+    "depth_anything": {"neck_hidden_sizes": [32], "reassemble_factors": [1]},
+    "flan-t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "gpt_neo": {"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
+}
+
+
+# Models that are a model type of another name with other values.
+ALIASES = {"flan-t5": "t5"}
+
+
+def toy_config(model_type: str, recipe: str) -> PreTrainedConfig:
+    """The configuration of a model type, made small."""
+    config_class = CONFIG_MAPPING[ALIASES.get(model_type, model_type)]
+    values = config_class().to_dict()
+    values.pop("model_type", None)
+    values = _shrunk(values, RECIPES[recipe], iter(range(IMAGE_TOKEN, VOCABULARY)))
+    for path, value in OVERRIDES.get(model_type, {}).items():
+        *parents, name = path.split(".")
+        target = values
+        for parent in parents:
+            target = target[parent]
+        target[name] = value
+    return config_class(**values)
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def _first(config: Any, *names: str, default: Any = None) -> Any:
+    """The first of these attributes in a configuration, or in one that is inside it."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        for name in names:
+            value = getattr(part, name, None)
+            if value is not None:
+                return value
+    return default
+
+
+def _side(size: Any) -> tuple[int, int]:
+    if isinstance(size, dict):
+        size = (size.get("height", size.get("shortest_edge", 224)),) * 2
+    return tuple(size[:2]) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def _tokens(config: Any, rows: int = 2) -> Tensor:
+    top = min(_first(config, "vocab_size", default=VOCABULARY), IMAGE_TOKEN)
+    return torch.arange(rows * TOKENS).reshape(rows, TOKENS) % (top - 10) + 5
+
+
+def _pixels(config: Any) -> Tensor:
+    vision = getattr(config, "vision_config", None) or config
+    height, width = _side(_first(vision, "image_size", "img_size", "input_size", default=64))
+    channels = _first(vision, "num_channels", "in_channels", "in_chans", default=3)
+    channels = channels if isinstance(channels, int) else 3
+    return torch.randn(1, channels, height, width)
+
+
+def _features(config: Any) -> Tensor:
+    bins = _first(
+        config, "num_mel_bins", "feature_size", "input_feat_size", "n_mels", "input_dim", default=80
+    )
+    length = 2 * _first(config, "max_source_positions", default=64)
+    return torch.randn(1, bins, min(length, 3000))
+
+
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "input_ids": _tokens,
+    "decoder_input_ids": _tokens,
+    "attention_mask": lambda config: torch.ones(2, TOKENS, dtype=torch.long),
+    "bbox": lambda config: torch.tensor([1, 2, 3, 4]).expand(2, TOKENS, 4),
+    "pixel_values": _pixels,
+    "input_values": lambda config: torch.randn(1, 4000),
+    "input_features": _features,
+}
+
+
+def _video(config: Any) -> Tensor:
+    frames = _first(config, "num_frames", "frames_per_clip", default=4)
+    image = _pixels(config)
+    return image.unsqueeze(1).expand(-1, frames, -1, -1, -1).clone()
+
+
+def _patches(config: Any) -> Tensor:
+    """Patches of the image of ``grid_thw``, flattened."""
+    vision = getattr(config, "vision_config", None) or config
+    side, frames = (
+        _first(vision, "patch_size", default=14),
+        _first(vision, "temporal_patch_size", default=1),
+    )
+    channels = _first(vision, "in_channels", "num_channels", default=3)
+    return torch.randn(_GRID.prod(), channels * frames * side * side)
+
+
+_GRID = torch.tensor([[1, 4, 4]])
+
+# Other shapes that go by the same names: channels last, videos, packed patches.
+ALTERNATIVES: tuple[dict[str, Callable[[Any], Any]], ...] = (
+    {},
+    {
+        "pixel_values": _video,
+        "input_values": lambda config: _features(config).mT[
+            :, : _first(config, "max_length", default=64)
+        ],
+        "input_features": lambda config: _features(config).mT,
+    },
+    {
+        "pixel_values": _patches,
+        "hidden_states": _patches,
+        "grid_thw": lambda config: _GRID,
+        "image_grid_thw": lambda config: _GRID,
+        "pixel_values_videos": _video,
+        "input_values": lambda config: torch.randn(1, 1, 4000),
+    },
+)
+
+
+@dataclass
+class Toy:
+    """A model that runs, and how to call it."""
+
+    model_type: str
+    task: str
+    recipe: str
+    model: nn.Module
+    inputs: dict[str, Any]
+    expected: Any
+
+
+def _seeded(model: nn.Module) -> nn.Module:
+    """Weights of a size that lets signals through: many initialisations are zeros, or tiny."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and parameter.is_floating_point():
+            fan_in = parameter[0].numel()
+            parameter.data.normal_(0, min(1.0, fan_in**-0.5), generator=generator)
+        elif not parameter.isfinite().all():
+            parameter.data.zero_()
+    return model
+
+
+def input_sets(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Guesses at what a model's forward wants, fullest first."""
+    config = model.config
+    names = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    given = [name for name in MAKERS if name in names]
+    required = [
+        name
+        for name, parameter in names.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    wanted = list(dict.fromkeys([main, *required]))
+    if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
+        wanted.append("decoder_input_ids")
+    seen: list[tuple[int, frozenset[str]]] = []
+    for number, other in enumerate(ALTERNATIVES):
+        makers = MAKERS | other
+        for chosen in (wanted, [*wanted, "decoder_input_ids"], given, ["input_ids"], ["pixel_values"]):
+            key = (number if other.keys() & set(chosen) else 0, frozenset(chosen))
+            if chosen and key not in seen and all(name in makers for name in chosen):
+                seen.append(key)
+                yield {name: makers[name](config) for name in dict.fromkeys(chosen)}
+
+
+def build(model_type: str) -> Toy:
+    """A toy of an architecture, run once.
+
+    Raises:
+        LookupError: it has no class.
+        RuntimeError: no recipe and no inputs make it run; says what each came to.
+    """
+    task, cls = model_class(ALIASES.get(model_type, model_type))
+    failures: list[str] = []
+    for recipe in RECIPES:
+        try:
+            config = toy_config(model_type, recipe)
+            config.use_cache = False
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in cls(config).parameters())
+            if size > MAX_PARAMETERS:
+                failures.append(f"{recipe}: {size / 1e6:.0f} M parameters")
+                continue
+            torch.manual_seed(0)
+            model = _seeded(cls(config)).eval()
+        except Exception as error:
+            failures.append(f"{recipe}: {type(error).__name__}: {_line(error)}")
+            continue
+        for inputs in input_sets(model):
+            try:
+                torch.manual_seed(0)
+                with torch.no_grad():
+                    expected = model(**inputs)
+            except Exception as error:
+                failures.append(f"{recipe}, {list(inputs)}: {type(error).__name__}: {_line(error)}")
+                continue
+            return Toy(model_type, task, recipe, model, inputs, expected)
+    raise RuntimeError("; ".join(failures))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
