@@ -21,9 +21,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("M", "dtype", "decomposition"), CASES)
-def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition):
-    assert_within_the_derived_bound(M, dtype, decomposition, torch.device("cuda"))
+@pytest.mark.parametrize(("M", "dtype", "decomposition", "threshold"), CASES)
+def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition, threshold):
+    assert_within_the_derived_bound(M, dtype, decomposition, threshold, torch.device("cuda"))
 
 
 def test_a_captured_graph_serves_inputs_with_other_outliers():

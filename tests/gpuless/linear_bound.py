@@ -1,5 +1,6 @@
 """One compiled linear against float64, within the bound that follows from the scheme."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -11,20 +12,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bounds import expected_and_bound
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-# M for each way to the result, see kernels/gpu/linear.py.
+# M for each way to the result, see kernels/gpu/linear.py; no outliers, and nothing but outliers.
 CASES = [
-    (1, FP16, "column"),
-    (9, FP16, "column"),
-    (9, BF16, "token"),
-    (3, FP32, "token"),
-    (40, FP16, "column"),
-    (40, BF16, "token"),
+    (1, FP16, "column", 6.0),
+    (9, FP16, "column", 6.0),
+    (9, BF16, "token", 6.0),
+    (3, FP32, "token", 6.0),
+    (40, FP16, "column", 6.0),
+    (40, BF16, "token", 6.0),
+    (20, FP32, "column", 6.0),
+    (8, FP16, "column", math.inf),
+    (8, FP16, "column", 1e-3),
+    (33, FP16, "column", 1e-3),
+    (33, FP16, "column", 0.0),
 ]
 K, N = 96, 80
 
 
 def assert_within_the_derived_bound(
-    M: int, dtype: torch.dtype, decomposition: str, device: torch.device
+    M: int, dtype: torch.dtype, decomposition: str, threshold: float, device: torch.device
 ) -> None:
     """Compiles and runs one linear, whose input has outliers in three columns.
 
@@ -39,10 +45,10 @@ def assert_within_the_derived_bound(
     x = torch.randn(M, K, generator=generator)
     x[:, [5, 40, 41]] *= 15.0
     linear, x = linear.to(device, dtype).requires_grad_(False), x.to(device, dtype)
-    options = {"decomposition": decomposition}
+    options = {"decomposition": decomposition, "threshold": threshold}
     compiled = torch.compile(linear, backend="llmint8", options=options, fullgraph=True)
     with torch.no_grad(), int8fx.collect_reports() as reports:
         y = compiled(x)
     assert len(reports[0].accepted) == 1
-    expected, bound = expected_and_bound(x, linear.weight, linear.bias, 6.0, decomposition)
+    expected, bound = expected_and_bound(x, linear.weight, linear.bias, threshold, decomposition)
     assert ((y.double() - expected).abs() <= bound).all()

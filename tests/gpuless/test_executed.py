@@ -5,7 +5,6 @@ Each launch is, with the reference arithmetic on the values that it read.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ serve_cpu_tensors_with_gpu_kernels()
 
 # Agreement of one linear with the reference arithmetic. bf16 and fp16 round the result; the rest is
 # fp32 summation in another order.
-TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 @dataclass
@@ -80,7 +79,6 @@ EIGHT, FORTY = (1, 8), (2, 20)
     [
         ("llama", EIGHT, "column"),
         ("llama", FORTY, "column"),
-        ("llama", FORTY, "token"),
         ("gpt2", EIGHT, "token"),
         ("gpt2", FORTY, "column"),
         ("t5", EIGHT, "column"),
@@ -99,21 +97,11 @@ def test_every_linear_of_a_block_agrees_with_the_reference(name, shape, decompos
     assert done.error_of_block < 0.05  # of int8 itself; a wrong tensor in a right place shows here
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_other_dtypes(dtype):
-    done = run("llama", (1, 33), dtype)
+def test_bf16():
+    done = run("llama", (1, 33), torch.bfloat16)
     assert len(done.check.errors) == 7
-    assert all(error < TOLERANCE[dtype] for error in done.check.errors), done.check.errors
+    assert all(error < TOLERANCE[torch.bfloat16] for error in done.check.errors), done.check.errors
     assert done.error_of_block < 0.05
-
-
-@pytest.mark.parametrize(("threshold", "M"), [(0.0, 33), (1e-3, 33), (math.inf, 8)])
-def test_no_outliers_and_nothing_but_outliers(threshold, M):
-    done = run("llama", (1, M), torch.float16, threshold=threshold)
-    errors = done.check.errors
-    assert len(errors) == 7
-    assert all(error < TOLERANCE[torch.float16] for error in errors), errors
-    assert (done.check.outliers > 0) == (threshold == 1e-3)
 
 
 @pytest.mark.parametrize("shape", [EIGHT, FORTY], ids=["M=8", "M=40"])
@@ -138,10 +126,10 @@ def test_one_compile_serves_several_lengths():
     assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
 
 
-@pytest.mark.parametrize(("M", "dtype", "decomposition"), CASES, ids=str)
-def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition):
+@pytest.mark.parametrize(("M", "dtype", "decomposition", "threshold"), CASES, ids=str)
+def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition, threshold):
     with retargeted() as wrappers:
-        assert_within_the_derived_bound(M, dtype, decomposition, torch.device("cpu"))
+        assert_within_the_derived_bound(M, dtype, decomposition, threshold, torch.device("cpu"))
     assert len(wrappers) == 1
 
 
