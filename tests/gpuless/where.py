@@ -4,13 +4,16 @@ import functools
 from typing import Any
 
 import torch
+from nogpu import fake_cuda
 from nogpu.interpreter import interpret
 from torch import Tensor
 
 
 def launchable(kernel: Any) -> Any:
     """What ``[grid](...)`` launches on CPU tensors, wherever that is."""
-    return Carried(kernel, torch.device("cuda")) if torch.cuda.is_available() else interpret(kernel)
+    if torch.cuda.is_available() and not fake_cuda.is_installed():
+        return Carried(kernel, torch.device("cuda"))
+    return interpret(kernel)
 
 
 class Carried:

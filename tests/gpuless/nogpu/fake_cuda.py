@@ -59,6 +59,10 @@ def installed() -> Gpu:
     return _installed[-1]
 
 
+def is_installed() -> bool:
+    return bool(_installed)
+
+
 def install(name: str = "H100") -> Gpu:
     """Makes this process believe in one GPU.
 
