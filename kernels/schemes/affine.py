@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8fx.kernels import ops
+from int8fx.kernels import ops, table
 from int8fx.kernels.gpu import composed
 from int8fx.kernels.quantize import MIN_SCALE, QMAX, split_outliers
 from int8fx.kernels.scheme import Call, Lowering, Scheme, Settings, WeightFormat
@@ -102,9 +102,9 @@ def with_sums(kept: WeightFormat) -> WeightFormat:
     """The format, and ``w_sum [N]`` fp32, which a zero point meets."""
 
     def quantize(weight: Tensor) -> tuple[Tensor, ...]:
-        tensors = kept.quantize(weight)
-        w_hat = kept.dequantize(tensors, *weight.shape)
-        return *tensors, w_hat.sum(1, dtype=torch.float64).to(torch.float32)
+        packed, w_scale = kept.quantize(weight)
+        sums = table.unpack(packed, *weight.shape).sum(1, dtype=torch.int32)
+        return packed, w_scale, sums * w_scale
 
     return WeightFormat(f"{kept.name}, with sums", (*kept.parts, "sum"), quantize, kept.dequantize)
 
