@@ -109,7 +109,7 @@ def replace(
         w_scale = top.call(torch.div, linear.scale, 127.0)
     with graph.inserting_before(linear.quantization):
         emit = Emitter(graph, fake_mode, linear.node)
-        y = product(emit.call, linear.x, [w_packed, w_scale], linear.bias)
+        y = _product(emit, linear, product, [w_packed, w_scale])
         no_columns = emit.call(torch.arange, 0)
     mixed = _name(linear.node) == MIXED
     for result in _items(linear.node, 0) if mixed else [linear.node]:
@@ -119,6 +119,17 @@ def replace(
     _erase(linear.node)
     _erase(linear.quantization)
     return y
+
+
+def _product(
+    emit: Emitter, linear: BitsAndBytesLinear, product: Callable[..., fx.Node], weight: list[fx.Node]
+) -> fx.Node:
+    """Of the input as it was before each linear flattened it for itself: it is quantised once."""
+    x, N = linear.x, linear.scale.meta["example_value"].shape[0]
+    if x.op == "call_method" and x.target == "reshape" and x.args[1] == -1 and len(x.args) == 3:
+        y = product(emit.call, x.args[0], weight, linear.bias)
+        return emit.method("reshape", y, -1, N)
+    return product(emit.call, x, weight, linear.bias)
 
 
 def drop_rebinding(graph: fx.Graph, is_one_memory: Callable[[fx.Node, fx.Node], bool]) -> None:
