@@ -16,9 +16,11 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.kernels import table
 from int8fx.kernels.scheme import Choice
-from int8fx.kernels.schemes.table import SCHEMES
+from int8fx.kernels.schemes.int8 import OF_BITSANDBYTES
+from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 from int8fx.kernels.tuning import tuning
 from int8fx.options import Options
+from int8fx.passes import bitsandbytes_nodes
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
 from int8fx.passes.fuse_epilogue import fuse_epilogue
@@ -61,7 +63,7 @@ def compile_graph(
     compilation = capture(gm, inputs, options)
     canonicalize(compilation)
     select(compilation)
-    if compilation.accepted:
+    if replace_bitsandbytes(compilation) or compilation.accepted:
         quantize_weights(compilation)
         lower_linears(compilation)
         share_quantizations(compilation)
@@ -240,6 +242,38 @@ def quantize_weights(compilation: Compilation) -> None:
         ]
 
 
+def replace_bitsandbytes(compilation: Compilation) -> int:
+    """Rewrites linears of bitsandbytes, whose weights are int8 already; returns how many."""
+    graph = compilation.root.graph
+    inputs = dict(zip(compilation.placeholders, compilation.inputs, strict=True))
+    found = bitsandbytes_nodes.find(graph)
+    for linear in found:
+        position = compilation.placeholders.index(linear.weight)
+        expression = WeightExpression(linear.weight, ())
+        packed = compilation.store.get(inputs[linear.weight], expression, OF_BITSANDBYTES)
+        compilation.slots.append(Slot(position, expression, OF_BITSANDBYTES, False))
+        compilation.packed.append(packed)
+        w_packed = _add_input(compilation, f"{linear.weight.name}_packed", packed.tensors[0])
+        path = _bitsandbytes_path(linear.weight)
+        own = {"threshold": linear.threshold, "decomposition": "column"}
+        choice = Choice(SCHEMES[DEFAULT], compilation.options.choice(path, own).settings)
+        bitsandbytes_nodes.replace(linear, w_packed, choice.lower, compilation.fake_mode)
+        N, K = inputs[linear.weight].shape
+        compilation.decisions.append(
+            Decision(path, "bitsandbytes", (N, K), True, "", choice.scheme.name)
+        )
+    if found:
+        bitsandbytes_nodes.drop_rebinding(
+            graph, lambda left, right: inputs[left].data_ptr() == inputs[right].data_ptr()
+        )
+    return len(found)
+
+
+def _bitsandbytes_path(weight: fx.Node) -> str:
+    source = torch_private.source_name(weight) or weight.name
+    return ".".join(module for module, _ in _MODULE.findall(source))
+
+
 def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
     """Candidates with one key share one packed weight."""
     assert candidate.weight is not None
@@ -368,11 +402,13 @@ def _drop_unused_views(graph: fx.Graph) -> None:
 
 
 def _kept_inputs(compilation: Compilation) -> list[int]:
-    """Erases float weights that nothing reads any more; the positions of the inputs that stay."""
+    """Erases weights that nothing reads any more; the positions of the inputs that stay."""
     swapped = {slot.position for slot in compilation.slots}
     kept = []
     for position, node in enumerate(compilation.placeholders):
-        if position in swapped and not node.users:
+        # bitsandbytes' int8 parameter comes beside the weight that its products read.
+        unread = position in swapped or type(compilation.inputs[position]).__name__ == "Int8Params"
+        if unread and not node.users:
             compilation.root.graph.erase_node(node)
         else:
             kept.append(position)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import ops, table
+from int8fx.kernels.cpu import pages
 from int8fx.kernels.quantize import quantize_weight
 from int8fx.torch_private import new_wrapper, without_torch_functions
 
@@ -80,19 +81,18 @@ class Int8Weight(Tensor):
         """Quantises ``weight [N, K]``, or ``[K, N]`` when ``transposed``."""
         matrix = weight.detach()
         w_int8, w_scale = quantize_weight(matrix.t() if transposed else matrix)
-        return cls.from_int8(
-            w_int8,
+        quantized = cls(
+            pack(w_int8),
             w_scale,
+            K=w_int8.shape[1],
             dtype=weight.dtype,
             threshold=threshold,
             decomposition=decomposition,
             transposed=transposed,
         )
-
-    @classmethod
-    def from_int8(cls, w_int8: Tensor, w_scale: Tensor, **attributes: Any) -> "Int8Weight":
-        """Packs ``w_int8 [N, K]`` for its device; attributes as of the class."""
-        return cls(pack(w_int8), w_scale, K=w_int8.shape[1], **attributes)
+        del w_int8
+        pages.trim_heap()
+        return quantized
 
     @property
     def w_int8(self) -> Tensor:

@@ -110,6 +110,13 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
+def trace_operators_of_dynamic_shape() -> None:
+    """Lets Dynamo trace operators whose result's size only the data tells, and not break the graph."""
+    import torch._dynamo
+
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+
+
 def fake_mode_of(values: Iterable[Any]) -> Any:
     """The mode of the fake tensors that annotate Dynamo's graph, or None.
 

@@ -1,6 +1,7 @@
 """The quantiser of transformers: load, save, generate, refuse."""
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from transformers import (
 import int8fx
 from int8fx import Int8Weight
 from int8fx.integrations.transformers import Int8FxConfig
+from int8fx.kernels.cpu import pages
 from int8fx.kernels.quantize import quantize_weight
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -170,3 +172,22 @@ def test_a_damaged_checkpoint_names_the_tensor(model, saved, tmp_path, caplog):
     with pytest.raises(RuntimeError, match="conversion"):
         load(tmp_path)
     assert f"{UP}: corrupt: a scale that is not finite, or not above 0" in caplog.text
+
+
+def test_pages_of_a_file_are_given_back_and_read_again(tmp_path):
+    tensor = torch.randn(1000, 1000)
+    safetensors.torch.save_file({"weight": tensor}, tmp_path / "file.safetensors")
+    mapped = safetensors.torch.load_file(tmp_path / "file.safetensors")["weight"]
+
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    assert torch.equal(mapped, tensor)
+    before = resident()
+    pages.release_mapped(mapped)
+    assert before - resident() > 3000
+    assert torch.equal(mapped, tensor)
+    own = tensor.clone()
+    pages.release_mapped(own)
+    assert torch.equal(own, tensor)

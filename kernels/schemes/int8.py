@@ -40,6 +40,13 @@ def dequantize(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
 
 
 PER_CHANNEL = WeightFormat("int8 per channel", ("int8", "scale"), pack_per_channel, dequantize)
+# Of weights that are int8 already, and have their scales beside them.
+OF_BITSANDBYTES = WeightFormat(
+    "int8 of bitsandbytes",
+    ("int8",),
+    lambda w_int8: (table.pack(w_int8),),
+    lambda tensors, N, K: table.unpack(tensors[0], N, K).float(),
+)
 PER_TENSOR = WeightFormat("int8 per tensor", ("int8", "scale"), pack_per_tensor, dequantize)
 
 

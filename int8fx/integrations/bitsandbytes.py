@@ -1,0 +1,46 @@
+"""Models that bitsandbytes quantised (``load_in_8bit=True``), compiled with ``backend="llmint8"``::
+
+    import int8fx.integrations.bitsandbytes
+    model = torch.compile(model.eval(), backend="llmint8", fullgraph=True)
+
+bitsandbytes' operators return a list of outlier columns, whose length only the data tells. Dynamo
+breaks the graph there, twice a linear, unless it may trace such operators: importing this module
+allows that, for this process. What the backend makes of them is in ``passes/bitsandbytes_nodes.py``.
+
+Checkpoints need nothing from here: ``weight`` and ``SCB`` are read by ``load_state_dict`` and
+``int8fx.load_checkpoint`` (``int8fx/state_dict.py``), and ``to_bitsandbytes`` writes them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from int8fx.kernels.quantize import QMAX
+from int8fx.state_dict import BITSANDBYTES_FORMAT, BITSANDBYTES_SCALE, SCALE
+from int8fx.torch_private import trace_operators_of_dynamic_shape
+
+trace_operators_of_dynamic_shape()
+
+
+def to_bitsandbytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The ``state_dict`` of an int8 model as bitsandbytes and transformers read it.
+
+    ``weight_scale`` becomes ``SCB`` = 127 · w_scale, and ``weight_format`` says row-major.
+
+    Raises:
+        ValueError: an int8 entry is not a module's ``weight``, the only name bitsandbytes knows.
+    """
+    translated = {}
+    for name, tensor in state.items():
+        key = name.removesuffix(SCALE)
+        if key == name or state.get(key) is None or state[key].dtype != torch.int8:
+            translated[name] = tensor
+            continue
+        owner, _, attribute = key.rpartition(".")
+        if attribute != "weight":
+            raise ValueError(f"{key}: bitsandbytes keeps int8 values under 'weight' only")
+        prefix = f"{owner}." if owner else ""
+        translated[prefix + BITSANDBYTES_SCALE] = tensor * QMAX
+        translated[prefix + BITSANDBYTES_FORMAT] = torch.tensor(0, dtype=torch.uint8)
+    return translated
