@@ -30,7 +30,15 @@ from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import Product, lower
 from int8fx.passes.mutation import written
 from int8fx.passes.scope import Scope, scopes
-from int8fx.passes.select import REQUIRES_GRAD, Selection, module_path, refusal, weight_shape
+from int8fx.passes.select import (
+    REQUIRES_GRAD,
+    Selection,
+    module_path,
+    only_reason,
+    refusal,
+    skip_reason,
+    weight_shape,
+)
 from int8fx.passes.verify import Signature, verify
 from int8fx.passes.weight_expression import WeightExpression, is_view_or_cast
 from int8fx.quantize import local
@@ -244,24 +252,29 @@ def quantize_weights(compilation: Compilation) -> None:
 
 def replace_bitsandbytes(compilation: Compilation) -> int:
     """Rewrites linears of bitsandbytes, whose weights are int8 already; returns how many."""
-    graph = compilation.root.graph
+    graph, options = compilation.root.graph, compilation.options
     inputs = dict(zip(compilation.placeholders, compilation.inputs, strict=True))
-    found = bitsandbytes_nodes.find(graph)
-    for linear in found:
+    found = []
+    for linear in bitsandbytes_nodes.find(graph):
+        path = _bitsandbytes_path(linear.weight)
+        N, K = inputs[linear.weight].shape
+        reason = skip_reason(path, compilation.options.skip) or only_reason(
+            path, compilation.options.only
+        )
+        scheme = "" if reason else DEFAULT
+        compilation.decisions.append(Decision(path, "bitsandbytes", (N, K), not reason, reason, scheme))
+        if reason:
+            continue
+        found.append(linear)
         position = compilation.placeholders.index(linear.weight)
         expression = WeightExpression(linear.weight, ())
         packed = compilation.store.get(inputs[linear.weight], expression, OF_BITSANDBYTES)
         compilation.slots.append(Slot(position, expression, OF_BITSANDBYTES, False))
         compilation.packed.append(packed)
         w_packed = _add_input(compilation, f"{linear.weight.name}_packed", packed.tensors[0])
-        path = _bitsandbytes_path(linear.weight)
         own = {"threshold": linear.threshold, "decomposition": "column"}
-        choice = Choice(SCHEMES[DEFAULT], compilation.options.choice(path, own).settings)
+        choice = Choice(SCHEMES[DEFAULT], options.choice(path, own).settings)
         bitsandbytes_nodes.replace(linear, w_packed, choice.lower, compilation.fake_mode)
-        N, K = inputs[linear.weight].shape
-        compilation.decisions.append(
-            Decision(path, "bitsandbytes", (N, K), True, "", choice.scheme.name)
-        )
     if found:
         bitsandbytes_nodes.drop_rebinding(
             graph, lambda left, right: inputs[left].data_ptr() == inputs[right].data_ptr()
@@ -407,7 +420,8 @@ def _kept_inputs(compilation: Compilation) -> list[int]:
     kept = []
     for position, node in enumerate(compilation.placeholders):
         # bitsandbytes' int8 parameter comes beside the weight that its products read.
-        unread = position in swapped or type(compilation.inputs[position]).__name__ == "Int8Params"
+        kind = type(compilation.inputs[position]).__name__
+        unread = position in swapped or kind == bitsandbytes_nodes.PARAMETER
         if unread and not node.users:
             compilation.root.graph.erase_node(node)
         else:

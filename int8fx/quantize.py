@@ -191,8 +191,7 @@ def _size(site: _Site, options: Options) -> str:
 
 def _device(site: _Site, options: Options) -> str:
     device = site.weight.device.type
-    served = device == "meta" or table.kernel_for(device) is not None
-    return "" if served else f"no int8 kernel for device {device!r}"
+    return "" if device == "meta" else table.refusal(device) or ""
 
 
 Rule = Callable[[_Site, Options], str]

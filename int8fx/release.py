@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from int8fx import state_dict
-from int8fx.kernels.schemes.int8 import PER_CHANNEL
+from int8fx.kernels.schemes.int8 import OF_BITSANDBYTES, PER_CHANNEL
 from int8fx.quantize import holders_of
 from int8fx.quantized_weight import Int8Weight
 from int8fx.torch_private import source_owner
@@ -35,7 +35,7 @@ def release(compilation: "Compilation") -> Collection[int]:
     """
     released, kept = set(), []
     for slot in compilation.slots:
-        if slot.quantized:
+        if slot.quantized or slot.kept is OF_BITSANDBYTES:
             continue
         reason = _release(compilation, slot)
         if reason:
@@ -58,7 +58,9 @@ def _release(compilation: "Compilation", slot: Slot) -> str:
     others = [str(h) for h in holders_of(root, tensor) if (h.module, h.name) != (owner, name)]
     if others:
         return f"its memory is that of {others[0]}, too"
-    if tensor.dim() != 2 or sum(other.position == slot.position for other in compilation.slots) > 1:
+    if tensor.dim() != 2:
+        return "it is no matrix"
+    if sum(other.position == slot.position for other in compilation.slots) > 1:
         return "it is packed in more than one form"
     if placeholder in compilation.root.graph.find_nodes(op="placeholder"):
         return "the graph reads it in float as well"

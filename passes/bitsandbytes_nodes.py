@@ -28,6 +28,7 @@ from int8fx.passes.emit import Emitter
 QUANTIZE = "bitsandbytes.int8_vectorwise_quant"
 MIXED = "bitsandbytes.int8_mixed_scaled_mm"
 SCALED = "bitsandbytes.int8_scaled_mm"
+PARAMETER = "Int8Params"
 
 
 @dataclass(frozen=True, eq=False)

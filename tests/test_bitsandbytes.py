@@ -91,6 +91,18 @@ def test_their_model_is_one_graph_of_our_operators(floats, x, threshold, called_
     torch.testing.assert_close(y, ours(x), rtol=0.02, atol=0.02)
 
 
+def test_skipped_it_stays_theirs(floats, x):
+    model = theirs(floats)
+    y, report = compile_once(model, x, backend_options={"skip": ["up", "gate"]})
+    assert [d.reason for d in report.decisions] == [
+        "skip: matches 'up'",
+        "skip: matches 'gate'",
+        "",
+    ]
+    assert "bitsandbytes.int8_mixed_scaled_mm" in report.graph
+    torch.testing.assert_close(y, model(x), rtol=0.02, atol=0.02)
+
+
 def test_a_linear_of_theirs_keeps_the_scheme_bound(floats, x):
     model = theirs(floats)
     y, _ = compile_once(model.down, torch.relu(model.up(x)))

@@ -40,13 +40,18 @@ def dequantize(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
 
 
 PER_CHANNEL = WeightFormat("int8 per channel", ("int8", "scale"), pack_per_channel, dequantize)
+
+
+def _pack(w_int8: Tensor) -> tuple[Tensor]:
+    return (table.pack(w_int8),)
+
+
+def _unscaled(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
+    return table.unpack(tensors[0], N, K).to(torch.float32)
+
+
 # Of weights that are int8 already, and have their scales beside them.
-OF_BITSANDBYTES = WeightFormat(
-    "int8 of bitsandbytes",
-    ("int8",),
-    lambda w_int8: (table.pack(w_int8),),
-    lambda tensors, N, K: table.unpack(tensors[0], N, K).float(),
-)
+OF_BITSANDBYTES = WeightFormat("int8 of bitsandbytes", ("int8",), _pack, _unscaled)
 PER_TENSOR = WeightFormat("int8 per tensor", ("int8", "scale"), pack_per_tensor, dequantize)
 
 
