@@ -103,7 +103,7 @@ def test_what_something_else_needs_in_float_stays(model, x):
 
 def test_other_formats_stay(model, x):
     with pytest.warns(UserWarning, match="up.weight: the scheme keeps it int8 per tensor"):
-        compile_once(model, x, backend_options=RELEASE | {"scheme": "absmax-tensor"})
+        compile_once(model, x, backend_options=RELEASE | {"scheme": "absmax-row"})
 
 
 def test_a_wrong_option_is_named():
