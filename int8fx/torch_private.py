@@ -33,6 +33,7 @@ def check_torch() -> None:
         from torch._inductor import list_mode_options  # noqa: F401
         from torch._inductor.compile_fx import compile_fx  # noqa: F401
         from torch._inductor.decomposition import decompositions, fast_random_decomps  # noqa: F401
+        from torch._inductor.lowering import make_fallback  # noqa: F401
         from torch._subclasses.fake_tensor import FakeTensor  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
@@ -280,10 +281,16 @@ def _register_decompositions(ours: dict[Any, Callable[..., Any]]) -> None:
 
     ``compile_fx`` takes a table as an argument, too, but that becomes part of the cache's key, which
     cannot be pickled then: every compile would bypass the cache.
+
+    A decomposition may return NotImplemented for some devices. The operator is then called as it is,
+    for which Inductor asks to be told: by itself it takes an operator with both for a mistake.
     """
     from torch._inductor import decomposition as inductor
+    from torch._inductor.lowering import make_fallback
 
     if not ours.keys() <= inductor.decompositions.keys():
+        for operator in ours:
+            make_fallback(operator, warn=False, override_decomp=True)
         inductor.decompositions.update(ours)
         inductor.fast_random_decomps.cache_clear()  # a copy of the table
 
