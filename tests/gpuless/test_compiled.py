@@ -64,7 +64,7 @@ def test_the_decode_loop_is_loads_and_products(arch):
     """At 5 bytes of weight or more for each instruction of a warp, memory is what takes the time."""
     for kind, rows in specimens.configs.DECODE[arch].items():
         for config in rows:
-            seen = specimens.decode(arch, kind, config).inspection
+            seen = specimens.decode(arch, kind, config, "fp16").inspection  # compiled above
             (loop,) = [loop for loop in seen.loops if {"IMMA", "IGMMA"} & loop.keys()]
             instructions = sum(loop.values()) * config.num_warps
             assert config.block_n * config.block_k > 5 * instructions, (kind, config, loop)
