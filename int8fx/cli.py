@@ -258,3 +258,30 @@ def explain(
         if path is not None:
             write(path)
     print_json(shown.to_dict()) if json else Console().print(shown)
+
+
+@app.command()
+@one_line_errors
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    threshold: ThresholdOption = None,
+    decomposition: DecompositionOption = None,
+    skip: SkipOption = None,
+    only: OnlyOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Writes a model with its weights in int8, as from_pretrained reads it back.
+
+    Afterwards:  import int8fx.integrations.transformers;  AutoModelForCausalLM.from_pretrained(OUT)
+    """
+    progress = Console(stderr=True)
+    options = backend_options(threshold=threshold, decomposition=decomposition, skip=skip, only=only)
+    from int8fx.progress import step
+
+    with step(progress, "Importing torch and transformers"):
+        from int8fx.saving import quantize_files
+
+    saved = quantize_files(model, out, options, progress)
+    print_json(saved.to_dict()) if json else Console().print(saved)

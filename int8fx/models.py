@@ -25,24 +25,25 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 GGUF_PACKAGES = ("gguf", "accelerate")
 
 
-def load(name: str, console: Console) -> tuple[Any, Any]:
+def load(name: str, console: Console, **more: Any) -> tuple[Any, Any]:
     """A model in the dtype of its checkpoint, in eval mode, and its tokenizer.
 
     Args:
         name: a directory, a ``.gguf`` file, or a name on the Hugging Face hub.
+        more: arguments of ``from_pretrained``, which a ``.gguf`` file does not take.
 
     Raises:
         UserError: names what was given and what is allowed.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        read, shown = partial(load_directory, path), _bar(name, console)
+        read, shown = partial(load_directory, path, **more), _bar(name, console)
     elif path.is_file() and path.suffix == ".gguf":
         require_gguf()
         read, shown = partial(load_gguf, path), _bar(name, console)
     elif HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
         # The hub's client has bars of its own, one for each file.
-        read, shown = partial(load_directory, name), quiet_hub()
+        read, shown = partial(load_directory, name, **more), quiet_hub()
     else:
         raise UserError(f"model {name}: no such file or directory; {ALLOWED}")
     with shown:
@@ -58,10 +59,10 @@ def _bar(name: str, console: Console) -> Iterator[None]:
         yield
 
 
-def load_directory(name: str | Path) -> tuple[Any, Any]:
+def load_directory(name: str | Path, **more: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **more)
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 

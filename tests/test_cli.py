@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import zipfile
@@ -33,9 +34,8 @@ def test_version(capsys):
 def test_help_lists_the_commands():
     result = CliRunner().invoke(int8fx.cli.app, ["--help"])
     assert result.exit_code == 0
-    assert [
-        name for name in ("demo", "explain", "evaluate", "bench") if name not in result.output
-    ] == []
+    commands = ("demo", "explain", "evaluate", "quantize", "bench")
+    assert [name for name in commands if name not in result.output] == []
 
 
 def test_help_imports_no_model_code():
@@ -56,6 +56,10 @@ def test_help_imports_no_model_code():
         (["dmo"], ["'dmo'", "demo"]),
         (["demo", "--model", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
         (["demo", "--model", "missing.gguf"], ["missing.gguf", "no such file"]),
+        (["quantize", "./nowhere", "out"], ["./nowhere", "a directory", "hub"]),
+        (["quantize", "model.gguf", "out"], ["MODEL model.gguf", "a float model"]),
+        (["quantize", "./nowhere", "."], ["OUT .", "is there already"]),
+        (["quantize", "./nowhere", "out", "--threshold", "-1"], ["'threshold'", "-1.0"]),
         (["bench", "--shape", "4096"], ["--shape 4096", "NxN", "whole numbers from 1"]),
         (["bench", "--rows", "1,0"], ["--rows 1,0", "N,...", "whole numbers from 1"]),
         (["bench", "--scheme", "int9"], ["'int9'", "'w8a16'"]),
@@ -249,3 +253,56 @@ def test_cache_directory_follows_the_platform(monkeypatch, tmp_path, platform, v
     monkeypatch.setattr(smollm2.sys, "platform", platform)
     monkeypatch.setenv(variable, str(tmp_path))
     assert smollm2.cache_directory() == tmp_path / below
+
+
+# --- A model's files in int8 ----------------------------------------------------------------------
+
+
+def saved_model(directory):
+    """A random Llama and a tokenizer of a few words, as files."""
+    from test_explain import tiny
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = tiny()
+    model.save_pretrained(directory)
+    words = {f"w{index}": index for index in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+    return model
+
+
+def test_quantize_writes_what_from_pretrained_reads(capsys, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, out = tmp_path / "float", tmp_path / "new" / "int8"
+    model = saved_model(source)
+    code, printed, err = run(capsys, "quantize", str(source), str(out), "--json")
+    assert code == 0, err
+    saved = json.loads(printed)
+    assert saved["linears"] == 14
+    assert saved["file_bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    assert [path.name for path in out.parent.iterdir()] == ["int8"]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert len(AutoTokenizer.from_pretrained(out)) == 128
+    assert loaded.get_memory_footprint() == saved["model_bytes"] < model.get_memory_footprint()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        error = (loaded(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
+    assert 0 < error < 0.05
+
+
+def test_explain_in_json_and_as_a_page(capsys, tmp_path):
+    saved_model(tmp_path / "model")
+    text, page = tmp_path / "text.txt", tmp_path / "page.html"
+    text.write_text(" ".join(f"w{index}" for index in range(40)))
+    options = ["--text", str(text), "--tokens", "16", "--html", str(page), "--skip", "*.mlp.*"]
+    code, printed, err = run(capsys, "explain", str(tmp_path / "model"), *options, "--json")
+    assert code == 0, err
+    shown = json.loads(printed)
+    # With a skip list of one's own, the head that is tied to the embedding is quantised as well.
+    assert (shown["totals"]["candidates"], shown["totals"]["accepted"]) == (15, 9)
+    assert {row["rows"] for row in shown["rows"]} <= {16}
+    assert "data:image/png;base64," in page.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,8 +60,15 @@ def test_without_inductor_and_with_it_are_the_same_arithmetic(token_ids):
 
 
 def test_more_schemes_than_dynamo_recompiles(token_ids):
-    model, token_windows = tiny(1), windows(token_ids, 32, 1)
-    store = WeightStore()
+    class Bigram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(128, 32), nn.Linear(32, 128)
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.fc(self.embed(input_ids)))
+
+    model, token_windows, store = Bigram(), windows(token_ids, 32, 1), WeightStore()
     for threshold in range(1, 11):
         spec = contender(f"llm.int8,threshold={threshold}")
         assert quantized(model, spec, store, False)(token_windows).isfinite().all()
@@ -82,8 +90,10 @@ def test_injection_needs_llamas_blocks():
 
 def test_injection_that_bf16_sees_is_refused(token_ids):
     model = tiny().to(torch.bfloat16)
+    logits = logits_of(model)
     with pytest.raises(UserError, match="it is for models in float32"):
-        inject_and_check(model, 1e4, 0, logits_of(model), token_ids[:32])
+        # Logits of the size that a trained model has.
+        inject_and_check(model, 1e4, 0, lambda ids: 100 * logits(ids), token_ids[:32])
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ class Classifier(nn.Module):
         for index, block in enumerate(self.blocks):
             if index == 1:
                 scale = torch.ones(K)
-                scale[5] = 60.0
-                x = block(x.tanh() * scale) / 4
+                scale[5] = 5.9
+                x = block(x.tanh() * scale)
             else:
                 x = block(x)
         return self.head(x)
