@@ -179,6 +179,7 @@ docstring says what is done with each architecture. Toy sizes, random weights, f
 - **exact**: relative error of the whole output with exact products in the place of the int8 ones:
   what the rewriting itself did.
 - **int8**: relative error of the whole output.
+- **apart**: relative difference of the compiled output and the interpreted graph's, both in int8.
 
 """
 
@@ -204,15 +205,15 @@ def table_row(row: dict[str, Any]) -> str:
         number(row.get("worst"), ".2f"),
         number(row.get("exact error"), ".0e"),
         number(row.get("error", row.get("checked error")), ".3f"),
+        number(row.get("apart"), ".0e"),
         refused,
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def agrees(row: dict[str, Any]) -> bool:
-    """No linear outside its bound, no new graph break, and nothing changed but products."""
-    within = row.get("worst", 0) <= 1 and row["llmint8 breaks"] <= row["breaks"]
-    return within and row.get("exact error", 0) <= EXACT
+def within_bound(row: dict[str, Any]) -> bool:
+    """No linear outside its bound, and no graph break that Inductor has not."""
+    return row["worst"] <= 1 and row["llmint8 breaks"] <= row["breaks"]
 
 
 def write_table(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -220,18 +221,23 @@ def write_table(results: dict[str, dict[str, Any]], path: Path) -> None:
 
     rows = sorted(results.values(), key=lambda row: row["architecture"])
     ran = [row for row in rows if row["status"] in ("compiled", "checked")]
-    built = [row for row in rows if row["status"] not in ("not built", "not traced")]
-    agreeing = sum(agrees(row) for row in ran)
+    within = sum(map(within_bound, ran))
     compiled = sum(row["status"] == "compiled" for row in ran)
+    exact = [row["exact error"] for row in ran if "exact error" in row]
     lines = [
         HEAD.format(transformers=transformers.__version__, torch=torch.__version__),
-        f"{len(rows)} of {len(architectures())} architectures were examined. {len(built)} could be "
-        f"built at toy size and traced; of these {len(ran)} ran and {agreeing} agree, {compiled} of "
-        "them compiled by Inductor (`compiled`), the others as the rewritten graph (`checked`).",
+        f"{len(rows)} of {len(architectures())} architectures have a result here; the others were not "
+        "examined yet, and nothing is claimed of them. Architectures that were known to build at toy "
+        "size came first, so this is no sample, and no rate of success follows for the rest.",
+        "",
+        f"{len(ran)} ran, {within} of them with every int8 linear within its bound and no new graph "
+        f"break. {compiled} were compiled by Inductor (`compiled`), the others run as the rewritten "
+        f"graph (`checked`). With exact products {len(exact)} were run, "
+        f"{sum(error <= EXACT for error in exact)} of which differ from eager by {EXACT} at most.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
-        *map(table_row, [row for row in rows if row in built]),
+        *map(table_row, ran),
         "",
         "## Not examined further, and why",
         "",
