@@ -183,8 +183,9 @@ docstring says what is done with each architecture. Toy sizes, random weights, f
 
 """
 
-COLUMNS = "architecture|task|class|llmint8|breaks|linears|share|bound|exact|int8|left in float".split(
-    "|"
+COLUMNS = (
+    *("architecture", "task", "class", "llmint8", "breaks", "linears", "share"),
+    *("bound", "exact", "int8", "apart", "left in float"),
 )
 
 
