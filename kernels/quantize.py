@@ -68,12 +68,18 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Per-output-channel int8 of a weight.
 
     Args:
-        weight: ``[N, K]``, any floating dtype, K >= 1.
+        weight: ``[N, K]``, or ``[E, N, K]`` of experts; any floating dtype, K >= 1.
 
     Returns:
-        ``w_int8 [N, K]`` int8, contiguous, and ``w_scale [N]`` fp32; weight ≈ w_int8 · w_scale.
+        ``w_int8`` of the weight's shape, int8, contiguous, and ``w_scale [N]`` or ``[E, N]`` fp32;
+        weight ≈ w_int8 · w_scale.
     """
     weight = weight.detach()
+    if weight.dim() == 3:
+        quantized = [quantize_weight(matrix) for matrix in weight]
+        return torch.stack([pair[0] for pair in quantized]), torch.stack(
+            [pair[1] for pair in quantized]
+        )
     w_int8 = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     w_scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     # Some rows at a time: a large weight in fp32, several times over, is what a peak is made of.
