@@ -140,7 +140,7 @@ def test_linears_of_one_input_share_its_quantisation():
 
     _, report = compile_once(Three(), activations(4, K), backend_options={"scheme": "zeropoint-vector"})
     assert report.graph.count("int8fx.quantize_affine.default(") == report.quantizations == 1
-    assert report.graph.count("int8fx.rows_linear.default(") == 3
+    assert report.graph.count("int8fx.int8_linear.default(") == 3
     assert "zeropoint-vector" in str(report)
 
 

@@ -6,11 +6,11 @@ Inductor has a Triton template beside cuBLAS, or up to 16 rows a sum that it tur
 outlier product is a 16-bit one with the weight de-quantised before it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from int8fx.kernels import ops
 
 # What the integer product of cuBLAS wants of its sizes.
 _MORE_ROWS_THAN, _MULTIPLE = 16, 8
@@ -24,14 +24,14 @@ def int8_linear(
     weight: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-) -> Tensor:
-    """The formula of ``kernels/linear.py``; elsewhere than on a GPU, ``int8fx.int8_linear`` itself.
+) -> Any:
+    """The formula of ``kernels/linear.py``; NotImplemented for what is not on a GPU.
 
     Args:
         weight: ``[N, K]`` int8; the others as there.
     """
     if x_int8.device.type != "cuda":
-        return ops.int8_linear(x_int8, x_scale, x_outlier, outlier_columns, weight, w_scale, bias)
+        return NotImplemented
     K = x_int8.shape[-1]
     acc_int32 = _product(x_int8.reshape(-1, K), weight)
     y = acc_int32.to(torch.float32) * x_scale.reshape(-1, 1)

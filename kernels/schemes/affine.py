@@ -98,22 +98,6 @@ torch.library.register_autograd(
 )
 
 
-# int8_linear of rows that come quantised. Not that operator itself: Inductor keeps it as a call on a
-# CPU, and an operator cannot have both a call and a decomposition.
-_library.define(
-    "rows_linear(Tensor x_int8, Tensor x_scale, Tensor x_outlier, Tensor? outlier_columns, "
-    "Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor"
-)
-rows_linear = torch.ops.int8fx.rows_linear.default
-
-
-def _rows_linear(*args: Any) -> Tensor:
-    return ops.int8_linear(*args)
-
-
-_library.impl("rows_linear", _rows_linear, "CompositeImplicitAutograd")
-
-
 def with_sums(kept: WeightFormat) -> WeightFormat:
     """The format, and ``w_sum [N]`` fp32, which a zero point meets."""
 
@@ -136,11 +120,11 @@ def _lowering(per_tensor: bool, zero_point: bool, decomposed: bool) -> Lowering:
             # x stands in for its outliers: it carries the dtype and the gradient.
             x_outlier, columns = x, None
         if not zero_point:
-            return call(rows_linear, x_int8, x_scale, x_outlier, columns, *weight, bias)
+            return call(ops.int8_linear, x_int8, x_scale, x_outlier, columns, *weight, bias)
         # Both terms may be large and of opposite sign: they meet in fp32.
         x_outlier = call(torch.ops.aten.to.dtype, x_outlier, torch.float32)
         packed, w_scale, w_sum = weight
-        y = call(rows_linear, x_int8, x_scale, x_outlier, columns, packed, w_scale, bias)
+        y = call(ops.int8_linear, x_int8, x_scale, x_outlier, columns, packed, w_scale, bias)
         correction = call(torch.mul, call(torch.unsqueeze, x_offset, -1), w_sum)
         return call(_as_dtype_of, call(torch.add, y, correction), x)
 
@@ -181,7 +165,7 @@ def _scheme(
         _dequantized_input(per_tensor, zero_point, decomposed),
         _lowering(per_tensor, zero_point, decomposed),
         quantize_affine,
-        {quantize_affine: quantize_affine_reference, rows_linear: composed.int8_linear},
+        {quantize_affine: quantize_affine_reference, ops.int8_linear: composed.int8_linear},
     )
 
 
