@@ -155,8 +155,9 @@ def _routed_product(call: _Call, left: Any, right: Any, addend: Any) -> Candidat
         weight, index, turned = selected(operand) or (operand, None, False)
         if _rank(weight) != 3 or _rank(x) != 3 or call.weight(weight) is None:
             continue
-        batches = {shape[0] for shape in map(_shape, (x, operand)) if shape is not None}
-        if call.weight(x) is not None or len(batches) != 1:
+        x_shape, operand_shape = _shape(x), _shape(operand)
+        assert x_shape is not None and operand_shape is not None
+        if call.weight(x) is not None or x_shape[0] != operand_shape[0]:
             return None
         swap = (method("transpose", -2, -1),)
         steps = {"x_steps": swap, "y_steps": swap} if side else {}
