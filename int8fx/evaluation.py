@@ -79,7 +79,7 @@ class Evaluation:
 def table(title: str, accuracies: Mapping[str, Accuracy]) -> Table:
     """One line for each contender."""
     shown = Table(title=title, title_justify="left", title_style="bold")
-    shown.add_column("")
+    shown.add_column("", overflow="fold")
     for column in ("perplexity", "mean KL", "p99 KL", "max KL", "top-1"):
         shown.add_column(column, justify="right")
     for name, each in accuracies.items():
