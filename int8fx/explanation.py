@@ -15,6 +15,14 @@ from rich.text import Text
 WIDTH = 80
 
 
+def as_text(shown: RenderableType) -> str:
+    """What a terminal of 80 columns shows, without colours."""
+    console = Console(file=io.StringIO(), width=WIDTH, highlight=False)
+    console.print(shown)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines)
+
+
 @dataclass(frozen=True)
 class Row:
     """One linear or matmul of the model.
@@ -117,10 +125,7 @@ class Explanation:
     recompiles: tuple[str, ...]
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, highlight=False)
-        console.print(self)
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in lines)
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         # The summary last: it is what a terminal shows when everything has scrolled by.

@@ -5,16 +5,15 @@ answers to those in float is its sensitivity. Divergences of single linears near
 mixture is chosen by their sums, scaled by what the last mixture really had, and measured in the end.
 """
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from int8fx.explanation import WIDTH, kind, mib
+from int8fx.explanation import as_text, kind, mib
 
 FLOAT = "float"
 # From the fastest to the most accurate; all but the last take the same memory.
@@ -69,10 +68,7 @@ class Suggestion:
     linears: tuple[Sensitivity, ...]
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, highlight=False)
-        console.print(self)
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in lines)
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)

@@ -29,3 +29,14 @@ def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:
     error = (y.double() - expected).norm() / expected.norm()
     assert y.isfinite().all()
     assert error < 0.02, f"relative error {error:.4f}"
+
+
+class Mlp(nn.Module):
+    """Two linears, one with a bias, with a ReLU between them: ``[*, K] -> [*, K]``."""
+
+    def __init__(self, K: int, N: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))

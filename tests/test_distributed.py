@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from bounds import expected_and_bound
-from torch import nn
+from support import Mlp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,18 +20,9 @@ from int8fx.kernels.quantize import quantize_weight
 K, N, RANKS = 64, 96, 2
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K, bias=False)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x)))
-
-
 def built():
     torch.manual_seed(0)
-    return Model().requires_grad_(False)
+    return Mlp(K, N).requires_grad_(False)
 
 
 def batch():

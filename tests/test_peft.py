@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support import Mlp
 from torch import nn
 
 import int8fx
@@ -14,19 +15,10 @@ peft = pytest.importorskip("peft")
 K, N = 32, 48
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K, bias=False)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x)))
-
-
 @pytest.fixture
 def base():
     torch.manual_seed(0)
-    return int8fx.quantize_(Model())
+    return int8fx.quantize_(Mlp(K, N))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from support import compile_once
+from support import Mlp, compile_once
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,19 +17,10 @@ K, N = 32, 48
 RELEASE = {"release_weights": True}
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K, bias=False)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x)))
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Model().requires_grad_(False)
+    return Mlp(K, N).requires_grad_(False)
 
 
 @pytest.fixture
