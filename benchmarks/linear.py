@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from figures import plain
-from peers import PEERS
+from peers import PEERS, converted
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -51,11 +51,6 @@ def in_fp32(build: Build) -> Build:
     return convert
 
 
-def peer(name: str) -> Build:
-    convert, run = PEERS[name]
-    return lambda model: run(convert(model))
-
-
 # Inductor at its best: autotuned templates, and weights packed by freezing.
 FROZEN = {"max_autotune": True, "freezing": True}
 CONTENDERS: dict[str, Build] = {
@@ -67,7 +62,7 @@ CONTENDERS: dict[str, Build] = {
     "llmint8 column": llmint8(),
     "llmint8 token": llmint8(decomposition="token"),
     "llmint8 threshold 0": llmint8(threshold=0),
-    **{name: peer(name) for name in PEERS},
+    **{name: converted(name) for name in PEERS},
 }
 BASELINE = "bf16 inductor"
 

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from figures import plain
-from peers import PEERS, Missing
+from peers import PEERS, Missing, converted
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -55,11 +55,6 @@ def compiled(backend: str, **options: Any) -> Build:
     return lambda model: torch.compile(model, backend=backend, dynamic=False, options=options or None)
 
 
-def peer(name: str) -> Build:
-    convert, run = PEERS[name]
-    return lambda model: run(convert(model))
-
-
 CONTENDERS: dict[str, Build] = {
     "bf16 eager": eager,
     "bf16 inductor": compiled("inductor"),
@@ -67,7 +62,7 @@ CONTENDERS: dict[str, Build] = {
     "llmint8 column": compiled("llmint8"),
     "llmint8 token": compiled("llmint8", decomposition="token"),
     "llmint8 threshold 0": compiled("llmint8", threshold=0),
-    **{name: peer(name) for name in PEERS},
+    **{name: converted(name) for name in PEERS},
 }
 # They convert the model's modules in place; the others may share one model and its memory.
 IN_PLACE = frozenset(PEERS)

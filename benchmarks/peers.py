@@ -111,3 +111,9 @@ PEERS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], C
     "quanto weight-only": (quanto, as_it_is),
     "torch dynamic": (torch_dynamic, as_it_is),
 }
+
+
+def converted(name: str) -> Callable[[nn.Module], Callable[..., Any]]:
+    """What takes a model, converts it in place, and gives back what runs it."""
+    convert, run = PEERS[name]
+    return lambda model: run(convert(model))
