@@ -310,7 +310,7 @@ def main(
     models: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(MODELS)}")] = "smollm2",
     batches: Annotated[str, typer.Option(help="sequences at once; an encoder has its own")] = "1",
     contenders: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
-    rounds: int = 5,
+    rounds: Annotated[int, typer.Option(min=2)] = 5,
     threads: int = 2,
     by_itself: Annotated[bool, typer.Option("--alone", help="compile time and peak memory")] = False,
     child: Annotated[bool, typer.Option(hidden=True)] = False,

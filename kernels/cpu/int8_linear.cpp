@@ -287,8 +287,11 @@ at::Tensor float_bias(const std::optional<at::Tensor>& bias) {
 }
 
 // y = ((x_int8 @ w_int8ᵀ) · x_scale + outliers @ w_int8ᵀ) · w_scale + bias, for rows described in
-// `a` up to x_outlier, with their outliers in `columns`.
-void multiply_rows(Activations a, c10::ArrayRef<int32_t> columns, c10::ArrayRef<Weight> weights) {
+// `a` up to x_outlier, with their outliers in `columns`. Given `floats`, a tile's rows are quantised
+// where they are packed, while they are in the cache.
+void multiply_rows(
+    Activations a, c10::ArrayRef<int32_t> columns, c10::ArrayRef<Weight> weights,
+    const Input* floats = nullptr) {
   if (a.M == 0) return;
   const Kernel& kernel = kernel_for(a.M);
   a.K_padded = round_up(a.K, K_MULTIPLE);
@@ -308,9 +311,13 @@ void multiply_rows(Activations a, c10::ArrayRef<int32_t> columns, c10::ArrayRef<
   a.outlier_count = scratch.take<int32_t>(outlier_rows);
   a.dense = scratch.take<bool>(tiles);
 
-  const int64_t grain = at::divup(MIN_UNIT_BYTES, a.row_tile * a.K_padded);
+  const int64_t grain = at::divup(MIN_UNIT_BYTES / (floats ? 4 : 1), a.row_tile * a.K_padded);
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) pack(kernel, a, tile);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t m = tile * a.row_tile;
+      if (floats) kernel.quantize_rows(*floats, m, std::min(m + a.row_tile, a.M));
+      pack(kernel, a, tile);
+    }
   });
   multiply_all(kernel, a, weights);
 }
@@ -377,10 +384,6 @@ void quantize_and_run(
     for (const int32_t k : columns) keep[k] = 0;
     in.keep = keep.data();
   }
-  at::parallel_for(
-      0, in.M, at::divup(MIN_UNIT_BYTES / 4, in.K),
-      [&](int64_t begin, int64_t end) { kernel.quantize_rows(in, begin, end); });
-
   Activations a{};
   a.M = in.M;
   a.K = in.K;
@@ -389,7 +392,7 @@ void quantize_and_run(
   a.x_outlier = in.x;
   a.threshold = column ? 0 : threshold;  // a column is taken out whole
   a.dtype = in.dtype;
-  multiply_rows(a, columns, weights);
+  multiply_rows(a, columns, weights, &in);
 }
 
 at::Tensor empty_output(const at::Tensor& x_int8, int64_t N, at::ScalarType dtype) {
