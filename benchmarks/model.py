@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from int8fx import smollm2
 from int8fx.contenders import Contender, in_bfloat16
@@ -66,6 +66,8 @@ CONTENDERS: dict[str, Build] = {
 }
 # They convert the model's modules in place; the others may share one model and its memory.
 IN_PLACE = frozenset(PEERS)
+# Only --alone: from a bf16 checkpoint straight into int8, so that the float model is never in memory.
+FROM_CHECKPOINT = "llmint8 from checkpoint"
 
 
 def llama() -> nn.Module:
@@ -106,6 +108,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def load(name: str) -> nn.Module:
     return MODELS[name]().eval().requires_grad_(False)
+
+
+def load_in_int8(name: str, checkpoint: Path) -> nn.Module:
+    from int8fx.integrations.transformers import Int8FxConfig
+
+    kind = AutoModel if name == "encoder" else AutoModelForCausalLM
+    model = kind.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=Int8FxConfig())
+    return model.eval().requires_grad_(False)
 
 
 class CausalSteps:
@@ -222,9 +232,13 @@ def draw(results: dict[str, dict[str, dict[str, Timing]]], path: Path) -> None:
 # --- alone ----------------------------------------------------------------------------------------
 
 
-def run_alone(name: str, model_name: str, batch: int) -> dict[str, Any]:
+def run_alone(name: str, model_name: str, batch: int, checkpoint: Path | None) -> dict[str, Any]:
     """In this process: seconds until every graph has run once, and the process's largest size."""
-    model = load(model_name)
+    if name == FROM_CHECKPOINT:
+        assert checkpoint is not None
+        name, model = "llmint8 column", load_in_int8(model_name, checkpoint)
+    else:
+        model = load(model_name)
     start = time.perf_counter()
     for run in steps_of(name, model_name, model, batch).values():
         run()
@@ -233,31 +247,34 @@ def run_alone(name: str, model_name: str, batch: int) -> dict[str, Any]:
     return {"seconds": seconds, "peak_bytes": peak}
 
 
-def start_alone(name: str, model_name: str, batch: int, cache: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--models", model_name, "--batches", str(batch)]
-    command += ["--contenders", name, "--child"]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+def start(model_name: str, *options: str, **environment: str) -> str:
+    """What this script prints in a process of its own."""
+    command = [sys.executable, __file__, "--models", model_name, *options]
+    environment = {**os.environ, **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Missing(f"{name} ({(done.stderr.strip().splitlines() or ['it died'])[-1]})")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise Missing((done.stderr.strip().splitlines() or ["it died"])[-1])
+    return done.stdout
 
 
 def alone(console: Console, names: list[str], model_name: str, batch: int) -> dict[str, Any]:
     """Each contender in a process of its own, twice: cold and warm."""
     found: dict[str, Any] = {}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=2 * len(names))
+    with Progress(console=console, transient=True) as progress, tempfile.TemporaryDirectory() as path:
+        task = progress.add_task(f"{model_name}: writing a checkpoint", total=2 * len(names))
+        if FROM_CHECKPOINT in names:
+            start(model_name, "--save", path)
         for name in names:
+            options = ["--batches", str(batch), "--contenders", name, "--child", path]
             with tempfile.TemporaryDirectory() as cache:
                 for cached in ("cold", "warm"):
                     progress.update(task, description=f"{model_name}, {name}, {cached}")
                     try:
-                        result = start_alone(name, model_name, batch, cache)
+                        printed = start(model_name, *options, TORCHINDUCTOR_CACHE_DIR=cache)
                     except Missing as missing:
-                        console.print(f"skipped: {missing}")
+                        console.print(f"skipped: {name} ({missing})")
                         break
-                    found.setdefault(name, {})[cached] = result
+                    found.setdefault(name, {})[cached] = json.loads(printed.splitlines()[-1])
                     progress.advance(task)
     table = Table(title=f"{model_name}, batch {batch}: the first prefill and {DECODE} decode steps")
     table.add_column("contender", no_wrap=True)
@@ -313,16 +330,21 @@ def main(
     rounds: Annotated[int, typer.Option(min=2)] = 5,
     threads: int = 2,
     by_itself: Annotated[bool, typer.Option("--alone", help="compile time and peak memory")] = False,
-    child: Annotated[bool, typer.Option(hidden=True)] = False,
+    child: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    save: Annotated[Path | None, typer.Option(hidden=True)] = None,
     output: Annotated[Path | None, typer.Option(help="also write JSON here")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw bars (PNG) here")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    names = choose("contenders", contenders, CONTENDERS)
+    alone_too = {FROM_CHECKPOINT: None} if by_itself or child else {}
+    names = choose("contenders", contenders, CONTENDERS | alone_too)
     model_names = choose("models", models, MODELS)
     sizes = [int(size) for size in batches.split(",")]
+    if save:
+        load(model_names[0]).save_pretrained(save)
+        return
     if child:
-        print(json.dumps(run_alone(names[0], model_names[0], sizes[0])))
+        print(json.dumps(run_alone(names[0], model_names[0], sizes[0], child)))
         return
     console = Console()
     console.print(machine())

@@ -4,6 +4,7 @@ A peer that is not installed raises ``Missing``; ``pip install int8fx[bench]`` b
 output head stays as it is, as each of them would have it.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,10 @@ from torch import nn
 from int8fx.bench import Missing
 
 HEADS = ("lm_head",)
+
+# They tell of kernels for other machines at every import, and of casts at every layer.
+for name in ("bitsandbytes", "torchao"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

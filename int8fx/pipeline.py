@@ -21,6 +21,7 @@ from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 from int8fx.kernels.tuning import tuning
 from int8fx.options import Options
 from int8fx.passes import bitsandbytes_nodes
+from int8fx.passes.block_attention import block_attention
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.decision import Decision
 from int8fx.passes.fuse_epilogue import fuse_epilogue
@@ -77,7 +78,7 @@ def compile_graph(
         share_quantizations(compilation)
         fold_biases(compilation)
         join_quantized_linears(compilation)
-        group_attention_heads(compilation)
+        rewrite_attentions(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation, patches)
     if options.release_weights:
@@ -339,10 +340,16 @@ def join_quantized_linears(compilation: Compilation) -> None:
         join_linears(scope.graph, compilation.fake_mode, table.joined)
 
 
-def group_attention_heads(compilation: Compilation) -> None:
-    """group_heads on every graph."""
-    grouped = sum(group_heads(scope.graph, compilation.fake_mode) for scope in compilation.root.walk())
-    log.debug("grouped the heads of %d decode attentions", grouped)
+def rewrite_attentions(compilation: Compilation) -> None:
+    """group_heads and block_attention on every graph."""
+    for scope in compilation.root.walk():
+        grouped = group_heads(scope.graph, compilation.fake_mode)
+        blocked = 0
+        if table.attends("cpu") and not _needs_autograd(compilation.inputs):
+            blocked = block_attention(scope.graph, compilation.fake_mode)
+        log.debug(
+            "attentions: %d of decode, by key heads; %d of many rows, by blocks", grouped, blocked
+        )
 
 
 def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ class Kernel:
         falls_back: whether the reference serves where this kernel cannot be loaded.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
             linears of it, and how many at most (``passes/join_linears.py``).
+        attends: whether its ``attention`` is faster than torch's, too (``kernels/attention.py``).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernel:
     reason: str = ""
     falls_back: bool = True
     joined: Callable[[], tuple[Any, int]] | None = None
+    attends: Callable[[], bool] = lambda: False
 
 
 def _as_it_is(w_int8: Tensor) -> Tensor:
@@ -65,10 +67,22 @@ def _cpu_operator() -> tuple[Any, int]:
     return ops.quantized_linears_cpu, 64
 
 
+def _without_amx() -> bool:
+    return cpu.isa() != "amx_int8"  # by AMX torch's attention is faster
+
+
 REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _same_shape, _still_as_it_is)
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("C++", cpu.load, cpu.pack, cpu.packed_shape, cpu.unpack, joined=_cpu_operator),
+    "cpu": Kernel(
+        "C++",
+        cpu.load,
+        cpu.pack,
+        cpu.packed_shape,
+        cpu.unpack,
+        joined=_cpu_operator,
+        attends=_without_amx,
+    ),
     "cuda": Kernel(
         "Triton",
         gpu.load,
@@ -116,6 +130,12 @@ def joined(device_type: str) -> tuple[Any, int] | None:
     """``Kernel.joined`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
     return None if kernel is None or kernel.joined is None else kernel.joined()
+
+
+def attends(device_type: str) -> bool:
+    """``Kernel.attends`` of the kernel that serves a device."""
+    kernel = kernel_for(device_type)
+    return kernel is not None and kernel.attends()
 
 
 def describe() -> dict[str, str]:

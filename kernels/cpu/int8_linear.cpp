@@ -1,4 +1,4 @@
-// int8fx::int8_linear and int8fx::quantized_linears_cpu.
+// int8fx::int8_linear and int8fx::quantized_linears_cpu; int8fx::attention is in attention_operator.h.
 //
 //   y = ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias
 //
@@ -450,6 +450,8 @@ std::vector<at::Tensor> quantized_linears(
   return outputs;
 }
 
+#include "attention_operator.h"
+
 TORCH_LIBRARY_FRAGMENT(int8fx, m) {
   m.def("snapshot(Tensor[] tensors) -> Tensor", snapshot);
   m.def("unchanged(Tensor[] tensors, Tensor snapshot) -> bool", unchanged);
@@ -457,6 +459,7 @@ TORCH_LIBRARY_FRAGMENT(int8fx, m) {
 
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("int8_linear", int8_linear);
+  m.impl("attention", attention);
   m.impl("quantized_linears_cpu", quantized_linears);
 }
 

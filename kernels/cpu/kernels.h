@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -140,6 +141,7 @@ inline int64_t pack_blocks(const int8_t* x, int64_t K, int64_t rows, Activation*
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
+#include "attention.h"
 
 #undef INT8FX_PACK_BLOCKS
 }  // namespace avx512_vnni
@@ -257,6 +259,7 @@ inline void tile_product(
 
 #include "tile.h"
 #include "quantize.h"
+#include "attention.h"
 
 }  // namespace amx_int8
 INT8FX_END_TARGET
@@ -322,6 +325,7 @@ inline Floats fnma(Floats a, Floats b, Floats c) {
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
+#include "attention.h"
 
 }  // namespace avx2
 INT8FX_END_TARGET
@@ -365,6 +369,7 @@ using avx2::store_half;
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
+#include "attention.h"
 
 }  // namespace avx_vnni
 INT8FX_END_TARGET
@@ -417,6 +422,7 @@ inline void store_half(void* p, Floats v) {
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
+#include "attention.h"
 
 bool supported() { return true; }
 
@@ -426,7 +432,7 @@ bool supported() { return true; }
   Kernel {                                                                                     \
     #isa, isa::supported, min_rows, isa::ROW_TILE, isa::ROW_STEP, isa::PANEL,                  \
         sizeof(isa::Activation), isa::flag_columns, isa::quantize_rows, isa::pack_tile, enter, \
-        leave, isa::multiply                                                                   \
+        leave, isa::multiply, isa::QUERIES, isa::attend                                        \
   }
 
 inline constexpr Kernel KERNELS[] = {

@@ -64,6 +64,29 @@ struct Weight {
   int64_t blocks() const { return (N + BLOCK_N - 1) / BLOCK_N; }
 };
 
+// One attention (attention.h). Strides are in elements, of batch, head and row; the last dimension is
+// contiguous.
+struct Attention {
+  int64_t B, KV, G, M, L, D, DV;  // batches, key heads, query heads of each, queries, keys, widths
+  const void *q, *k, *v;          // [B, KV * G, M, D], [B, KV, L, D], [B, KV, L, DV] of dtype
+  void* y;                        // [B, KV * G, M, DV]
+  c10::ScalarType dtype;          // fp32, bf16 or fp16
+  const void* mask;               // [B, KV * G, M, L] added to the scores; bool: false hides; or null
+  c10::ScalarType mask_dtype;
+  bool causal;                    // key l is hidden from query m < l
+  float scale;
+  int64_t q_strides[3], k_strides[3], v_strides[3], y_strides[3], mask_strides[3];
+};
+
+constexpr int64_t KEYS = 64;         // in a block
+constexpr int64_t UNIT_TILES = 4;    // of queries that share a block of keys, in one unit of work
+constexpr int64_t MAX_QUERIES = 48;  // in a tile, whatever the instruction set
+constexpr int64_t MAX_HEAD = 256;    // D and DV, at most
+
+// Floats of scratch memory that one unit takes.
+constexpr int64_t ATTENTION_SCRATCH =
+    KEYS * 2 * (MAX_HEAD + 16) + 2 * KEYS * MAX_QUERIES + UNIT_TILES * 2 * MAX_HEAD * MAX_QUERIES;
+
 // Weights come from memory once per call or once per run of rows, and hardware prefetchers stop at
 // each page. So while one panel is multiplied the next is fetched into the L2 cache, in slices:
 // every tile of rows takes some lines at each step of K_MULTIPLE.
@@ -93,6 +116,9 @@ struct Kernel {
   void (*enter)(const Activations&);  // in every thread, around its calls of `multiply`; or null
   void (*leave)();
   void (*multiply)(const Activations&, const Weight&, int64_t m0, int64_t m1, int64_t b0, int64_t b1);
+  int64_t queries;         // rows of an attention's tile
+  // Unit `unit` of the B * KV * ceil(G * M / (UNIT_TILES * queries)) of an attention.
+  void (*attend)(const Attention&, int64_t unit, float* scratch);
 };
 
 }  // namespace int8fx

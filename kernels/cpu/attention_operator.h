@@ -1,0 +1,63 @@
+// int8fx::attention on a CPU (kernels/attention.py). Part of int8_linear.cpp, whose kernels it shares.
+#pragma once
+
+void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  check_activation(q);
+  const auto dtype = q.scalar_type();
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [B, H, M, D]");
+  TORCH_CHECK(k.scalar_type() == dtype && v.scalar_type() == dtype, "q, k and v must be of one dtype");
+  TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(3) == q.size(3) &&
+                  v.size(1) == k.size(1) && v.size(2) == k.size(2) && k.size(1) > 0 &&
+                  q.size(1) % k.size(1) == 0,
+              "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit");
+  TORCH_CHECK(q.size(3) <= MAX_HEAD && v.size(3) <= MAX_HEAD, "a head must be no wider than ", MAX_HEAD);
+}
+
+at::Tensor contiguous_rows(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+void copy_strides(const at::Tensor& tensor, int64_t* strides) {
+  for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
+}
+
+at::Tensor attention(
+    const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any,
+    const std::optional<at::Tensor>& mask_any, bool causal, double scale) {
+  check_attention(q_any, k_any, v_any);
+  const auto q = contiguous_rows(q_any), k = contiguous_rows(k_any), v = contiguous_rows(v_any);
+  Attention a{};
+  a.B = q.size(0), a.KV = k.size(1), a.G = q.size(1) / a.KV;
+  a.M = q.size(2), a.L = k.size(2), a.D = q.size(3), a.DV = v.size(3);
+  a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
+  a.dtype = q.scalar_type(), a.causal = causal, a.scale = static_cast<float>(scale);
+  at::Tensor mask;
+  if (mask_any) {
+    const auto dtype = mask_any->scalar_type();
+    TORCH_CHECK(dtype == at::kBool || dtype == at::kFloat || dtype == a.dtype,
+                "mask must be bool, float32 or of q's dtype, and is ", dtype);
+    mask = contiguous_rows(*mask_any).expand({a.B, q.size(1), a.M, a.L});
+    mask = contiguous_rows(mask);
+    a.mask = mask.const_data_ptr(), a.mask_dtype = dtype;
+    copy_strides(mask, a.mask_strides);
+  }
+  // Rows of all heads side by side, as the linear after it reads them.
+  at::Tensor y = at::Tensor(at::detail::empty_cpu({a.B, a.M, q.size(1), a.DV}, a.dtype)).transpose(1, 2);
+  a.y = y.data_ptr();
+  copy_strides(q, a.q_strides), copy_strides(k, a.k_strides), copy_strides(v, a.v_strides);
+  copy_strides(y, a.y_strides);
+  if (y.numel() == 0) return y;
+
+  const Kernel& kernel = kernel_for(a.M);
+  const int64_t units = a.B * a.KV * at::divup(a.G * a.M, UNIT_TILES * kernel.queries);
+  const int64_t threads = std::min<int64_t>(units, at::in_parallel_region() ? 1 : at::get_num_threads());
+  const at::Tensor scratch(at::detail::empty_cpu({threads, ATTENTION_SCRATCH}, at::kFloat));
+  Queue queue(units, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      float* own = scratch.data_ptr<float>() + thread * ATTENTION_SCRATCH;
+      queue.drain(thread, [&](int64_t unit) { kernel.attend(a, unit, own); });
+    }
+  });
+  return y;
+}

@@ -1,0 +1,63 @@
+"""Block attention: attentions of many rows become one operator that skips what their mask hides.
+
+Before::
+
+    key   = k[:, :, None].expand(B, H / G, G, L, D).reshape(B, H, L, D);   value likewise
+    y     = scaled_dot_product_attention(q, key, value, mask)
+
+After::
+
+    y     = int8fx.attention(q, k, v, mask, False, scale)
+
+``kernels/attention.py`` says what it computes, and what that saves. Only where no gradient is asked
+for: the operator has none.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from int8fx.kernels.attention import WIDEST_HEAD, attention
+from int8fx.passes.emit import Emitter
+from int8fx.passes.sdpa import Attention, attentions, shape_of
+
+# With fewer rows reading the keys is most of the time, and torch's attention is as fast.
+FEWEST_ROWS = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def block_attention(graph: fx.Graph, fake_mode: Any) -> int:
+    """Replaces every such attention of one graph; returns how many that were."""
+    return sum(_replace(each, fake_mode) for each in attentions(graph) if _serves(each))
+
+
+def _serves(call: Attention) -> bool:
+    """Whether the operator computes the same."""
+    q, k, v, y = (each.meta["example_value"] for each in (call.q, call.k, call.v, call.node))
+    # Under autocast the call casts by itself, and its output is of another dtype than q.
+    alike = q.dtype in DTYPES and {q.dtype} == {k.dtype, v.dtype, y.dtype}
+    mask = None if call.mask is None else call.mask.meta["example_value"]
+    mask_fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
+    fits = alike and mask_fits and q.shape[3] <= WIDEST_HEAD and v.shape[3] <= WIDEST_HEAD
+    return call.on_cpu and fits and q.shape[2] >= FEWEST_ROWS
+
+
+def _replace(call: Attention, fake_mode: Any) -> bool:
+    node, graph = call.node, call.node.graph
+    scale = 1 / math.sqrt(shape_of(call.q)[3]) if call.scale is None else call.scale
+    with graph.inserting_before(node):
+        emit = Emitter(graph, fake_mode, node)
+        y = emit.call(attention, call.q, call.k, call.v, call.mask, call.is_causal, scale)
+    if _strides(y) != _strides(node):
+        graph.erase_node(y)  # a reader may view it as it lies in memory
+        return False
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+    return True
+
+
+def _strides(node: fx.Node) -> list[str]:
+    """As text: comparing symbols would add guards."""
+    return [str(stride) for stride in node.meta["example_value"].stride()]

@@ -1,0 +1,228 @@
+"""The attention of many rows: against float64 on every instruction set, and where the pass puts it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import compile_once
+from torch import nn
+
+from int8fx.kernels import table
+from int8fx.kernels.attention import attention, attention_reference
+from int8fx.kernels.cpu import int8_linear as cpu
+
+REASON = cpu.load()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")
+ISAS = cpu.isas() if REASON is None else []
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    cpu.use_isa(request.param)
+    yield request.param
+    cpu.use_isa("auto")
+
+
+def masks(kind, B, H, M, L, dtype):
+    if kind in ("none", "causal"):
+        return None
+    shown = torch.rand(B, H, M, L) > 0.3
+    shown[..., : L // 2, : max(1, L // 3)] = True
+    if kind == "band":  # whole blocks are hidden, and shown as they are
+        shown = (torch.arange(L) <= torch.arange(M)[:, None]).expand(1, 1, M, L)
+    if kind == "a row hides all":
+        shown[..., M // 2, :] = False
+    if kind == "by key":
+        shown = shown[:, :1, :1]
+    if kind == "float":
+        return torch.where(shown, torch.randn(B, H, M, L), -math.inf).to(dtype)
+    return shown
+
+
+KINDS = ("none", "causal", "each", "band", "a row hides all", "by key", "float")
+
+
+def bound(q, k, v, scale, dtype):
+    """Of |y - float64's|: round-off of scores and sums in fp32, and of y in its dtype.
+
+    A score is a sum of D products, off by D eps |q| |k| at most; e^x turns that into a relative error
+    of every weight, and of their sum. The exponential and the sums over keys add eps for each step;
+    scores are rounded again when their maximum is taken away, |score| eps.
+    """
+    eps = torch.finfo(torch.float32).eps
+    D, L = q.shape[3], k.shape[2]
+    size = q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max() * scale
+    relative = 2 * ((D + 8) * size + L + 16) * eps + torch.finfo(dtype).eps
+    return float(relative * v.double().abs().max()) + torch.finfo(dtype).smallest_normal
+
+
+def check(B, KV, G, M, L, D, DV, dtype, kind):
+    q = torch.randn(B, M, KV * G, D).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(B, KV, L, width).to(dtype) for width in (D, DV))
+    mask, scale = masks(kind, B, KV * G, M, L, dtype), 1 / math.sqrt(D)
+    y = attention(q, k, v, mask, kind == "causal", scale)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    expected = attention_reference(q.double(), k.double(), v.double(), wide, kind == "causal", scale)
+    assert y.dtype == dtype
+    assert y.transpose(1, 2).is_contiguous()
+    error = (y.double() - expected).abs().max() if y.numel() else torch.zeros(())
+    assert error <= bound(q, k, v, scale, dtype), f"{float(error):.3g}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_every_instruction_set_against_float64(isa, dtype, kind):
+    torch.manual_seed(0)
+    check(2, 2, 3, 70, 150, 20, 12, dtype, kind)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (2, 3, 3, 230, 200, 70, 70))),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS),
+)
+def test_any_shape(sizes, dtype, kind):
+    torch.manual_seed(0)
+    check(*sizes, dtype, kind)
+
+
+@pytest.mark.parametrize("D", [64, 65, 128, 129, 256])
+def test_wide_heads(D):
+    torch.manual_seed(0)
+    check(1, 1, 1, 50, 70, D, D, torch.float32, "band")
+
+
+def test_a_nan_stays_in_its_row():
+    q, k, v = (torch.randn(1, 1, 60, 16) for _ in range(3))
+    q[0, 0, 7, 3] = math.nan
+    y = attention(q, k, v, None, False, 0.25)
+    assert y[0, 0, 7].isnan().all()
+    assert y.isnan().sum() == 16
+
+
+def test_large_scores_do_not_overflow():
+    q = torch.full((1, 1, 40, 16), 100.0)
+    k, v = q.clone(), torch.randn(1, 1, 40, 16)
+    k[0, 0, 5] *= 2
+    y = attention(q, k, v, None, False, 1.0)
+    torch.testing.assert_close(y, v[:, :, 5:6].expand_as(y))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v, mask: (q, k.half(), v, mask), "one dtype"),
+        (lambda q, k, v, mask: (q, k[..., :4], v, mask), "do not fit"),
+        (lambda q, k, v, mask: (q.int(), k.int(), v.int(), mask), "float32, bfloat16 or float16"),
+        (lambda q, k, v, mask: (q, k, v, mask.double()), "mask must be bool"),
+        (lambda q, k, v, mask: [each.repeat(1, 1, 1, 33) for each in (q, k, v)] + [mask], "no wider"),
+    ],
+)
+def test_what_it_cannot_take_is_named(change, message):
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    with pytest.raises(RuntimeError, match=message):
+        attention(*change(q, k, v, torch.ones(6, 6)), False, 1.0)
+
+
+# --- the pass -------------------------------------------------------------------------------------
+
+HEADS, GROUP, S, WIDTH = 2, 3, 40, 8
+K = HEADS * GROUP * WIDTH
+
+
+class Attention(nn.Module):
+    def __init__(self, attend, L=S):
+        super().__init__()
+        self.q = nn.Linear(K, K, bias=False)
+        self.attend = attend
+
+    def forward(self, x, k, v, mask):
+        B, L, _ = x.shape
+        q = self.q(x).view(B, L, HEADS * GROUP, WIDTH).transpose(1, 2)
+        return self.attend(q, k, v, mask)
+
+
+def repeat(k):
+    B, heads, S, D = k.shape
+    return k[:, :, None, :, :].expand(B, heads, GROUP, S, D).reshape(B, heads * GROUP, S, D)
+
+
+def repeated(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask, scale=0.3)
+
+
+def native(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def causal(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
+
+
+def dropped(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), mask, dropout_p=1e-9)
+
+
+def cast(q, k, v, mask):
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), mask)
+
+
+def run(attend, L=S, dtype=torch.float32):
+    """The compiled attention, eager's of the very q that the int8 linear gives, and the graph."""
+    torch.manual_seed(0)
+    model = Attention(lambda q, k, v, mask: q).requires_grad_(False).to(dtype)
+    x = torch.randn(2, L, K, dtype=dtype)
+    k, v = (torch.randn(2, HEADS, S, WIDTH, dtype=dtype) for _ in range(2))
+    mask = torch.rand(2, 1, L, S) > 0.3
+    mask[..., 0] = True
+    q, _ = compile_once(model, x, k, v, mask)
+    model.attend = attend
+    y, report = compile_once(model, x, k, v, mask)
+    return y, attend(q, k, v, mask), report.graph
+
+
+@pytest.fixture
+def attends(monkeypatch):
+    """As on a machine without AMX."""
+    monkeypatch.setattr(table, "attends", lambda device: True)
+
+
+@pytest.mark.parametrize("attend", [repeated, native, causal], ids=lambda attend: attend.__name__)
+def test_an_attention_of_many_rows_is_replaced(attends, attend):
+    y, expected, graph = run(attend)
+    assert "int8fx.attention" in graph
+    assert "expand" not in graph
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("attend", "given"),
+    [(repeated, {"L": 31}), (dropped, {}), (cast, {}), (repeated, {"dtype": torch.float64})],
+    ids=["few rows", "dropout", "autocast", "float64"],
+)
+def test_other_attentions_are_left_alone(attends, attend, given):
+    y, expected, graph = run(attend, **given)
+    assert "int8fx.attention" not in graph
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_with_amx_torch_attends(monkeypatch):
+    monkeypatch.setattr(table, "attends", lambda device: False)
+    assert "int8fx.attention" not in run(repeated)[2]
+
+
+def test_gradients_of_the_inputs_flow(attends):
+    torch.manual_seed(0)
+    model = Attention(native).requires_grad_(False)
+    x = torch.randn(2, S, K, requires_grad=True)
+    k, v = (torch.randn(2, HEADS, S, WIDTH) for _ in range(2))
+    mask = torch.ones(2, 1, S, S, dtype=torch.bool)
+    torch._dynamo.reset()
+    torch.compile(model, backend="llmint8", fullgraph=True)(x, k, v, mask).sum().backward()
+    assert x.grad.abs().sum() > 0
