@@ -23,6 +23,7 @@ from int8fx.options import Options
 from int8fx.passes import bitsandbytes_nodes
 from int8fx.passes.block_attention import block_attention
 from int8fx.passes.canonicalize import Candidate, candidates
+from int8fx.passes.compute_once import compute_once
 from int8fx.passes.decision import Decision
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
@@ -79,6 +80,7 @@ def compile_graph(
         fold_biases(compilation)
         join_quantized_linears(compilation)
         rewrite_attentions(compilation)
+        compute_positions_once(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation, patches)
     if options.release_weights:
@@ -350,6 +352,12 @@ def rewrite_attentions(compilation: Compilation) -> None:
         log.debug(
             "attentions: %d of decode, by key heads; %d of many rows, by blocks", grouped, blocked
         )
+
+
+def compute_positions_once(compilation: Compilation) -> None:
+    """compute_once on every graph."""
+    found = sum(compute_once(scope.graph, compilation.fake_mode) for scope in compilation.root.walk())
+    log.debug("%d values that every layer reads are computed once", found)
 
 
 def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
