@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Annotated
 
+import peaks
 import torch
 import typer
 from figures import plain
@@ -104,6 +105,8 @@ def main(
         raise typer.BadParameter(f"unknown: {unknown}; allowed: {list(CONTENDERS)}")
     console = Console()
     console.print(machine())
+    ceilings = peaks.measure(threads)
+    console.print(str(ceilings))
     results: list[dict] = []
     absent: set[str] = set()
     cases = [(s, o) for s in shapes.split(",") for o in outliers.split(",")]
@@ -129,9 +132,10 @@ def main(
     if any(name.startswith("llmint8") for name in names):
         summarise(console, results)
     if output:
-        output.write_text(json.dumps({"machine": machine(), "results": plain(results)}, indent=1))
+        found = {"machine": machine(), "peaks": plain(ceilings), "results": plain(results)}
+        output.write_text(json.dumps(found, indent=1))
     if plot:
-        draw(results, plot)
+        draw(results, ceilings, plot)
 
 
 def summarise(console: Console, results: list[dict]) -> None:
@@ -174,35 +178,35 @@ def _means(rows: list[dict[str, Timing]], name: str, rivals: tuple[str, ...]) ->
     return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x ({min(ratios):.2f}x)"
 
 
-def draw(results: list[dict], path: Path) -> None:
-    """GOP/s over arithmetic intensity (operations per byte of int8 weight), both axes logarithmic."""
+def draw(results: list[dict], ceilings: peaks.Peaks, path: Path) -> None:
+    """GOP/s over rows, which are half the operations per byte of an int8 weight; both logarithmic."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
-    for name in dict.fromkeys(name for row in results for name in row["timings"]):
-        points = sorted(
-            (row["M"], 2 * row["M"] * row["K"] * row["N"] / row["timings"][name].median / 1e9)
-            for row in results
-            if name in row["timings"]
+    cases = list(dict.fromkeys((row["shape"], row["outliers"]) for row in results))
+    figure, panels = plt.subplots(len(cases), figsize=(8, 1 + 4.2 * len(cases)), dpi=150, squeeze=False)
+    for axes, (shape, outliers) in zip(panels[:, 0], cases, strict=True):
+        rows = [row for row in results if (row["shape"], row["outliers"]) == (shape, outliers)]
+        M = sorted(row["M"] for row in rows)
+        if ceilings.int8_operations is not None:
+            top = [min(ceilings.int8_operations, 2 * m * ceilings.bytes_read) / 1e9 for m in M]
+            axes.plot(M, top, color="0.2", lw=1, label="int8 peak, or weights from memory")
+        for name in dict.fromkeys(name for row in rows for name in row["timings"]):
+            points = sorted(
+                (row["M"], 2 * row["M"] * row["K"] * row["N"] / row["timings"][name].median / 1e9)
+                for row in rows
+                if name in row["timings"]
+            )
+            ours = name.startswith("llmint8")
+            width, dashes = (2, "-") if ours else (1, "--")
+            axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=width, ls=dashes, label=name)
+        axes.set(
+            xscale="log", yscale="log", ylabel="GOP/s", title=f"{shape}, {outliers} outlier columns"
         )
-        ours = name.startswith("llmint8")
-        axes.plot(
-            *zip(*points, strict=True),
-            marker="o",
-            ms=4,
-            lw=2 if ours else 1,
-            label=name,
-            ls="-" if ours else "--",
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="rows M (operations per byte of weight: 2M)",
-        ylabel="GOP/s",
-        title=f"One linear, bf16 activations\n{machine()}",
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+        axes.set_xticks(M, [str(m) for m in M])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[-1, 0].set_xlabel(f"rows M\n{machine()}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
 
