@@ -31,6 +31,7 @@ from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import Product, lower
 from int8fx.passes.mutation import written
+from int8fx.passes.one_row import one_row
 from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.select import (
     REQUIRES_GRAD,
@@ -81,6 +82,7 @@ def compile_graph(
         join_quantized_linears(compilation)
         rewrite_attentions(compilation)
         compute_positions_once(compilation)
+        sum_single_rows(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation, patches)
     if options.release_weights:
@@ -358,6 +360,14 @@ def compute_positions_once(compilation: Compilation) -> None:
     """compute_once on every graph."""
     found = sum(compute_once(scope.graph, compilation.fake_mode) for scope in compilation.root.walk())
     log.debug("%d values that every layer reads are computed once", found)
+
+
+def sum_single_rows(compilation: Compilation) -> None:
+    """one_row on every graph."""
+    if _needs_autograd(compilation.inputs):
+        return
+    found = sum(one_row(scope.graph, compilation.fake_mode) for scope in compilation.root.walk())
+    log.debug("%d linears of one row in float are sums", found)
 
 
 def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
