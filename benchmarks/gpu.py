@@ -40,13 +40,25 @@ it, at Llama-3-8B's shapes, with {outliers} outlier columns; microseconds inside
 is a norm and cuBLAS without any tile effect. It ranks configurations; do not quote it as speed.
 
 *Limited by* names what most of the time goes into. L2: a tile of 128 x 256 reads 384 bytes for every
-32,768 products, and Triton has no multicast to share them between processors. Beside the
-product, a norm, its quantisation and the gathering of outliers move 7 bytes an element of the
-activation, where fp16 moves 4: at 4096 tokens and few output channels that is a third of the time.
+32,768 products, and Triton 3.9 has no multicast to share them between processors: with `num_ctas=2`
+and 256 x 256 for two of them, by pointers as by TMA descriptors, there is none in the PTX, and each
+keeps the whole of one operand in its shared memory. Beside the product, a norm, its quantisation and
+the gathering of outliers move 7 bytes an element of the activation, where fp16 moves 4; the last table
+has what that costs.
 *Quantising* is what each program of the decode kernel does for itself at 2 to 16 tokens.
 
 | GPU | linears | tokens | fp16 | int8fx | ratio | configuration | limited by |
 |---|---|---|---|---|---|---|---|
+"""
+FLOORS = """
+## What no product can mend
+
+Over fp16 at {tokens} tokens on {gpu}: the table's ratio, what it would be with a product as fast as the
+tensor cores are (no tile effects, no L2), and with that and a norm computed twice instead of written
+(5 bytes an element: the quantising kernel would read the norm's input and its scale of each row).
+
+| linears | int8fx | a perfect product | and the norm not written |
+|---|---|---|---|
 """
 MEASURED = """\
 # LLM.int8() on a GPU: measured on {device}
@@ -59,6 +71,15 @@ Llama-3-8B's shapes; median microseconds of a call.
 """
 
 
+def modelled_report() -> str:
+    """What is printed where there is no GPU."""
+    import gpu_model
+
+    text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
+    text += FLOORS.format(tokens=TOKENS[-1], gpu=gpu_model.GPUS[0].name)
+    return text + "\n".join(floors()) + "\n"
+
+
 def modelled() -> Iterator[str]:
     """Rows of the modelled table."""
     import gpu_model
@@ -66,13 +87,35 @@ def modelled() -> Iterator[str]:
     for gpu in gpu_model.GPUS:
         for name, widths, K in LAYERS:
             for M in TOKENS:
-                fp16 = gpu_model.norm(gpu, M, K)
-                fp16 += sum(gpu_model.matmul_fp16(gpu, M, N, K) for N in widths)
+                fp16 = _fp16(gpu, M, widths, K)
                 seconds, label, limit = _fastest(gpu, M, sum(widths), K)
                 yield (
                     f"| {gpu.name} | {name} | {M} | {1e6 * fp16:.1f} | {1e6 * seconds:.1f} "
                     f"| {fp16 / seconds:.2f} | {label} | {limit} |"
                 )
+
+
+def floors() -> Iterator[str]:
+    """Rows of the second modelled table: the first GPU at the most tokens."""
+    import gpu_model
+
+    gpu, M = gpu_model.GPUS[0], TOKENS[-1]
+    for name, widths, K in LAYERS:
+        N = sum(widths)
+        fp16 = _fp16(gpu, M, widths, K)
+        around = gpu_model.norm(gpu, M, K) + gpu_model.quantize_gather(gpu, M, N, K, OUTLIERS)
+        perfect = around + gpu_model.matmul_int8(gpu, M, N, K)
+        fused = perfect - 2 * gpu_model.streaming(gpu, M * K) + 2 * gpu.gap
+        seconds, _, _ = _fastest(gpu, M, N, K)
+        ratios = (fp16 / time for time in (seconds, perfect, fused))
+        yield f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |"
+
+
+def _fp16(gpu: Any, M: int, widths: Sequence[int], K: int) -> float:
+    """Seconds of a norm and cuBLAS."""
+    import gpu_model
+
+    return gpu_model.norm(gpu, M, K) + sum(gpu_model.matmul_fp16(gpu, M, N, K) for N in widths)
 
 
 def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
@@ -239,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if torch.cuda.is_available():
         text = ON_A_GPU.table(torch.cuda.get_device_name())
     else:
-        text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
+        text = modelled_report()
     print(text)
     TABLE.write_text(text)
 

@@ -78,6 +78,12 @@ def matmul_fp16(gpu: Gpu, M: int, N: int, K: int) -> float:
     return gpu.gap + max(operations, 2 * (M * K + N * K + M * N) / (gpu.dram * DRAM_SHARE))
 
 
+def matmul_int8(gpu: Gpu, M: int, N: int, K: int) -> float:
+    """As ``matmul_fp16``: a product that no tile, and no L2, holds up."""
+    operations = 2 * M * N * K / (gpu.processors * gpu.clock * 1e9 * gpu.int8 * TENSOR_SHARE)
+    return gpu.gap + max(operations, (M * K + N * K + 2 * M * N) / (gpu.dram * DRAM_SHARE))
+
+
 def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: int) -> Time:
     """``gemm.py`` with one row of its table.
 

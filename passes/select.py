@@ -121,7 +121,11 @@ def _device(candidate: Candidate, selection: Selection) -> str:
     if weight.device.type != input_device.type:
         return f"input on {input_device}, weight on {weight.device}"
     if candidate.routing is not None and weight.device.type not in EXPERT_DEVICES:
-        return f"experts on {weight.device.type}: their int8 product is there on {EXPERT_DEVICES} only"
+        allowed = ", ".join(EXPERT_DEVICES)
+        return (
+            f"experts on {weight.device.type}: their int8 product asks on the host which experts have "
+            f"rows; it is there for {allowed} only"
+        )
     return selection.kernel_reason(weight.device.type) or ""
 
 

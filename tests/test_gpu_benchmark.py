@@ -47,3 +47,20 @@ def test_a_contender_that_is_not_installed_is_left_out(monkeypatch, capsys):
     contenders = gpu._contenders(torch.nn.Identity())
     assert "bitsandbytes is not installed, and not compared" in capsys.readouterr().out
     assert "bitsandbytes" not in contenders and "torchao" in contenders
+
+
+def test_no_product_is_faster_than_the_perfect_one(monkeypatch):
+    """The second modelled table, for a product that takes twice the time of a perfect one."""
+    import gpu_model
+
+    def slow(gpu_, M, N, K):
+        around = gpu_model.norm(gpu_, M, K) + gpu_model.quantize_gather(gpu_, M, N, K, gpu.OUTLIERS)
+        return around + 2 * gpu_model.matmul_int8(gpu_, M, N, K), "", ""
+
+    monkeypatch.setattr(gpu, "_fastest", slow)
+    rows = [row.strip("| ").split(" | ") for row in gpu.floors()]
+    assert [name for name, *_ in rows] == [name for name, _, _ in gpu.LAYERS]
+    for _, *ratios in rows:
+        ours, perfect, not_written = map(float, ratios)
+        assert ours < perfect < not_written
+        assert perfect < 2 * ours

@@ -7,7 +7,6 @@ from nogpu import fake_cuda
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OURS = ("decode_kernel", "quantize_gather_kernel", "gemm_kernel")
 LINEARS = 7
 # What one Linear8bitLt of bitsandbytes 0.50 launches on CUDA for bf16 activations with outliers, read
 # from its source in the order of execution: MatMul8bitLt.forward, backends/cuda/ops.py and
@@ -73,6 +72,7 @@ def eager_calls(model: nn.Module, x: torch.Tensor) -> list[str]:
 def main() -> None:
     fake_cuda.install("H100")
     from layers import (
+        OURS,
         decoder_layer,
         generated_layer,
         layer_input,

@@ -1,17 +1,20 @@
-"""Wrappers that are generated and not run: for counting launches."""
+"""Wrappers that are generated and not run: for counting launches, and for compiling their kernels."""
 
 import contextlib
 import functools
+from collections.abc import Iterable
 
 import torch
 import transformers
 from blocks import Hidden
-from nogpu.inductor import NotExecuted, Wrapper, retargeted
+from nogpu import offline, sass
+from nogpu.inductor import Kernel, NotExecuted, Wrapper, retargeted
 from torch import nn
 
 from int8fx.kernels import table
 
 LAYER_WIDTH = 512
+OURS = ("decode_kernel", "quantize_gather_kernel", "gemm_kernel")
 
 
 def serve_cpu_tensors_with_gpu_kernels() -> None:
@@ -58,3 +61,28 @@ def generated(
         torch.compile(model, backend=backend, fullgraph=True, **more)(x)
     (wrapper,) = wrappers
     return wrapper
+
+
+def inductors_own(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
+    """The kernels that Inductor wrote, by their source without their name: each of them once.
+
+    Ours are left to the compiled tier, which has them in all configurations.
+    """
+    return {
+        kernel.source.replace(kernel.name, ""): kernel
+        for kernel in kernels
+        if not kernel.name.startswith(OURS)
+    }
+
+
+def assert_compile_without_spills(kernels: Iterable[Kernel], arch: str) -> None:
+    """Each in its first configuration, for a GPU by the name of its architecture.
+
+    Raises:
+        AssertionError: one spills, or does not fit a multiprocessor.
+    """
+    for kernel in kernels:
+        seen = sass.inspect(offline.compile_generated(kernel, arch, first=True)[0])
+        assert seen.blocks_per_multiprocessor >= 1, (kernel.name, arch)
+        # The range reduction of sin and cos keeps a table on the stack; that is no spill.
+        assert seen.spill_bytes == 0 or "_sin_" in kernel.name, (kernel.name, arch)

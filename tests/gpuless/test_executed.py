@@ -13,7 +13,11 @@ import blocks
 import pytest
 import torch
 from int8_launches import LinearCheck, relative_error
-from layers import serve_cpu_tensors_with_gpu_kernels
+from layers import (
+    assert_compile_without_spills,
+    inductors_own,
+    serve_cpu_tensors_with_gpu_kernels,
+)
 from linear_bound import CASES, assert_within_the_derived_bound
 from nogpu import fake_cuda
 from nogpu.inductor import Wrapper, retargeted
@@ -174,7 +178,7 @@ K, N = 96, 40
 
 
 @pytest.mark.parametrize("M", [1, 8, 40])
-def test_every_scheme_is_its_reference(M):
+def test_every_scheme_is_its_reference_and_compiles(M):
     torch._dynamo.reset()
     model = EachScheme().to(torch.float16).requires_grad_(False)
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).to(torch.float16) + 0.5
@@ -191,3 +195,7 @@ def test_every_scheme_is_its_reference(M):
     }
     # One rounding of the outlier product and one of the result, beside that of the result alone.
     assert all(error < 2 * TOLERANCE[torch.float16] for error in errors.values()), errors
+    if M == 1:
+        return  # the same but for what is summed; and every compile takes its time
+    for arch in ("sm_90", "gfx942"):
+        assert_compile_without_spills(inductors_own(wrappers[0].kernels).values(), arch)

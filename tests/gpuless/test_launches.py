@@ -1,9 +1,18 @@
 """How many kernels Inductor's wrapper launches, and which: read from the generated code."""
 
+import functools
+
 import pytest
 import torch
-from layers import generated, generated_layer, serve_cpu_tensors_with_gpu_kernels
-from nogpu import fake_cuda, offline, sass
+from layers import (
+    OURS,
+    assert_compile_without_spills,
+    generated,
+    generated_layer,
+    inductors_own,
+    serve_cpu_tensors_with_gpu_kernels,
+)
+from nogpu import fake_cuda, offline
 from nogpu.inductor import Kernel
 from torch import nn
 
@@ -83,9 +92,6 @@ def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
     assert alone["num_stages"] == candidates[-1].num_stages
 
 
-OURS = ("decode_kernel", "quantize_gather_kernel", "gemm_kernel")
-
-
 @pytest.mark.parametrize(("M", "ours"), [(1, 1), (16, 1), (64, 2)])
 def test_llama_decoder_layer(M, ours):
     """Seven linears read four activations, so there are four groups."""
@@ -104,25 +110,19 @@ def test_nothing_waits_for_the_device_and_no_shape_depends_on_data():
             assert call not in generated_layer(M, torch.float16).body
 
 
-def _kernels(M: int, backend: str) -> dict[str, Kernel]:
-    """The kernels of a layer's wrapper by their source, in which their name is left out."""
-    found = generated_layer(M, torch.float16, backend).kernels
-    return {kernel.source.replace(kernel.name, ""): kernel for kernel in found}
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_every_kernel_that_quantisation_changed_compiles_without_spills(arch):
-    """Those of the wrapper that Inductor's without int8 has not, each in its first configuration.
-
-    Ours are left to the compiled tier, which has them in all configurations.
-    """
+@functools.cache
+def changed_by_quantisation() -> list[Kernel]:
+    """Kernels of a decoder layer's wrapper that Inductor's without int8 has not."""
     changed: dict[str, Kernel] = {}
     for M in (16, 64):
-        plain = _kernels(M, "inductor")
-        changed |= {source: k for source, k in _kernels(M, "llmint8").items() if source not in plain}
-    inductors = [kernel for kernel in changed.values() if not kernel.name.startswith(OURS)]
-    assert len(inductors) >= 6
-    for kernel in inductors:
-        seen = sass.inspect(offline.compile_generated(kernel, arch, first=True)[0])
-        # The range reduction of sin and cos keeps a table on the stack; that is no spill.
-        assert seen.spill_bytes == 0 or "_sin_" in kernel.name, kernel.name
+        plain = inductors_own(generated_layer(M, torch.float16, "inductor").kernels)
+        ours = inductors_own(generated_layer(M, torch.float16).kernels)
+        changed |= {source: kernel for source, kernel in ours.items() if source not in plain}
+    return list(changed.values())
+
+
+@pytest.mark.parametrize("arch", offline.TARGETS)
+def test_every_kernel_that_quantisation_changed_compiles_without_spills(arch):
+    kernels = changed_by_quantisation()
+    assert len(kernels) >= 6
+    assert_compile_without_spills(kernels, arch)

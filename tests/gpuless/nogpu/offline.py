@@ -61,18 +61,39 @@ def compile_generated(kernel: Any, arch: str, first: bool = False) -> list[Any]:
     """Every configuration of a kernel of a generated wrapper (``inductor.Kernel``).
 
     Args:
-        arch: ``"sm_90"``; Inductor generates other code for AMD.
+        arch: ``"sm_90"``, or ``"gfx942"``. For AMD it is the code that Inductor wrote for NVIDIA, with
+            AMD's ``libdevice``: Inductor on ROCm may choose other blocks for the same lines.
         first: only the first configuration.
     """
-    tuner = kernel.autotuner
+    configs = kernel.autotuner.configs[: 1 if first else None]
+    compile_one = _for_nvidia if arch in NVIDIA else _for_amd
+    with contextlib.redirect_stdout(io.StringIO()):
+        return [compile_one(kernel.autotuner, config, target(arch)) for config in configs]
+
+
+def _for_nvidia(tuner: Any, config: Any, target: GPUTarget) -> Any:
     known = tuner.device_props
-    cc = target(arch).arch
-    tuner.device_props = known._replace(cc=cc, major=cc // 10)
+    tuner.device_props = known._replace(cc=target.arch, major=target.arch // 10)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return [
-                tuner._precompile_config(config).kernel
-                for config in tuner.configs[: 1 if first else None]
-            ]
+        return tuner._precompile_config(config).kernel
     finally:
         tuner.device_props = known
+
+
+def _for_amd(tuner: Any, config: Any, target: GPUTarget) -> Any:
+    from triton.language.extra.hip import libdevice
+
+    meta = tuner.triton_meta
+    constants = dict(meta.get("constants", {})) | config.kwargs
+    constants = {name: value for name, value in constants.items() if name in tuner.fn.arg_names}
+    signature = {name: meta["signature"].get(name, "constexpr") for name in tuner.fn.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=tuner.fn, signature=signature, constexprs=constants, attrs=meta["configs"][0])
+    scope = tuner.fn.fn.__globals__
+    of_nvidia = scope.get("libdevice")
+    scope["libdevice"] = libdevice
+    try:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        return triton.compile(source, target=target, options=options)
+    finally:
+        scope["libdevice"] = of_nvidia
