@@ -58,8 +58,8 @@ class Options:
         attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
             in int8, too. Off by default, as in the paper.
         release_weights: whether modules give up their float weights for the int8 form, once compiled.
-        skips_tied_head: whether a weight that is also an embedding stays in float: with the default
-            ``skip``, as the output head does.
+        skips_tied_head: whether a weight that is also an embedding stays in float, and routers of
+            experts: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
     """
 

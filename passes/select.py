@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from int8fx.kernels.matmul import overflow_reason
 from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.ranking import ranked_by
 from int8fx.passes.weight_expression import WeightExpression
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,10 +74,11 @@ def _product_of_activations(candidate: Candidate, selection: Selection) -> str:
     ):
         return "a product of two activations that are no matrices"
     if left.dtype not in DTYPES or left.dtype != right.dtype:
-        return f"a product of {left.dtype} and {right.dtype}: int8 takes the place of fp32, bf16 and fp16 only"
+        allowed = "int8 takes the place of fp32, bf16 and fp16 only"
+        return f"a product of {left.dtype} and {right.dtype}: {allowed}"
     for device in (left.device.type, right.device.type):
         if device not in MATMUL_DEVICES:
-            return f"a product of two activations on {device}: in int8 it is there on {MATMUL_DEVICES} only"
+            return f"two activations on {device}: their int8 product is there on {MATMUL_DEVICES} only"
     K = left.shape[-1]
     # A size that varies is checked when it runs.
     return overflow_reason(K) if isinstance(K, int) else ""
@@ -118,6 +120,14 @@ def _tied_head(candidate: Candidate, selection: Selection) -> str:
     users = candidate.weight.placeholder.users
     if selection.skips_tied_head and any(user.target is F.embedding for user in users):
         return TIED_HEAD
+    return ""
+
+
+def _router(candidate: Candidate, selection: Selection) -> str:
+    """A small error of a router's output sends a row to another expert, which no bound covers; Fedus
+    et al. 2021, arXiv 2101.03961, section 2.4, keep routers in fp32 for it, and so do others."""
+    if selection.skips_tied_head and (ranking := ranked_by(candidate.node)):
+        return f"skip: a router (its output is ranked by {ranking})"
     return ""
 
 
@@ -189,6 +199,7 @@ RULES: tuple[Rule, ...] = (
     _skipped,
     _not_only,
     _tied_head,
+    _router,
     _real_weight,
     _mutated,
     _dtype,

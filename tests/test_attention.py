@@ -14,7 +14,7 @@ ON = {"attention": True}
 
 
 def bound(left, right):
-    """|left_hat @ right_hat - left @ right| from the scales alone, and fp32's rounding of the result."""
+    """Of the error, from the scales alone, with the rounding of the result to its dtype."""
     left_scale = quantize_reference(left, 0.0, "token")[1].double().unsqueeze(-1)
     right_scale = quantize_reference(right.mT, 0.0, "token")[1].double().unsqueeze(-2)
     K = left.shape[-1]
