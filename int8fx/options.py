@@ -55,9 +55,11 @@ class Options:
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten.
         inductor: Inductor config patches, applied over those of ``mode``.
+        attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
+            in int8, too. Off by default, as in the paper.
         release_weights: whether modules give up their float weights for the int8 form, once compiled.
-        skips_tied_head: whether a weight that is also an embedding stays in float: with the default
-            ``skip``, as the output head does.
+        skips_tied_head: whether a weight that is also an embedding stays in float, and routers of
+            experts: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
     """
 
@@ -69,6 +71,7 @@ class Options:
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    attention: bool = False
     release_weights: bool = False
     skips_tied_head: bool = True
     given: frozenset[str] = frozenset()
@@ -239,5 +242,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "skip": _patterns,
     "only": _patterns,
     "inductor": _patches,
+    "attention": _flag,
     "release_weights": _flag,
 }

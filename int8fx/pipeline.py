@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.kernels import table
 from int8fx.kernels.scheme import Choice
-from int8fx.kernels.schemes.int8 import OF_BITSANDBYTES
+from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR, OF_BITSANDBYTES
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 from int8fx.kernels.tuning import tuning
 from int8fx.options import Options
@@ -29,7 +29,7 @@ from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
-from int8fx.passes.lower import Product, lower
+from int8fx.passes.lower import Product, lower, lower_matmul
 from int8fx.passes.mutation import written
 from int8fx.passes.one_row import one_row
 from int8fx.passes.scope import Scope, scopes
@@ -52,6 +52,8 @@ from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap, w
 
 log = logging.getLogger(__name__)
 
+# What a product of two activations is: a scale per token, and no outliers.
+OF_ACTIVATIONS = ABSMAX_VECTOR.name
 QUANTIZERS = {scheme.quantizer for scheme in SCHEMES.values()} - {None}
 # What Inductor is given to fuse instead of a call; see passes/lower.py.
 DECOMPOSITIONS = {
@@ -170,7 +172,9 @@ def _module_path(source: str | None) -> str | None:
 
 def canonicalize(compilation: Compilation) -> None:
     """Finds every linear and matmul, in one form whatever its spelling."""
-    compilation.found = candidates(compilation.root, compilation.tensors.__contains__)
+    compilation.found = candidates(
+        compilation.root, compilation.tensors.__contains__, compilation.options.attention
+    )
 
 
 def select(compilation: Compilation) -> None:
@@ -185,6 +189,7 @@ def select(compilation: Compilation) -> None:
         kernel_reason=table.refusal,
         mutated=frozenset(written(compilation.root.graph)),
         weight_reason=functools.partial(_weight_reason, options),
+        attention=options.attention,
     )
     for candidate in compilation.found:
         reason = refusal(candidate, selection)
@@ -200,13 +205,14 @@ def select(compilation: Compilation) -> None:
             shape=(dimensions[-2], dimensions[-1]) if len(dimensions) in (2, 3) else None,
             accepted=not reason,
             reason=reason,
-            scheme="" if reason else choice.scheme.name,
+            scheme="" if reason else OF_ACTIVATIONS if candidate.weight is None else choice.scheme.name,
             experts=dimensions[0] if len(dimensions) == 3 else 0,
         )
         log.debug("%s", decision)
         compilation.decisions.append(decision)
         if not reason:
             compilation.accepted.append(candidate)
+        if not reason and candidate.weight is not None:
             compilation.choices[candidate] = choice
             compilation.products[candidate] = choice.lower_experts if routed else choice.lower
     _warn_of_trainable(compilation.decisions)
@@ -237,7 +243,8 @@ def quantize_weights(compilation: Compilation) -> None:
     """Quantises each accepted weight, once, and makes its parts inputs of the graph."""
     for candidate in compilation.accepted:
         expression = candidate.weight
-        assert expression is not None
+        if expression is None:
+            continue
         key = _packed_key(compilation, candidate)
         if key in compilation.packed_nodes:
             continue
@@ -314,12 +321,16 @@ def lower_linears(compilation: Compilation) -> None:
     """Rewrites each accepted candidate into what its scheme computes."""
     rewritten: dict[fx.Node, fx.Node] = {}
     for candidate in compilation.accepted:
-        weight = compilation.packed_nodes[_packed_key(compilation, candidate)]
-        product = compilation.products[candidate]
         before = Signature.of(candidate.node)
         # An operand may be a candidate that has just been rewritten.
         candidate.rebind(rewritten)
-        y = rewritten[candidate.node] = lower(candidate, weight, product, compilation.fake_mode)
+        if candidate.weight is None:
+            y = lower_matmul(candidate, compilation.fake_mode)
+        else:
+            weight = compilation.packed_nodes[_packed_key(compilation, candidate)]
+            product = compilation.products[candidate]
+            y = lower(candidate, weight, product, compilation.fake_mode)
+        rewritten[candidate.node] = y
         compilation.signatures.append((y, before, Signature.of(y)))
 
 

@@ -34,6 +34,12 @@ from int8fx.passes.weight_expression import (
 
 Steps = tuple[Step, ...]
 
+TWO_ACTIVATIONS = "both operands are activations"
+FUSED = (
+    "fused attention, whose products are not in the graph; load the model with "
+    'attn_implementation="eager" to have them in int8'
+)
+
 
 def method(name: str, *args: Any) -> Step:
     return Step("call_method", name, args, ())
@@ -50,6 +56,7 @@ class Candidate:
         weight: ``[N, K]`` once evaluated, or ``[E, N, K]`` with a routing; None when no operand is
             a weight.
         routing: which of a batch of matrices a row meets, or None.
+        factors: both operands of a product of two activations, or None.
         bias: 1-D, or None.
         addend: what is added to the result and is no 1-D bias.
         y_steps: bring ``[*, N]`` to the node's shape.
@@ -68,12 +75,16 @@ class Candidate:
     refusal: str = ""
     routing: Routing | None = None
     weight_shape: tuple[int, ...] | None = field(default=None)
+    factors: tuple[fx.Node, fx.Node] | None = None
 
     def rebind(self, replaced: Mapping[fx.Node, fx.Node]) -> None:
         """Follows operands to the nodes that took their place."""
         for name in ("x", "bias", "addend"):
             node = getattr(self, name)
             setattr(self, name, replaced.get(node, node))
+        if self.factors is not None:
+            left, right = self.factors
+            self.factors = replaced.get(left, left), replaced.get(right, right)
 
     def refused(self, reason: str) -> "Candidate":
         self.refusal = reason
@@ -132,6 +143,7 @@ def _scaled(call: _Call, addend: Any, left: Any, right: Any, beta: Any, alpha: A
 
 
 def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidate:
+    factors = left, right
     left, right = without_broadcast(left), without_broadcast(right)
     routed = _routed_product(call, left, right, addend)
     if routed is not None:
@@ -142,7 +154,10 @@ def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidat
     if right_weight:
         return _with_weight(call, left, right, (TRANSPOSE,), bias=addend)
     if not left_weight:
-        return call.candidate().refused("both operands are activations")
+        candidate = call.candidate().refused(TWO_ACTIVATIONS)
+        if addend is None and all(isinstance(factor, fx.Node) for factor in factors):
+            candidate.factors = factors
+        return candidate
     if _rank(right) == 1:  # w @ v is F.linear(v, w)
         return _with_weight(call, right, left, (), bias=addend)
     swap = (method("transpose", -2, -1),)
@@ -216,7 +231,7 @@ def _einsum(call: _Call) -> Candidate:
     if all(weights):
         return candidate.refused("both operands are weights")
     if not any(weights):
-        return candidate.refused("both operands are activations")
+        return candidate.refused(TWO_ACTIVATIONS)
     side = 0 if weights[0] else 1
     weight, x = operands[side], operands[1 - side]
     weight_shape, x_rank = _shape(weight), _rank(x)
@@ -324,8 +339,15 @@ SPELLINGS: dict[Any, tuple[str, Callable[[_Call], Candidate]]] = {
 }
 
 
-def candidates(root: Scope, is_weight: Callable[[fx.Node], bool]) -> list[Candidate]:
-    """Every linear or matmul below ``root``, in the order in which they run."""
+def candidates(
+    root: Scope, is_weight: Callable[[fx.Node], bool], attention: bool = False
+) -> list[Candidate]:
+    """Every linear or matmul below ``root``, in the order in which they run.
+
+    Args:
+        attention: whether fused attention counts as one, too. It is refused: to take it apart would
+            write the probabilities to memory, which it is there to avoid.
+    """
     found = []
     for scope in root.walk():
         for node in scope.graph.nodes:
@@ -338,6 +360,9 @@ def candidates(root: Scope, is_weight: Callable[[fx.Node], bool]) -> list[Candid
                 found.append(match(_Call(node, scope, spelling, is_weight)))
             elif node.target is F.multi_head_attention_forward:
                 found.append(_fused_attention(node, scope))
+            elif attention and node.target is F.scaled_dot_product_attention:
+                spelling = "torch.nn.functional.scaled_dot_product_attention"
+                found.append(Candidate(node, scope, spelling).refused(FUSED))
     return found
 
 

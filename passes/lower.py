@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from int8fx.kernels.matmul import int8_matmul
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.emit import Emitter
 from int8fx.passes.experts import emit_experts
@@ -54,6 +55,19 @@ def lower(candidate: Candidate, weight: Sequence[fx.Node], product: Product, fak
         if node.meta["example_value"].is_contiguous() > y.meta["example_value"].is_contiguous():
             # The graph after it may hold a view() that relies on eager's contiguous result.
             y = emit.method("contiguous", y)
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+    return y
+
+
+def lower_matmul(candidate: Candidate, fake_mode: Any) -> fx.Node:
+    """``left @ right`` of two activations to ``int8fx.int8_matmul(left, right)``, in place."""
+    node, graph = candidate.node, candidate.scope.graph
+    assert candidate.factors is not None
+    output_dtype = node.meta["example_value"].dtype
+    with graph.inserting_before(node):
+        emit = Emitter(graph, fake_mode, node)
+        y = emit.call(int8_matmul, *(_as_dtype(emit, each, output_dtype) for each in candidate.factors))
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return y

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from int8fx.kernels.quantize import MAX_K
+from int8fx.kernels.matmul import overflow_reason
 from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.ranking import ranked_by
 from int8fx.passes.weight_expression import WeightExpression
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The expert linear asks on the host which experts have rows; on a GPU that would synchronise.
 EXPERT_DEVICES = ("cpu",)
+# A GPU has fused attention, which a product of its own, matrix by matrix, would only slow down.
+MATMUL_DEVICES = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Selection:
         skips_tied_head: whether a weight that is also an embedding stays in float.
         kernel_reason: why a device cannot be served, or None when it can.
         mutated: placeholders that the graph itself writes to.
+        attention: whether products of two activations are rewritten.
         weight_reason: why the weight of a module path cannot be quantised, or read as what it already
             is; or empty.
     """
@@ -40,6 +44,7 @@ class Selection:
     kernel_reason: Callable[[str], str | None]
     mutated: frozenset[fx.Node]
     weight_reason: Callable[[str, Tensor, WeightExpression], str]
+    attention: bool = False
 
 
 REQUIRES_GRAD = "weight requires grad"
@@ -48,6 +53,8 @@ TIED_HEAD = "skip: the output head (its weight is also an embedding)"
 
 def refusal(candidate: Candidate, selection: Selection) -> str:
     """Why a candidate stays as it is, or an empty string: it is rewritten."""
+    if candidate.factors is not None and selection.attention:
+        return _product_of_activations(candidate, selection)
     if candidate.refusal:
         return candidate.refusal
     for rule in RULES:
@@ -55,6 +62,26 @@ def refusal(candidate: Candidate, selection: Selection) -> str:
         if reason:
             return reason
     return ""
+
+
+def _product_of_activations(candidate: Candidate, selection: Selection) -> str:
+    assert candidate.factors is not None
+    left, right = (factor.meta.get("example_value") for factor in candidate.factors)
+    if (
+        not isinstance(left, Tensor)
+        or not isinstance(right, Tensor)
+        or min(left.dim(), right.dim()) < 2
+    ):
+        return "a product of two activations that are no matrices"
+    if left.dtype not in DTYPES or left.dtype != right.dtype:
+        allowed = "int8 takes the place of fp32, bf16 and fp16 only"
+        return f"a product of {left.dtype} and {right.dtype}: {allowed}"
+    for device in (left.device.type, right.device.type):
+        if device not in MATMUL_DEVICES:
+            return f"two activations on {device}: their int8 product is there on {MATMUL_DEVICES} only"
+    K = left.shape[-1]
+    # A size that varies is checked when it runs.
+    return overflow_reason(K) if isinstance(K, int) else ""
 
 
 def module_path(candidate: Candidate, selection: Selection) -> str:
@@ -93,6 +120,14 @@ def _tied_head(candidate: Candidate, selection: Selection) -> str:
     users = candidate.weight.placeholder.users
     if selection.skips_tied_head and any(user.target is F.embedding for user in users):
         return TIED_HEAD
+    return ""
+
+
+def _router(candidate: Candidate, selection: Selection) -> str:
+    """A small error of a router's output sends a row to another expert, which no bound covers; Fedus
+    et al. 2021, arXiv 2101.03961, section 2.4, keep routers in fp32 for it, and so do others."""
+    if selection.skips_tied_head and (ranking := ranked_by(candidate.node)):
+        return f"skip: a router (its output is ranked by {ranking})"
     return ""
 
 
@@ -151,9 +186,7 @@ def size_reason(shape: tuple[int, ...], rank: int = 2) -> str:
     """Why a weight of shape ``[N, K]``, or ``[E, N, K]``, cannot be quantised, or empty."""
     if len(shape) != rank or 0 in shape:
         return f"the weight has shape {list(shape)}"
-    if shape[-1] > MAX_K:
-        return f"K = {shape[-1]} could overflow an int32 sum (at most {MAX_K})"
-    return ""
+    return overflow_reason(shape[-1])
 
 
 def weight_shape(candidate: Candidate, selection: Selection) -> tuple[int, ...]:
@@ -170,6 +203,7 @@ RULES: tuple[Rule, ...] = (
     _skipped,
     _not_only,
     _tied_head,
+    _router,
     _real_weight,
     _mutated,
     _dtype,

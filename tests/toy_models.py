@@ -23,6 +23,7 @@ MAX_PARAMETERS = 80_000_000
 VOCABULARY = 256
 IMAGE_TOKEN = 200  # ids above are placeholders of images, audio and video; each field gets its own
 TOKENS = 8
+NO_CLASS = "no automatic class of transformers serves it"
 
 # The class that is built of an architecture: the first of these tasks that it has a class for.
 TASKS = {
@@ -69,7 +70,7 @@ def model_class(model_type: str) -> tuple[str, type[PreTrainedModel]]:
             found = getattr(transformers, name, None)
             if found is not None:
                 return task, found
-    raise LookupError("no automatic class of transformers serves it")
+    raise LookupError(NO_CLASS)
 
 
 # --- configurations -------------------------------------------------------------------------------
