@@ -22,6 +22,8 @@ MAX_K = (2**31 - 1) // (QMAX * QMAX)
 _ELEMENTS_AT_ONCE = 2**20
 
 DECOMPOSITIONS = ("column", "token")
+# The smallest normal fp32: no element that is not zero (or denormal) is below it.
+EVERYTHING = 2.0**-126
 
 
 def quantize_reference(
@@ -36,7 +38,8 @@ def quantize_reference(
         threshold: an element is an outlier when ``|x| >= threshold``; 0 means no decomposition.
         decomposition: ``"column"`` takes out a whole column that holds an outlier in any row (the
             paper's); ``"token"`` takes out the outlier elements alone, so that a row's result does
-            not depend on the rows beside it.
+            not depend on the rows beside it. With ``"all"`` everything is an outlier, whatever the
+            threshold: what schemes that quantise weights only ask for.
 
     Returns:
         ``x_int8 [*, K]`` int8, ``x_scale [*]`` fp32, ``x_outlier [*, K]`` of x's dtype and
@@ -58,6 +61,8 @@ def split_outliers(x: Tensor, threshold: float, decomposition: str) -> tuple[Ten
     regular = x.to(torch.float32)
     if threshold == 0:
         return regular, x.new_empty(0), x.new_empty(0, dtype=torch.bool)
+    if decomposition == "all":
+        return torch.zeros_like(regular), x.clone(), x.new_ones(x.shape[-1], dtype=torch.bool)
     outlier = regular.abs() >= threshold
     outlier_columns = outlier.reshape(-1, x.shape[-1]).any(0)
     taken = outlier_columns if decomposition == "column" else outlier

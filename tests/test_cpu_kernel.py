@@ -14,7 +14,7 @@ from int8fx.kernels import ops
 from int8fx.kernels.cpu import build
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.linear import linear_reference
-from int8fx.kernels.quantize import quantize_reference, quantize_weight
+from int8fx.kernels.quantize import EVERYTHING, quantize_reference, quantize_weight
 
 REASON = cpu.load()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")
@@ -58,12 +58,14 @@ def in_float64(x_int8, x_scale, x_outlier, outlier_columns, w_int8, w_scale, bia
     )
 
 
-def float_bound(x_int8, x_scale, x_outlier, outlier_columns, w_int8, w_scale, bias) -> Tensor:
+def float_bound(
+    x_int8, x_scale, x_outlier, outlier_columns, w_int8, w_scale, bias, roundings=4
+) -> Tensor:
     """How far a correct result may be from the one in float64.
 
-    At most one fp32 rounding of the integer sum, one per outlier and three in the epilogue, each
-    half an ulp of at most the sum of all terms' magnitudes; then one rounding to the output's dtype,
-    whose subnormals are spaced by `tiny * eps`.
+    At most one fp32 rounding per outlier, and ``roundings`` of the integer sum and in the epilogue,
+    each half an ulp of at most the sum of all terms' magnitudes; then one to the output's dtype, whose
+    subnormals are spaced by `tiny * eps`.
     """
     count = 0 if outlier_columns is None else int(outlier_columns.sum())
     magnitude = (x_int8.double() @ w_int8.double().t()).abs() * x_scale.double().unsqueeze(1)
@@ -73,7 +75,7 @@ def float_bound(x_int8, x_scale, x_outlier, outlier_columns, w_int8, w_scale, bi
     if bias is not None:
         magnitude += bias.double().abs()
     single, out = torch.finfo(torch.float32), torch.finfo(x_outlier.dtype)
-    return magnitude * ((count + 4) * single.eps + out.eps) / 2 * 1.01 + out.tiny * out.eps
+    return magnitude * ((count + roundings) * single.eps + out.eps) / 2 * 1.01 + out.tiny * out.eps
 
 
 def check_against_float64(quantized, w_int8, w_scale, bias) -> None:
@@ -219,6 +221,64 @@ def test_isas_agree_bit_for_bit():
     cpu.use_isa("auto")
     first, *others = results.values()
     assert all(torch.equal(first, other) for other in others)
+
+
+# --- weights only --------------------------------------------------------------------------------
+
+
+def weight_only(x: Tensor, weights: list[tuple[Tensor, Tensor]], biases: list[Tensor]) -> list[Tensor]:
+    """``x @ (w_int8 · w_scale)ᵀ + bias`` of each weight, by the kernel."""
+    packed, scales = [cpu.pack(w_int8) for w_int8, _ in weights], [w_scale for _, w_scale in weights]
+    return ops.quantized_linears_cpu(x, EVERYTHING, "all", packed, scales, biases)
+
+
+def check_weight_only(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    """At most one fp32 rounding for each k, three to add a channel's parts, and two in the epilogue."""
+    (y,) = weight_only(x, [(w_int8, w_scale)], [] if bias is None else [bias])
+    carrier = (torch.zeros_like(x, dtype=torch.int8), torch.zeros(x.shape[:-1]), x)
+    everything = (*carrier, torch.ones(x.shape[-1], dtype=torch.bool), w_int8, w_scale, bias)
+    expected = in_float64(*everything)
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    assert ((y.double() - expected).abs() <= float_bound(*everything, roundings=5)).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", [*ISAS, "auto"], indirect=True)
+@each_dtype
+@each_shape
+def test_weight_only_against_float64(isa, dtype, K, N):
+    w_int8, w_scale = random_weight(K, N)
+    for M in ROWS:
+        check_weight_only(torch.randn(M, K).to(dtype), w_int8, w_scale, torch.randn(N) if M else None)
+
+
+@needs_kernel
+@each_isa
+@each_dtype
+def test_weight_only_reads_every_weight_as_it_is(isa, dtype):
+    """The identity, times each of the 256 values that a weight can have."""
+    values = torch.arange(-128, 128, dtype=torch.int8)
+    w_int8 = torch.stack([values.roll(shift) for shift in range(21)])
+    for M in (1, 256):
+        (y,) = weight_only(torch.eye(256)[:M].to(dtype), [(w_int8, torch.ones(21))], [])
+        assert torch.equal(y, w_int8.t()[:M].to(dtype))
+
+
+@needs_kernel
+@each_isa
+@each_dtype
+def test_weight_only_keeps_nan_and_inf_in_their_rows_and_rows_apart(isa, dtype):
+    weights = [random_weight(100, N) for N in (33, 20)]
+    weights[0][0][3, 7] = 0
+    x = torch.randn(40, 100).to(dtype)
+    x[5, 11], x[9, 7] = float("nan"), float("inf")
+    whole = weight_only(x, weights, [])
+    assert whole[0][5].isnan().all() and whole[0][9, 3].isnan() and whole[0][9, 2].isinf()
+    others = [row for row in range(40) if row not in (5, 9)]
+    assert all(y[others].isfinite().all() for y in whole)
+    for M in (1, 2, 7, 13, 25):
+        parts = weight_only(x[-M:], weights, [])
+        assert all(torch.equal(part, y[-M:]) for part, y in zip(parts, whole, strict=True))
 
 
 # --- calling -------------------------------------------------------------------------------------

@@ -115,6 +115,23 @@ def test_groups_of_32_in_bf16_and_one_row():
     assert_is_the_reference(y, expected, x, linear.weight)
 
 
+def test_weights_alone_are_one_call_of_the_cpu_kernel():
+    """What it computes is tested in ``test_cpu_kernel.py``."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(K, N), nn.Linear(K, N)
+            self.requires_grad_(False)
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    _, report = compile_once(Two(), activations(4, K), backend_options={"scheme": "w8a16"})
+    (call,) = [line for line in report.graph.splitlines() if "int8fx.quantized_linears_cpu" in line]
+    assert "'all'" in call and "int8fx.quantize.default" not in report.graph
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_gradients_are_straight_through(name):
     x = activations(4, K).requires_grad_()

@@ -134,8 +134,8 @@ void collect_outliers(const Activations& a, int64_t tile) {
     for (int64_t r = 0; r < rows; ++r) *values++ = outlier(r, a.columns[i]);
 }
 
-void pack(const Kernel& kernel, const Activations& a, int64_t tile) {
-  kernel.pack(a, tile);
+void pack(const Product& product, const Activations& a, int64_t tile) {
+  product.pack(a, tile);
   if (a.column_count == 0) return;
   switch (a.dtype) {
     case at::kBFloat16: return collect_outliers<at::BFloat16>(a, tile);
@@ -151,9 +151,9 @@ struct Blocks {
   int64_t begin, end;
 };
 
-// Rows a tile: as many as the kernel likes, or fewer, so that the last tile is not much shorter.
-int64_t even_tiles(const Kernel& kernel, int64_t M) {
-  return round_up(at::divup(M, at::divup(M, kernel.row_tile)), kernel.row_step);
+// Rows a tile: as many as the product likes, or fewer, so that the last tile is not much shorter.
+int64_t even_tiles(const Product& product, int64_t M) {
+  return round_up(at::divup(M, at::divup(M, product.row_tile)), product.row_step);
 }
 
 // What dense outliers take in the cache, for each row on average.
@@ -168,9 +168,9 @@ struct Plan {
   std::vector<Blocks> runs;
   int64_t rows, units;
 
-  Plan(const Kernel& kernel, const Activations& a, c10::ArrayRef<Weight> weights, int64_t threads) {
+  Plan(const Product& product, const Activations& a, c10::ArrayRef<Weight> weights, int64_t threads) {
     const int64_t row_bytes =
-        std::max(a.K_padded, K_MULTIPLE) * kernel.element_bytes + dense_outlier_bytes(a);
+        std::max(a.K_padded, K_MULTIPLE) * product.element_bytes + dense_outlier_bytes(a);
     const int64_t cached_tiles = l2_bytes() / 2 / (row_bytes * a.row_tile);
     rows = std::max<int64_t>(cached_tiles, 1) * a.row_tile;
     const int64_t row_units = at::divup(a.M, rows);
@@ -180,7 +180,7 @@ struct Plan {
     for (const Weight& weight : weights) blocks += at::divup(weight.N, BLOCK_N);
     const int64_t wanted = at::divup(blocks * row_units, threads * UNITS_PER_THREAD);
     const int64_t least = at::divup(MIN_UNIT_BYTES, block_bytes(a.K_padded));
-    const int64_t run = round_up(std::max(wanted, least), kernel.panel);
+    const int64_t run = round_up(std::max(wanted, least), product.panel);
     for (const Weight& weight : weights) {
       const int64_t end = at::divup(weight.N, BLOCK_N);
       for (int64_t b = 0; b < end; b += run)
@@ -189,10 +189,10 @@ struct Plan {
     units = row_units * runs.size();
   }
 
-  void execute(const Kernel& kernel, const Activations& a, int64_t unit) const {
+  void execute(const Product& product, const Activations& a, int64_t unit) const {
     const int64_t m0 = unit / runs.size() * rows;
     const Blocks& run = runs[unit % runs.size()];
-    kernel.multiply(a, *run.weight, m0, std::min(m0 + rows, a.M), run.begin, run.end);
+    product.multiply(a, *run.weight, m0, std::min(m0 + rows, a.M), run.begin, run.end);
   }
 };
 
@@ -225,16 +225,16 @@ class Queue {
   std::vector<Range> ranges_;
 };
 
-void multiply_all(const Kernel& kernel, const Activations& a, c10::ArrayRef<Weight> weights) {
+void multiply_all(const Product& product, const Activations& a, c10::ArrayRef<Weight> weights) {
   int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const Plan plan(kernel, a, weights, threads);
+  const Plan plan(product, a, weights, threads);
   threads = std::min(threads, plan.units);
   Queue queue(plan.units, threads);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    if (kernel.enter) kernel.enter(a);
+    if (product.enter) product.enter(a);
     for (int64_t thread = begin; thread < end; ++thread)
-      queue.drain(thread, [&](int64_t unit) { plan.execute(kernel, a, unit); });
-    if (kernel.leave) kernel.leave();
+      queue.drain(thread, [&](int64_t unit) { plan.execute(product, a, unit); });
+    if (product.leave) product.leave();
   });
 }
 
@@ -287,21 +287,19 @@ at::Tensor float_bias(const std::optional<at::Tensor>& bias) {
 }
 
 // y = ((x_int8 @ w_int8ᵀ) · x_scale + outliers @ w_int8ᵀ) · w_scale + bias, for rows described in
-// `a` up to x_outlier, with their outliers in `columns`. Given `floats`, a tile's rows are quantised
-// where they are packed, while they are in the cache.
+// `a` up to dtype, with their outliers in `columns`; or, weights only, (x @ w_int8ᵀ) · w_scale + bias.
+// Given `floats`, a tile's rows are quantised where they are packed, while they are in the cache.
 void multiply_rows(
-    Activations a, c10::ArrayRef<int32_t> columns, c10::ArrayRef<Weight> weights,
-    const Input* floats = nullptr) {
-  if (a.M == 0) return;
-  const Kernel& kernel = kernel_for(a.M);
+    const Product& product, Activations a, c10::ArrayRef<int32_t> columns,
+    c10::ArrayRef<Weight> weights, const Input* floats = nullptr) {
   a.K_padded = round_up(a.K, K_MULTIPLE);
-  a.row_tile = even_tiles(kernel, a.M);
+  a.row_tile = even_tiles(product, a.M);
   a.columns = columns.data();
   a.column_count = columns.size();
 
   const int64_t tiles = at::divup(a.M, a.row_tile);
   const int64_t packed_rows = a.M < 16 ? a.M : round_up(a.M, 16);
-  const int64_t packed_bytes = packed_rows * a.K_padded * kernel.element_bytes;
+  const int64_t packed_bytes = packed_rows * a.K_padded * product.element_bytes;
   const int64_t outlier_rows = columns.empty() ? 0 : a.M;
   Scratch scratch(
       packed_bytes + Scratch::bytes_for<Outlier>(outlier_rows * a.column_count) +
@@ -315,11 +313,11 @@ void multiply_rows(
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t m = tile * a.row_tile;
-      if (floats) kernel.quantize_rows(*floats, m, std::min(m + a.row_tile, a.M));
-      pack(kernel, a, tile);
+      if (floats) kernel_for(a.M).quantize_rows(*floats, m, std::min(m + a.row_tile, a.M));
+      pack(product, a, tile);
     }
   });
-  multiply_all(kernel, a, weights);
+  multiply_all(product, a, weights);
 }
 
 void run(
@@ -339,7 +337,7 @@ void run(
     const auto flags = contiguous(*outlier_columns);
     columns = flagged(flags->const_data_ptr<bool>(), a.K);
   }
-  multiply_rows(a, columns, weights);
+  if (a.M > 0) multiply_rows(kernel_for(a.M).int8, a, columns, weights);
 }
 
 // The columns of x that hold an outlier. Threads share the rows, which they read from end to end.
@@ -392,7 +390,16 @@ void quantize_and_run(
   a.x_outlier = in.x;
   a.threshold = column ? 0 : threshold;  // a column is taken out whole
   a.dtype = in.dtype;
-  multiply_rows(a, columns, weights, &in);
+  multiply_rows(kernel.int8, a, columns, weights, &in);
+}
+
+void run_weight_only(const at::Tensor& x, c10::ArrayRef<Weight> weights) {
+  Activations a{};
+  a.K = x.size(-1);
+  a.M = x.numel() / std::max<int64_t>(a.K, 1);
+  a.x_outlier = x.const_data_ptr();
+  a.dtype = x.scalar_type();
+  if (a.M > 0) multiply_rows(kernel_for(a.M).weight_only(a.dtype), a, {}, weights);
 }
 
 at::Tensor empty_output(const at::Tensor& x_int8, int64_t N, at::ScalarType dtype) {
@@ -446,7 +453,11 @@ std::vector<at::Tensor> quantized_linears(
     outputs.push_back(empty_output(*x, w_scales[i].numel(), x->scalar_type()));
     weights.push_back(describe(packed[i], kept[2 * i], kept[2 * i + 1], outputs.back()));
   }
-  quantize_and_run(*x, static_cast<float>(threshold), decomposition == "column", weights);
+  if (decomposition == "all") {
+    run_weight_only(*x, weights);
+  } else {
+    quantize_and_run(*x, static_cast<float>(threshold), decomposition == "column", weights);
+  }
   return outputs;
 }
 

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -56,6 +58,7 @@ inline int32_t quad_of(const void* x) {
 // Asked of every processor, so compiled for any.
 namespace amx_int8 { bool supported(); }
 namespace avx512_vnni { bool supported(); }
+namespace avx512_bf16 { bool supported(); }
 namespace avx_vnni { bool supported(); }
 namespace avx2 { bool supported(); }
 
@@ -98,6 +101,10 @@ inline Floats fnma(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 #define INT8FX_FMA
+inline Floats to_floats(const int8_t* p) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline Floats repeat_quad(const float* p) { return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
 // 16 quads of up to 16 rows: a transpose of 16 x 16 int32.
 inline void pack_block(const int8_t* x, int64_t stride, int64_t rows, Activation* out) {
@@ -144,6 +151,13 @@ inline int64_t pack_blocks(const int8_t* x, int64_t K, int64_t rows, Activation*
 #include "attention.h"
 
 #undef INT8FX_PACK_BLOCKS
+
+namespace in_fp32 {
+constexpr int ROW_TILE = 6;
+#include "in_fp32.h"
+#include "weight_only.h"
+}  // namespace in_fp32
+
 }  // namespace avx512_vnni
 INT8FX_END_TARGET
 
@@ -152,6 +166,87 @@ bool avx512_vnni::supported() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
+}
+
+// ---- AVX512-BF16, for weight-only products: vdpbf16ps adds the products of two k, of bf16, in fp32.
+// Weights become bf16 by looking their bytes up (vpermi2b), which takes half the time of converting
+// them by way of fp32.
+
+INT8FX_BEGIN_TARGET(INT8FX_AVX512 ",avx512bf16,avx512vbmi")
+namespace avx512_bf16 {
+
+using namespace avx512_vnni;
+
+constexpr int ROW_TILE = 12;
+
+using Element = uint16_t;
+using X = __m512bh;
+using W = __m512bh;  // 8 channels x 4 k
+
+inline Element element(c10::BFloat16 x) { return x.x; }
+inline X load_x(const Element* x) {
+  int64_t quad;
+  std::memcpy(&quad, x, 8);
+  return (X)_mm512_set1_epi64(quad);
+}
+inline void load_w(W* out, const Element* w) {
+  for (int v = 0; v < 2; ++v) out[v] = (W)_mm512_loadu_si512(w + 32 * v);
+}
+inline void store_w(Element* out, const W* w) {
+  for (int v = 0; v < 2; ++v) _mm512_storeu_si512(out + 32 * v, (__m512i)w[v]);
+}
+
+// The bytes of every |w| as a bf16, which holds integers up to 256 exactly.
+struct Magnitudes {
+  alignas(64) uint8_t low[128], high[128];
+
+  constexpr Magnitudes() : low(), high() {
+    for (int i = 1; i < 128; ++i) {
+      int exponent = 0;
+      while (i >> (exponent + 1)) ++exponent;
+      const int bits = (127 + exponent) << 7 | (i << (7 - exponent) & 127);
+      low[i] = bits & 255;
+      high[i] = bits >> 8;
+    }
+  }
+};
+
+inline __m512i look_up(const uint8_t* table, __m512i index) {
+  return _mm512_permutex2var_epi8(
+      _mm512_load_si512(table), index, _mm512_load_si512(table + 64));
+}
+
+inline void load_w(W* out, const int8_t* w) {
+  static constexpr Magnitudes MAGNITUDES;
+  const __m512i bytes = _mm512_loadu_si512(w);
+  const __m512i magnitude = _mm512_abs_epi8(bytes);
+  const __m512i low = look_up(MAGNITUDES.low, magnitude);
+  const __m512i sign = _mm512_and_si512(bytes, _mm512_set1_epi8(-128));
+  __m512i high = _mm512_or_si512(look_up(MAGNITUDES.high, magnitude), sign);
+  // The tables have 7 bits, in which |-128| is 0: right for the low byte, not for the high one.
+  const __m512i of_minus_128 = _mm512_set1_epi8(static_cast<char>(0xc3));
+  high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), of_minus_128);
+  out[0] = (W)_mm512_unpacklo_epi8(low, high);
+  out[1] = (W)_mm512_unpackhi_epi8(low, high);
+}
+// Unpacking takes two channels of four for the first vector, and two for the second.
+constexpr int channel_of(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
+inline void dot(Floats& sums, X x, W w) { sums = (Floats)_mm512_dpbf16_ps((__m512)sums, x, w); }
+
+#include "weight_only.h"
+
+}  // namespace avx512_bf16
+INT8FX_END_TARGET
+
+bool avx512_bf16::supported() {
+  return avx512_vnni::supported() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+
+inline const Product& avx512_weight_only(c10::ScalarType dtype) {
+  return dtype == c10::ScalarType::BFloat16 && avx512_bf16::supported()
+             ? avx512_bf16::PRODUCT
+             : avx512_vnni::in_fp32::PRODUCT;
 }
 
 // ---- AMX: tdpbssd multiplies tiles of 16 rows x 64 k with 64 k x 16 channels, both signed.
@@ -322,10 +417,23 @@ inline Floats fnma(Floats a, Floats b, Floats c) {
   return (Floats)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
+inline Floats to_floats(const int8_t* p) {
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline Floats repeat_quad(const float* p) { return (Floats)_mm256_broadcast_ps((const __m128*)p); }
+
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
+
+namespace in_fp32 {
+constexpr int ROW_TILE = 2;
+#include "in_fp32.h"
+#include "weight_only.h"
+}  // namespace in_fp32
+
+inline const Product& weight_only(c10::ScalarType) { return in_fp32::PRODUCT; }
 
 }  // namespace avx2
 INT8FX_END_TARGET
@@ -419,30 +527,44 @@ inline void store_half(void* p, Floats v) {
   for (int i = 0; i < LANES; ++i) static_cast<c10::Half*>(p)[i] = v[i];
 }
 
+inline Floats to_floats(const int8_t* p) {
+  return __builtin_convertvector(load<Bytes>(p), Floats);
+}
+inline Floats repeat_quad(const float* p) { return load<Floats>(p); }
+
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
 
+namespace in_fp32 {
+constexpr int ROW_TILE = 2;
+#include "in_fp32.h"
+#include "weight_only.h"
+}  // namespace in_fp32
+
+inline const Product& weight_only(c10::ScalarType) { return in_fp32::PRODUCT; }
+
 bool supported() { return true; }
 
 }  // namespace portable
 
-#define INT8FX_KERNEL(isa, min_rows, enter, leave)                                             \
+#define INT8FX_KERNEL(isa, min_rows, enter, leave, weight_only)                                \
   Kernel {                                                                                     \
-    #isa, isa::supported, min_rows, isa::ROW_TILE, isa::ROW_STEP, isa::PANEL,                  \
-        sizeof(isa::Activation), isa::flag_columns, isa::quantize_rows, isa::pack_tile, enter, \
-        leave, isa::multiply, isa::QUERIES, isa::attend                                        \
+    #isa, isa::supported, min_rows, isa::flag_columns, isa::quantize_rows,                      \
+        Product{isa::ROW_TILE,  isa::ROW_STEP, isa::PANEL, sizeof(isa::Activation),             \
+                isa::pack_tile, enter,         leave,      isa::multiply},                      \
+        weight_only, isa::QUERIES, isa::attend                                                 \
   }
 
 inline constexpr Kernel KERNELS[] = {
 #ifdef INT8FX_X86
-    INT8FX_KERNEL(amx_int8, 2, amx_int8::enter, amx_int8::leave),
-    INT8FX_KERNEL(avx512_vnni, 1, nullptr, nullptr),
-    INT8FX_KERNEL(avx_vnni, 1, nullptr, nullptr),
-    INT8FX_KERNEL(avx2, 1, nullptr, nullptr),
+    INT8FX_KERNEL(amx_int8, 2, amx_int8::enter, amx_int8::leave, avx512_weight_only),
+    INT8FX_KERNEL(avx512_vnni, 1, nullptr, nullptr, avx512_weight_only),
+    INT8FX_KERNEL(avx_vnni, 1, nullptr, nullptr, avx2::weight_only),
+    INT8FX_KERNEL(avx2, 1, nullptr, nullptr, avx2::weight_only),
 #endif
-    INT8FX_KERNEL(portable, 1, nullptr, nullptr),
+    INT8FX_KERNEL(portable, 1, nullptr, nullptr, portable::weight_only),
 };
 
 }  // namespace int8fx

@@ -39,7 +39,7 @@ struct Activations {
   int64_t M, K, K_padded;
   const int8_t* x_int8;    // [M, K]
   const float* x_scale;    // [M]
-  const void* x_outlier;   // [M, K] of dtype
+  const void* x_outlier;   // [M, K] of dtype; in a weight-only product all of x
   float threshold;         // smaller values of x_outlier count as zeros
   c10::ScalarType dtype;   // fp32, bf16 or fp16; the output's too
   const int32_t* columns;  // the flagged columns, ascending
@@ -99,23 +99,29 @@ struct Prefetch {
   }
 };
 
-// One instruction set. `multiply` computes rows [m0, m1) x blocks [b0, b1) of y; m0 is a multiple
-// of the row tile.
-struct Kernel {
-  const char* name;
-  bool (*supported)();
-  int64_t min_rows;        // with fewer, the next kernel in the table is as fast
+// Rows in one form, and how they are multiplied with weights. `multiply` computes rows [m0, m1) x
+// blocks [b0, b1) of y; m0 is a multiple of the row tile.
+struct Product {
   int64_t row_tile;        // at most so many rows at once
   int64_t row_step;        // in multiples of so many
-  int64_t panel;           // blocks that the kernel multiplies at once
+  int64_t panel;           // blocks that are multiplied at once
   int64_t element_bytes;   // of a packed activation
-  // Sets flags [K rounded up to 16] to all ones where a column of rows [m0, m1) holds an outlier.
-  void (*flag_columns)(const Input&, int64_t m0, int64_t m1, int32_t* flags);
-  void (*quantize_rows)(const Input&, int64_t m0, int64_t m1);
   void (*pack)(const Activations&, int64_t tile);
   void (*enter)(const Activations&);  // in every thread, around its calls of `multiply`; or null
   void (*leave)();
   void (*multiply)(const Activations&, const Weight&, int64_t m0, int64_t m1, int64_t b0, int64_t b1);
+};
+
+// One instruction set.
+struct Kernel {
+  const char* name;
+  bool (*supported)();
+  int64_t min_rows;        // with fewer, the next kernel in the table is as fast
+  // Sets flags [K rounded up to 16] to all ones where a column of rows [m0, m1) holds an outlier.
+  void (*flag_columns)(const Input&, int64_t m0, int64_t m1, int32_t* flags);
+  void (*quantize_rows)(const Input&, int64_t m0, int64_t m1);
+  Product int8;
+  const Product& (*weight_only)(c10::ScalarType);  // x as it is, of this dtype
   int64_t queries;         // rows of an attention's tile
   // Unit `unit` of the B * KV * ceil(G * M / (UNIT_TILES * queries)) of an attention.
   void (*attend)(const Attention&, int64_t unit, float* scratch);

@@ -137,22 +137,17 @@ void outlier_tile(
   }
 }
 
-// y = (acc * x_scale + outlier) * w_scale + bias for rows [m, m + rows) of 16 channels.
-template <class T>
+// y = product(r, p) * w_scale + bias for rows m + r of 16 channels, whose vectors are p.
+template <class T, class F>
 inline void finish(
-    const Activations& a, const Weight& weight, int64_t m, int64_t rows, const Channels& c,
-    const int32_t* acc, const float* outlier) {
+    const Weight& weight, int64_t m, int64_t rows, const Channels& c, const F& product) {
   T* y = static_cast<T*>(weight.y) + m * weight.N + c.n;
   for (int64_t r = 0; r < rows; ++r, y += weight.N) {
     T part_of_block[BLOCK_N];
     T* out = c.count == BLOCK_N ? y : part_of_block;
 #pragma GCC unroll 4
-    for (int p = 0; p < PARTS; ++p) {
-      const int64_t at = r * PANEL * BLOCK_N + p * LANES;
-      const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
-      const Floats extra = outlier ? load<Floats>(outlier + at) : Floats{};
-      store_as(out + p * LANES, (product * a.x_scale[m + r] + extra) * c.w_scale[p] + c.bias[p]);
-    }
+    for (int p = 0; p < PARTS; ++p)
+      store_as(out + p * LANES, product(r, p) * c.w_scale[p] + c.bias[p]);
     if (c.count < BLOCK_N) std::memcpy(static_cast<void*>(y), out, c.count * sizeof(T));
   }
 }
@@ -176,9 +171,12 @@ void multiply_panel(
     ahead.next += a.K_padded * lines;
     if (a.column_count) outlier_tile<B>(a, m, rows, w, stride, outlier);
     for (int b = 0; b < B; ++b)
-      finish<T>(
-          a, weight, m, rows, channels[b], acc + b * BLOCK_N,
-          a.column_count ? outlier + b * BLOCK_N : nullptr);
+      finish<T>(weight, m, rows, channels[b], [&](int64_t r, int p) {
+        const int64_t at = (r * PANEL + b) * BLOCK_N + p * LANES;
+        const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
+        const Floats extra = a.column_count ? load<Floats>(outlier + at) : Floats{};
+        return product * a.x_scale[m + r] + extra;
+      });
   }
 }
 

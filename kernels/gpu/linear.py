@@ -36,7 +36,7 @@ from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, quantize_gather_ker
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
 from int8fx.kernels.ops import linears_backward, linears_setup
-from int8fx.kernels.quantize import quantize_reference
+from int8fx.kernels.quantize import EVERYTHING, quantize_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP_M = 8  # tiles of rows that share the weight's tiles in L2
@@ -56,7 +56,8 @@ def quantized_linears(
     Args:
         x: ``[*, K]``, fp32, bf16 or fp16.
         threshold: an element is an outlier when ``|x| >= threshold``; 0 means no decomposition.
-        decomposition: ``"column"`` or ``"token"``.
+        decomposition: ``"column"``, ``"token"``, or ``"all"``, which is the first with a threshold that
+            everything reaches.
         weights: each ``[N_i, K]`` int8, contiguous.
         w_scales: each ``[N_i]`` fp32.
         biases: each ``[N_i]``, all of one dtype; or empty, no linear has one.
@@ -72,6 +73,8 @@ def quantized_linears(
     _check(x, weights, biases)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     linears = _Linears(list(weights), list(w_scales), list(biases))
+    if decomposition == "all":
+        threshold, decomposition = EVERYTHING, "column"
     if rows.shape[0] <= decode.MAX_M:
         outputs = _decode(rows, threshold, decomposition, linears)
     else:

@@ -3,10 +3,11 @@
     w8a16         y = x @ w_int8ᵀ · w_scale[n]                       a scale for each channel
     w8a16-group   y = Σ_g x_g @ w_int8_gᵀ · w_scale[n, g]            and for each ``group_size`` of K
 
-The first is LLM.int8() when everything is an outlier: the outlier product is what it computes, by the
-same kernels and from the same packed weights. The second de-quantises the weight where it is read:
-Inductor fuses that into a sum over K for one row of x, and into a pass over the weight before the
-product of more.
+The first is LLM.int8()'s outlier product with all of x in it, by the same operators and from the same
+packed weights: ``"all"`` is its decomposition, for which a CPU has a product of its own that quantises
+nothing (``kernels/cpu/weight_only.h``). The second de-quantises the weight where it is read: Inductor
+fuses that into a sum over K for one row of x, and into a pass over the weight before the product of
+more.
 """
 
 import dataclasses
@@ -19,17 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8fx.kernels import ops
-from int8fx.kernels.quantize import MIN_SCALE, QMAX
+from int8fx.kernels.quantize import EVERYTHING, MIN_SCALE, QMAX
 from int8fx.kernels.scheme import Call, Scheme, Settings, WeightFormat, unchanged
 from int8fx.kernels.schemes import int8
 from int8fx.kernels.schemes.int8 import PER_CHANNEL
 
-# The smallest normal fp32: every element that is not zero (or denormal) is an outlier.
-EVERYTHING = 2.0**-126
-
 
 def lower_per_channel(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
-    whole = dataclasses.replace(settings, threshold=EVERYTHING, decomposition="column")
+    whole = dataclasses.replace(settings, threshold=EVERYTHING, decomposition="all")
     return int8.lower(call, x, weight, bias, whole)
 
 

@@ -1,0 +1,153 @@
+// Weights in int8 and x as it is: y = (x @ w_int8ᵀ) · w_scale + bias. Included like tile.h, and after
+// it, in a namespace with
+//
+//   ROW_TILE               rows at once, at most
+//   Element, element       what x is packed as, and a value of x as such
+//   X, load_x              4 consecutive k of one row, repeated over a vector
+//   W, load_w, store_w     WIDTH vectors of channels x 4 k, from a packed weight or from what store_w
+//                          wrote, and the channel_of each in the order of its lanes
+//   dot                    adds a product to sums, of which each channel has SHARE in a row
+//
+// Weights are converted in registers, in the order that they are packed in: a block's 64 bytes are 4 k
+// of 16 channels, and a row's same 4 k are repeated beside them. Where several tiles of rows read a
+// block, it is converted once, into the cache. A row's sums are in the same order whatever rows come
+// with it.
+
+constexpr int QUADS = 4 * BLOCK_N;                         // elements of a block at 4 k
+constexpr int AT_ONCE = sizeof(Floats) / sizeof(Element);  // of them, those in a vector
+constexpr int SHARE = QUADS / AT_ONCE * LANES / BLOCK_N;   // sums of a channel
+constexpr int WIDTH = std::min(QUADS / AT_ONCE, 4);        // vectors that registers hold sums of
+
+// out [R][16] = R rows, packed [K_padded / 4][R][4], times a block.
+template <int R, class T>
+void dot_rows(const Element* x, const T* w, int64_t k_padded, float* out, Prefetch ahead) {
+  for (int first = 0; first < QUADS; first += WIDTH * AT_ONCE) {
+    Floats sums[R][WIDTH] = {};
+    const Element* row = x;
+    const T* columns = w + first;
+    for (int64_t k = 0; k < k_padded; k += K_MULTIPLE) {
+      if (first == 0) ahead.step();
+      for (int i = 0; i < K_MULTIPLE; i += 4, row += 4 * R, columns += QUADS) {
+        W weights[WIDTH];
+        load_w(weights, columns);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const X quad = load_x(row + 4 * r);
+#pragma GCC unroll 4
+          for (int v = 0; v < WIDTH; ++v) dot(sums[r][v], quad, weights[v]);
+        }
+      }
+    }
+    // Stored one by one: an array that a loop reads would be kept in memory from the beginning.
+    float lanes[R * WIDTH * LANES];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < WIDTH; ++v) store(lanes + (r * WIDTH + v) * LANES, sums[r][v]);
+    }
+    constexpr int CHANNELS = WIDTH * LANES / SHARE;
+    for (int i = 0; i < R * CHANNELS; ++i) {
+      float sum = lanes[i * SHARE];
+      for (int j = 1; j < SHARE; ++j) sum += lanes[i * SHARE + j];
+      out[i / CHANNELS * BLOCK_N + first / 4 + channel_of(i % CHANNELS)] = sum;
+    }
+  }
+}
+
+template <class T>
+using DotRows = void (*)(const Element*, const T*, int64_t, float*, Prefetch);
+
+template <class T, int... R>
+constexpr std::array<DotRows<T>, ROW_TILE> all_rows(std::integer_sequence<int, R...>) {
+  return {dot_rows<R + 1, T>...};
+}
+
+// Rows [m, m + rows) times a block of weights: y.
+template <class Y, class T>
+inline void multiply_tile(
+    const Activations& a, const Weight& weight, int64_t m, int64_t rows, const T* w,
+    const Channels& channels, Prefetch ahead) {
+  static constexpr auto TILES = all_rows<T>(std::make_integer_sequence<int, ROW_TILE>());
+  alignas(64) float sums[ROW_TILE * BLOCK_N];
+  TILES[rows - 1](
+      static_cast<const Element*>(a.packed) + m * a.K_padded, w, a.K_padded, sums, ahead);
+  finish<Y>(weight, m, rows, channels, [&](int64_t r, int p) {
+    return load<Floats>(sums + r * BLOCK_N + p * LANES);
+  });
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <class Y>
+void multiply_as(
+    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
+  const int64_t tiles = (m1 - m0 + a.row_tile - 1) / a.row_tile;
+  const int64_t elements = a.K_padded * BLOCK_N;
+  std::unique_ptr<Element[], Free> converted;
+  if (tiles > 1)
+    converted.reset(static_cast<Element*>(std::aligned_alloc(64, elements * sizeof(Element))));
+  for (; b0 < b1; ++b0) {
+    const int8_t* w = weight.packed + b0 * block_bytes(a.K_padded);
+    const Channels channels(weight, b0);
+    // A single row only streams the weights, which hardware prefetchers see.
+    const bool again = m1 - m0 > 1 && b0 + 1 < weight.blocks();
+    const int64_t lines = again ? (BLOCK_N + tiles - 1) / tiles : 0;
+    Prefetch ahead{w + block_bytes(a.K_padded), lines};
+    if (converted)
+      for (int64_t i = 0; i < elements; i += WIDTH * AT_ONCE) {
+        W weights[WIDTH];
+        load_w(weights, w + i);
+        store_w(&converted[i], weights);
+      }
+    for (int64_t m = m0; m < m1; m += a.row_tile) {
+      const int64_t rows = std::min(a.row_tile, m1 - m);
+      if (converted) {
+        multiply_tile<Y>(a, weight, m, rows, converted.get(), channels, ahead);
+      } else {
+        multiply_tile<Y>(a, weight, m, rows, w, channels, ahead);
+      }
+      ahead.next += a.K_padded * lines;
+    }
+  }
+}
+
+template <class T>
+void pack_as(const Activations& a, int64_t tile) {
+  const int64_t m = tile * a.row_tile;
+  const int64_t rows = std::min(a.row_tile, a.M - m);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* x = static_cast<const T*>(a.x_outlier) + (m + r) * a.K;
+    Element* out = static_cast<Element*>(a.packed) + m * a.K_padded + 4 * r;
+    int64_t k = 0;
+    for (; k + 4 <= a.K; k += 4, out += 4 * rows)
+      for (int i = 0; i < 4; ++i) out[i] = element(x[k + i]);
+    for (; k < a.K_padded; k += 4, out += 4 * rows)
+      for (int i = 0; i < 4; ++i) out[i] = k + i < a.K ? element(x[k + i]) : Element{};
+  }
+}
+
+// A product in bf16 is of bf16 rows alone.
+template <class T>
+constexpr bool SERVES = std::is_same_v<Element, float> || std::is_same_v<T, c10::BFloat16>;
+
+template <class F>
+inline void for_dtype(c10::ScalarType dtype, const F& f) {
+  if (dtype == c10::ScalarType::BFloat16) return f(c10::BFloat16());
+  if constexpr (SERVES<float>) {
+    if (dtype == c10::ScalarType::Half) return f(c10::Half());
+    f(float());
+  }
+}
+
+void pack(const Activations& a, int64_t tile) {
+  for_dtype(a.dtype, [&](auto x) { pack_as<decltype(x)>(a, tile); });
+}
+
+void multiply(
+    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
+  for_dtype(a.dtype, [&](auto y) { multiply_as<decltype(y)>(a, weight, m0, m1, b0, b1); });
+}
+
+constexpr Product PRODUCT{ROW_TILE, 1, 1, sizeof(Element), pack, nullptr, nullptr, multiply};
