@@ -21,6 +21,7 @@ from int8fx.backend import llmint8
 from int8fx.errors import UserError
 from int8fx.evaluate import Accuracy, LogitsOf, compare, windows
 from int8fx.injection import inject_and_check
+from int8fx.kernels.cpu.pages import trim_heap
 from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
 from int8fx.pipeline import rewrite_graph
@@ -165,6 +166,7 @@ def evaluate(
     with step(progress, "Compiling" if settings.compiled else "Tracing", len(contenders)) as update:
         for done, logits in enumerate(contenders.values(), start=1):
             logits(token_windows[:1])
+            trim_heap()  # nine schemes would leave holes of several gigabytes
             update(done)
     accuracies = _judge("Windows", reference, contenders, token_windows, progress)
     injected, channels = None, []
@@ -183,4 +185,9 @@ def _judge(
     progress: Console,
 ) -> dict[str, Accuracy]:
     with step(progress, what, len(token_windows)) as update:
-        return compare(reference, contenders, token_windows, update)
+
+        def on_window(done: int) -> None:
+            trim_heap()
+            update(done)
+
+        return compare(reference, contenders, token_windows, on_window)

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANELS = 4  # heat maps in a line
+PANELS = 2  # heat maps in a line
 BINS = 192  # channels of one heat map: more are pooled by their maximum, so that none is lost
-WIDTH, HEIGHT = 11.0, 3.1  # inches, of a line of panels
+# Inches of a line of panels. A page shows it 800 pixels wide, 100 an inch, at which 9 points are read
+# with ease; it is drawn with twice as many for screens that have them.
+WIDTH, HEIGHT, DPI = 8.0, 2.3, 200
+TITLE, LABEL = 10, 9  # points
+UNSEEN = 0.005  # of all bytes: a part this small has no place in a bar
 # The colours of |x| / threshold, from 1/16 to 16: what is an outlier is warm.
 OCTAVES = 4
 
@@ -40,16 +44,21 @@ def draw(explanation: Explanation) -> "Figure":
     if not inputs:
         raise UserError("there is nothing to draw: no linear was quantised and run")
     lines = math.ceil(len(inputs) / PANELS)
-    figure = Figure(figsize=(WIDTH, HEIGHT * (lines + 1)), dpi=100, layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[lines, 1.2])
+    figure = Figure(figsize=(WIDTH, HEIGHT * (lines + 2.4)), dpi=DPI, layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[lines, 2.4], hspace=0.04)
     top, bottom = parts
     _outliers(top, inputs, explanation.threshold, lines)
-    sqnr, memory, sensitivity = bottom.subplots(1, 3, width_ratios=[1.3, 0.8, 1])
-    _sqnr(sqnr, explanation.rows)
-    _memory(memory, explanation)
-    _sensitivity(sensitivity, explanation)
-    handles, labels = sqnr.get_legend_handles_labels()
-    bottom.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    panels: Any = bottom.subplot_mosaic(
+        [["sqnr", "sqnr"], ["memory", "sensitivity"]], width_ratios=[1, 2]
+    )
+    _sqnr(panels["sqnr"], explanation.rows)
+    _memory(panels["memory"], explanation)
+    _sensitivity(panels["sensitivity"], explanation)
+    handles, labels = panels["sqnr"].get_legend_handles_labels()
+    columns = min(len(labels), 8)
+    bottom.legend(
+        handles, labels, loc="outside lower center", ncols=columns, fontsize=LABEL, frameon=False
+    )
     return figure
 
 
@@ -82,7 +91,9 @@ def _outliers(figure: Any, inputs: dict[str, list[Row]], threshold: float, lines
     colours = [cool(0.75 * step) for step in steps] + [warm(0.35 + 0.65 * step) for step in steps]
     # Without decomposition nothing is an outlier; 6 is where the paper looks for them.
     middle = threshold if 0 < threshold < math.inf else 6.0
-    figure.suptitle(f"Largest |x| of each input channel, by layer (warm: outliers, >= {middle:g})")
+    figure.suptitle(
+        f"Largest |x| of each input channel, by layer (warm: outliers, ≥ {middle:g})", fontsize=TITLE
+    )
     axes = figure.subplots(lines, min(PANELS, len(inputs)), squeeze=False)
     image = None
     for (name, members), axis in zip(inputs.items(), axes.flat, strict=False):
@@ -98,15 +109,16 @@ def _outliers(figure: Any, inputs: dict[str, list[Row]], threshold: float, lines
             norm=Normalize(-OCTAVES, OCTAVES),
             extent=(0, len(members[0].channel_absmax), len(members) - 0.5, -0.5),
         )
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("channel", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.set_title(name, fontsize=LABEL)
+        axis.set_xlabel("channel", fontsize=LABEL)
+        axis.tick_params(labelsize=LABEL)
     for axis in list(axes.flat)[len(inputs) :]:
         axis.set_visible(False)
-    axes[0][0].set_ylabel("layer", fontsize=8)
+    for line in axes:
+        line[0].set_ylabel("layer", fontsize=LABEL)
     bar = figure.colorbar(image, ax=axes, extend="both", pad=0.01)
     ticks = range(-OCTAVES, OCTAVES + 1, 2)
-    bar.set_ticks(list(ticks), labels=[f"{middle * 2.0**tick:.3g}" for tick in ticks], fontsize=8)
+    bar.set_ticks(list(ticks), labels=[f"{middle * 2.0**tick:.3g}" for tick in ticks], fontsize=LABEL)
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -121,11 +133,11 @@ def _sqnr(axes: "Axes", rows: Sequence[Row]) -> None:
     for name, members in _lines(rows).items():
         values = [row.sqnr_db for row in members if row.sqnr_db is not None]
         axes.plot(range(len(values)), values, marker="o", ms=2.5, lw=1, label=_last(name))
-    axes.set_title("SQNR of the output, by layer", fontsize=10)
-    axes.set_xlabel("layer", fontsize=8)
-    axes.set_ylabel("dB", fontsize=8)
+    axes.set_title("SQNR of the output, by layer", fontsize=TITLE)
+    axes.set_xlabel("layer", fontsize=LABEL)
+    axes.set_ylabel("dB", fontsize=LABEL)
     axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=LABEL)
 
 
 def _memory(axes: "Axes", explanation: Explanation) -> None:
@@ -139,23 +151,24 @@ def _memory(axes: "Axes", explanation: Explanation) -> None:
     bottoms = [0.0, 0.0]
     for name, values in parts.items():
         heights = [value / 2**20 for value in values]
-        if any(heights):
+        if heights[0] >= totals.model_bytes / 2**20 * UNSEEN:
             axes.bar(["before", "after"], heights, bottom=bottoms, label=name, width=0.6)
-            bottoms = [below + height for below, height in zip(bottoms, heights, strict=True)]
+        bottoms = [below + height for below, height in zip(bottoms, heights, strict=True)]
     for index, height in enumerate(bottoms):
-        axes.annotate(mib(round(height * 2**20)), (index, height), ha="center", va="bottom", fontsize=8)
-    axes.margins(y=0.35)
-    axes.set_title("Weights, MiB", fontsize=10)
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=7, loc="upper right")
+        label = mib(round(height * 2**20))
+        axes.annotate(label, (index, height), ha="center", va="bottom", fontsize=LABEL)
+    axes.margins(y=0.55)
+    axes.set_title("Weights, MiB", fontsize=TITLE)
+    axes.tick_params(labelsize=LABEL)
+    axes.legend(fontsize=LABEL, loc="upper right", frameon=False, borderaxespad=0.1, handlelength=1)
 
 
 def _sensitivity(axes: "Axes", explanation: Explanation) -> None:
-    axes.set_title("Median SQNR, by threshold", fontsize=10)
+    axes.set_title("Median SQNR, by threshold", fontsize=TITLE)
     lines = {name: [row.sqnr_db_at for row in rows] for name, rows in _lines(explanation.rows).items()}
     lines = {name: rows for name, rows in lines.items() if rows[0]}
     if not lines:
-        axes.text(0.5, 0.5, "no scheme here has a threshold", ha="center", fontsize=8)
+        axes.text(0.5, 0.5, "no scheme here has a threshold", ha="center", fontsize=LABEL)
         return
     # 0, no decomposition, is what the largest thresholds tend to: it goes last.
     thresholds = sorted(next(iter(lines.values()))[0], key=lambda each: each or math.inf)
@@ -166,10 +179,10 @@ def _sensitivity(axes: "Axes", explanation: Explanation) -> None:
         axes.axvline(thresholds.index(explanation.threshold), color="grey", lw=1, ls=":")
     labels = [f"{each:g}" if each else "none" for each in thresholds]
     axes.set_xticks(range(len(thresholds)), labels=labels)
-    axes.set_xlabel("threshold (dotted: chosen)", fontsize=8)
-    axes.set_ylabel("dB", fontsize=8)
+    axes.set_xlabel("threshold (dotted: chosen)", fontsize=LABEL)
+    axes.set_ylabel("dB", fontsize=LABEL)
     axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=LABEL)
 
 
 def _last(name: str) -> str:

@@ -77,11 +77,7 @@ def compile_graph(
     canonicalize(compilation)
     select(compilation)
     if replace_bitsandbytes(compilation) or compilation.accepted:
-        quantize_weights(compilation)
-        lower_linears(compilation)
-        share_quantizations(compilation)
-        fold_biases(compilation)
-        join_quantized_linears(compilation)
+        rewrite(compilation)
         rewrite_attentions(compilation)
         compute_positions_once(compilation)
         sum_single_rows(compilation)
@@ -111,11 +107,19 @@ def rewrite_graph(
     canonicalize(compilation)
     select(compilation)
     watch(compilation)
-    quantize_weights(compilation)
-    lower_linears(compilation)
+    rewrite(compilation)
     verify(compilation.root, compilation.signatures)
     swap, _ = finish_inputs(compilation)
     return _behind(swap, compilation.root.gm)
+
+
+def rewrite(compilation: "Compilation") -> None:
+    """The steps that put int8 linears where ``select`` accepted them."""
+    quantize_weights(compilation)
+    lower_linears(compilation)
+    share_quantizations(compilation)
+    fold_biases(compilation)
+    join_quantized_linears(compilation)
 
 
 @dataclass
