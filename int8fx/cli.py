@@ -108,7 +108,7 @@ def demo(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Sets a model as loaded, Inductor's bf16 and llmint8 side by side, in one table.
+    """Sets a model as loaded, Inductor in bf16, and llmint8 on both side by side, in one table.
 
     Most of the time goes into compiling, which the next run finds in Inductor's cache.
     """

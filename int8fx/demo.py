@@ -1,4 +1,4 @@
-"""``int8fx demo``: a model as loaded, Inductor's bf16 and llmint8, side by side in one table."""
+"""``int8fx demo``: a model as loaded, Inductor in bf16, and llmint8 on both, in one table."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def require_gguf() -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keeps transformers' own bars off the screen while ours is on it."""
+    from tqdm.auto import tqdm
     from transformers.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,
@@ -104,9 +105,13 @@ def quiet_transformers() -> Iterator[None]:
 
     shown = is_progress_bar_enabled()
     disable_progress_bar()
+    # The conversion of GGUF files takes tqdm itself, which asks nobody whether to show.
+    initialise = tqdm.__init__
+    tqdm.__init__ = partialmethod(initialise, disable=True)
     try:
         yield
     finally:
+        tqdm.__init__ = initialise
         if shown:
             enable_progress_bar()
 

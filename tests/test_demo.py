@@ -12,11 +12,13 @@ from int8fx.contenders import (
     Contender,
     Speed,
     in_bfloat16,
+    line_up,
     measure,
     weight_bytes,
 )
 from int8fx.errors import UserError
 from int8fx.evaluate import Accuracy
+from int8fx.models import quiet_transformers
 from int8fx.report import Report
 from int8fx.torch_private import compile_counts
 
@@ -114,11 +116,34 @@ def test_bf16_copy_leaves_the_rotary_frequencies(model):
         assert buffer.dtype == original.dtype, name
 
 
+def test_llmint8_runs_on_the_model_as_loaded_and_in_bf16(model):
+    def shown(model) -> list[tuple[str, str]]:
+        return [(each.name, each.how) for each in line_up(model, CAPACITY)]
+
+    three = [("as loaded", "bf16, eager"), ("Inductor", "bf16"), ("llmint8", "int8 + bf16")]
+    assert shown(in_bfloat16(model)) == three
+    assert shown(model)[2:] == [("llmint8", "int8 + fp32"), ("llmint8 bf16", "int8 + bf16")]
+
+
+def test_the_cache_goes_by_the_name_that_forward_has(model, token_ids):
+    given = []
+
+    class Renamed(LlamaForCausalLM):
+        def forward(self, input_ids, cache=None, **more):
+            given.append(cache)
+            return super().forward(input_ids, past_key_values=cache, **more)
+
+    renamed = Renamed(model.config).eval()
+    Contender("eager", "", renamed, renamed, CAPACITY).logits(token_ids)
+    assert None not in given and len(given) == 2
+
+
 def test_table_fits_80_columns(model):
     contenders = [
-        Contender("as loaded", "float32, eager", model, model, CAPACITY),
-        Contender("Inductor", "bfloat16", model, model, CAPACITY),
-        Contender("llmint8", "int8 + float32", model, model, CAPACITY),
+        Contender("as loaded", "fp32, eager", model, model, CAPACITY),
+        Contender("Inductor", "bf16", model, model, CAPACITY),
+        Contender("llmint8", "int8 + fp32", model, model, CAPACITY),
+        Contender("llmint8 bf16", "int8 + bf16", model, model, CAPACITY),
     ]
     names = [contender.name for contender in contenders]
     speeds = dict.fromkeys(names, Speed(prefill=123456.7, decode=1234.56))
@@ -170,3 +195,13 @@ def test_short_context_shortens_the_window(model):
 def test_stop_tokens_come_from_model_and_tokenizer(model, monkeypatch, stop, expected):
     monkeypatch.setattr(model.generation_config, "eos_token_id", stop)
     assert demo.stop_tokens(model, Tokenizer()) == expected
+
+
+def test_bars_of_others_are_off_while_ours_is_on(capsys):
+    from tqdm.auto import tqdm
+
+    with quiet_transformers():
+        assert list(tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert "Converting" not in capsys.readouterr().err
+    assert list(tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert "Converting" in capsys.readouterr().err
