@@ -21,12 +21,14 @@ from int8fx.command_line import (
     RuleOption,
     SkipOption,
     ThresholdOption,
+    above_zero,
     backend_options,
     complain,
     numbers,
     one_line_errors,
     positive,
     print_json,
+    writable,
 )
 
 app = typer.Typer(help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False)
@@ -145,6 +147,7 @@ def bench(
     progress = Console(stderr=True)
     K, N = numbers("--shape", shape, "x", 2)
     sizes = numbers("--rows", rows, ",")
+    above_zero("--seconds", seconds)
     schemes = scheme or ["llm.int8", "w8a16"]
     for name in schemes:
         backend_options(scheme=name)
@@ -195,6 +198,7 @@ def evaluate(
 ) -> None:
     """Compares schemes with the float model: perplexity, KL divergence, top-1 agreement."""
     progress = Console(stderr=True)
+    above_zero("--inject", inject)
     from int8fx.progress import step
 
     with step(progress, "Importing torch and transformers"):
@@ -237,6 +241,8 @@ def explain(
 ) -> None:
     """Shows every linear of a model: what became of it, its outliers, what int8 costs it."""
     progress = Console(stderr=True)
+    writable("--html", html)
+    writable("--plot", plot)
     options = backend_options(
         threshold=threshold,
         decomposition=decomposition,

@@ -5,6 +5,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -59,6 +60,24 @@ def positive(given: str | int) -> int:
     if count < 1:
         raise typer.BadParameter(f"given {given!r}; allowed are whole numbers from 1")
     return count
+
+
+def above_zero(option: str, given: float | None) -> None:
+    """Raises:
+    UserError: names the option, what was given and what is allowed.
+    """
+    if given is not None and not 0 < given < float("inf"):
+        raise UserError(f"{option} {given:g}: allowed is a number > 0")
+
+
+def writable(option: str, given: Path | None) -> None:
+    """Before the work that a file is for, not after it.
+
+    Raises:
+        UserError: the file's directory is not there.
+    """
+    if given is not None and not given.absolute().parent.is_dir():
+        raise UserError(f"{option} {given}: there is no directory {given.absolute().parent}")
 
 
 def numbers(option: str, given: str, separator: str, count: int | None = None) -> list[int]:
