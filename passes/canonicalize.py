@@ -145,7 +145,8 @@ def _scaled(call: _Call, addend: Any, left: Any, right: Any, beta: Any, alpha: A
 def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidate:
     factors = left, right
     left, right = without_broadcast(left), without_broadcast(right)
-    routed = _routed_product(call, left, right, addend)
+    # One row of one number, unsqueezed, looks broadcast.
+    routed = _routed_product(call, *factors, addend) or _routed_product(call, left, right, addend)
     if routed is not None:
         return routed
     left_weight, right_weight = call.weight(left), call.weight(right)

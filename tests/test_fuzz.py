@@ -5,6 +5,7 @@
 
 import copy
 
+import pytest
 import torch
 from checked import checking
 from hypothesis import HealthCheck, given, settings
@@ -57,6 +58,24 @@ def assert_same_form(y, expected):
     assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
     assert y.isfinite().all() == expected.isfinite().all()
     assert y.is_contiguous() or not expected.is_contiguous()
+
+
+# What ``benchmarks/fuzz.py`` found, and was mended.
+COUNTEREXAMPLES = [
+    {
+        "shape": (1, 1, 1),
+        "steps": [("experts", 0, 0, 1, 0)],
+        "dtype": "float32",
+        "threshold": 0.0,
+        "decomposition": "column",
+        "seed": 0,
+    },
+]
+
+
+@pytest.mark.parametrize("program", COUNTEREXAMPLES, ids=str)
+def test_counterexamples(program):
+    check(program)
 
 
 @SETTINGS
