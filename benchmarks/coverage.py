@@ -230,8 +230,8 @@ def write_table(results: dict[str, dict[str, Any]], path: Path) -> None:
         f"{len(rows)} of {len(architectures())} architectures have a result here; the others were not "
         "examined yet, and nothing is claimed of them. Architectures that were known to build at toy "
         "size came first, so this is no sample, and no rate of success follows for the rest.",
-        f"{sum(row.get('why') == NO_CLASS for row in rows)} have no class of their own, most "
-        "of them since they are the text, vision or audio part of another model.",
+        f"{sum(row.get('why') == NO_CLASS for row in rows)} have no automatic class "
+        "(text, vision or audio parts of other models among them).",
         "",
         f"{len(ran)} ran, {within} of them with every int8 linear within its bound and no new graph "
         f"break. {compiled} were compiled by Inductor (`compiled`), the others run as the rewritten "
