@@ -52,3 +52,17 @@ def expected_and_bound(
     info = torch.finfo(x.dtype)
     rounding = info.eps * (expected.abs() + round_off + arithmetic) + info.smallest_normal
     return expected, round_off + arithmetic + rounding
+
+
+def attention_bound(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    """Of ``|int8fx.attention - float64's|``: round-off of scores and sums in fp32, and of y.
+
+    A score is a sum of D products, off by D eps |q| |k| at most; e^x turns that into a relative error
+    of every weight, and of their sum. The exponential and the sums over keys add eps for each step;
+    scores are rounded again when their maximum is taken away, |score| eps.
+    """
+    eps = torch.finfo(torch.float32).eps
+    dtype, D, L = q.dtype, q.shape[3], k.shape[2]
+    size = q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max() * scale
+    relative = 2 * ((D + 8) * size + L + 16) * eps + torch.finfo(dtype).eps
+    return float(relative * v.double().abs().max()) + torch.finfo(dtype).smallest_normal

@@ -21,14 +21,17 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from bounds import expected_and_bound
+import torch
+from bounds import attention_bound, expected_and_bound
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from int8fx import pipeline, torch_private
 from int8fx.kernels import ops
+from int8fx.kernels.attention import attention, attention_reference
 from int8fx.kernels.experts import expert_linear
+from int8fx.kernels.once import once
 from int8fx.kernels.scheme import WeightFormat
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.decision import Decision
@@ -102,9 +105,28 @@ def _check_experts(seen: Seen, args: Sequence[Any], y: Tensor) -> Tensor:
     return answer
 
 
+def _check_attention(seen: Seen, args: Sequence[Any], y: Tensor) -> Tensor:
+    """It is in float: no linear is counted, and the answer stays."""
+    q, k, v, mask, is_causal, scale = args
+    wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+    expected = attention_reference(q.double(), k.double(), v.double(), wide, is_causal, scale)
+    finite = expected.isfinite()
+    assert (y.isfinite() == finite).all()
+    if finite.all() and y.numel():
+        assert (y.double() - expected).abs().max() <= attention_bound(q, k, v, scale)
+    return y
+
+
+def _check_once(seen: Seen, args: Sequence[Any], y: Tensor) -> Tensor:
+    assert torch.equal(y, args[0])
+    return y
+
+
 CHECKS: dict[Any, Callable[[Seen, Sequence[Any], Any], Any]] = {
     ops.quantized_linears_cpu: _check_linears,
     expert_linear: _check_experts,
+    attention: _check_attention,
+    once: _check_once,
 }
 
 

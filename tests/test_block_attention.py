@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import attention_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import compile_once
@@ -46,20 +47,6 @@ def masks(kind, B, H, M, L, dtype):
 KINDS = ("none", "causal", "each", "band", "a row hides all", "by key", "float")
 
 
-def bound(q, k, v, scale, dtype):
-    """Of |y - float64's|: round-off of scores and sums in fp32, and of y in its dtype.
-
-    A score is a sum of D products, off by D eps |q| |k| at most; e^x turns that into a relative error
-    of every weight, and of their sum. The exponential and the sums over keys add eps for each step;
-    scores are rounded again when their maximum is taken away, |score| eps.
-    """
-    eps = torch.finfo(torch.float32).eps
-    D, L = q.shape[3], k.shape[2]
-    size = q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max() * scale
-    relative = 2 * ((D + 8) * size + L + 16) * eps + torch.finfo(dtype).eps
-    return float(relative * v.double().abs().max()) + torch.finfo(dtype).smallest_normal
-
-
 def check(B, KV, G, M, L, D, DV, dtype, kind):
     q = torch.randn(B, M, KV * G, D).to(dtype).transpose(1, 2)
     k, v = (torch.randn(B, KV, L, width).to(dtype) for width in (D, DV))
@@ -70,7 +57,7 @@ def check(B, KV, G, M, L, D, DV, dtype, kind):
     assert y.dtype == dtype
     assert y.transpose(1, 2).is_contiguous()
     error = (y.double() - expected).abs().max() if y.numel() else torch.zeros(())
-    assert error <= bound(q, k, v, scale, dtype), f"{float(error):.3g}"
+    assert error <= attention_bound(q, k, v, scale), f"{float(error):.3g}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
