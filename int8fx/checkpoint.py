@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from int8fx.errors import CheckpointError
+from int8fx.quantized_weight import Int8Weight
 from int8fx.state_dict import keys_beside
 from int8fx.torch_private import persistent_tensors
 
@@ -116,9 +117,18 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]
     """The names that the checkpoint leaves out, as it holds their tensor under another.
 
     Raises:
-        CheckpointError: names what is missing or unexpected.
+        CheckpointError: names what is missing or unexpected, or int8 where the model is in float.
     """
     expected = dict(persistent_tensors(model))
+    for name, there in expected.items():
+        given = tensors.get(name)
+        int8_given = given is not None and given.dtype == torch.int8
+        # Copied into a float parameter, int8 values would be garbage without a word.
+        if int8_given and there.is_floating_point() and type(there) is not Int8Weight:
+            raise CheckpointError(
+                f"{name}: torch.int8 in the checkpoint, {there.dtype} in the model; "
+                "int8fx.quantize_(model) before makes weights int8"
+            )
     known = {beside for name in expected for beside in keys_beside(name)} | expected.keys()
     unexpected = sorted(tensors.keys() - known)
     if unexpected:

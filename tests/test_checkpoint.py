@@ -108,6 +108,17 @@ def test_float_weights_are_quantised_as_they_are_read(floats, model, x, tmp_path
     assert torch.equal(read(x), model(x))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_int8_values_are_not_copied_into_a_float_model(floats, model, tmp_path, device):
+    int8fx.save_checkpoint(model, tmp_path)
+    before = {name: tensor.clone() for name, tensor in floats.state_dict().items()}
+    message = r"weight: torch.int8 in the checkpoint, torch.bfloat16 in the model; int8fx.quantize_"
+    with pytest.raises(CheckpointError, match=message):
+        int8fx.load_checkpoint(floats.to(device), tmp_path)
+    if device == "cpu":
+        assert all(torch.equal(tensor, before[name]) for name, tensor in floats.state_dict().items())
+
+
 def test_what_is_read_is_no_view_of_the_file(model, x, tmp_path):
     int8fx.save_checkpoint(model, tmp_path)
     read = int8fx.load_checkpoint(empty("meta"), tmp_path)
