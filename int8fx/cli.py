@@ -257,7 +257,7 @@ def explain(
         from int8fx import explain
         from int8fx.texts import load_with_tokens
 
-    loaded, token_ids = load_with_tokens(model, text, progress)
+    loaded, token_ids = load_with_tokens(model, text, progress, int8=True)
     with step(progress, "Running the model, observed"):
         shown = explain(loaded, input_ids=token_ids[None, :tokens], use_cache=False, options=options)
     for path, write in ((html, shown.to_html), (plot, shown.plot)):

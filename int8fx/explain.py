@@ -27,7 +27,8 @@ def explain(
     changes.
 
     Args:
-        model: a module or a function, compiled or not.
+        model: a module or a function, compiled or not. A weight that is in int8 already is compared
+            with the float values that it stands for.
         options: those of the backend, see ``int8fx.Options``.
 
     Raises:

@@ -62,6 +62,9 @@ def _bar(name: str, console: Console) -> Iterator[None]:
 def load_directory(name: str | Path, **more: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers skips a quantiser that it was not told of, and takes int8 values for the weights.
+    import int8fx.integrations.transformers  # noqa: F401
+
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **more)
     return model.eval(), AutoTokenizer.from_pretrained(name)
 

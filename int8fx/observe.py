@@ -27,6 +27,7 @@ from int8fx.passes.flops import flops
 from int8fx.passes.lower import Product
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.pipeline import Compilation, rewrite_graph
+from int8fx.quantized_weight import in_float
 from int8fx.weights import WeightStore
 
 # The thresholds that the sensitivity is measured at; 0 is no decomposition.
@@ -229,7 +230,7 @@ class _Observer:
                 _record(
                     self.seen(weight, choice),
                     x,
-                    self._expression.evaluate(weight),
+                    in_float(self._expression.evaluate(weight)),
                     bias,
                     kept,
                     y,

@@ -66,6 +66,13 @@ def decisions(model: nn.Module, **options: Any) -> list[Decision]:
     return [site.decision for site in _sites(model, Options.parse(options, "quantize_", OPTIONS))]
 
 
+def first_int8(model: Any) -> str:
+    """The name of the first parameter in int8, of a module that has one; or empty."""
+    if not isinstance(model, nn.Module):
+        return ""
+    return next((n for n, p in model.named_parameters() if isinstance(local(p), Int8Weight)), "")
+
+
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replaces the int8 weights of a model by float parameters, in place: ``w_int8 · w_scale``.
 

@@ -210,6 +210,11 @@ class Int8Weight(Tensor):
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
 
+def in_float(tensor: Tensor) -> Tensor:
+    """What a tensor stands for, as a plain one."""
+    return tensor.dequantize() if isinstance(tensor, Int8Weight) else tensor
+
+
 def drop_weak_references(weight: Int8Weight) -> None:
     """``Module.to`` and its like swap a parameter's content, which weak references to it prevent;
     Dynamo leaves some behind, in cycles."""

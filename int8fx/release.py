@@ -3,7 +3,10 @@
 What ``quantize_`` does to a model before, the option ``release_weights`` does at the compile, with
 what was packed for it; nothing of a released weight is left to be read by accident. Everything that
 reads the parameter afterwards (an eager call, ``state_dict``, ``.to``, another backend) finds an
-``Int8Weight``, and ``int8fx.dequantize_(model)`` brings a float parameter back.
+``Int8Weight`` and gets a right answer, so none of them has to be refused. The exact float values are
+all that is gone, and the log says so: ``int8fx.dequantize_(model)`` brings a float parameter back,
+with the values that the int8 one stands for. What would write to a released weight, or train it, is
+told that in an error.
 
 This happens before Dynamo builds the guards of the graph, so it does not compile again.
 """
@@ -42,6 +45,12 @@ def release(compilation: "Compilation") -> Collection[int]:
             kept.append(f"{compilation.paths[compilation.placeholders[slot.position]]}: {reason}")
         else:
             released.add(slot.position)
+    if released:
+        log.info(
+            "release_weights: %d weights are in int8 now, and their float values are gone; "
+            "int8fx.dequantize_(model) brings float weights back, rounded as they are",
+            len(released),
+        )
     if kept:
         warnings.warn("release_weights kept " + "; ".join(kept), UserWarning, stacklevel=2)
     return released

@@ -60,6 +60,8 @@ def quantize_files(name: str, directory: Path, options: dict[str, Any], progress
     if name.endswith(".gguf"):
         raise UserError(f"MODEL {name}: its weights are quantised already; give a float model")
     model, tokenizer = models.load(name, progress, quantization_config=Int8FxConfig(**options))
+    if model.hf_quantizer.pre_quantized:
+        raise UserError(f"MODEL {name}: its weights are quantised already; give a float model")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with step(progress, f"Writing {directory}"):

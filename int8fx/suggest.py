@@ -113,12 +113,21 @@ def suggest(
         on_run: told how many runs are done, and of how many.
 
     Raises:
-        ValueError: the budget is not one of these, or cannot be kept; nothing was changed.
+        ValueError: the budget is not one of these, or cannot be kept, or weights of the model are in
+            int8 already; nothing was changed.
         TypeError: the model does not answer with logits.
     """
     _check(budget)
     from int8fx.mixture import Mixtures
+    from int8fx.quantize import first_int8
+    from int8fx.torch_private import uncompiled
 
+    already = first_int8(uncompiled(model))
+    if already:
+        raise ValueError(
+            f"{already} is in int8 already, and options are chosen by the distance from the float "
+            "model: give that"
+        )
     args, kwargs = _arguments(inputs)
     mixtures = Mixtures(model, args, kwargs, WAYS)
     linears = _measure(mixtures, on_run)

@@ -10,26 +10,40 @@ from torch import Tensor
 from int8fx import models, smollm2
 from int8fx.errors import UserError
 from int8fx.evaluate import sample_text
+from int8fx.quantize import first_int8
 
 
-def load(name: str | None, progress: Console) -> tuple[Any, Any]:
+def load(name: str | None, progress: Console, *, int8: bool = False) -> tuple[Any, Any]:
     """A model, on a GPU if there is one, and its tokenizer; None is SmolLM2-135M-Instruct.
+
+    Args:
+        int8: whether a model will do that has no float weights any more.
 
     Raises:
         UserError: the model cannot be loaded, and why.
     """
     model, tokenizer = smollm2.load(progress) if name is None else models.load(name, progress)
+    if not int8 and first_int8(model):
+        raise UserError(
+            f"model {name}: {first_int8(model)} is in int8 already, and the float model is what is "
+            "compared with; give that"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def load_with_tokens(name: str | None, text: Path | None, progress: Console) -> tuple[Any, Tensor]:
+def load_with_tokens(
+    name: str | None, text: Path | None, progress: Console, *, int8: bool = False
+) -> tuple[Any, Tensor]:
     """A model and the token ids ``[T]`` of a text, on its device; None is the sample text.
+
+    Args:
+        int8: as of ``load``.
 
     Raises:
         UserError: the model or the text cannot be used, and why.
     """
     words = read(text)  # before the model, which may take a while
-    model, tokenizer = load(name, progress)
+    model, tokenizer = load(name, progress, int8=int8)
     token_ids = torch.tensor(tokenizer(words)["input_ids"], device=model.device)
     if token_ids.numel() < 2:
         raise UserError(f"--text {text} has {token_ids.numel()} tokens; at least 2 are needed")

@@ -297,6 +297,30 @@ def test_quantize_writes_what_from_pretrained_reads(capsys, tmp_path):
     assert 0 < error < 0.05
 
 
+def test_files_in_int8_are_explained_and_elsewhere_refused(capsys, tmp_path):
+    saved_model(tmp_path / "float")
+    out, text = tmp_path / "int8", tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{index}" for index in range(40)))
+    assert run(capsys, "quantize", str(tmp_path / "float"), str(out))[0] == 0
+    shown = {}
+    for name in ("float", "int8"):
+        options = ["--text", str(text), "--tokens", "16", "--json"]
+        code, printed, err = run(capsys, "explain", str(tmp_path / name), *options)
+        assert code == 0, err
+        shown[name] = {row["path"]: row for row in json.loads(printed)["rows"]}
+    for path, row in shown["int8"].items():
+        of_float = shown["float"][path]
+        assert row["accepted"] == of_float["accepted"]
+        if row["accepted"]:
+            # The weight's own rounding is no error any more; that of the activations is.
+            assert of_float["sqnr_db"] < row["sqnr_db"] < of_float["sqnr_db"] + 10
+            assert row["float_bytes"] == of_float["float_bytes"]
+    code, _, err = run(capsys, "quantize", str(out), str(tmp_path / "again"))
+    assert code != 0 and "its weights are quantised already; give a float model" in err[-1]
+    code, _, err = run(capsys, "evaluate", str(out), "--text", str(text))
+    assert code != 0 and "is in int8 already, and the float model is what is compared with" in err[-1]
+
+
 def test_explain_in_json_and_as_a_page(capsys, tmp_path):
     saved_model(tmp_path / "model")
     text, page = tmp_path / "text.txt", tmp_path / "page.html"

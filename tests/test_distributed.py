@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from bounds import expected_and_bound
 from support import Mlp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -43,6 +44,67 @@ def tensor_parallel(rank, mesh):
     check(model)
     compiled = torch.compile(model, backend="llmint8")
     torch.testing.assert_close(compiled(batch()), model(batch()))
+
+
+def tensor_parallel_saved(rank, mesh):
+    """A whole state_dict gathers the float values that the shards stand for."""
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = int8fx.quantize_(parallelize_module(built(), mesh, plan))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    assert torch.equal(model.up.weight.full_tensor(), int8fx.quantize_(built()).up.weight.dequantize())
+    if rank == 0:
+        assert set(state) == {"up.weight", "up.bias", "down.weight"}
+        assert torch.equal(state["up.weight"], int8fx.quantize_(built()).up.weight.dequantize())
+        parts = built().down.weight.chunk(RANKS, 1)
+        quantized = [Int8Weight.from_float(p, threshold=6.0, decomposition="column") for p in parts]
+        assert torch.equal(state["down.weight"], torch.cat([q.dequantize() for q in quantized], 1))
+
+
+def tp_plan_of_transformers(rank, mesh):
+    """from_pretrained: each process reads its shard of the float file, and quantises it."""
+    from transformers import DistributedConfig, LlamaForCausalLM
+
+    from int8fx.integrations.transformers import Int8FxConfig
+
+    path = os.environ["LLAMA"]
+    options = {"quantization_config": Int8FxConfig()}
+    parallel = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    floats = LlamaForCausalLM.from_pretrained(path).eval()
+    alone = LlamaForCausalLM.from_pretrained(path, **options).eval()
+    model = LlamaForCausalLM.from_pretrained(path, **options, **parallel).eval()
+    up, down = (getattr(model.model.layers[0].mlp, name).weight for name in ("up_proj", "down_proj"))
+    assert isinstance(up, DTensor) and type(up.to_local()) is Int8Weight
+    whole = alone.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(up.to_local().w_int8, whole.w_int8.chunk(RANKS)[rank])
+    part = floats.model.layers[0].mlp.down_proj.weight.chunk(RANKS, 1)[rank]
+    assert torch.equal(down.to_local().w_int8, quantize_weight(part)[0])
+    with torch.no_grad():
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+        check_mlp(rank, model.model.layers[0].mlp, floats.model.layers[0].mlp, x)
+        tokens = torch.arange(8).unsqueeze(0)
+        expected, y = floats(tokens).logits, model(tokens).logits
+        # Rounding to int8 in every linear; a shard too few or a sum too many is an error of its size.
+        assert (y - expected).norm() < 0.05 * expected.norm()
+    if rank == 0:
+        alone.save_pretrained(path + "-int8")
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"int8 files cannot be read in shards.*the float checkpoint"):
+        LlamaForCausalLM.from_pretrained(path + "-int8", **parallel)
+
+
+def check_mlp(rank, mlp, floats, x):
+    """A Llama MLP to the scheme's bound, on what each of its layers really got."""
+    for name in ("gate_proj", "up_proj"):
+        y, weight = getattr(mlp, name)(x), getattr(floats, name).weight.chunk(RANKS)[rank]
+        expected, bound = expected_and_bound(x, weight, None, 6.0, "column")
+        assert ((y.double() - expected).abs() <= bound).all()
+    hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    gathered = [torch.empty_like(hidden) for _ in range(RANKS)]
+    dist.all_gather(gathered, hidden.contiguous())
+    whole, weight = torch.cat(gathered, -1), floats.down_proj.weight
+    expected, bound = expected_and_bound(whole, weight, None, 6.0, "column")
+    assert ((mlp.down_proj(hidden).double() - expected).abs() <= bound).all()
 
 
 def tensor_parallel_of_floats(rank, mesh):
@@ -82,11 +144,28 @@ def check(model):
     assert ((y - expected).abs() <= bound).all()
 
 
-CASES = [tensor_parallel, tensor_parallel_of_floats, fsdp2]
+CASES = [
+    tensor_parallel,
+    tensor_parallel_saved,
+    tensor_parallel_of_floats,
+    tp_plan_of_transformers,
+    fsdp2,
+]
+
+
+def save_llama(path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shapes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, **shapes)
+    LlamaForCausalLM(config).save_pretrained(path)
 
 
 def _run(rank, path, results):
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # What torchrun would set, and where the model is.
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LLAMA": path.with_name("llama")}
+    os.environ |= {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in ranks.items()}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -108,6 +187,7 @@ def outcomes(tmp_path_factory):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     path = tmp_path_factory.mktemp("rendezvous") / "file"
+    save_llama(path.with_name("llama"))
     processes = [context.Process(target=_run, args=(rank, path, results)) for rank in range(RANKS)]
     for process in processes:
         process.start()

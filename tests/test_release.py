@@ -61,6 +61,49 @@ def test_everything_that_reads_a_released_weight_finds_its_int8_form(model, x):
     assert type(int8fx.dequantize_(model).up.weight) is nn.Parameter
 
 
+def test_the_log_says_what_happened_and_the_way_back(model, x, caplog):
+    with caplog.at_level("INFO", "int8fx.release"):
+        compile_once(model, x, backend_options=RELEASE)
+    (record,) = [record for record in caplog.records if record.name == "int8fx.release"]
+    assert "2 weights are in int8 now, and their float values are gone" in record.getMessage()
+    assert "int8fx.dequantize_(model) brings float weights back" in record.getMessage()
+
+
+def test_another_backend_reads_a_released_weight(model, x):
+    y, _ = compile_once(model, x, backend_options=RELEASE)
+    torch._dynamo.reset()
+    other = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(other(x), y)
+    torch._dynamo.reset()
+    # It knows nothing of int8fx's operators but that they can be called.
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+
+
+def test_what_moves_or_loads_a_released_weight_is_seen_by_the_compiled_model(model, x):
+    floats = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    double = copy.deepcopy(model)
+    double.load_state_dict(floats)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="llmint8", options=RELEASE, dynamic=False)
+    y = compiled(x)
+    assert torch.equal(compiled(x), y) and type(model.up.weight) is Int8Weight
+    model.to("cpu", torch.float32)
+    assert torch.equal(compiled(x), y)
+    model.load_state_dict(floats)
+    assert torch.equal(compiled(x), model(x)) and not torch.equal(model(x), y)
+    assert torch.equal(model(x), int8fx.quantize_(double)(x))
+    int8fx.dequantize_(model)
+    assert torch.equal(model.up.weight, double.up.weight.dequantize())
+
+
+def test_what_would_write_to_or_train_a_released_weight_is_told_the_way_back(model, x):
+    compile_once(model, x, backend_options=RELEASE)
+    with pytest.raises(RuntimeError, match=r"read-only: int8fx.dequantize_\(model\) brings back"):
+        nn.init.normal_(model.up.weight)
+    with pytest.raises(RuntimeError, match=r"cannot require grad.*int8fx.dequantize_\(model\)"):
+        model.requires_grad_(True)
+
+
 def test_conv1d_is_released_in_its_own_shape(x):
     from transformers.pytorch_utils import Conv1D
 

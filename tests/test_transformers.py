@@ -95,6 +95,13 @@ def test_save_and_load_bit_for_bit(model, saved, device_map):
     assert torch.equal(logits(read), logits(model))
 
 
+def test_what_was_read_in_int8_is_saved_again(model, saved, tmp_path):
+    load(saved).save_pretrained(tmp_path)
+    again = load(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate(model, saved, cache):
     tokens = torch.arange(8).unsqueeze(0)

@@ -72,6 +72,15 @@ class Int8FxQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        """Raises:
+        ValueError: nothing of the model can be quantised, or int8 files are to be read in shards.
+        """
+        if self.pre_quantized and _is_in_shards(model):
+            # transformers cuts what belongs to a weight as it cuts the weight, its scales as well.
+            raise ValueError(
+                "int8 files cannot be read in shards (tp_plan, FSDP): give the float checkpoint and "
+                "quantization_config=Int8FxConfig(), and each process quantises its shard"
+            )
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         found = decisions(model, **self.quantization_config.options)
         names = {f"{decision.path}.weight" for decision in found if decision.accepted}
@@ -123,8 +132,19 @@ class _Quantize(_Operation):
         return result
 
 
+class _AsItIs(ConversionOps):
+    """What saving undoes the reading with: ``state_dict`` has split int8 weights already."""
+
+    def convert(self, input_dict: Any, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+        return input_dict
+
+
 class _Deserialize(_Operation):
     """``weight`` and ``weight_scale`` to an int8 weight; a float ``weight`` stays what it is."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsItIs()
 
     def convert(  # type: ignore[override]
         self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
@@ -142,6 +162,13 @@ class _Deserialize(_Operation):
         for tensor in tensors.values():
             pages.release_mapped(tensor)
         return {"weight": nn.Parameter(weight, requires_grad=False)}
+
+
+def _is_in_shards(model: Any) -> bool:
+    """Whether each process is to read a part of every weight."""
+    distributed = getattr(model.config, "distributed_config", None)
+    sizes = (getattr(distributed, name, None) for name in ("tp_size", "fsdp_size"))
+    return any((size or 1) > 1 for size in sizes)
 
 
 def _single(value: Any) -> Tensor:
