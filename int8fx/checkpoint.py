@@ -74,7 +74,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     index = path / INDEX
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: damaged: no 'weight_map' of names to files") from error
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise FileNotFoundError(f"{index} names {missing[0]}, which is not there")

@@ -262,6 +262,22 @@ def test_files_that_are_not_there(model, tmp_path):
         int8fx.load_checkpoint(empty(), tmp_path)
     int8fx.save_checkpoint(model, tmp_path, max_shard_size=5000)
     shard = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]["up.bias"]
+    index = tmp_path / "model.safetensors.index.json"
+    whole = index.read_text()
+    for damaged in (whole[:-40], "{}", "[]", '{"weight_map": 3}'):
+        index.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"index\.json: damaged: no 'weight_map' of names"):
+            int8fx.load_checkpoint(empty(), tmp_path)
+    # An index that leaves a file out.
+    places = json.loads(whole)["weight_map"]
+    others = {name: file for name, file in places.items() if file != shard}
+    index.write_text(json.dumps({"weight_map": others}))
+    target = empty()
+    before = snapshot(target)
+    with pytest.raises(CheckpointError, match=r"norm\.weight: in the model, and missing"):
+        int8fx.load_checkpoint(target, tmp_path)
+    assert_unchanged(target, before)
+    index.write_text(whole)
     (tmp_path / shard).unlink()
     with pytest.raises(FileNotFoundError, match=f"names {shard}, which is not there"):
         int8fx.load_checkpoint(empty(), tmp_path)

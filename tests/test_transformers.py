@@ -171,6 +171,15 @@ def test_what_cannot_be_loaded(floats):
         )
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_int8_weights_are_not_offloaded(floats, saved, quantised):
+    path = saved if quantised else floats[0]
+    options = {} if quantised else {"quantization_config": Int8FxConfig()}
+    away = {"model.layers.0": "meta", "model": "cpu", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"leaves model\.layers\.1.*weight on 'cpu', to be copied"):
+        load(path, **options, device_map=away)
+
+
 def test_a_damaged_checkpoint_names_the_tensor(model, saved, tmp_path, caplog):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state[f"{UP}_scale"][3] = float("nan")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.accelerate import get_device
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -60,6 +61,7 @@ class Int8FxQuantizer(HfQuantizer):
     quantized_element_size = 1
     is_trainable = True
     is_compileable = True
+    names: frozenset[str] = frozenset()
 
     def is_serializable(self) -> bool:
         return True
@@ -70,10 +72,29 @@ class Int8FxQuantizer(HfQuantizer):
                 "device_map sends modules to 'disk', from where int8 weights cannot be read back; "
                 "allowed: devices, 'cpu' among them"
             )
+        self._refuse_offloading(device_map)
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _refuse_offloading(self, device_map: Any) -> None:
         """Raises:
-        ValueError: nothing of the model can be quantised, or int8 files are to be read in shards.
+        ValueError: int8 weights would wait in main memory for a module that runs elsewhere.
+        """
+        if not isinstance(device_map, dict) or set(device_map.values()) <= {"cpu", "disk"}:
+            return
+        # accelerate keeps the state_dict of such modules, and makes each parameter of its entry alone.
+        away = sorted(name for name in self.names if get_device(device_map, name) == "cpu")
+        if away:
+            raise ValueError(
+                f"device_map leaves {away[0]} on 'cpu', to be copied to another device for each call, "
+                "which accelerate cannot do with int8 weights and their scales; allowed: all of them "
+                "on 'cpu', or all on other devices"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, **_: Any
+    ) -> None:
+        """Raises:
+        ValueError: nothing of the model can be quantised, or int8 files are to be read in shards, or
+            int8 weights to be offloaded.
         """
         if self.pre_quantized and _is_in_shards(model):
             # transformers cuts what belongs to a weight as it cuts the weight, its scales as well.
@@ -84,10 +105,11 @@ class Int8FxQuantizer(HfQuantizer):
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         found = decisions(model, **self.quantization_config.options)
         names = {f"{decision.path}.weight" for decision in found if decision.accepted}
-        self.names = names - tied
+        self.names = frozenset(names - tied)
         if not self.names:
             reasons = "".join(f"\n  {decision}" for decision in found)
             raise ValueError(f"no weight of {type(model).__name__} can be quantised{reasons}")
+        self._refuse_offloading(device_map)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return param_name in self.names
