@@ -230,7 +230,7 @@ class _Observer:
                 _record(
                     self.seen(weight, choice),
                     x,
-                    in_float(self._expression.evaluate(weight)),
+                    self._expression.evaluate(weight),
                     bias,
                     kept,
                     y,
@@ -273,7 +273,7 @@ def _record(
     settings = choice.settings
     seen.add_input(x, settings.threshold)
     with torch.autocast(x.device.type, enabled=False):
-        expected = F.linear(x.float(), matrix.float(), None if bias is None else bias.float())
+        expected = F.linear(x.float(), in_float(matrix), None if bias is None else bias.float())
     seen.signal += _energy(expected)
     seen.noise += _energy(y.float() - expected)
     if "threshold" not in choice.scheme.reads:

@@ -211,8 +211,8 @@ class Int8Weight(Tensor):
 
 
 def in_float(tensor: Tensor) -> Tensor:
-    """What a tensor stands for, as a plain one."""
-    return tensor.dequantize() if isinstance(tensor, Int8Weight) else tensor
+    """What a tensor stands for, as a plain one in fp32."""
+    return tensor.dequantize(torch.float32) if isinstance(tensor, Int8Weight) else tensor.float()
 
 
 def drop_weak_references(weight: Int8Weight) -> None:
