@@ -37,14 +37,17 @@ def release(compilation: "Compilation") -> Collection[int]:
     A weight that something else needs in float stays; a warning names it.
     """
     released, kept = set(), []
+    roots: dict[int, nn.Module] = {}
     for slot in compilation.slots:
         if slot.quantized or slot.kept is OF_BITSANDBYTES:
             continue
-        reason = _release(compilation, slot)
+        reason = _release(compilation, slot, roots)
         if reason:
             kept.append(f"{compilation.paths[compilation.placeholders[slot.position]]}: {reason}")
         else:
             released.add(slot.position)
+    for root in roots.values():
+        state_dict.check_on_load(root)
     if released:
         log.info(
             "release_weights: %d weights are in int8 now, and their float values are gone; "
@@ -56,8 +59,8 @@ def release(compilation: "Compilation") -> Collection[int]:
     return released
 
 
-def _release(compilation: "Compilation", slot: Slot) -> str:
-    """Why the weight of a slot was not released, or empty."""
+def _release(compilation: "Compilation", slot: Slot, roots: dict[int, nn.Module]) -> str:
+    """Why the weight of a slot was not released, or empty; then ``roots`` gains its model, by id."""
     placeholder = compilation.placeholders[slot.position]
     tensor = compilation.inputs[slot.position]
     found = source_owner(placeholder)
@@ -80,6 +83,8 @@ def _release(compilation: "Compilation", slot: Slot) -> str:
         return f"it is seen through {slot.expression.recipe}"
     owner.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     state_dict.attach(owner)
+    if isinstance(root, nn.Module):
+        roots[id(root)] = root
     return ""
 
 

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import int8fx
 from int8fx import Int8Weight
+from int8fx.errors import CheckpointError
 from int8fx.options import Options
 
 K, N = 32, 48
@@ -94,6 +95,20 @@ def test_what_moves_or_loads_a_released_weight_is_seen_by_the_compiled_model(mod
     assert torch.equal(model(x), int8fx.quantize_(double)(x))
     int8fx.dequantize_(model)
     assert torch.equal(model.up.weight, double.up.weight.dequantize())
+
+
+def test_a_mismatched_checkpoint_leaves_a_released_model_as_it_was(model, x):
+    y, _ = compile_once(model, x, backend_options=RELEASE)
+    floats = int8fx.dequantize_(copy.deepcopy(model)).state_dict()
+    state = {name: tensor + 1 for name, tensor in floats.items()}
+    # The last of the model's entries: by then, without a check of all, the others are loaded.
+    state["down.weight"] = state["down.weight"][:-1]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = r"down.weight: shape \[31, 48\] in the checkpoint, \[32, 48\] in the model"
+    with pytest.raises(CheckpointError, match=message):
+        model.load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(x), y)
 
 
 def test_what_would_write_to_or_train_a_released_weight_is_told_the_way_back(model, x):
