@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from int8fx.errors import CheckpointError
-from int8fx.quantized_weight import Int8Weight
-from int8fx.state_dict import keys_beside
+from int8fx.state_dict import check, checks_on_load, keys_beside
 from int8fx.torch_private import persistent_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -56,6 +55,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     for file in _files(Path(path)):
         tensors.update(_read(file))
     tied = _check_names(model, tensors)
+    if not checks_on_load(model):  # it was never quantised
+        check(model, tensors)
     on_meta = any(tensor.is_meta for _, tensor in persistent_tensors(model))
     if on_meta:
         # What is assigned must not stay a view of the file; int8 weights are packed, and are none.
@@ -120,18 +121,9 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]
     """The names that the checkpoint leaves out, as it holds their tensor under another.
 
     Raises:
-        CheckpointError: names what is missing or unexpected, or int8 where the model is in float.
+        CheckpointError: names what is missing or unexpected.
     """
     expected = dict(persistent_tensors(model))
-    for name, there in expected.items():
-        given = tensors.get(name)
-        int8_given = given is not None and given.dtype == torch.int8
-        # Copied into a float parameter, int8 values would be garbage without a word.
-        if int8_given and there.is_floating_point() and type(there) is not Int8Weight:
-            raise CheckpointError(
-                f"{name}: torch.int8 in the checkpoint, {there.dtype} in the model; "
-                "int8fx.quantize_(model) before makes weights int8"
-            )
     known = {beside for name in expected for beside in keys_beside(name)} | expected.keys()
     unexpected = sorted(tensors.keys() - known)
     if unexpected:

@@ -37,17 +37,14 @@ def release(compilation: "Compilation") -> Collection[int]:
     A weight that something else needs in float stays; a warning names it.
     """
     released, kept = set(), []
-    roots: dict[int, nn.Module] = {}
     for slot in compilation.slots:
         if slot.quantized or slot.kept is OF_BITSANDBYTES:
             continue
-        reason = _release(compilation, slot, roots)
+        reason = _release(compilation, slot)
         if reason:
             kept.append(f"{compilation.paths[compilation.placeholders[slot.position]]}: {reason}")
         else:
             released.add(slot.position)
-    for root in roots.values():
-        state_dict.check_on_load(root)
     if released:
         log.info(
             "release_weights: %d weights are in int8 now, and their float values are gone; "
@@ -59,8 +56,8 @@ def release(compilation: "Compilation") -> Collection[int]:
     return released
 
 
-def _release(compilation: "Compilation", slot: Slot, roots: dict[int, nn.Module]) -> str:
-    """Why the weight of a slot was not released, or empty; then ``roots`` gains its model, by id."""
+def _release(compilation: "Compilation", slot: Slot) -> str:
+    """Why the weight of a slot was not released, or empty."""
     placeholder = compilation.placeholders[slot.position]
     tensor = compilation.inputs[slot.position]
     found = source_owner(placeholder)
@@ -84,7 +81,7 @@ def _release(compilation: "Compilation", slot: Slot, roots: dict[int, nn.Module]
     owner.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     state_dict.attach(owner)
     if isinstance(root, nn.Module):
-        roots[id(root)] = root
+        state_dict.check_on_load(root)
     return ""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int8fx import torch_private
 from int8fx.errors import CheckpointError
 from int8fx.kernels.quantize import QMAX
 from int8fx.quantized_weight import Int8Weight
@@ -41,8 +42,13 @@ def attach(module: nn.Module) -> None:
 
 
 def check_on_load(model: nn.Module) -> None:
-    """Makes loading into a model check all of its tensors before the first is changed."""
-    model.register_load_state_dict_pre_hook(_check)
+    """Makes loading into a model check all of its tensors, once, before the first is changed."""
+    if not checks_on_load(model):
+        model.register_load_state_dict_pre_hook(check)
+
+
+def checks_on_load(model: nn.Module) -> bool:
+    return torch_private.reads_through(model, check)
 
 
 def _int8_parameters(module: nn.Module) -> Iterator[tuple[str, Int8Weight]]:
@@ -164,7 +170,12 @@ def _read(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: A
             state.pop(key, None)
 
 
-def _check(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def check(model: nn.Module, state: Mapping[str, Any], prefix: str = "", *_: Any) -> None:
+    """Whether what a ``state_dict`` holds fits the model; names that either lacks are torch's to tell.
+
+    Raises:
+        CheckpointError: names the first tensor that does not, what it is and what it should be.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         base = f"{prefix}{path}." if path else prefix
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
@@ -172,13 +183,19 @@ def _check(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> 
             if isinstance(tensor, Int8Weight):
                 _Entry(base + name, tensor, state).check()
             else:
-                _check_shape(base + name, tensor, state.get(base + name))
+                _check_float(base + name, tensor, state.get(base + name))
 
 
-def _check_shape(key: str, tensor: Tensor, value: Tensor | None) -> None:
+def _check_float(key: str, tensor: Tensor, value: Tensor | None) -> None:
     if value is not None and tuple(value.shape) != tuple(tensor.shape):
         raise CheckpointError(
             f"{key}: shape {list(value.shape)} in the checkpoint, {list(tensor.shape)} in the model"
         )
     if value is not None and value.is_floating_point() is not tensor.is_floating_point():
-        raise CheckpointError(f"{key}: {value.dtype} in the checkpoint, {tensor.dtype} in the model")
+        # torch would copy int8 values into a float parameter without a word.
+        hint = (
+            "; int8fx.quantize_(model) before makes weights int8" if value.dtype == torch.int8 else ""
+        )
+        raise CheckpointError(
+            f"{key}: {value.dtype} in the checkpoint, {tensor.dtype} in the model{hint}"
+        )

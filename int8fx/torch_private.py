@@ -332,6 +332,12 @@ def persistent_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{path}.{name}" if path else name), buffer
 
 
+def reads_through(module: Any, hook: Any) -> bool:
+    """Whether ``hook`` is among what a module calls before it loads a ``state_dict``."""
+    registered = module._load_state_dict_pre_hooks.values()
+    return any(getattr(each, "hook", each) is hook for each in registered)
+
+
 def storage_id(tensor: Tensor) -> int:
     """The identity of a tensor's storage object: it changes when ``.data`` is replaced."""
     return tensor.untyped_storage()._cdata
