@@ -108,8 +108,9 @@ class WeightStore:
             for key in [key for key in self._packed if key[0] == identity]:
                 del self._packed[key]
 
-    def __len__(self) -> int:
-        return len(self._packed)
+    def forms(self, tensor: Tensor) -> list[PackedWeight]:
+        """What is kept of one weight: a form for every recipe and format that a graph asked for."""
+        return [packed for key, packed in self._packed.items() if key[0] == id(tensor)]
 
 
 def _pack(
