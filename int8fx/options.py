@@ -58,7 +58,7 @@ class Options:
         attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
             in int8, too. Off by default, as in the paper.
         release_weights: whether modules give up their float weights for the int8 form, once compiled.
-        skips_tied_head: whether a weight that is also an embedding stays in float, and routers of
+        skips_by_default: whether a weight that is also an embedding stays in float, and routers of
             experts: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
     """
@@ -73,7 +73,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     attention: bool = False
     release_weights: bool = False
-    skips_tied_head: bool = True
+    skips_by_default: bool = True
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -100,7 +100,7 @@ class Options:
                     f"unknown option {name!r} for {taker}; allowed: {', '.join(sorted(allowed))}"
                 )
         values = {name: _CHECKS[name](name, value) for name, value in given.items()}
-        return cls(**values, skips_tied_head="skip" not in given, given=frozenset(given))
+        return cls(**values, skips_by_default="skip" not in given, given=frozenset(given))
 
     def choice(self, path: str, kept: Mapping[str, Any] | None = None) -> Choice:
         """The scheme of a module, and its settings.
@@ -123,7 +123,7 @@ class Options:
     def unused(self, paths: Collection[str]) -> tuple[str, ...]:
         """The user's patterns that decide on none of these modules, as a person would name them."""
         # The default skip list is not the user's: most of its names are other models'.
-        given = {"skip": () if self.skips_tied_head else self.skip, "only": self.only or ()}
+        given = {"skip": () if self.skips_by_default else self.skip, "only": self.only or ()}
         named = [
             f"{option}: {pattern!r}"
             for option, patterns in given.items()

@@ -78,9 +78,7 @@ def compile_graph(
     select(compilation)
     if replace_bitsandbytes(compilation) or compilation.accepted:
         rewrite(compilation)
-        rewrite_attentions(compilation)
-        compute_positions_once(compilation)
-        sum_single_rows(compilation)
+        speed_up_float(compilation)
         verify(compilation.root, compilation.signatures)
     compiled = codegen(compilation, patches)
     if options.release_weights:
@@ -189,7 +187,7 @@ def select(compilation: Compilation) -> None:
         paths=compilation.paths,
         skip=options.skip,
         only=options.only,
-        skips_tied_head=options.skips_tied_head,
+        skips_by_default=options.skips_by_default,
         kernel_reason=table.refusal,
         mutated=frozenset(written(compilation.root.graph)),
         weight_reason=functools.partial(_weight_reason, options),
@@ -359,30 +357,29 @@ def join_quantized_linears(compilation: Compilation) -> None:
         join_linears(scope.graph, compilation.fake_mode, table.joined)
 
 
-def rewrite_attentions(compilation: Compilation) -> None:
-    """group_heads and block_attention on every graph."""
-    for scope in compilation.root.walk():
-        grouped = group_heads(scope.graph, compilation.fake_mode)
-        blocked = 0
-        if table.attends("cpu") and not _needs_autograd(compilation.inputs):
-            blocked = block_attention(scope.graph, compilation.fake_mode)
-        log.debug(
-            "attentions: %d of decode, by key heads; %d of many rows, by blocks", grouped, blocked
-        )
+# What is left in float gets out of the way: what the log calls it, the pass, and when it applies.
+IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation], bool]], ...] = (
+    ("attentions of decode by key heads", group_heads, lambda compilation: True),
+    (
+        "attentions of many rows by blocks",
+        block_attention,
+        lambda compilation: table.attends("cpu") and not _needs_autograd(compilation.inputs),
+    ),
+    ("values that every layer reads, once", compute_once, lambda compilation: True),
+    (
+        "linears of one row as sums",
+        one_row,
+        lambda compilation: not _needs_autograd(compilation.inputs),
+    ),
+)
 
 
-def compute_positions_once(compilation: Compilation) -> None:
-    """compute_once on every graph."""
-    found = sum(compute_once(scope.graph, compilation.fake_mode) for scope in compilation.root.walk())
-    log.debug("%d values that every layer reads are computed once", found)
-
-
-def sum_single_rows(compilation: Compilation) -> None:
-    """one_row on every graph."""
-    if _needs_autograd(compilation.inputs):
-        return
-    found = sum(one_row(scope.graph, compilation.fake_mode) for scope in compilation.root.walk())
-    log.debug("%d linears of one row in float are sums", found)
+def speed_up_float(compilation: Compilation) -> None:
+    """The passes of ``IN_FLOAT`` on every graph."""
+    for what, run, applies in IN_FLOAT:
+        if applies(compilation):
+            graphs = (scope.graph for scope in compilation.root.walk())
+            log.debug("%d %s", sum(run(graph, compilation.fake_mode) for graph in graphs), what)
 
 
 def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:

@@ -221,7 +221,7 @@ def _refuse_what_others_hold(model: nn.Module, sites: list[_Site], options: Opti
             going = [holder for holder in holding if holder.is_weight_of(accepted)]
             if not stays:
                 continue
-            tied = isinstance(stays[0].module, nn.Embedding) and options.skips_tied_head
+            tied = isinstance(stays[0].module, nn.Embedding) and options.skips_by_default
             for holder in going:
                 reason = TIED_HEAD if tied else f"shares memory with {stays[0]}, which stays in float"
                 accepted.pop(id(holder.module)).reason = reason

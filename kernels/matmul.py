@@ -13,17 +13,12 @@ attention in 16-bit.
 import torch
 from torch import Tensor
 
-from int8fx.kernels.quantize import MAX_K, quantize_reference
+from int8fx.kernels.quantize import overflow_reason, quantize_reference
 
 _library = torch.library.Library("int8fx", "FRAGMENT")
 _library.define("int8_matmul(Tensor left, Tensor right) -> Tensor")
 
 int8_matmul = torch.ops.int8fx.int8_matmul.default
-
-
-def overflow_reason(K: int) -> str:
-    """Why a sum over K does not fit, or empty."""
-    return f"K = {K} could overflow an int32 sum (at most {MAX_K})" if K > MAX_K else ""
 
 
 def _int8_matmul(left: Tensor, right: Tensor) -> Tensor:

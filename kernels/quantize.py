@@ -26,6 +26,11 @@ DECOMPOSITIONS = ("column", "token")
 EVERYTHING = 2.0**-126
 
 
+def overflow_reason(K: int) -> str:
+    """Why a sum over K does not fit, or empty."""
+    return f"K = {K} could overflow an int32 sum (at most {MAX_K})" if K > MAX_K else ""
+
+
 def quantize_reference(
     x: Tensor, threshold: float, decomposition: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,11 +21,12 @@ from torch import fx
 
 from int8fx.kernels.attention import WIDEST_HEAD, attention
 from int8fx.passes.emit import Emitter
-from int8fx.passes.sdpa import Attention, attentions, shape_of
+from int8fx.passes.sdpa import Attention, attentions
+from int8fx.passes.select import DTYPES
+from int8fx.passes.values import shape_of, tensor_of
 
 # With fewer rows reading the keys is most of the time, and torch's attention is as fast.
 FEWEST_ROWS = 32
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def block_attention(graph: fx.Graph, fake_mode: Any) -> int:
@@ -38,7 +39,7 @@ def _serves(call: Attention) -> bool:
     q, k, v, y = (each.meta["example_value"] for each in (call.q, call.k, call.v, call.node))
     # Under autocast the call casts by itself, and its output is of another dtype than q.
     alike = q.dtype in DTYPES and {q.dtype} == {k.dtype, v.dtype, y.dtype}
-    mask = None if call.mask is None else call.mask.meta["example_value"]
+    mask = tensor_of(call.mask)
     mask_fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
     fits = alike and mask_fits and q.shape[3] <= WIDEST_HEAD and v.shape[3] <= WIDEST_HEAD
     return call.on_cpu and fits and q.shape[2] >= FEWEST_ROWS

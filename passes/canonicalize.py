@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from int8fx.passes.einsum import linear_map
 from int8fx.passes.experts import Routing, selected
 from int8fx.passes.scope import Scope
+from int8fx.passes.values import rank_of, shape_of
 from int8fx.passes.weight_expression import (
     TRANSPOSE,
     Step,
@@ -159,7 +160,7 @@ def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidat
         if addend is None and all(isinstance(factor, fx.Node) for factor in factors):
             candidate.factors = factors
         return candidate
-    if _rank(right) == 1:  # w @ v is F.linear(v, w)
+    if rank_of(right) == 1:  # w @ v is F.linear(v, w)
         return _with_weight(call, right, left, (), bias=addend)
     swap = (method("transpose", -2, -1),)
     return _with_weight(call, right, left, (), bias=addend, x_steps=swap, y_steps=swap)
@@ -169,9 +170,9 @@ def _routed_product(call: _Call, left: Any, right: Any, addend: Any) -> Candidat
     """A product of batches, one of them of weights or of weights chosen by an index."""
     for side, (operand, x) in enumerate(((right, left), (left, right))):
         weight, index, turned = selected(operand) or (operand, None, False)
-        if _rank(weight) != 3 or _rank(x) != 3 or call.weight(weight) is None:
+        if rank_of(weight) != 3 or rank_of(x) != 3 or call.weight(weight) is None:
             continue
-        x_shape, operand_shape = _shape(x), _shape(operand)
+        x_shape, operand_shape = shape_of(x), shape_of(operand)
         assert x_shape is not None and operand_shape is not None
         if call.weight(x) is not None or x_shape[0] != operand_shape[0]:
             return None
@@ -187,9 +188,9 @@ def _grouped_mm(call: _Call) -> Candidate:
     names = ("input", "mat2")
     x, weight, ends, bias, dtype = call.arguments(*names, offs=None, bias=None, out_dtype=None)
     candidate = call.candidate()
-    if _rank(x) != 2 or _rank(weight) != 3 or not isinstance(ends, fx.Node):
+    if rank_of(x) != 2 or rank_of(weight) != 3 or not isinstance(ends, fx.Node):
         return candidate.refused("a grouped product of other shapes than [S, K] and [E, K, N]")
-    if bias is not None or dtype not in (None, _dtype(x)):
+    if bias is not None or dtype not in (None, x.meta["example_value"].dtype):
         return candidate.refused("a grouped product with a bias or an output dtype of its own")
     return _with_routing(call, x, weight, Routing(ends=ends), transposed=True)
 
@@ -235,7 +236,7 @@ def _einsum(call: _Call) -> Candidate:
         return candidate.refused(TWO_ACTIVATIONS)
     side = 0 if weights[0] else 1
     weight, x = operands[side], operands[1 - side]
-    weight_shape, x_rank = _shape(weight), _rank(x)
+    weight_shape, x_rank = shape_of(weight), rank_of(x)
     if weight_shape is None or x_rank is None:
         return candidate.refused("the shapes of its operands are not known")
     form = linear_map(equation, side, weight_shape, x_rank)
@@ -259,7 +260,7 @@ def _with_weight(
 ) -> Candidate:
     candidate = call.candidate()
     expression = call.weight(weight)
-    candidate.weight_shape = _shape(weight)
+    candidate.weight_shape = shape_of(weight)
     if expression is None:
         return candidate.refused(_not_a_weight(call))
     candidate.weight = expression
@@ -267,14 +268,14 @@ def _with_weight(
         return candidate.refused("the input is a constant")
     if call.weight(x) is not None:
         return candidate.refused("both operands are weights")
-    if rank is not None and _rank(weight) != rank:
-        dimensions = {1: "a vector", 3: "a batch of matrices"}.get(_rank(weight) or 0, "not 2-D")
+    if rank is not None and rank_of(weight) != rank:
+        dimensions = {1: "a vector", 3: "a batch of matrices"}.get(rank_of(weight) or 0, "not 2-D")
         return candidate.refused(f"the weight is {dimensions}")
     candidate.x, candidate.x_steps, candidate.y_steps = x, x_steps, y_steps
     candidate.weight = expression.then(*weight_steps)
     if isinstance(bias, fx.Node):
         # With y transposed after the product, a bias of the product's last dimension is no bias.
-        plain = _rank(bias) == 1 and not y_steps and not _is_broadcast(bias, weight, weight_steps)
+        plain = rank_of(bias) == 1 and not y_steps and not _is_broadcast(bias, weight, weight_steps)
         candidate.bias, candidate.addend = (bias, None) if plain else (None, bias)
     return candidate
 
@@ -286,26 +287,11 @@ def _not_a_weight(call: _Call) -> str:
 
 
 def _is_broadcast(bias: fx.Node, weight: fx.Node, weight_steps: Steps) -> bool:
-    shape, bias_shape = _shape(weight), _shape(bias)
+    shape, bias_shape = shape_of(weight), shape_of(bias)
     if shape is None or bias_shape is None:
         return True
     N = shape[1] if weight_steps else shape[0]
     return bias_shape[0] != N
-
-
-def _shape(node: Any) -> tuple | None:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _dtype(node: Any) -> torch.dtype | None:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value.dtype if isinstance(value, Tensor) else None
-
-
-def _rank(node: Any) -> int | None:
-    shape = _shape(node)
-    return None if shape is None else len(shape)
 
 
 aten = torch.ops.aten

@@ -11,10 +11,11 @@ SmolLM2 that was a ninth of the time (two cores of Zen 4); written once, it is n
 import math
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from int8fx.kernels.once import once
 from int8fx.passes.emit import Emitter
+from int8fx.passes.values import shape_of, tensor_of
 from int8fx.passes.weight_expression import is_view_or_cast
 
 READERS = 4  # with fewer, Inductor's way is as good
@@ -40,20 +41,20 @@ def compute_once(graph: fx.Graph, fake_mode: Any) -> int:
 
 def _is_positional(node: fx.Node, positional: set[fx.Node]) -> bool:
     """Computed from integers and vectors (inverse frequencies) alone, on a CPU, without a gradient."""
-    value = node.meta.get("example_value")
-    if isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
+    value = tensor_of(node)
+    if value is not None and (value.device.type != "cpu" or value.requires_grad):
         return False
     if node.op == "placeholder":
-        return not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() <= 1
+        return value is None or not value.is_floating_point() or value.dim() <= 1
     return node.op in ("call_function", "call_method") and positional.issuperset(node.all_input_nodes)
 
 
 def _is_large_result(node: fx.Node) -> bool:
     """A tensor in memory of its own, so that nothing but its readers can write to it."""
-    value = node.meta.get("example_value")
-    if node.op == "placeholder" or not isinstance(value, Tensor) or _is_view(node):
+    shape = shape_of(node)
+    if node.op == "placeholder" or shape is None or _is_view(node):
         return False
-    elements = math.prod(value.shape)
+    elements = math.prod(shape)
     return not isinstance(elements, int) or elements >= ELEMENTS
 
 
@@ -67,8 +68,6 @@ def _readers(node: fx.Node, positional: set[fx.Node]) -> int:
 
 def _is_view(node: fx.Node) -> bool:
     """Of its first argument: a cast to another dtype is a result of its own."""
-    first = node.args[0] if node.args else None
-    given = first.meta.get("example_value") if isinstance(first, fx.Node) else None
-    value = node.meta.get("example_value")
-    same = isinstance(given, Tensor) and isinstance(value, Tensor) and value.dtype == given.dtype
+    value, given = tensor_of(node), tensor_of(node.args[0] if node.args else None)
+    same = value is not None and given is not None and value.dtype == given.dtype
     return is_view_or_cast(node) and same

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from int8fx.passes.emit import Emitter
-from int8fx.passes.sdpa import Attention, attentions, shape_of
+from int8fx.passes.sdpa import Attention, attentions
+from int8fx.passes.values import shape_of
 
 
 def group_heads(graph: fx.Graph, fake_mode: Any) -> int:

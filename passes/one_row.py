@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from int8fx.passes.emit import Emitter
-from int8fx.passes.sdpa import shape_of
+from int8fx.passes.select import DTYPES
+from int8fx.passes.values import shape_of, tensor_of
 
 LEAST_BYTES = 4 << 20  # smaller weights stay in a cache
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def one_row(graph: fx.Graph, fake_mode: Any) -> int:
@@ -38,9 +38,10 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _serves(node: fx.Node) -> bool:
-    x, w, _ = (operand and operand.meta["example_value"] for operand in _operands(node))
+    x, w, y = (tensor_of(each) for each in (*_operands(node)[:2], node))
+    assert x is not None and w is not None and y is not None
     # Under autocast the call casts by itself, and its output is of another dtype.
-    alike = x.dtype in DTYPES and x.dtype == w.dtype == node.meta["example_value"].dtype
+    alike = x.dtype in DTYPES and x.dtype == w.dtype == y.dtype
     static = all(isinstance(size, int) for size in (*x.shape, *w.shape))
     if x.device.type != "cpu" or not alike or not static:
         return False

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
+
+from int8fx.passes.values import rank_of, shape_of
 
 RANKINGS: dict[Any, str] = {
     **{name: name for name in ("topk", "argmax", "argsort")},
@@ -36,7 +38,7 @@ def ranked_by(node: fx.Node) -> str:
     seen = set(reached)
     while reached:
         for user in reached.pop().users:
-            if user.target in RANKINGS and _dimension(user) in (-1, _rank(user) - 1):
+            if user.target in RANKINGS and _dimension(user) in (-1, (rank_of(user.args[0]) or 0) - 1):
                 return RANKINGS[user.target]
             if user.target in FOLLOWED and user not in seen and _last(user) == size:
                 seen.add(user)
@@ -53,11 +55,6 @@ def _dimension(ranking: fx.Node) -> Any:
     return ranking.kwargs.get("dim", given)
 
 
-def _rank(ranking: fx.Node) -> int:
-    value = getattr(ranking.args[0], "meta", {}).get("example_value") if ranking.args else None
-    return value.dim() if isinstance(value, Tensor) else 0
-
-
 def _last(node: fx.Node) -> Any:
-    value = node.meta.get("example_value")
-    return value.shape[-1] if isinstance(value, Tensor) and value.dim() else None
+    shape = shape_of(node)
+    return shape[-1] if shape else None

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from int8fx.passes.mutation import writes_in_place
+from int8fx.passes.values import shape_of
 
 _ALL = slice(None)
 _NEW_AXIS = (_ALL, _ALL, None, _ALL, _ALL)
@@ -55,11 +56,6 @@ def attentions(graph: fx.Graph) -> list[Attention]:
     """Those of one graph, in order."""
     nodes = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     return [attention for node in nodes if (attention := Attention.of(node)) is not None]
-
-
-def shape_of(node: Any) -> Any:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _before_repeat(node: Any, reader: fx.Node) -> fx.Node | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from int8fx.kernels.matmul import overflow_reason
+from int8fx.kernels.quantize import overflow_reason
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.ranking import ranked_by
 from int8fx.passes.weight_expression import WeightExpression
@@ -28,7 +28,8 @@ class Selection:
         tensors: the real tensor behind each weight placeholder of the outermost graph.
         paths: the module path of each weight placeholder.
         skip, only: fnmatch patterns on module paths (of the module, not of its weight).
-        skips_tied_head: whether a weight that is also an embedding stays in float.
+        skips_by_default: whether a weight that is also an embedding, and a router of experts, stays in
+            float.
         kernel_reason: why a device cannot be served, or None when it can.
         mutated: placeholders that the graph itself writes to.
         attention: whether products of two activations are rewritten.
@@ -40,7 +41,7 @@ class Selection:
     paths: Mapping[fx.Node, str]
     skip: tuple[str, ...]
     only: tuple[str, ...] | None
-    skips_tied_head: bool
+    skips_by_default: bool
     kernel_reason: Callable[[str], str | None]
     mutated: frozenset[fx.Node]
     weight_reason: Callable[[str, Tensor, WeightExpression], str]
@@ -118,7 +119,7 @@ def only_reason(path: str, only: tuple[str, ...] | None) -> str:
 def _tied_head(candidate: Candidate, selection: Selection) -> str:
     assert candidate.weight is not None
     users = candidate.weight.placeholder.users
-    if selection.skips_tied_head and any(user.target is F.embedding for user in users):
+    if selection.skips_by_default and any(user.target is F.embedding for user in users):
         return TIED_HEAD
     return ""
 
@@ -126,7 +127,7 @@ def _tied_head(candidate: Candidate, selection: Selection) -> str:
 def _router(candidate: Candidate, selection: Selection) -> str:
     """A small error of a router's output sends a row to another expert, which no bound covers; Fedus
     et al. 2021, arXiv 2101.03961, section 2.4, keep routers in fp32 for it, and so do others."""
-    if selection.skips_tied_head and (ranking := ranked_by(candidate.node)):
+    if selection.skips_by_default and (ranking := ranked_by(candidate.node)):
         return f"skip: a router (its output is ranked by {ranking})"
     return ""
 

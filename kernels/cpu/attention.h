@@ -7,7 +7,7 @@
 // softmax are those of whole vectors. The query heads that share a key head are more rows of it. A block
 // that the mask hides from every row of a tile is not computed: half of a causal attention.
 
-// Two vectors of sums for each of HELD broadcast elements, and a third: what the registers hold.
+// ABREAST vectors of sums for each of HELD broadcast elements: what the registers hold.
 constexpr int HELD = LANES == 16 ? 8 : 4, ABREAST = 3, QUERIES = ABREAST * LANES;
 static_assert(QUERIES <= MAX_QUERIES && KEYS % HELD == 0);
 
@@ -55,7 +55,9 @@ inline void multiply_held(
 
 // `rows` rows of `width` floats, padded with zeros to KEYS rows of `padded`.
 template <class T>
-void widen(const T* from, int64_t stride, int64_t rows, int64_t width, int64_t padded, int64_t step, float* to) {
+void widen(
+    const T* from, int64_t stride, int64_t rows, int64_t width, int64_t padded, int64_t step,
+    float* to) {
   for (int64_t r = 0; r < KEYS; ++r, to += step) {
     if (r >= rows) {
       std::memset(to, 0, padded * sizeof(float));
@@ -133,8 +135,7 @@ inline Visible tile_mask(
                                  : with_mask_row(a, b, head(r), m, l0, [&](const auto* row) {
                                      return visible_of(row, n);
                                    });
-    if (r > 0 && one != whole) whole = Visible::SOME;
-    else whole = one;
+    whole = r == 0 || one == whole ? one : Visible::SOME;
     if (whole == Visible::SOME) break;
   }
   if (whole != Visible::SOME) return whole;
@@ -186,9 +187,11 @@ inline void soften(Tile& tile, float* scores, int64_t n, const float* mask, Floa
 }
 
 template <class T>
-inline T* row_of(const Attention& a, const void* of, const int64_t* strides, int64_t b, int64_t kv, int64_t r) {
+inline T* row_of(
+    const Attention& a, const void* of, const int64_t* strides, int64_t b, int64_t kv, int64_t r) {
   const int64_t h = kv * a.G + r / a.M, m = r % a.M;
-  return const_cast<T*>(static_cast<const T*>(of)) + b * strides[0] + h * strides[1] + m * strides[2];
+  const int64_t at = b * strides[0] + h * strides[1] + m * strides[2];
+  return const_cast<T*>(static_cast<const T*>(of)) + at;
 }
 
 template <class T>
@@ -230,7 +233,8 @@ void attend_unit(const Attention& a, int64_t unit, float* scratch) {
   float* next = mask + KEYS * QUERIES;
   Tile tiles[UNIT_TILES];
   int64_t count = 0;
-  for (int64_t r0 = unit % units * UNIT_TILES * QUERIES; r0 < rows && count < UNIT_TILES; r0 += QUERIES) {
+  const int64_t first = unit % units * UNIT_TILES * QUERIES;
+  for (int64_t r0 = first; r0 < rows && count < UNIT_TILES; r0 += QUERIES) {
     Tile& tile = tiles[count++];
     tile = Tile{r0, std::min<int64_t>(QUERIES, rows - r0), next, next + D * QUERIES, {}, {}};
     next += (D + DV) * QUERIES;

@@ -309,11 +309,12 @@ void multiply_rows(
   a.outlier_count = scratch.take<int32_t>(outlier_rows);
   a.dense = scratch.take<bool>(tiles);
 
+  const Kernel& kernel = kernel_for(a.M);
   const int64_t grain = at::divup(MIN_UNIT_BYTES / (floats ? 4 : 1), a.row_tile * a.K_padded);
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t m = tile * a.row_tile;
-      if (floats) kernel_for(a.M).quantize_rows(*floats, m, std::min(m + a.row_tile, a.M));
+      if (floats) kernel.quantize_rows(*floats, m, std::min(m + a.row_tile, a.M));
       pack(product, a, tile);
     }
   });

@@ -1,0 +1,22 @@
+"""What a node's value is, as Dynamo knows it: tensors without contents, ``meta["example_value"]``."""
+
+from typing import Any
+
+from torch import Tensor, fx
+
+
+def tensor_of(node: Any) -> Tensor | None:
+    """None for what is no node, or no tensor."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def shape_of(node: Any) -> Any:
+    """A tuple, of symbols where a size varies; or None."""
+    value = tensor_of(node)
+    return None if value is None else tuple(value.shape)
+
+
+def rank_of(node: Any) -> int | None:
+    value = tensor_of(node)
+    return None if value is None else value.dim()
