@@ -261,15 +261,15 @@ def alone(console: Console, names: list[str], model_name: str, batch: int) -> di
     """Each contender in a process of its own, twice: cold and warm."""
     found: dict[str, Any] = {}
     with Progress(console=console, transient=True) as progress, tempfile.TemporaryDirectory() as path:
-        task = progress.add_task(f"{model_name}: writing a checkpoint", total=2 * len(names))
-        if FROM_CHECKPOINT in names:
-            start(model_name, "--save", path)
+        task = progress.add_task(model_name, total=2 * len(names))
         for name in names:
             options = ["--batches", str(batch), "--contenders", name, "--child", path]
             with tempfile.TemporaryDirectory() as cache:
                 for cached in ("cold", "warm"):
                     progress.update(task, description=f"{model_name}, {name}, {cached}")
                     try:
+                        if name == FROM_CHECKPOINT and cached == "cold":
+                            start(model_name, "--save", path)
                         printed = start(model_name, *options, TORCHINDUCTOR_CACHE_DIR=cache)
                     except Missing as missing:
                         console.print(f"skipped: {name} ({missing})")
@@ -295,7 +295,11 @@ def timed(
     torch.compiler.reset()
     # Every contender compiles the same forward.
     torch._dynamo.config.recompile_limit = 4 * len(CONTENDERS)
-    model = load(model_name)
+    try:
+        model = load(model_name)
+    except Missing as missing:
+        console.print(f"not installed, skipped: {missing}")
+        return {}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(names) + rounds)
         contenders: dict[str, Steps] = {}

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attentions import Attention, causal, compare, inputs, native, repeat, repeated
 from bounds import attention_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import compile_once
-from torch import nn
 
 from int8fx.kernels import table
 from int8fx.kernels.attention import attention, attention_reference
@@ -19,13 +18,6 @@ REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")
 ISAS = cpu.isas() if REASON is None else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa("auto")
 
 
 def masks(kind, B, H, M, L, dtype):
@@ -62,6 +54,7 @@ def check(B, KV, G, M, L, D, DV, dtype, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_every_instruction_set_against_float64(isa, dtype, kind):
     torch.manual_seed(0)
     check(2, 2, 3, 70, 150, 20, 12, dtype, kind)
@@ -118,37 +111,7 @@ def test_what_it_cannot_take_is_named(change, message):
 
 # --- the pass -------------------------------------------------------------------------------------
 
-HEADS, GROUP, S, WIDTH = 2, 3, 40, 8
-K = HEADS * GROUP * WIDTH
-
-
-class Attention(nn.Module):
-    def __init__(self, attend, L=S):
-        super().__init__()
-        self.q = nn.Linear(K, K, bias=False)
-        self.attend = attend
-
-    def forward(self, x, k, v, mask):
-        B, L, _ = x.shape
-        q = self.q(x).view(B, L, HEADS * GROUP, WIDTH).transpose(1, 2)
-        return self.attend(q, k, v, mask)
-
-
-def repeat(k):
-    B, heads, S, D = k.shape
-    return k[:, :, None, :, :].expand(B, heads, GROUP, S, D).reshape(B, heads * GROUP, S, D)
-
-
-def repeated(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask, scale=0.3)
-
-
-def native(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-
-
-def causal(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
+S = 40
 
 
 def dropped(q, k, v, mask):
@@ -161,17 +124,7 @@ def cast(q, k, v, mask):
 
 
 def run(attend, L=S, dtype=torch.float32):
-    """The compiled attention, eager's of the very q that the int8 linear gives, and the graph."""
-    torch.manual_seed(0)
-    model = Attention(lambda q, k, v, mask: q).requires_grad_(False).to(dtype)
-    x = torch.randn(2, L, K, dtype=dtype)
-    k, v = (torch.randn(2, HEADS, S, WIDTH, dtype=dtype) for _ in range(2))
-    mask = torch.rand(2, 1, L, S) > 0.3
-    mask[..., 0] = True
-    q, _ = compile_once(model, x, k, v, mask)
-    model.attend = attend
-    y, report = compile_once(model, x, k, v, mask)
-    return y, attend(q, k, v, mask), report.graph
+    return compare(attend, *inputs(L, S, dtype=dtype))
 
 
 @pytest.fixture
@@ -205,11 +158,9 @@ def test_with_amx_torch_attends(monkeypatch):
 
 
 def test_gradients_of_the_inputs_flow(attends):
-    torch.manual_seed(0)
     model = Attention(native).requires_grad_(False)
-    x = torch.randn(2, S, K, requires_grad=True)
-    k, v = (torch.randn(2, HEADS, S, WIDTH) for _ in range(2))
-    mask = torch.ones(2, 1, S, S, dtype=torch.bool)
+    x, k, v, mask = inputs(S, S)
+    x.requires_grad_()
     torch._dynamo.reset()
     torch.compile(model, backend="llmint8", fullgraph=True)(x, k, v, mask).sum().backward()
     assert x.grad.abs().sum() > 0

@@ -30,13 +30,6 @@ SHAPES = ((1, 1), (63, 15), (64, 16), (65, 17), (130, 48), (576, 100))
 each_shape = pytest.mark.parametrize(("K", "N"), SHAPES, ids=lambda value: str(value))
 
 
-@pytest.fixture
-def isa(request):
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa("auto")
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
