@@ -1,7 +1,7 @@
 """One linear, every contender, in one process and one run.
 
     python benchmarks/linear.py                                   # the table of the README
-    python benchmarks/linear.py --shapes 4096x4096 --rows 1,512 --outliers 0,6,2%
+    python benchmarks/linear.py --shapes all --rows 1,512 --outliers 0,6,2%
 
 Contenders run interleaved on bf16 activations. A call is a graph of many linears of the shape,
 each with its own input: up to 16 rows as many as leave the cache, so that weights come from memory.
@@ -16,7 +16,7 @@ from typing import Annotated
 import peaks
 import torch
 import typer
-from figures import plain
+from figures import choose, plain
 from peers import PEERS, converted
 from rich.console import Console
 from rich.progress import Progress
@@ -28,15 +28,16 @@ from int8fx.timing import Timing, machine
 
 # (K, N) of the models' linears
 SHAPES = {
-    "4096x4096": (4096, 4096),
     "smollm2-135m attention": (576, 576),
     "smollm2-135m up": (576, 1536),
     "smollm2-135m down": (1536, 576),
     "llama-1b attention": (2048, 2048),
     "llama-1b up": (2048, 8192),
     "llama-1b down": (8192, 2048),
+    "llama-3-8b attention": (4096, 4096),
     "llama-3-8b up": (4096, 14336),
     "llama-3-8b down": (14336, 4096),
+    "gpt2-xl attention": (1600, 1600),
     "gpt2-xl up": (1600, 6400),
     "gpt2-xl down": (6400, 1600),
 }
@@ -91,7 +92,9 @@ def show(console: Console, title: str, rows: list[dict], names: list[str]) -> No
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(SHAPES)}")] = "4096x4096",
+    shapes: Annotated[
+        str, typer.Option(help=f"comma-separated, or all: {', '.join(SHAPES)}")
+    ] = "llama-3-8b attention",
     rows: Annotated[str, typer.Option(help="M, comma-separated")] = "1,4,16,128,512,2048",
     outliers: Annotated[str, typer.Option(help="columns: counts, or a share of K as 2%")] = "6",
     contenders: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
@@ -101,17 +104,14 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="also draw a roofline (PNG) here")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    names = list(CONTENDERS) if contenders == "all" else contenders.split(",")
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown:
-        raise typer.BadParameter(f"unknown: {unknown}; allowed: {list(CONTENDERS)}")
+    names = choose("contenders", contenders, CONTENDERS)
     console = Console()
     console.print(machine())
     ceilings = peaks.measure(threads)
     console.print(str(ceilings))
     results: list[dict] = []
     absent: set[str] = set()
-    cases = [(s, o) for s in shapes.split(",") for o in outliers.split(",")]
+    cases = [(s, o) for s in choose("shapes", shapes, SHAPES) for o in outliers.split(",")]
     sizes = [int(M) for M in rows.split(",")]
     with torch.no_grad(), Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(cases) * len(sizes))

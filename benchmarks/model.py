@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from figures import plain
+from figures import choose, plain
 from peers import PEERS, Missing, converted
 from rich.console import Console
 from rich.progress import Progress
@@ -317,14 +317,6 @@ def timed(
         results = measure(contenders, rounds, lambda: progress.advance(task))
     show(console, f"{model_name}, batch {batch}", results)
     return results
-
-
-def choose(what: str, given: str, allowed: Mapping[str, Any]) -> list[str]:
-    names = list(allowed) if given == "all" else given.split(",")
-    unknown = [name for name in names if name not in allowed]
-    if unknown:
-        raise typer.BadParameter(f"unknown {what}: {unknown}; allowed: {list(allowed)}")
-    return names
 
 
 def main(
