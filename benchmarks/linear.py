@@ -11,7 +11,7 @@ Peers that are not installed are skipped by name (``pip install int8fx[bench]``)
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import peaks
 import torch
@@ -185,32 +185,56 @@ def draw(results: list[dict], ceilings: peaks.Peaks, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys((row["shape"], row["outliers"]) for row in results))
-    figure, panels = plt.subplots(len(cases), figsize=(8, 1 + 4.2 * len(cases)), dpi=150, squeeze=False)
-    for axes, (shape, outliers) in zip(panels[:, 0], cases, strict=True):
+    columns = min(3, len(cases))
+    height = math.ceil(len(cases) / columns)
+    figure, grid = plt.subplots(
+        height, columns, figsize=(3 + 2.4 * columns, 1.2 + 2.5 * height), dpi=130, squeeze=False,
+        sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    panels = dict(zip(grid.flat, cases, strict=False))
+    for axes in grid.flat:
+        axes.set_visible(axes in panels)
+    for axes in grid[-1]:
+        axes.set_xlabel("rows M", fontsize=8)
+    for axes, (shape, outliers) in panels.items():
         rows = [row for row in results if (row["shape"], row["outliers"]) == (shape, outliers)]
-        M = sorted(row["M"] for row in rows)
-        if ceilings.int8_operations is not None:
-            top = [min(ceilings.int8_operations, 2 * m * ceilings.bytes_read) / 1e9 for m in M]
-            axes.plot(M, top, color="0.2", lw=1, label="int8 peak, or weights from memory")
-        for name in dict.fromkeys(name for row in rows for name in row["timings"]):
-            points = sorted(
-                (row["M"], 2 * row["M"] * row["K"] * row["N"] / row["timings"][name].median / 1e9)
-                for row in rows
-                if name in row["timings"]
-            )
-            ours = name.startswith("llmint8")
-            width, dashes = (2, "-") if ours else (1, "--")
-            axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=width, ls=dashes, label=name)
-        axes.set(
-            xscale="log", yscale="log", ylabel="GOP/s", title=f"{shape}, {outliers} outlier columns"
-        )
-        axes.set_xticks(M, [str(m) for m in M])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    panels[-1, 0].set_xlabel(f"rows M\n{machine()}", fontsize=8)
-    figure.tight_layout()
+        _roofline(axes, sorted(rows, key=lambda row: row["M"]), ceilings)
+        first = rows[0]
+        axes.set_title(f"{shape}, {first['K']} to {first['N']}, {outliers} outliers", fontsize=7.5)
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, fontsize=8)
+    figure.supylabel("GOP/s", fontsize=9)
+    figure.suptitle(machine(), fontsize=8)
     figure.savefig(path)
+
+
+def _roofline(axes: Any, rows: list[dict], ceilings: peaks.Peaks) -> None:
+    """One shape: the ceiling, and every contender below it."""
+    sizes = [row["M"] for row in rows]
+    if ceilings.int8_operations is not None:
+        top = [min(ceilings.int8_operations, 2 * M * ceilings.bytes_read) / 1e9 for M in sizes]
+        axes.plot(sizes, top, color="0.2", lw=1, label="int8 peak, or weights from memory")
+    for index, name in enumerate(dict.fromkeys(name for row in rows for name in row["timings"])):
+        points = [
+            (row["M"], 2 * row["M"] * row["K"] * row["N"] / row["timings"][name].median / 1e9)
+            for row in rows
+            if name in row["timings"]
+        ]
+        width, dashes = (2, "-") if name.startswith("llmint8") else (1, "--")
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            ms=3,
+            lw=width,
+            ls=dashes,
+            label=name,
+            color=f"C{index}",
+        )
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sizes, [str(M) for M in sizes], fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
 
 
 if __name__ == "__main__":
