@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from int8fx import torch_private
+from int8fx.compilation import Compilation
 from int8fx.evaluate import token_kl
 from int8fx.kernels.scheme import eagerly
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.lower import Product
-from int8fx.pipeline import Compilation, rewrite_graph
+from int8fx.pipeline import rewrite_graph
 from int8fx.weights import WeightStore
 
 

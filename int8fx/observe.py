@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from int8fx import torch_private
+from int8fx.compilation import Compilation
 from int8fx.explanation import GraphBreak
 from int8fx.kernels.scheme import Choice, eagerly
 from int8fx.options import Options
@@ -26,7 +27,7 @@ from int8fx.passes.emit import Emitter
 from int8fx.passes.flops import flops
 from int8fx.passes.lower import Product
 from int8fx.passes.weight_expression import WeightExpression
-from int8fx.pipeline import Compilation, rewrite_graph
+from int8fx.pipeline import rewrite_graph
 from int8fx.quantized_weight import in_float
 from int8fx.weights import WeightStore
 

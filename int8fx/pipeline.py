@@ -1,24 +1,19 @@
 """One compile, as ten named steps: from Dynamo's graph to a callable."""
 
 import functools
-import hashlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from int8fx import torch_private
+from int8fx.codegen import behind, codegen, finish_inputs
+from int8fx.compilation import Compilation, capture, owner_path
 from int8fx.kernels import table
 from int8fx.kernels.scheme import Choice
 from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR, OF_BITSANDBYTES
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
-from int8fx.kernels.tuning import tuning
 from int8fx.options import Options
 from int8fx.passes import bitsandbytes_nodes
 from int8fx.passes.block_attention import block_attention
@@ -29,10 +24,9 @@ from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
-from int8fx.passes.lower import Product, lower, lower_matmul
+from int8fx.passes.lower import lower, lower_matmul
 from int8fx.passes.mutation import written
 from int8fx.passes.one_row import one_row
-from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.select import (
     REQUIRES_GRAD,
     Selection,
@@ -43,24 +37,17 @@ from int8fx.passes.select import (
     weight_shape,
 )
 from int8fx.passes.verify import Signature, verify
-from int8fx.passes.weight_expression import WeightExpression, is_view_or_cast
-from int8fx.quantize import local
+from int8fx.passes.weight_expression import WeightExpression
 from int8fx.quantized_weight import Int8Weight
 from int8fx.release import release
 from int8fx.report import Report, publish
-from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap, weight_reason
+from int8fx.weights import Slot, WeightStore, weight_reason
 
 log = logging.getLogger(__name__)
 
 # What a product of two activations is: a scale per token, and no outliers.
 OF_ACTIVATIONS = ABSMAX_VECTOR.name
 QUANTIZERS = {scheme.quantizer for scheme in SCHEMES.values()} - {None}
-# What Inductor is given to fuse instead of a call; see passes/lower.py.
-DECOMPOSITIONS = {
-    operator: decomposed
-    for scheme in SCHEMES.values()
-    for operator, decomposed in scheme.decompositions.items()
-}
 
 
 def compile_graph(
@@ -92,7 +79,7 @@ def rewrite_graph(
     inputs: Sequence[Any],
     options: Options,
     store: WeightStore,
-    watch: "Callable[[Compilation], None]" = lambda compilation: None,
+    watch: Callable[[Compilation], None] = lambda compilation: None,
 ) -> Callable[..., Any]:
     """The rewritten graph as it is before Inductor, to be run operator by operator.
 
@@ -108,68 +95,16 @@ def rewrite_graph(
     rewrite(compilation)
     verify(compilation.root, compilation.signatures)
     swap, _ = finish_inputs(compilation)
-    return _behind(swap, compilation.root.gm)
+    return behind(swap, compilation.root.gm)
 
 
-def rewrite(compilation: "Compilation") -> None:
+def rewrite(compilation: Compilation) -> None:
     """The steps that put int8 linears where ``select`` accepted them."""
     quantize_weights(compilation)
     lower_linears(compilation)
     share_quantizations(compilation)
     fold_biases(compilation)
     join_quantized_linears(compilation)
-
-
-@dataclass
-class Compilation:
-    """What the steps hand to each other."""
-
-    original: fx.GraphModule
-    root: Scope
-    inputs: list[Any]
-    options: Options
-    placeholders: list[fx.Node]
-    paths: dict[fx.Node, str]
-    tensors: dict[fx.Node, Tensor]
-    store: WeightStore = STORE
-    found: list[Candidate] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
-    accepted: list[Candidate] = field(default_factory=list)
-    choices: dict[Candidate, Choice] = field(default_factory=dict)
-    products: dict[Candidate, Product] = field(default_factory=dict)
-    slots: list[Slot] = field(default_factory=list)
-    packed: list[PackedWeight] = field(default_factory=list)
-    packed_nodes: dict[tuple[fx.Node, str, str], list[fx.Node]] = field(default_factory=dict)
-    signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
-    quantizations: int = 0
-    swap: WeightSwap = field(init=False)
-
-    @functools.cached_property
-    def fake_mode(self) -> Any:
-        values = [node.meta.get("example_value") for node in self.placeholders]
-        return torch_private.fake_mode_of(values)
-
-
-def capture(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Compilation:
-    """Copies the graph and finds out which of its inputs are weights, and of which modules."""
-    copied = torch_private.copy_graph_module(gm)
-    placeholders = copied.graph.find_nodes(op="placeholder")
-    paths, tensors = {}, {}
-    for node, value in zip(placeholders, inputs, strict=True):
-        path = _module_path(torch_private.source_name(node))
-        if path is not None and isinstance(value, Tensor) and not torch_private.is_fake(value):
-            paths[node], tensors[node] = path, value
-    return Compilation(gm, scopes(copied), list(inputs), options, placeholders, paths, tensors)
-
-
-_MODULE = re.compile(r"(?:\._modules\['([^']+)'\])|(?:\._(?:parameters|buffers)\['([^']+)'\]$)")
-
-
-def _module_path(source: str | None) -> str | None:
-    """``L['self']._modules['fc']._parameters['weight']`` -> ``fc.weight``; None for no weight."""
-    if source is None or not re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source):
-        return None
-    return ".".join(module or tensor for module, tensor in _MODULE.findall(source))
 
 
 def canonicalize(compilation: Compilation) -> None:
@@ -259,7 +194,7 @@ def quantize_weights(compilation: Compilation) -> None:
         compilation.slots.append(Slot(position, expression, kept, isinstance(tensor, Int8Weight)))
         compilation.packed.append(packed)
         compilation.packed_nodes[key] = [
-            _add_input(compilation, f"{name}{part}", value)
+            compilation.add_input(f"{name}{part}", value)
             for part, value in zip(kept.parts, packed.tensors, strict=True)
         ]
 
@@ -270,7 +205,7 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
     inputs = dict(zip(compilation.placeholders, compilation.inputs, strict=True))
     found = []
     for linear in bitsandbytes_nodes.find(graph):
-        path = _bitsandbytes_path(linear.weight)
+        path = owner_path(linear.weight)
         N, K = inputs[linear.weight].shape
         reason = skip_reason(path, compilation.options.skip) or only_reason(
             path, compilation.options.only
@@ -285,7 +220,7 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
         packed = compilation.store.get(inputs[linear.weight], expression, OF_BITSANDBYTES)
         compilation.slots.append(Slot(position, expression, OF_BITSANDBYTES, False))
         compilation.packed.append(packed)
-        w_packed = _add_input(compilation, f"{linear.weight.name}_packed", packed.tensors[0])
+        w_packed = compilation.add_input(f"{linear.weight.name}_packed", packed.tensors[0])
         own = {"threshold": linear.threshold, "decomposition": "column"}
         choice = Choice(SCHEMES[DEFAULT], options.choice(path, own).settings)
         bitsandbytes_nodes.replace(linear, w_packed, choice.lower, compilation.fake_mode)
@@ -296,27 +231,11 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
     return len(found)
 
 
-def _bitsandbytes_path(weight: fx.Node) -> str:
-    source = torch_private.source_name(weight) or weight.name
-    return ".".join(module for module, _ in _MODULE.findall(source))
-
-
 def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
     """Candidates with one key share one packed weight."""
     assert candidate.weight is not None
     kept = compilation.choices[candidate].weight_format
     return candidate.weight.placeholder, candidate.weight.recipe, kept.name
-
-
-def _add_input(compilation: Compilation, name: str, value: Tensor) -> fx.Node:
-    graph = compilation.root.graph
-    last = graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(last):
-        node = graph.placeholder(name)
-    torch_private.mark_as_weight(node)
-    with compilation.fake_mode:
-        node.meta["example_value"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    return node
 
 
 def lower_linears(compilation: Compilation) -> None:
@@ -363,13 +282,13 @@ IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation
     (
         "attentions of many rows by blocks",
         block_attention,
-        lambda compilation: table.attends("cpu") and not _needs_autograd(compilation.inputs),
+        lambda compilation: table.attends("cpu") and not compilation.needs_autograd,
     ),
     ("values that every layer reads, once", compute_once, lambda compilation: True),
     (
         "linears of one row as sums",
         one_row,
-        lambda compilation: not _needs_autograd(compilation.inputs),
+        lambda compilation: not compilation.needs_autograd,
     ),
 )
 
@@ -380,103 +299,6 @@ def speed_up_float(compilation: Compilation) -> None:
         if applies(compilation):
             graphs = (scope.graph for scope in compilation.root.walk())
             log.debug("%d %s", sum(run(graph, compilation.fake_mode) for graph in graphs), what)
-
-
-def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights.
-
-    Args:
-        patches: Inductor's configuration.
-    """
-    swap, kept = finish_inputs(compilation)
-    examples = [compilation.inputs[position] for position in kept]
-    examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
-    with tuning(torch_private.tunes(patches)):
-        compiled = torch_private.compile_with_inductor(
-            compilation.root.gm,
-            examples,
-            patches,
-            DECOMPOSITIONS,
-            cache_identity() + _int8_shards(examples),
-        )
-    if not compilation.slots:
-        return compiled
-    if not _needs_autograd(compilation.inputs):
-        compiled = torch_private.below_autograd(compiled)
-    return _behind(swap, compiled)
-
-
-def _int8_shards(examples: Sequence[Any]) -> str:
-    """Which inputs are distributed int8 weights: AOTAutograd's cache takes all DTensors of a shape and
-    placement for the same, whatever they hold."""
-    shards = [
-        str(position)
-        for position, example in enumerate(examples)
-        if isinstance(example, Tensor)
-        and not isinstance(example, Int8Weight)
-        and isinstance(local(example), Int8Weight)
-    ]
-    return "-int8-shards-" + ",".join(shards) if shards else ""
-
-
-def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
-    """The swap of the graph's weights, and the positions of the inputs that it keeps as they are."""
-    for scope in compilation.root.walk():
-        # Views and casts of weights that nothing reads any more would run at every call.
-        _drop_unused_views(scope.graph)
-    kept = _kept_inputs(compilation)
-    for scope in compilation.root.walk():
-        scope.gm.recompile()
-    compilation.swap = WeightSwap(compilation.slots, kept, compilation.store)
-    return compilation.swap, kept
-
-
-def _behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return compiled(*swap(args))
-
-    return call
-
-
-def _needs_autograd(inputs: Sequence[Any]) -> bool:
-    """Whether a backward pass may come: Dynamo guards on both, and compiles again when one changes."""
-    return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in inputs
-    )
-
-
-def _drop_unused_views(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and is_view_or_cast(node):
-            graph.erase_node(node)
-
-
-def _kept_inputs(compilation: Compilation) -> list[int]:
-    """Erases weights that nothing reads any more; the positions of the inputs that stay."""
-    swapped = {slot.position for slot in compilation.slots}
-    kept = []
-    for position, node in enumerate(compilation.placeholders):
-        # bitsandbytes' int8 parameter comes beside the weight that its products read.
-        kind = type(compilation.inputs[position]).__name__
-        unread = position in swapped or kind == bitsandbytes_nodes.PARAMETER
-        if unread and not node.users:
-            compilation.root.graph.erase_node(node)
-        else:
-            kept.append(position)
-    return kept
-
-
-@functools.cache
-def cache_identity() -> str:
-    """A hash of this package's sources: part of the key of every compile cache below us."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256()
-    kernels = package / "kernels"
-    folders = ("cpu", "gpu", "schemes")
-    for folder in (package, package / "passes", kernels, *(kernels / name for name in folders)):
-        for source in sorted(folder.glob("*.py")):
-            digest.update(source.read_bytes())
-    return f"int8fx-{digest.hexdigest()[:16]}"
 
 
 def report(compilation: Compilation) -> None:

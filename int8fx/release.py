@@ -14,24 +14,21 @@ This happens before Dynamo builds the guards of the graph, so it does not compil
 import logging
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from int8fx import state_dict
+from int8fx.compilation import Compilation
 from int8fx.kernels.schemes.int8 import OF_BITSANDBYTES, PER_CHANNEL
 from int8fx.quantize import holders_of
 from int8fx.quantized_weight import Int8Weight
 from int8fx.torch_private import source_owner
 from int8fx.weights import Slot, weight_reason
 
-if TYPE_CHECKING:
-    from int8fx.pipeline import Compilation
-
 log = logging.getLogger(__name__)
 
 
-def release(compilation: "Compilation") -> Collection[int]:
+def release(compilation: Compilation) -> Collection[int]:
     """Replaces the float weights of a compiled graph; returns their positions among its inputs.
 
     A weight that something else needs in float stays; a warning names it.
@@ -56,7 +53,7 @@ def release(compilation: "Compilation") -> Collection[int]:
     return released
 
 
-def _release(compilation: "Compilation", slot: Slot) -> str:
+def _release(compilation: Compilation, slot: Slot) -> str:
     """Why the weight of a slot was not released, or empty."""
     placeholder = compilation.placeholders[slot.position]
     tensor = compilation.inputs[slot.position]
@@ -85,7 +82,7 @@ def _release(compilation: "Compilation", slot: Slot) -> str:
     return ""
 
 
-def _int8_weight(compilation: "Compilation", slot: Slot, tensor: Tensor) -> Int8Weight | None:
+def _int8_weight(compilation: Compilation, slot: Slot, tensor: Tensor) -> Int8Weight | None:
     """What takes the place of a parameter, sharing the memory that was packed for the graph."""
     packed, w_scale = compilation.store.get(tensor, slot.expression, slot.kept).tensors
     settings = next(

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from int8fx import pipeline, torch_private
+from int8fx.compilation import Compilation
 from int8fx.kernels import ops
 from int8fx.kernels.attention import attention, attention_reference
 from int8fx.kernels.experts import expert_linear
@@ -163,7 +164,7 @@ def checking(exact: bool = False) -> Iterator[Seen]:
         seen.weights[packed.tensors[0].data_ptr()] = expression.evaluate(tensor.detach())
         return packed
 
-    def select(compilation: pipeline.Compilation) -> None:
+    def select(compilation: Compilation) -> None:
         original_select(compilation)
         pairs = zip(compilation.found, compilation.decisions, strict=True)
         for candidate, decision in pairs:
@@ -178,9 +179,7 @@ def checking(exact: bool = False) -> Iterator[Seen]:
         yield seen
 
 
-def operations(
-    candidate: Candidate, decision: Decision, compilation: pipeline.Compilation
-) -> int | None:
+def operations(candidate: Candidate, decision: Decision, compilation: Compilation) -> int | None:
     """Multiplications and additions of one linear or matmul of Dynamo's graph, if they are known."""
     y = candidate.node.meta.get("example_value")
     if decision.shape is not None and isinstance(y, Tensor):
