@@ -226,13 +226,22 @@ def weight_only(x: Tensor, weights: list[tuple[Tensor, Tensor]], biases: list[Te
 
 
 def check_weight_only(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
-    """At most one fp32 rounding for each k, three to add a channel's parts, and two in the epilogue."""
+    """At most one fp32 rounding for each k, three to add a channel's parts, and two in the epilogue.
+
+    In a product by digits an element is off by 2**-22 (16-bit) or 2**-30 of the row's largest, too.
+    """
     (y,) = weight_only(x, [(w_int8, w_scale)], [] if bias is None else [bias])
     carrier = (torch.zeros_like(x, dtype=torch.int8), torch.zeros(x.shape[:-1]), x)
     everything = (*carrier, torch.ones(x.shape[-1], dtype=torch.bool), w_int8, w_scale, bias)
     expected = in_float64(*everything)
     assert y.dtype == x.dtype and y.shape == expected.shape
-    assert ((y.double() - expected).abs() <= float_bound(*everything, roundings=5)).all()
+    bound = float_bound(*everything, roundings=5)
+    if x.numel():
+        last = x.double().abs().amax(-1, keepdim=True) * 2.0 ** (
+            -30 if x.dtype == torch.float32 else -22
+        )
+        bound += last * w_int8.double().abs().sum(1) * w_scale.double()
+    assert ((y.double() - expected).abs() <= bound).all()
 
 
 @needs_kernel
@@ -243,6 +252,28 @@ def test_weight_only_against_float64(isa, dtype, K, N):
     w_int8, w_scale = random_weight(K, N)
     for M in ROWS:
         check_weight_only(torch.randn(M, K).to(dtype), w_int8, w_scale, torch.randn(N) if M else None)
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", [*ISAS, "auto"], indirect=True)
+@each_dtype
+def test_weight_only_rows_of_every_size(isa, dtype):
+    """Elements far below the row's largest, and rows near the ends of what the dtype holds."""
+    w_int8, w_scale = random_weight(130, 20)
+    sizes = torch.tensor([2.0**-10, 1.0, 100.0] if dtype == torch.float16 else [1e-30, 1.0, 1e30])
+    x = torch.randn(3, 130) * sizes.unsqueeze(1) * torch.logspace(-4, 0, 130)
+    x[:, 7] = 40 * sizes
+    check_weight_only(x.to(dtype), w_int8, w_scale, None)
+
+
+@needs_kernel
+@each_dtype
+@pytest.mark.parametrize("K", [2**17 - 1, 2**17 + 1])  # the second would overflow in digits
+def test_weight_only_sums_do_not_overflow(dtype, K):
+    """-128 · -128 in the two lower digits of every k but one."""
+    x = torch.full((1, K), -32896 * 2.0**-22).to(dtype)
+    x[0, 0] = 0.75
+    check_weight_only(x, torch.full((16, K), -128, dtype=torch.int8), torch.ones(16) / 4, None)
 
 
 @needs_kernel

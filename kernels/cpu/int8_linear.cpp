@@ -303,8 +303,10 @@ void multiply_rows(
   const int64_t outlier_rows = columns.empty() ? 0 : a.M;
   Scratch scratch(
       packed_bytes + Scratch::bytes_for<Outlier>(outlier_rows * a.column_count) +
-      Scratch::bytes_for<int32_t>(outlier_rows) + Scratch::bytes_for<bool>(tiles));
+      Scratch::bytes_for<int32_t>(outlier_rows) + Scratch::bytes_for<bool>(tiles) +
+      Scratch::bytes_for<float>(a.M));
   a.packed = scratch.take<char>(packed_bytes);
+  a.row_scale = scratch.take<float>(a.M);
   a.outliers = scratch.take<Outlier>(outlier_rows * a.column_count);
   a.outlier_count = scratch.take<int32_t>(outlier_rows);
   a.dense = scratch.take<bool>(tiles);
@@ -400,7 +402,7 @@ void run_weight_only(const at::Tensor& x, c10::ArrayRef<Weight> weights) {
   a.M = x.numel() / std::max<int64_t>(a.K, 1);
   a.x_outlier = x.const_data_ptr();
   a.dtype = x.scalar_type();
-  if (a.M > 0) multiply_rows(kernel_for(a.M).weight_only(a.dtype), a, {}, weights);
+  if (a.M > 0) multiply_rows(kernel_for(a.M).weight_only(a), a, {}, weights);
 }
 
 at::Tensor empty_output(const at::Tensor& x_int8, int64_t N, at::ScalarType dtype) {

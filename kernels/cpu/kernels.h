@@ -105,6 +105,11 @@ inline Floats to_floats(const int8_t* p) {
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline Floats repeat_quad(const float* p) { return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+inline Ints to_ints(Floats v) { return (Ints)_mm512_cvtps_epi32((__m512)v); }
+inline Words digit_quads(Words integers) {
+  const __m128i transpose = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (Words)_mm512_shuffle_epi8((__m512i)integers, _mm512_broadcast_i32x4(transpose));
+}
 
 // 16 quads of up to 16 rows: a transpose of 16 x 16 int32.
 inline void pack_block(const int8_t* x, int64_t stride, int64_t rows, Activation* out) {
@@ -149,6 +154,7 @@ inline int64_t pack_blocks(const int8_t* x, int64_t K, int64_t rows, Activation*
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
+#include "digits.h"
 
 #undef INT8FX_PACK_BLOCKS
 
@@ -243,10 +249,13 @@ bool avx512_bf16::supported() {
          __builtin_cpu_supports("avx512vbmi");
 }
 
-inline const Product& avx512_weight_only(c10::ScalarType dtype) {
-  return dtype == c10::ScalarType::BFloat16 && avx512_bf16::supported()
-             ? avx512_bf16::PRODUCT
-             : avx512_vnni::in_fp32::PRODUCT;
+inline const Product& avx512_weight_only(const Activations& a) {
+  const bool bf16 = a.dtype == c10::ScalarType::BFloat16;
+  if (bf16 && avx512_bf16::supported()) return avx512_bf16::PRODUCT;
+  if (a.K > avx512_vnni::MAX_K) return avx512_vnni::in_fp32::PRODUCT;
+  if (bf16) return avx512_vnni::IN_DIGITS<c10::BFloat16>;
+  if (a.dtype == c10::ScalarType::Half) return avx512_vnni::IN_DIGITS<c10::Half>;
+  return avx512_vnni::IN_DIGITS<float>;
 }
 
 // ---- AMX: tdpbssd multiplies tiles of 16 rows x 64 k with 64 k x 16 channels, both signed.
@@ -433,7 +442,7 @@ constexpr int ROW_TILE = 2;
 #include "weight_only.h"
 }  // namespace in_fp32
 
-inline const Product& weight_only(c10::ScalarType) { return in_fp32::PRODUCT; }
+inline const Product& weight_only(const Activations&) { return in_fp32::PRODUCT; }
 
 }  // namespace avx2
 INT8FX_END_TARGET
@@ -543,7 +552,7 @@ constexpr int ROW_TILE = 2;
 #include "weight_only.h"
 }  // namespace in_fp32
 
-inline const Product& weight_only(c10::ScalarType) { return in_fp32::PRODUCT; }
+inline const Product& weight_only(const Activations&) { return in_fp32::PRODUCT; }
 
 bool supported() { return true; }
 

@@ -47,6 +47,7 @@ struct Activations {
 
   int64_t row_tile;        // rows that the kernel multiplies at once; the last tile may be shorter
   void* packed;            // tiles of rows, in the kernel's order
+  float* row_scale;        // [M], of rows that become integers where they are packed
   Outlier* outliers;       // those of a tile's rows, one row after the other, in ascending k; a
                            // tile's begin at its first row * column_count
   int32_t* outlier_count;  // [M]
@@ -121,7 +122,7 @@ struct Kernel {
   void (*flag_columns)(const Input&, int64_t m0, int64_t m1, int32_t* flags);
   void (*quantize_rows)(const Input&, int64_t m0, int64_t m1);
   Product int8;
-  const Product& (*weight_only)(c10::ScalarType);  // x as it is, of this dtype
+  const Product& (*weight_only)(const Activations&);  // x as it is
   int64_t queries;         // rows of an attention's tile
   // Unit `unit` of the B * KV * ceil(G * M / (UNIT_TILES * queries)) of an attention.
   void (*attend)(const Attention&, int64_t unit, float* scratch);

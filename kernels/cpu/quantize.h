@@ -85,6 +85,21 @@ struct Reciprocal {
 };
 #endif
 
+// Of a row whose vectors are value(k, count).
+template <class F>
+inline float largest_magnitude(int64_t K, const F& value) {
+  Words largest{};
+  for_vectors(K, [&](int64_t k, auto count) {
+    const Words bits = magnitude(value(k, count));
+    largest = bits > largest ? bits : largest;
+  });
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < LANES; ++i) bits = std::max<uint32_t>(bits, largest[i]);
+  float absmax;
+  std::memcpy(&absmax, &bits, 4);
+  return absmax;
+}
+
 template <class T, bool OUTLIERS, bool COLUMN>
 void quantize_row(const Input& in, int64_t m) {
   const T* x = static_cast<const T*>(in.x) + m * in.K;
@@ -93,16 +108,7 @@ void quantize_row(const Input& in, int64_t m) {
     if constexpr (OUTLIERS) return regular<COLUMN>(in, v, k);
     return v;
   };
-  Words largest{};
-  for_vectors(in.K, [&](int64_t k, auto count) {
-    const Words bits = magnitude(value(k, count));
-    largest = bits > largest ? bits : largest;
-  });
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < LANES; ++i) bits = std::max<uint32_t>(bits, largest[i]);
-  float absmax;
-  std::memcpy(&absmax, &bits, 4);
-  const float step = absmax / 127.0f;
+  const float step = largest_magnitude(in.K, value) / 127.0f;
   const float scale = step < MIN_SCALE ? MIN_SCALE : step;  // a NaN stays
   in.x_scale[m] = scale;
 

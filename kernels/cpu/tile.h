@@ -152,6 +152,16 @@ inline void finish(
   }
 }
 
+// The blocks after [block, block + panel), while `rows` rows are multiplied with these.
+inline Prefetch next_panel(
+    const Activations& a, const Weight& weight, int64_t rows, int64_t block, int64_t panel) {
+  const int64_t tiles = (rows + a.row_tile - 1) / a.row_tile;
+  // A single row only streams the weights, which hardware prefetchers see.
+  const bool again = rows > 1 && block + panel < weight.blocks();
+  const int64_t lines = again ? (panel * BLOCK_N + tiles - 1) / tiles : 0;
+  return {weight.packed + (block + panel) * block_bytes(a.K_padded), lines};
+}
+
 template <class T, int B>
 void multiply_panel(
     const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t block) {
@@ -160,15 +170,11 @@ void multiply_panel(
   const int64_t stride = block_bytes(a.K_padded);
   const int8_t* w = weight.packed + block * stride;
   const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
-  const int64_t tiles = (m1 - m0 + a.row_tile - 1) / a.row_tile;
-  // A single row only streams the weights, which hardware prefetchers see.
-  const bool again = m1 - m0 > 1 && block + B < weight.blocks();
-  const int64_t lines = again ? (B * BLOCK_N + tiles - 1) / tiles : 0;
-  Prefetch ahead{w + B * stride, lines};
+  Prefetch ahead = next_panel(a, weight, m1 - m0, block, B);
   for (int64_t m = m0; m < m1; m += a.row_tile) {
     const int64_t rows = std::min(a.row_tile, m1 - m);
     tile_product<B>(a, m, rows, w, stride, acc, ahead);
-    ahead.next += a.K_padded * lines;
+    ahead.next += a.K_padded * ahead.lines;
     if (a.column_count) outlier_tile<B>(a, m, rows, w, stride, outlier);
     for (int b = 0; b < B; ++b)
       finish<T>(weight, m, rows, channels[b], [&](int64_t r, int p) {

@@ -91,10 +91,7 @@ void multiply_as(
   for (; b0 < b1; ++b0) {
     const int8_t* w = weight.packed + b0 * block_bytes(a.K_padded);
     const Channels channels(weight, b0);
-    // A single row only streams the weights, which hardware prefetchers see.
-    const bool again = m1 - m0 > 1 && b0 + 1 < weight.blocks();
-    const int64_t lines = again ? (BLOCK_N + tiles - 1) / tiles : 0;
-    Prefetch ahead{w + block_bytes(a.K_padded), lines};
+    Prefetch ahead = next_panel(a, weight, m1 - m0, b0, 1);
     if (converted)
       for (int64_t i = 0; i < elements; i += WIDTH * AT_ONCE) {
         W weights[WIDTH];
@@ -108,7 +105,7 @@ void multiply_as(
       } else {
         multiply_tile<Y>(a, weight, m, rows, w, channels, ahead);
       }
-      ahead.next += a.K_padded * lines;
+      ahead.next += a.K_padded * ahead.lines;
     }
   }
 }

@@ -1,0 +1,121 @@
+// Weights in int8 and x as it is, by integer products alone: a row of x becomes an integer for each k,
+// and that DIGITS int8 digits to the base 256, each of them a row of dot.h's.
+//
+//   x[k] = q[k] · 2^(e - BITS),  q[k] = Σ_d digit_d[k] · 256^d,  -128 <= digit_d < 128
+//   y    = Σ_d 256^d · (digit_d @ w_int8ᵀ) · 2^(e - BITS) · w_scale + bias
+//
+// with 2^e above the row's largest |x|. Nothing is converted from int8, the sums are exact, and a row
+// costs what DIGITS rows of LLM.int8() do. An element is off by 2^-BITS of the largest at most, half of
+// its last bit: of 22, every bf16 from 2^-14 of the largest on is exact and every fp16 from 2^-11; of
+// 30, every fp32 from 2^-6.
+//
+// Beside a product in fp32 (weight_only.h), which converts every weight: 1.3 to 1.6 times its speed at
+// one row of 576 to 2048 channels in the cache, as fast from four rows on, and twice that in fp16.
+//
+// Included after dot.h, tile.h and quantize.h, with
+//
+//   to_ints                rounds to nearest
+//   digit_quads            of LANES integers, 4 by 4: the lowest bytes of a quad, the next higher, ...
+
+constexpr int BASE_BITS = 8;
+constexpr float BASE = 1 << BASE_BITS;
+// Digits are signed: adding 128 to each makes them the bytes of an unsigned sum, which is what the
+// product wants.
+constexpr uint32_t ZERO_POINTS = 0x80808080;
+
+template <class T>
+constexpr int DIGITS = std::is_same_v<T, float> ? 4 : 3;
+// One bit less than all digits hold would do for the sign, and one more for the carries between them.
+template <class T>
+constexpr int BITS = BASE_BITS * DIGITS<T> - 2;
+// Beyond it 128 · 128 · K overflows.
+constexpr int64_t MAX_K = (1 << 17) - 1;
+
+// Of rows that are smaller still, elements are off by 2^(LEAST_EXPONENT - BITS): factors stay floats.
+constexpr int LEAST_EXPONENT = -90;
+
+// One row; its digits' quads are `stride` bytes apart. A row that is not finite has no digits, and NaN
+// for its scale.
+template <class T>
+void pack_digits(const T* x, int64_t K, int64_t k_padded, uint8_t* out, int64_t stride, float* scale) {
+  constexpr int BYTES = 4 * DIGITS<T>;
+  const float absmax = largest_magnitude(K, [x](int64_t k, auto count) { return load_row(x + k, count); });
+  const bool finite = std::isfinite(absmax);
+  int exponent = 0;
+  if (finite) std::frexp(absmax, &exponent);  // absmax < 2^exponent
+  exponent = std::max(exponent, LEAST_EXPONENT);
+  *scale = finite ? std::ldexp(1.0f, exponent - BITS<T>) : NAN;
+  const float factor = std::ldexp(1.0f, BITS<T> - exponent);
+  const auto write = [&](Words bytes, int64_t count) {
+    alignas(64) uint8_t quads[4 * LANES];
+    store(quads, digit_quads(bytes));
+    for (int64_t i = 0; i < count; i += 4, out += stride) std::memcpy(out, quads + 4 * i, BYTES);
+  };
+  for_vectors(K, [&](int64_t k, auto count) {
+    const Floats v = finite ? load_row(x + k, count) : Floats{};
+    write((Words)to_ints(v * factor) + ZERO_POINTS, count);
+  });
+  for (int64_t k = (K + 3) / 4 * 4; k < k_padded; k += 4) write(Words{} + ZERO_POINTS, 4);
+}
+
+template <class T>
+void pack_digits_as(const Activations& a, int64_t tile) {
+  const int64_t m = tile * a.row_tile;
+  const int64_t rows = std::min(a.row_tile, a.M - m);
+  constexpr int D = DIGITS<T>;
+  auto* packed = static_cast<uint8_t*>(a.packed) + m * D * a.K_padded;
+  for (int64_t r = 0; r < rows; ++r)
+    pack_digits(
+        static_cast<const T*>(a.x_outlier) + (m + r) * a.K, a.K, a.K_padded, packed + 4 * D * r,
+        4 * D * rows, a.row_scale + m + r);
+}
+
+// A row with an infinity or a NaN, in fp32: its outlier product, of all its columns.
+template <class T>
+inline Floats product_in_fp32(const T* x, int64_t K, const int8_t* block, int part) {
+  Floats sum{};
+  for (int64_t k = 0; k < K; ++k) sum += weight_column(block, part, k) * static_cast<float>(x[k]);
+  return sum;
+}
+
+template <class T, int B>
+void multiply_digits_panel(
+    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t block) {
+  constexpr int D = DIGITS<T>;
+  alignas(64) int32_t acc[ROW_TILE * PANEL * BLOCK_N];
+  const int64_t stride = block_bytes(a.K_padded);
+  const int8_t* w = weight.packed + block * stride;
+  const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
+  Prefetch ahead = next_panel(a, weight, m1 - m0, block, B);
+  for (int64_t m = m0; m < m1; m += a.row_tile) {
+    const int64_t rows = std::min(a.row_tile, m1 - m);
+    tile_product<B>(a, m * D, rows * D, w, stride, acc, ahead);
+    ahead.next += a.K_padded * ahead.lines;
+    for (int b = 0; b < B; ++b)
+      finish<T>(weight, m, rows, channels[b], [&](int64_t r, int p) {
+        const float scale = a.row_scale[m + r];
+        if (scale != scale) {
+          const T* x = static_cast<const T*>(a.x_outlier) + (m + r) * a.K;
+          return product_in_fp32(x, a.K, w + b * stride, p);
+        }
+        Floats sum{};
+        for (int d = D; d-- > 0;) {
+          const int32_t* digit = acc + ((r * D + d) * PANEL + b) * BLOCK_N + p * LANES;
+          sum = sum * BASE + __builtin_convertvector(load<Ints>(digit), Floats);
+        }
+        return sum * scale;
+      });
+  }
+}
+
+template <class T>
+void multiply_digits(
+    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
+  for (; b0 + PANEL <= b1; b0 += PANEL) multiply_digits_panel<T, PANEL>(a, weight, m0, m1, b0);
+  if (b0 < b1) multiply_digits_panel<T, 1>(a, weight, m0, m1, b0);
+}
+
+template <class T>
+constexpr Product IN_DIGITS{
+    ROW_TILE / DIGITS<T>, 1,       PANEL,   DIGITS<T> * sizeof(Activation), pack_digits_as<T>,
+    nullptr,              nullptr, multiply_digits<T>};
