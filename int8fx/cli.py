@@ -30,6 +30,7 @@ from int8fx.command_line import (
     print_json,
     writable,
 )
+from int8fx.errors import UserError
 
 app = typer.Typer(help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False)
 
@@ -291,3 +292,44 @@ def quantize(
 
     saved = quantize_files(model, out, options, progress)
     print_json(saved.to_dict()) if json else Console().print(saved)
+
+
+@app.command()
+@one_line_errors
+def suggest(
+    model: ModelArgument = None,
+    text: TextOption = None,
+    kl: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Budget: mean KL divergence from float.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="MIB", help="Budget: of all parameters and buffers.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many tokens of the text to run on.")
+    ] = 256,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measures what each linear costs in accuracy, and proposes options that keep a budget.
+
+    With --kl the fastest that keep it, with --memory the most accurate.
+    """
+    progress = Console(stderr=True)
+    above_zero("--kl", kl)
+    above_zero("--memory", memory)
+    budgets = {"kl": kl, "memory": None if memory is None else memory * 2**20}
+    budget = {name: value for name, value in budgets.items() if value is not None}
+    if len(budget) != 1:
+        raise UserError("a budget is needed: one of --kl NATS and --memory MIB")
+    from int8fx.progress import step
+
+    with step(progress, "Importing torch and transformers"):
+        from int8fx import suggest as run
+        from int8fx.texts import load_with_tokens
+
+    loaded, token_ids = load_with_tokens(model, text, progress)
+    inputs = {"input_ids": token_ids[None, :tokens], "use_cache": False}
+    with step(progress, "Measuring each linear", counted=True) as on_run:
+        suggestion = run(loaded, inputs, budget=budget, on_run=on_run)
+    print_json(suggestion.to_dict()) if json else Console().print(suggestion)

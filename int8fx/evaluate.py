@@ -68,9 +68,23 @@ def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def _kl(reference: Tensor, logits: Tensor) -> Tensor:
-    log_p = reference.log_softmax(-1)
-    log_q = logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _divergence(reference.log_softmax(-1), logits)
+
+
+def _divergence(log_p: Tensor, logits: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+
+
+class Reference:
+    """Answers ``[n, V]`` that many others are compared with, as log-probabilities in fp32."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._log_p = [rows.float().log_softmax(-1) for rows in logits.split(ROWS_AT_ONCE)]
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """``token_kl`` of the reference and these ``[n, V]``: ``[n]``."""
+        parts = zip(self._log_p, logits.split(ROWS_AT_ONCE), strict=True)
+        return torch.cat([_divergence(log_p, rows.float()) for log_p, rows in parts])
 
 
 @dataclass(frozen=True)

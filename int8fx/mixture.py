@@ -1,7 +1,7 @@
 """A model whose linears are switched between float and several schemes, in one trace.
 
 All ways must keep weights in one format, so that switching costs nothing; the graph then runs operator
-by operator, as in ``observe.py``.
+by operator, as in ``observe.py``, and from the first linear that is switched (``rerun.py``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,13 @@ from torch import Tensor, fx
 
 from int8fx import torch_private
 from int8fx.compilation import Compilation
-from int8fx.evaluate import token_kl
+from int8fx.evaluate import Reference
 from int8fx.kernels.scheme import eagerly
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.lower import Product
 from int8fx.pipeline import rewrite_graph
+from int8fx.rerun import Rerun
 from int8fx.weights import WeightStore
 
 
@@ -26,7 +27,7 @@ class Mixtures:
     """Answers how far any mixture is from the float model, on one input.
 
     Attributes:
-        paths: of the linears that may be quantised.
+        paths: of the linears that may be quantised, in the order in which they run.
         skipped: patterns for what the default options leave in float.
         float_bytes: of the model's parameters and buffers.
     """
@@ -46,6 +47,8 @@ class Mixtures:
             for way, (scheme, settings) in ways.items()
         }
         self._active: Mapping[str, str] = {}
+        self._switches: dict[Any, str] = {}
+        self._noise: dict[str, dict[str, float]] | None = None
         self._bytes: dict[str, tuple[int, int]] = {}
         self._store = WeightStore()
         model = torch_private.uncompiled(model)
@@ -54,7 +57,7 @@ class Mixtures:
             self.float_bytes = sum(tensor.nbytes for tensor in tensors)
         self._run = torch_private.compile_apart(model, self._backend)
         self._args, self._kwargs = args, kwargs
-        self._expected = self._logits({})
+        self._expected = Reference(self._logits({}))
 
     def nbytes(self, path: str) -> tuple[int, int]:
         """Of a linear's weight, in float and in int8."""
@@ -62,7 +65,14 @@ class Mixtures:
 
     def kl(self, mixture: Mapping[str, str]) -> float:
         """Mean KL divergence, in nats, with these linears quantised, each in its way."""
-        return token_kl(self._expected, self._logits(mixture)).double().mean().item()
+        return self._expected.kl(self._logits(mixture)).double().mean().item()
+
+    def noise(self) -> dict[str, dict[str, float]]:
+        """Of each linear, the squared error of its output in each way, on the float model's input."""
+        self._noise = {path: dict.fromkeys(self._choices, 0.0) for path in self.paths}
+        self._logits({})
+        noise, self._noise = self._noise, None
+        return noise
 
     @torch.no_grad()
     def _logits(self, mixture: Mapping[str, str]) -> Tensor:
@@ -77,7 +87,22 @@ class Mixtures:
         return logits.reshape(-1, logits.shape[-1])
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return rewrite_graph(gm, inputs, Options(), self._store, self._watch)
+        return rewrite_graph(gm, inputs, Options(), self._store, self._watch, self._runner)
+
+    def _runner(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        rerun = Rerun(gm)
+        nodes = list(gm.graph.nodes)
+        switches = [
+            (node, self._switches[node.target]) for node in nodes if node.target in self._switches
+        ]
+        # Graphs inside of this one may hold switched linears, too.
+        inner = [node for node in nodes if node.op == "get_attr"]
+
+        def run(*inputs: Any) -> Any:
+            switched = [node for node, path in switches if path in self._active]
+            return rerun.run_from([*inner, *switched], inputs)
+
+        return run
 
     def _watch(self, compilation: Compilation) -> None:
         for candidate, decision in zip(compilation.found, compilation.decisions, strict=True):
@@ -101,10 +126,16 @@ class Mixtures:
         assert expression is not None
 
         def switched(x: Tensor, weight: Tensor, bias: Tensor | None, *kept: Tensor) -> Tensor:
-            way = self._active.get(path)
-            if way is None:
-                return F.linear(x, expression.evaluate(weight).to(x.dtype), bias)
-            return self._choices[way].lower(eagerly, x, kept, bias)
+            if path in self._active:
+                return self._choices[self._active[path]].lower(eagerly, x, kept, bias)
+            y = F.linear(x, expression.evaluate(weight).to(x.dtype), bias)
+            if self._noise is not None:
+                for way, choice in self._choices.items():
+                    error = choice.lower(eagerly, x, kept, bias).double() - y
+                    self._noise[path][way] += error.square().sum().item()
+            return y
+
+        self._switches[switched] = path
 
         def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], bias: fx.Node | None) -> fx.Node:
             return call(switched, x, candidate.scope.lift(expression.placeholder), bias, *kept)

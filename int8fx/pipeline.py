@@ -80,12 +80,14 @@ def rewrite_graph(
     options: Options,
     store: WeightStore,
     watch: Callable[[Compilation], None] = lambda compilation: None,
+    runner: Callable[[fx.GraphModule], Callable[..., Any]] = lambda gm: gm,
 ) -> Callable[..., Any]:
     """The rewritten graph as it is before Inductor, to be run operator by operator.
 
     Args:
         store: keeps the packed weights: one that is not the process's own forgets them with it.
         watch: sees the compilation after ``select`` and may wrap products, see ``observe.py``.
+        runner: how the rewritten graph is run.
     """
     compilation = capture(gm, inputs, options)
     compilation.store = store
@@ -95,7 +97,7 @@ def rewrite_graph(
     rewrite(compilation)
     verify(compilation.root, compilation.signatures)
     swap, _ = finish_inputs(compilation)
-    return behind(swap, compilation.root.gm)
+    return behind(swap, runner(compilation.root.gm))
 
 
 def rewrite(compilation: Compilation) -> None:

@@ -1,8 +1,10 @@
 """``int8fx.suggest``: options for a model, from what each of its linears costs in accuracy.
 
-Every linear is quantised alone, in each way that is considered, and the KL divergence of the model's
-answers to those in float is its sensitivity. Divergences of single linears nearly add up, so a
-mixture is chosen by their sums, scaled by what the last mixture really had, and measured in the end.
+Every linear is quantised alone, in the fastest way, and the KL divergence of the model's answers to
+those in float is its sensitivity. For small errors that grows as the square of what is wrong with the
+linear's output, which one run shows for all linears and all ways, so the other ways' divergences are
+estimated from it. Divergences of single linears nearly add up, so a mixture is chosen by their sums,
+scaled by what the last mixture really had, and measured in the end.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,8 @@ class Sensitivity:
 
     Attributes:
         path: of its module.
-        kl: mean KL divergence to the float model, in nats; 0 in float.
+        kl: mean KL divergence to the float model, in nats: measured for the fastest way, estimated for
+            the others, 0 in float.
         float_bytes, kept_bytes: of its weight.
         chosen: a key of ``kl``.
     """
@@ -81,6 +84,7 @@ class Suggestion:
             table.add_row(Text(each.path), *cells, each.chosen)
         uniform = ", ".join(f"{way} {self.uniform_kl[way]:.5f}" for way in WAYS)
         lines = [
+            f"alone: {FASTEST} is measured, the others are estimated from their output's error",
             f"KL of the whole model: {self.kl:.5f}; every linear in one way: {uniform}",
             f"parameters and buffers: {mib(self.model_bytes)} MiB",
             f"options={self.options!r}",
@@ -102,8 +106,8 @@ def suggest(
     """Options for a model that keep a budget.
 
     With a budget of KL the mixture is the fastest that keeps it; with one of memory, the most
-    accurate. The model runs once for each linear and each way of ``LADDER``, so a few hundred tokens
-    are enough; it and its compiled forms stay as they are.
+    accurate. The model runs about as often as it has linears, from each of them on, so a few hundred
+    tokens are enough; it and its compiled forms stay as they are.
 
     Args:
         model: answers with logits ``[*, V]``, or with an object that has them as ``logits``.
@@ -159,14 +163,17 @@ def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def _measure(mixtures: Any, on_run: Callable[[int, int], None]) -> list[Sensitivity]:
-    linears, total = [], len(mixtures.paths) * len(WAYS)
-    for index, path in enumerate(mixtures.paths):
-        kl = {FLOAT: 0.0}
-        for step, way in enumerate(WAYS, start=1):
-            kl[way] = mixtures.kl({path: way})
-            on_run(index * len(WAYS) + step, total)
+    linears, noise = [], mixtures.noise()
+    for done, path in enumerate(mixtures.paths, start=1):
+        measured = mixtures.kl({path: FASTEST})
+        in_fastest = noise[path][FASTEST]
+        kl = {
+            way: measured * (each / in_fastest if in_fastest else 1)
+            for way, each in noise[path].items()
+        }
         float_bytes, kept_bytes = mixtures.nbytes(path)
-        linears.append(Sensitivity(path, kl, float_bytes, kept_bytes, FLOAT))
+        linears.append(Sensitivity(path, {**kl, FLOAT: 0.0}, float_bytes, kept_bytes, FLOAT))
+        on_run(done, len(mixtures.paths))
     return linears
 
 

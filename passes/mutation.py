@@ -1,5 +1,6 @@
 """Writes: which nodes of a graph change a tensor in place."""
 
+import operator
 from collections.abc import Iterator
 
 from torch import fx
@@ -9,6 +10,8 @@ from int8fx.passes.weight_expression import is_view_or_cast
 _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift setitem copy_".split()
 )
+# Python calls them so because their names are keywords.
+_KEYWORDS = frozenset((operator.and_, operator.or_, operator.not_, operator.is_))
 
 
 def writes_in_place(node: fx.Node) -> bool:
@@ -16,7 +19,7 @@ def writes_in_place(node: fx.Node) -> bool:
     if node.op == "call_method":
         name = str(node.target)
         return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    if node.op != "call_function":
+    if node.op != "call_function" or node.target in _KEYWORDS:
         return False
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
         return True

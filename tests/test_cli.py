@@ -34,7 +34,7 @@ def test_version(capsys):
 def test_help_lists_the_commands():
     result = CliRunner().invoke(int8fx.cli.app, ["--help"])
     assert result.exit_code == 0
-    commands = ("demo", "explain", "evaluate", "quantize", "bench")
+    commands = ("demo", "explain", "evaluate", "quantize", "bench", "suggest")
     assert [name for name in commands if name not in result.output] == []
 
 
@@ -72,6 +72,9 @@ def test_help_imports_no_model_code():
         (["explain", "--text", "nowhere.txt"], ["--text nowhere.txt", "No such file"]),
         (["explain", "--threshold", "-1"], ["'threshold'", "-1.0", "a number >= 0"]),
         (["explain", "--scheme", "int9"], ["'scheme'", "'int9'", "'llm.int8'"]),
+        (["suggest"], ["one of --kl NATS and --memory MIB"]),
+        (["suggest", "--kl", "0.01", "--memory", "99"], ["one of --kl NATS and --memory MIB"]),
+        (["suggest", "--kl", "0"], ["--kl 0", "> 0"]),
         (["explain", "--rule", "*.mlp.*"], ["'*.mlp.*'", "PATTERN=SCHEME"]),
     ],
 )

@@ -117,6 +117,7 @@ def test_verify_names_a_rewrite_that_changed_the_shape(x):
         (lambda x: F.relu(x, inplace=True), True),
         (lambda x: torch.ops.aten.add_.Tensor(x, x), True),
         (lambda x: x + 1, False),
+        (lambda x: operator.and_(x, x), False),
         (lambda x: x.__add__(1), False),
         (lambda x: torch.ops.aten.add.Tensor(x, x), False),
     ],
