@@ -1,11 +1,19 @@
 """How int8 weights are written to a ``state_dict`` and read from one.
 
-    weight          int8, in the shape of the parameter, the same on every device
+    weight          [1, N, K] int8: the shape of the parameter behind a one, the same on every device
     weight_scale    [N] fp32, one per output channel
 
 They are plain tensors, for safetensors and for every other tool; loading packs them again. A float
-``weight`` is quantised on loading, and bitsandbytes' ``weight`` and ``SCB`` are read as well
-(``SCB`` = 127 · ``weight_scale``).
+``weight`` is quantised on loading; int8 values in the shape of the parameter, which we wrote before,
+are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127 · ``weight_scale``).
+
+Why the one: nobody may take the integers for the values of a float weight, as torch and transformers
+copy any number into a parameter of its shape, and tell of a scale that nothing reads in a warning at
+most. transformers has no entry point through which it would find int8fx: where
+``int8fx.integrations.transformers`` was not imported, it warns that it does not know the quantisation
+'int8fx', and loads the files as if they were float. Of another shape, ``load_state_dict`` refuses
+each int8 weight by name, strict or not, and ``from_pretrained`` the model. Another name instead would
+not do: transformers fills what it misses with random numbers.
 
 What does not fit raises ``CheckpointError`` before anything is loaded.
 """
@@ -64,7 +72,7 @@ def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, meta
     for name, _ in _int8_parameters(module):
         weight = state.get(prefix + name)
         if isinstance(weight, Int8Weight):
-            state[prefix + name] = in_its_shape(weight.w_int8, weight)
+            state[prefix + name] = in_its_shape(weight.w_int8, weight).unsqueeze(0)
             # A copy, as the int8 values are: writers drop one of two names with the same memory.
             state[prefix + name + SCALE] = weight.w_scale.clone()
 
@@ -87,7 +95,11 @@ class _Entry:
 
     @property
     def value(self) -> Any:
-        return self.state.get(self.key)
+        """In the shape that the parameter should have."""
+        value = self.state.get(self.key)
+        if value is None or value.is_floating_point() or value.dim() != 3:
+            return value
+        return value.squeeze(0)
 
     @property
     def scale(self) -> Tensor | None:
@@ -187,10 +199,6 @@ def check(model: nn.Module, state: Mapping[str, Any], prefix: str = "", *_: Any)
 
 
 def _check_float(key: str, tensor: Tensor, value: Tensor | None) -> None:
-    if value is not None and tuple(value.shape) != tuple(tensor.shape):
-        raise CheckpointError(
-            f"{key}: shape {list(value.shape)} in the checkpoint, {list(tensor.shape)} in the model"
-        )
     if value is not None and value.is_floating_point() is not tensor.is_floating_point():
         # torch would copy int8 values into a float parameter without a word.
         hint = (
@@ -198,4 +206,8 @@ def _check_float(key: str, tensor: Tensor, value: Tensor | None) -> None:
         )
         raise CheckpointError(
             f"{key}: {value.dtype} in the checkpoint, {tensor.dtype} in the model{hint}"
+        )
+    if value is not None and tuple(value.shape) != tuple(tensor.shape):
+        raise CheckpointError(
+            f"{key}: shape {list(value.shape)} in the checkpoint, {list(tensor.shape)} in the model"
         )

@@ -66,9 +66,31 @@ def test_the_entries_are_plain_tensors_that_do_not_depend_on_the_device(floats, 
     state = model.state_dict()
     assert all(type(tensor) is torch.Tensor for tensor in state.values())
     w_int8, w_scale = quantize_weight(floats.up.weight)
-    assert torch.equal(state["up.weight"], w_int8)
+    assert torch.equal(state["up.weight"], w_int8.unsqueeze(0))
     assert torch.equal(state["up.weight_scale"], w_scale)
     assert set(state) - set(floats.state_dict()) == {"up.weight_scale", "down.weight_scale"}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_no_float_model_takes_the_integers_for_its_values(floats, model, strict):
+    before = floats.up.weight.clone(), floats.down.weight.clone()
+    with pytest.raises(RuntimeError) as error:
+        floats.load_state_dict(model.state_dict(), strict=strict)
+    for weight, shape in (("up", "96, 64"), ("down", "64, 96")):
+        assert (
+            f"size mismatch for {weight}.weight: copying a param with shape torch.Size([1, {shape}])"
+            in str(error.value)
+        )
+    assert torch.equal(floats.up.weight, before[0]) and torch.equal(floats.down.weight, before[1])
+
+
+def test_weights_in_their_own_shape_are_read_as_well(model, x):
+    """What we wrote before."""
+    state = model.state_dict()
+    state = {n: t.squeeze(0) if t.dtype == torch.int8 else t for n, t in state.items()}
+    read = empty()
+    read.load_state_dict(state)
+    assert torch.equal(read(x), model(x))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -166,7 +188,7 @@ def unexpected(state):
 
 
 def other_shape(state):
-    state["up.weight"] = state["up.weight"][:-1].contiguous()
+    state["up.weight"] = state["up.weight"][:, :-1].contiguous()
 
 
 def other_scale(state):
@@ -194,7 +216,7 @@ def negative_scale(state):
 
 
 def impossible_value(state):
-    state["down.weight"][3, 5] = -128
+    state["down.weight"][0, 3, 5] = -128
 
 
 # Of those, load_state_dict leaves names to torch, which tells missing from unexpected after loading.

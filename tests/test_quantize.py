@@ -213,7 +213,7 @@ def test_conv1d_of_hugging_face(x):
     assert torch.equal(conv(x), expected)
     y, report = compile_once(conv, x)
     assert report.accepted and torch.equal(y, expected)
-    assert conv.state_dict()["weight"].shape == (K, N)
+    assert conv.state_dict()["weight"].shape == (1, K, N)
     w_int8, w_scale = quantize_weight(reference.t())
     int8fx.dequantize_(conv)
     assert torch.equal(conv.weight, (w_int8 * w_scale.unsqueeze(1)).t())

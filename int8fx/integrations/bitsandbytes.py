@@ -31,7 +31,8 @@ log.info("torch._dynamo.config.capture_dynamic_output_shape_ops is on in this pr
 def to_bitsandbytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The ``state_dict`` of an int8 model as bitsandbytes and transformers read it.
 
-    ``weight_scale`` becomes ``SCB`` = 127 · w_scale, and ``weight_format`` says row-major.
+    ``weight`` gets the shape of the parameter, ``weight_scale`` becomes ``SCB`` = 127 · w_scale, and
+    ``weight_format`` says row-major.
 
     Raises:
         ValueError: an int8 entry is not a module's ``weight``, the only name bitsandbytes knows.
@@ -39,13 +40,16 @@ def to_bitsandbytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     translated = {}
     for name, tensor in state.items():
         key = name.removesuffix(SCALE)
-        if key == name or state.get(key) is None or state[key].dtype != torch.int8:
+        if key + SCALE not in state or getattr(state.get(key), "dtype", None) != torch.int8:
             translated[name] = tensor
             continue
         owner, _, attribute = key.rpartition(".")
         if attribute != "weight":
             raise ValueError(f"{key}: bitsandbytes keeps int8 values under 'weight' only")
         prefix = f"{owner}." if owner else ""
+        if name == key:
+            translated[name] = tensor.reshape(tensor.shape[-2:])
+            continue
         translated[prefix + BITSANDBYTES_SCALE] = tensor * QMAX
         translated[prefix + BITSANDBYTES_FORMAT] = torch.tensor(0, dtype=torch.uint8)
     return translated
