@@ -24,9 +24,19 @@ INDEX = "model.safetensors.index.json"
 def save_checkpoint(
     model: nn.Module, directory: str | Path, *, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Writes ``model.safetensors``, or shards of at most ``max_shard_size`` and their index."""
+    """Writes ``model.safetensors``, or shards of at most ``max_shard_size`` and their index.
+
+    Raises:
+        CheckpointError: a tensor is on the meta device, as those that accelerate offloaded are.
+    """
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{name}: on the meta device (offloaded?), there are no values to write"
+            )
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(model.state_dict(), directory, max_shard_size=max_shard_size)
+    save_torch_state_dict(state, directory, max_shard_size=max_shard_size)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:

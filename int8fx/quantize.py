@@ -81,11 +81,19 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: a weight is offloaded by accelerate; the model is as it was.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             if isinstance(local(weight), Int8Weight):
+                if weight.is_meta and hasattr(module, "_hf_hook"):
+                    raise ValueError(
+                        f"dequantize_: a weight of shape {list(weight.shape)} is offloaded; bring it "
+                        "back with accelerate.hooks.remove_hook_from_submodules(model) first"
+                    )
                 owners[id(weight)].append((module, name))
     for shared in owners.values():
         weight = getattr(*shared[0])

@@ -17,14 +17,17 @@ a graph. A subclass keeps class, names and pickling, reaches a backend as one in
 DTensor hold it as they hold any shard.
 """
 
+import copy
 import gc
+import importlib
+import sys
 import weakref
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from int8fx.kernels import ops, table
 from int8fx.kernels.cpu import pages
@@ -54,7 +57,14 @@ class Int8Weight(Tensor):
     __torch_function__ = without_torch_functions
 
     @staticmethod
-    def __new__(
+    def __new__(cls, packed: Tensor, *parts: Tensor, **form: Any) -> "Int8Weight":
+        """Of its parts; or a parameter of another int8 weight, as ``nn.Parameter`` makes it:
+        ``type(parameter)(tensor, requires_grad=False)`` is what accelerate puts in its place.
+        """
+        return cls._of_parts(packed, *parts, **form) if parts else _parameter(packed, **form)
+
+    @classmethod
+    def _of_parts(
         cls,
         packed: Tensor,
         w_scale: Tensor,
@@ -127,6 +137,10 @@ class Int8Weight(Tensor):
         """Bytes in memory over elements, scales and padding included: what footprints multiply by."""
         return self.int8_bytes / self.numel()
 
+    def data_ptr(self) -> int:
+        """Of the int8 form: what tells weights apart, and finds tied ones."""
+        return self.packed.data_ptr()
+
     def share_memory_(self) -> "Int8Weight":
         """Moves the int8 form to shared memory, in place."""
         drop_weak_references(self)
@@ -163,6 +177,14 @@ class Int8Weight(Tensor):
         form = (tuple(self.shape), self.stride(), self.device, tuple(self.packed.shape))
         return f"Int8Weight{(*form, *self._attributes().values())}"
 
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            parts = self.packed.clone(), self.w_scale.clone()
+            copied = self.with_packed(*parts, size=self.shape, stride=self.stride())
+            copied.__dict__.update(copy.deepcopy(self._extras(), memo))
+            memo[id(self)] = copied
+        return memo[id(self)]
+
     def __reduce_ex__(self, protocol):
         # Not the packed form: a pickle may be read on a machine with another kernel.
         return _rebuild, (self.w_int8, self.w_scale, self._attributes(), self._extras())
@@ -190,11 +212,11 @@ class Int8Weight(Tensor):
     def with_packed(self, packed: Tensor, w_scale: Tensor, **changed: Any) -> "Int8Weight":
         return type(self)(packed, w_scale, **(self._attributes() | changed))
 
-    def on_meta(self) -> "Int8Weight":
-        """Without its values: for looking at shapes."""
+    def on_meta(self, **changed: Any) -> "Int8Weight":
+        """Without its values, some attributes changed."""
         packed = torch.empty(self.w_scale.shape[0], self.K, dtype=torch.int8, device="meta")
         w_scale = torch.empty_like(self.w_scale, device="meta")
-        return self.with_packed(packed, w_scale, size=self.shape, stride=self.stride())
+        return self.with_packed(packed, w_scale, size=self.shape, stride=self.stride(), **changed)
 
     @property
     def activation_options(self) -> dict[str, Any]:
@@ -225,6 +247,21 @@ def drop_weak_references(weight: Int8Weight) -> None:
 def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` for the kernel of its device; as it is where there is none (meta)."""
     return w_int8 if table.kernel_for(w_int8.device.type) is None else ops.pack_weight(w_int8)
+
+
+def _parameter(tensor: Tensor, requires_grad: bool = True) -> Any:
+    """Raises:
+    TypeError: the tensor is no int8 weight, so its scales are not there.
+    """
+    if not isinstance(tensor, Int8Weight):
+        raise TypeError(
+            f"no int8 weight can be made of a tensor of shape {list(tensor.shape)} and {tensor.dtype} "
+            "alone, without scales; int8fx.Int8Weight.from_float quantises one"
+        )
+    if "accelerate" in sys.modules:
+        # It is about to offload the weight, and would bring it back without its scales.
+        importlib.import_module("int8fx.integrations.accelerate")
+    return nn.Parameter(tensor, requires_grad)
 
 
 def _rebuild(w_int8: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> Int8Weight:

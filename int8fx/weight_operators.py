@@ -156,6 +156,8 @@ def _to(func: Any, args: tuple, kwargs: dict) -> Any:
     device = torch.device(kwargs.get("device") or weight.device)
     if not dtype.is_floating_point:
         return _on_the_float_values(func, args, kwargs)
+    if device.type == "meta":
+        return weight.on_meta(dtype=dtype)
     if device.type == weight.device.type:
         move = {"device": device, "copy": True}
         packed, w_scale = weight.packed.to(**move), weight.w_scale.to(**move)

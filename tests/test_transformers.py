@@ -163,21 +163,78 @@ def test_a_wrong_option_is_named(options, message):
 def test_what_cannot_be_loaded(floats):
     with pytest.raises(ValueError, match=r"no weight of LlamaForCausalLM can be quantised\n  model"):
         load(floats[0], quantization_config=Int8FxConfig(only=["nothing"]))
-    with pytest.raises(ValueError, match="device_map sends modules to 'disk', from where int8"):
-        load(
-            floats[0],
-            quantization_config=Int8FxConfig(),
-            device_map={"model": "cpu", "lm_head": "disk"},
-        )
+
+
+AT_HOME = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+ON_DISK = {**dict.fromkeys(AT_HOME, "cpu"), "model.layers.1": "disk"}
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-def test_int8_weights_are_not_offloaded(floats, saved, quantised):
+@pytest.mark.parametrize("device_map", ["auto", ON_DISK], ids=["auto", "given"])
+def test_what_memory_does_not_hold_stays_on_disk(floats, model, saved, tmp_path, quantised, device_map):
     path = saved if quantised else floats[0]
-    options = {} if quantised else {"quantization_config": Int8FxConfig()}
-    away = {"model.layers.0": "meta", "model": "cpu", "lm_head": "cpu"}
-    with pytest.raises(ValueError, match=r"leaves model\.layers\.1.*weight on 'cpu', to be copied"):
-        load(path, **options, device_map=away)
+    options = {} if quantised else {"quantization_config": Int8FxConfig(threshold=5.0)}
+    memory = {"max_memory": {"cpu": 60_000}} if device_map == "auto" else {}
+    folder = {"offload_folder": tmp_path / "offload"}
+    read = load(path, **options, **memory, **folder, device_map=device_map)
+    assert "disk" in read.hf_device_map.values()
+    assert type(read.get_parameter(UP)) is Int8Weight and read.get_parameter(UP).is_meta
+    for _ in range(2):
+        assert torch.equal(logits(read), logits(model))
+    tokens, greedy = torch.arange(8).unsqueeze(0), {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(read.generate(tokens, **greedy), model.generate(tokens, **greedy))
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        read.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def test_int8_files_need_a_folder_for_what_is_offloaded(saved):
+    with pytest.raises(ValueError, match="Please provide an `offload_folder`"):
+        load(saved, device_map=ON_DISK)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_what_another_device_works_on_waits_on_the_cpu(floats, model, saved, quantised):
+    """With "meta" in the place of a GPU, which computes nothing."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    path = saved if quantised else floats[0]
+    options = {} if quantised else {"quantization_config": Int8FxConfig(threshold=5.0)}
+    away = dict.fromkeys(AT_HOME, "meta") | {"model.layers.1": "cpu"}
+    read = load(path, **options, device_map=away)
+    assert type(read.get_parameter(UP)) is Int8Weight and read.get_parameter(UP).is_meta
+    with torch.no_grad():
+        assert read(torch.arange(8, device="meta").unsqueeze(0)).logits.shape == (1, 8, 100)
+    remove_hook_from_submodules(read)
+    assert torch.equal(read.get_parameter(UP), model.get_parameter(UP))
+
+
+def test_where_int8fx_is_not_imported_int8_files_are_refused(saved, monkeypatch, caplog):
+    """transformers skips a quantisation that it does not know, and would take any number of the shape
+    of a weight for its value."""
+    from transformers.quantizers import auto
+
+    for table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        monkeypatch.delitem(table, "int8fx")
+    with pytest.raises(
+        RuntimeError, match="`ignore_mismatched_sizes` to `False`, thus raising an error"
+    ):
+        load(saved)
+    assert "Unknown quantization type, got int8fx" in caplog.text
+    assert "ckpt: torch.Size([1, 128, 64]) vs model:torch.Size([128, 64])" in caplog.text
+
+
+def test_files_with_weights_in_their_own_shape_are_read_as_well(model, saved, tmp_path):
+    """What we wrote before."""
+    state = {
+        name: tensor.squeeze(0) if tensor.dtype == torch.int8 else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
 def test_a_damaged_checkpoint_names_the_tensor(model, saved, tmp_path, caplog):

@@ -8,9 +8,12 @@
     model = AutoModelForCausalLM.from_pretrained(directory)
 
 Each weight is quantised as it is read, so memory peaks one weight above the int8 model. The files
-that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dict.py``).
+that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dict.py``). What a
+``device_map`` leaves on the CPU for a GPU, or on disk, comes back whole
+(``int8fx/integrations/accelerate.py``).
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -62,39 +65,24 @@ class Int8FxQuantizer(HfQuantizer):
     is_trainable = True
     is_compileable = True
     names: frozenset[str] = frozenset()
+    device_map: dict[str, Any] | None = None
 
     def is_serializable(self) -> bool:
         return True
 
     def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map sends modules to 'disk', from where int8 weights cannot be read back; "
-                "allowed: devices, 'cpu' among them"
-            )
-        self._refuse_offloading(device_map)
+        if device_map is not None:
+            importlib.import_module("int8fx.integrations.accelerate")  # what serves it
+        # transformers comes back with what it made of "auto".
+        self.device_map = device_map if isinstance(device_map, dict) else None
 
-    def _refuse_offloading(self, device_map: Any) -> None:
-        """Raises:
-        ValueError: int8 weights would wait in main memory for a module that runs elsewhere.
-        """
-        if not isinstance(device_map, dict) or set(device_map.values()) <= {"cpu", "disk"}:
-            return
-        # accelerate keeps the state_dict of such modules, and makes each parameter of its entry alone.
-        away = sorted(name for name in self.names if get_device(device_map, name) == "cpu")
-        if away:
-            raise ValueError(
-                f"device_map leaves {away[0]} on 'cpu', to be copied to another device for each call, "
-                "which accelerate cannot do with int8 weights and their scales; allowed: all of them "
-                "on 'cpu', or all on other devices"
-            )
+    def is_on_disk(self, name: str) -> bool:
+        """Whether a parameter stays on disk, from where accelerate brings it for each call."""
+        return self.device_map is not None and get_device(self.device_map, name) == "disk"
 
-    def _process_model_before_weight_loading(
-        self, model: Any, device_map: Any = None, **_: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         """Raises:
-        ValueError: nothing of the model can be quantised, or int8 files are to be read in shards, or
-            int8 weights to be offloaded.
+        ValueError: nothing of the model can be quantised, or int8 files are to be read in shards.
         """
         if self.pre_quantized and _is_in_shards(model):
             # transformers cuts what belongs to a weight as it cuts the weight, its scales as well.
@@ -109,7 +97,6 @@ class Int8FxQuantizer(HfQuantizer):
         if not self.names:
             reasons = "".join(f"\n  {decision}" for decision in found)
             raise ValueError(f"no weight of {type(model).__name__} can be quantised{reasons}")
-        self._refuse_offloading(device_map)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return param_name in self.names
@@ -119,6 +106,14 @@ class Int8FxQuantizer(HfQuantizer):
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Deserialize}
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
+        """For saving: of a model with offloaded weights, brought back module by module."""
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return None, {}
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model), {}
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         state_dict.check_on_load(model)
@@ -139,14 +134,31 @@ class _Operation(ConversionOps):
         config = self.hf_quantizer.quantization_config
         return {"transposed": keeps_transposed(owner), **config.activation_options}
 
+    def stands_for(self, model: nn.Module, name: str) -> Int8Weight:
+        """The weight of a name on the meta device, which is put into the model."""
+        empty = torch.empty_like(model.get_parameter(name), device="meta")
+        weight = Int8Weight.from_float(empty, **self.form(model, name))
+        parameter = nn.Parameter(weight, requires_grad=False)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+        return weight
+
 
 class _Quantize(_Operation):
-    """A float weight as it comes from the file, to int8."""
+    """A float weight as it comes from the file, to int8.
+
+    One that stays on disk stays in its file, in float, and is quantised each time it is brought.
+    """
 
     def convert(self, input_dict: Any, model: Any = None, **_: Any) -> dict[str, Any]:  # type: ignore[override]
         result = {}
         for name, value in input_dict.items():
             weight = _single(value)
+            if self.hf_quantizer.is_on_disk(name):
+                self.stands_for(model, name)
+                result[name] = weight
+                continue
             quantized = Int8Weight.from_float(weight, **self.form(model, name))
             # It may be a mapping of the file, whose pages would count as ours until the last is read.
             pages.release_mapped(weight)
@@ -176,10 +188,10 @@ class _Deserialize(_Operation):
             return tensors
         prefix = full_layer_name.removesuffix("weight")
         state = {prefix + name: tensor for name, tensor in tensors.items()}
-        expected = model.get_parameter(full_layer_name)
-        on_meta = torch.empty_like(expected, device="meta")
-        like = Int8Weight.from_float(on_meta, **self.form(model, full_layer_name))
+        like = self.stands_for(model, full_layer_name)
         weight = state_dict.read(full_layer_name, like, state)
+        if self.hf_quantizer.is_on_disk(full_layer_name):
+            return tensors
         assert weight is not None  # read has seen to it
         for tensor in tensors.values():
             pages.release_mapped(tensor)
