@@ -22,6 +22,7 @@ from int8fx.passes.compute_once import compute_once
 from int8fx.passes.decision import Decision
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
+from int8fx.passes.fuse_sums import fuse_sums
 from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import lower, lower_matmul
@@ -107,6 +108,7 @@ def rewrite(compilation: Compilation) -> None:
     share_quantizations(compilation)
     fold_biases(compilation)
     join_quantized_linears(compilation)
+    leave_sums(compilation)
 
 
 def canonicalize(compilation: Compilation) -> None:
@@ -276,6 +278,12 @@ def join_quantized_linears(compilation: Compilation) -> None:
             found = scope.graph.find_nodes(op="call_function", target=quantizer)
             compilation.quantizations += len(found)
         join_linears(scope.graph, compilation.fake_mode, table.joined)
+
+
+def leave_sums(compilation: Compilation) -> None:
+    """fuse_sums on every graph."""
+    for scope in compilation.root.walk():
+        fuse_sums(scope.graph)
 
 
 # What is left in float gets out of the way: what the log calls it, the pass, and when it applies.

@@ -14,8 +14,16 @@ once, for the outlier columns and the scales, and quantises the part of K that i
 columns that were left out come after the product, in a loop over them alone.
 
 **Split K.** With few output channels there are fewer tiles than multiprocessors. Then SPLIT_K programs
-share a tile, each with its part of K, and the result is ``[SPLIT_K, M, N]`` partial sums in fp32,
-whose sum Inductor fuses with what reads ``y``. No atomics: the order of summation is fixed.
+share a tile, each with its part of K. What becomes of their partial sums:
+
+- Where a kernel that Inductor writes reads ``y``, the result is ``[SPLIT_K, M, N]`` in fp32, and that
+  kernel adds them up as it reads them, which costs nothing.
+- Where none does (``y`` leaves the graph, or attention reads it), that would be a launch. With SUMS the
+  programs count themselves: whoever finds that it came last to a tile adds up the parts.
+
+The counters are zeros that the kernel which computes x writes (``zeros_for_counters``): neither a fill
+nor memory that outlives a call and that two streams could share. The order of summation is fixed in
+both, so a result is the same bits every time.
 
 Source: Dettmers et al. 2022, "LLM.int8()", equation 8. References: ``kernels/quantize.py`` and
 ``kernels/linear.py``.
@@ -81,6 +89,15 @@ def look_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> d
         "LIST_BLOCK": _LIST_BLOCK,
         "BLOCK_O": BLOCK_O,
     }
+
+
+def zeros_for_counters(x: Tensor) -> Tensor:
+    """Zeros for the counters of tiles, int8 of x's shape.
+
+    In an operator of x, so that Inductor fuses it with whatever computes x: a ``torch.zeros`` would be
+    a launch. Where K is split it is long enough for four bytes a tile.
+    """
+    return (x.isnan() & x.isinf()).to(torch.int8)
 
 
 def sum_of_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -193,21 +210,52 @@ def _add_outlier_columns(
 
 
 @triton.jit
+def _sum_of_tile(part_of_tile, part, parts_ptr, counters_ptr, SPLIT_K: tl.constexpr):
+    """The sum of a tile's parts, for the program that comes last; zeros for the others.
+
+    Args:
+        part_of_tile: ``[TOKENS, BLOCK_N]``, the part of this program.
+        parts_ptr: ``[SPLIT_K, tiles, TOKENS, BLOCK_N]`` fp32, to work with.
+        counters_ptr: ``[tiles]`` int32, zero; left zero, for whoever launches again with them.
+
+    Returns:
+        the sum, and whether this program came last.
+    """
+    TOKENS: tl.constexpr = part_of_tile.shape[0]
+    BLOCK_N: tl.constexpr = part_of_tile.shape[1]
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    within = tl.arange(0, TOKENS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    here = parts_ptr + tile * TOKENS * BLOCK_N + within
+    distance = tiles * TOKENS * BLOCK_N
+    tl.store(here + part * distance, part_of_tile)
+    tl.debug_barrier()  # the count below says that all threads have stored
+    counter = counters_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tile
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1
+    total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
+    for index in tl.static_range(SPLIT_K):
+        total += tl.load(here + index * distance, mask=is_last, other=0.0)
+    tl.store(counter, 0, mask=is_last)
+    return total, is_last
+
+
+@triton.jit
 def decode_kernel(
     x_ptr,  # [M, K], where QUANTIZE
     x_int8_ptr, x_scale_ptr,  # [M, K] int8 and [M] fp32; where QUANTIZE they are written
     digit0_ptr, digit1_ptr, digit2_ptr, digit_scale_ptr,  # [M, K] int8 and [M] fp32, where DIGITS
     taken_ptr, columns_ptr,  # [K] int8 and int32, to work with, where QUANTIZE
+    parts_ptr, counters_ptr,  # see _sum_of_tile, where SUMS
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
-    y0_ptr, y1_ptr, y2_ptr,  # [M, N], or [SPLIT_K, M, N] fp32
+    y0_ptr, y1_ptr, y2_ptr,  # [M, N]; [SPLIT_K, M, N] fp32 where K is split, and not SUMS
     M, N0, N1, N2, K,
     threshold,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    SUMS: tl.constexpr,
     LOOK_BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     QUANTIZE_BLOCK: tl.constexpr,
@@ -292,10 +340,14 @@ def decode_kernel(
         )  # fmt: skip
     if DIGITS:
         y = tl.sum(tl.reshape(y, (GROUPS, TOKENS, BLOCK_N)), 0)
+    m = tl.arange(0, TOKENS)
+    inside = (m < M)[:, None] & (columns < N)[None, :]
+    if SUMS:
+        y, is_last = _sum_of_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
+        inside &= is_last
+        part = 0  # of one result
     y *= tl.load(w_scale_ptr + n)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
-    m = tl.arange(0, TOKENS)
     target = y_ptr + (part * M + m)[:, None] * N + columns[None, :]
-    inside = (m < M)[:, None] & (columns < N)[None, :]
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)

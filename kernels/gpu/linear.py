@@ -21,6 +21,7 @@ replays for any input.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def quantized_linears(
     weights: Sequence[Tensor],
     w_scales: Sequence[Tensor],
     biases: Sequence[Tensor],
+    sums: bool = True,
 ) -> list[Tensor]:
     """One to three int8 linears of one activation, on a GPU.
 
@@ -61,6 +63,8 @@ def quantized_linears(
         weights: each ``[N_i, K]`` int8, contiguous.
         w_scales: each ``[N_i]`` fp32.
         biases: each ``[N_i]``, all of one dtype; or empty, no linear has one.
+        sums: of partial results are the kernel's to take; False leaves them to what Inductor fuses with
+            the result (``decode.py``, split K). The result is the same.
 
     Returns:
         each ``[*, N_i]``, of x's dtype.
@@ -76,7 +80,7 @@ def quantized_linears(
     if decomposition == "all":
         threshold, decomposition = EVERYTHING, "column"
     if rows.shape[0] <= decode.MAX_M:
-        outputs = _decode(rows, threshold, decomposition, linears)
+        outputs = _decode(rows, threshold, decomposition, linears, sums)
     else:
         outputs = _product(rows, threshold, decomposition, linears)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
@@ -138,45 +142,37 @@ def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, third
 
 
-def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
+def _decode(
+    x: Tensor, threshold: float, decomposition: str, linears: _Linears, sums: bool
+) -> list[Tensor]:
     M, K = x.shape
     N, dtype = sum(linears.widths), x.dtype
     arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
-    quantizes = threshold != 0 and decomposition == "column" and M > 1
-    digits: list[Tensor] = []
-    digit_scale = None
-    if quantizes:
-        x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
-        work = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
-    else:
-        x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
-        if threshold != 0:
-            digits, digit_scale = outlier_digits(x_outlier)
-        # Not read: nobody need write x itself to memory.
-        x, work = x_int8, (x_int8, x_int8)
-    block_m = decode.tile_rows(M, len(digits))
-    kind = "quantises" if quantizes else f"rows {block_m}"
+    rows = _rows_of_decode(x, threshold, decomposition)
+    block_m = decode.tile_rows(M, len(rows.digits))
+    kind = "quantises" if rows.quantizes else f"rows {block_m}"
     candidates = configs.decode_configs(arch, kind, N, K, processors)
     parts = configs.split_k(kind, candidates[-1], N, K, processors)
-    if parts > 1:
+    flags = linears.flags
+    sums = sums and parts > 1
+    if parts > 1 and not sums:
         outputs = linears.outputs(x, parts, M, dtype=torch.float32)
+        flags["HAS_BIAS"] = False  # part of the sum
     else:
         outputs = linears.outputs(x, M, dtype=dtype)
-    flags = linears.flags
-    if parts > 1:
-        flags["HAS_BIAS"] = False  # part of the sum
+    summing = (rows.x_scale, rows.x_int8)  # not read
+    if sums:
+        tokens = block_m // (1 + len(rows.digits))
+        width = max(linears.tiles(each.block_n) * each.block_n for each in candidates)
+        summing = _empty(x, (parts, tokens, width), torch.float32), decode.zeros_for_counters(x)
     warps, lanes = candidates[-1].num_warps, configs.warp_size(arch)
     _launch(
         decode.decode_kernel,
         candidates,
         K,
         lambda meta: (linears.tiles(meta["BLOCK_N"]), parts),
-        x,
-        x_int8,
-        x_scale,
-        *(digits or [x_int8] * DIGITS),
-        x_scale if digit_scale is None else digit_scale,
-        *work,
+        *rows.operands,
+        *summing,
         *linears.pointers,
         *_output_pointers(outputs),
         M,
@@ -185,18 +181,49 @@ def _decode(x: Tensor, threshold: float, decomposition: str, linears: _Linears) 
         threshold,
         BLOCK_M=block_m,
         SPLIT_K=parts,
-        DIGITS=len(digits),
-        QUANTIZE=quantizes,
+        SUMS=sums,
+        DIGITS=len(rows.digits),
+        QUANTIZE=rows.quantizes,
         PRECISION=_precision(dtype, arch),
         **decode.look_shape(dtype.itemsize, warps, lanes, -(-K // parts)),
         **flags,
     )
-    if parts == 1:
+    if parts == 1 or sums:
         return outputs
     biases: list[Any] = linears.biases or [None] * len(outputs)
     return [
         decode.sum_of_parts(output, bias, dtype) for output, bias in zip(outputs, biases, strict=True)
     ]
+
+
+@dataclass
+class _DecodeRows:
+    """What the decode kernel reads of an activation, or quantises for itself."""
+
+    x: Tensor
+    x_int8: Tensor
+    x_scale: Tensor
+    digits: list[Tensor]
+    digit_scale: Tensor
+    work: tuple[Tensor, Tensor]
+    quantizes: bool
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        digits = self.digits or [self.x_int8] * DIGITS  # not read
+        return (self.x, self.x_int8, self.x_scale, *digits, self.digit_scale, *self.work)
+
+
+def _rows_of_decode(x: Tensor, threshold: float, decomposition: str) -> _DecodeRows:
+    M, K = x.shape
+    if threshold != 0 and decomposition == "column" and M > 1:
+        x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
+        work = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
+        return _DecodeRows(x, x_int8, x_scale, [], x_scale, work, True)
+    x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
+    digits, digit_scale = outlier_digits(x_outlier) if threshold != 0 else ([], x_scale)
+    # The kernel does not read x: nobody need write it to memory.
+    return _DecodeRows(x_int8, x_int8, x_scale, digits, digit_scale, (x_int8, x_int8), False)
 
 
 def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
@@ -308,4 +335,12 @@ def _precision(dtype: torch.dtype, arch: str) -> str:
 
 
 # Gradients are straight-through, as in kernels/ops.py.
-quantized_linears.register_autograd(linears_backward, setup_context=linears_setup)
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    linears_setup(ctx, inputs[:-1], output)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple:
+    return *linears_backward(ctx, grads), None  # sums
+
+
+quantized_linears.register_autograd(_backward, setup_context=_setup)

@@ -109,11 +109,13 @@ def decode(
         decode_kernel,
         _linears(dtype)
         | {"x_ptr": f"*{dtype}", "threshold": "fp64", "columns_ptr": "*i32"}
-        | dict.fromkeys(("x_scale_ptr", "digit_scale_ptr"), "*fp32")
-        | dict.fromkeys(("x_int8_ptr", "taken_ptr", *(f"digit{i}_ptr" for i in range(DIGITS))), "*i8"),
+        | dict.fromkeys(("x_scale_ptr", "digit_scale_ptr", "parts_ptr"), "*fp32")
+        | dict.fromkeys(("x_int8_ptr", "taken_ptr", "counters_ptr"), "*i8")
+        | {f"digit{i}_ptr": "*i8" for i in range(DIGITS)},
         {
             "BLOCK_M": 64 if kind == "rows 64" else 16,
-            "SPLIT_K": 1,
+            "SPLIT_K": 4,
+            "SUMS": True,
             "DIGITS": 0 if quantizes else DIGITS,
             "QUANTIZE": quantizes,
             "GROUPED": True,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton.runtime.interpreter as stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int8_launches import relative_error
@@ -230,17 +231,23 @@ def test_product(case, unroll):
         assert relative_error(y, expected) < TOLERANCE[y.dtype]
 
 
-def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Tensor]:
+def run_decode(
+    case: Case, parts: int, threshold: float, sums: bool = False, **constants
+) -> list[Tensor]:
     """``y`` of each linear."""
     M, K = case.x.shape
-    shape = (M,) if parts == 1 else (parts, M)
-    dtype = case.x.dtype if parts == 1 else torch.float32
+    sums = sums and parts > 1
+    whole = parts == 1 or sums
+    shape, dtype = ((M,), case.x.dtype) if whole else ((parts, M), torch.float32)
     outputs = [poisoned_like(torch.empty(*shape, N, dtype=dtype)) for N in case.N if N]
     taken, columns = torch.empty(K, dtype=torch.int8), torch.empty(K, dtype=torch.int32)
-    work = [poisoned_like(taken), poisoned_like(columns)]
     given = [constants.pop(name) for name in ("x_int8", "x_scale", "digits", "digit_scale")]
     x_int8, x_scale, digits, digit_scale = given
-    launchable(decode_kernel)[(sum(-(-N // 16) for N in case.N), parts)](
+    tiles, block_m = sum(-(-N // 16) for N in case.N), tile_rows(M, len(digits))
+    counters = poisoned(torch.zeros(4 * tiles, dtype=torch.int8))
+    partial = torch.empty(parts, tiles, block_m // (1 + len(digits)), 16)
+    work = [poisoned_like(taken), poisoned_like(columns), poisoned_like(partial), counters]
+    launchable(decode_kernel)[(tiles, parts)](
         case.x,
         x_int8,
         x_scale,
@@ -256,6 +263,7 @@ def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Te
         BLOCK_N=16,
         BLOCK_K=32,
         SPLIT_K=parts,
+        SUMS=sums,
         LOOK_BLOCK=64,
         VECTOR=4,
         QUANTIZE_BLOCK=32,
@@ -263,14 +271,15 @@ def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Te
         BLOCK_O=16,
         GROUPED=len(outputs) > 1,
         EVEN_K=K % 32 == 0,
-        HAS_BIAS=bool(case.biases) and parts == 1,
+        HAS_BIAS=bool(case.biases) and whole,
         PRECISION="ieee",
         DIGITS=len(digits),
-        BLOCK_M=tile_rows(M, len(digits)),
+        BLOCK_M=block_m,
         **constants,
     )
     assert_intact(*outputs, *work, x_int8, x_scale, *digits, digit_scale, *case.inputs)
-    if parts == 1:
+    assert not counters.any()  # as whoever replays the launch needs them
+    if whole:
         return outputs
     biases = case.biases or [None] * len(outputs)
     return [sum_of_parts(y, bias, case.x.dtype) for y, bias in zip(outputs, biases, strict=True)]
@@ -281,14 +290,16 @@ def run_decode(case: Case, parts: int, threshold: float, **constants) -> list[Te
     cases(st.integers(1, MAX_M)),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([0.0, THRESHOLD, math.inf]),
+    st.booleans(),
 )
-def test_decode_of_rows(case, parts, threshold):
+def test_decode_of_rows(case, parts, threshold, sums):
     x_int8, x_scale, x_outlier, _ = quantize_reference(case.x.clone(), threshold, "token")
     digits, digit_scale = outlier_digits(x_outlier) if threshold else ([], x_scale)
     outputs = run_decode(
         case,
         parts,
         threshold,
+        sums,
         x_int8=poisoned(x_int8),
         x_scale=poisoned(x_scale),
         digits=[poisoned(digit) for digit in digits],
@@ -300,17 +311,45 @@ def test_decode_of_rows(case, parts, threshold):
 
 
 @THOROUGH
-@given(cases(st.integers(1, MAX_M)), st.sampled_from([1, 2, 4]), st.sampled_from([THRESHOLD, math.inf]))
-def test_decode_that_quantises(case, parts, threshold):
+@given(
+    cases(st.integers(1, MAX_M)),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([THRESHOLD, math.inf]),
+    st.booleans(),
+)
+def test_decode_that_quantises(case, parts, threshold, sums):
     x_int8, x_scale, _, _ = quantize_reference(case.x.clone(), threshold, "column")
     made = {"x_int8": poisoned_like(x_int8), "x_scale": poisoned_like(x_scale)}
     outputs = run_decode(
-        case, parts, threshold, **made, digits=[], digit_scale=poisoned(x_scale), QUANTIZE=True
+        case, parts, threshold, sums, **made, digits=[], digit_scale=poisoned(x_scale), QUANTIZE=True
     )
     assert torch.equal(made["x_int8"], x_int8)
     assert torch.equal(made["x_scale"], x_scale)
     for y, expected in zip(outputs, case.expected("column", threshold), strict=True):
         assert relative_error(y, expected) < 2 * TOLERANCE[case.x.dtype]
+
+
+@pytest.mark.parametrize("last", [0, 2], ids="part {} last".format)
+def test_whichever_part_comes_last_the_sum_is_the_same_bits(monkeypatch, last):
+    """Programs of the interpreter run in the order of their numbers: these get others."""
+    generator = torch.Generator().manual_seed(3)
+    w_int8, w_scale = quantize_weight(torch.randn(40, 256, generator=generator))
+    x = poisoned(torch.randn(3, 256, generator=generator))
+    case = Case(x, [poisoned(w_int8)], [poisoned(w_scale)], [])
+
+    def run() -> Tensor:
+        x_int8, x_scale, _, _ = quantize_reference(x.clone(), math.inf, "token")
+        rows = {"x_int8": poisoned(x_int8), "x_scale": poisoned(x_scale)}
+        rows |= {"digits": [], "digit_scale": poisoned(x_scale), "QUANTIZE": False}
+        (y,) = run_decode(case, 4, math.inf, sums=True, **rows)
+        return y
+
+    expected = run()
+    order = [part for part in range(4) if part != last] + [last]
+    grid = stock.interpreter_builder
+    place = grid.set_grid_idx
+    monkeypatch.setattr(grid, "set_grid_idx", lambda x, y, z: place(x, order[y], z))
+    assert torch.equal(run(), expected)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

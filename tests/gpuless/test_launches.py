@@ -43,6 +43,15 @@ def test_norm_and_linear(M, limit, decomposition):
     assert not wrapper.extern_launches
 
 
+@pytest.mark.parametrize(("M", "decomposition"), [(1, "column"), (16, "column"), (16, "token")])
+def test_a_result_that_leaves_the_graph_is_summed_where_it_is_made(M, decomposition):
+    """Few output channels: K is split, and whoever comes last to a tile adds up the parts."""
+    model = NormLinear(4096, 256).to(torch.float16).requires_grad_(False)
+    x = torch.empty(M, 4096, dtype=torch.float16)
+    norm, decode = generated(model, x, decomposition=decomposition).launches
+    assert norm.startswith("triton_") and decode.startswith("decode_kernel")
+
+
 def test_without_outliers_the_quantisation_is_in_the_norm():
     model = NormLinear(1024, 4096).to(torch.float16).requires_grad_(False)
     x = torch.empty(512, 1024, dtype=torch.float16)

@@ -18,6 +18,8 @@ What the stock interpreter (triton 3.8 and 3.9) lacks for that, and ``install`` 
    bits' value as an integer, the cast from fp32 truncates, and ``tl.dot`` multiplies the bits. Casts
    go through fp32, rounding to nearest even, and so does ``tl.dot``, which is also given a BLAS for
    integers.
+6. The result of a comparison carries the type of what was compared: made a block of, a scalar turns
+   into integers, which no mask may be. It stays boolean.
 """
 
 import functools
@@ -95,6 +97,7 @@ def install() -> None:
     stock.ReduceOps.apply_impl = _with_numpy_combiners(stock.ReduceOps.apply_impl)
     builder = stock.InterpreterBuilder
     builder.create_dot = _dot
+    builder.create_splat = _with_booleans(builder.create_splat)
     builder.cast_impl = _with_bf16(builder.cast_impl)
     builder.create_fp_to_fp = _with_bf16(builder.create_fp_to_fp)
     JITFunction.__call__ = _nested_call
@@ -171,6 +174,15 @@ def _with_numpy_combiners(stock_apply: Callable[..., Any]) -> Callable[..., Any]
         return self.to_tensor(reduced, inputs[0].dtype)
 
     return apply
+
+
+def _with_booleans(stock_splat: Callable[..., Any]) -> Callable[..., Any]:
+    def splat(self: Any, block: Any, scalar: Any) -> Any:
+        if scalar.data.dtype == np.bool_:
+            return TensorHandle(np.full(block.shape, scalar.data), tl.int1)
+        return stock_splat(self, block, scalar)
+
+    return splat
 
 
 def _dot(_self: Any, a: Any, b: Any, d: Any, _precision: Any, _imprecise: Any) -> TensorHandle:
