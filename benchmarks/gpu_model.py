@@ -18,6 +18,8 @@ ISSUE_SHARE = 0.70
 TILE_CYCLES = 1500
 # Cycles from a load to its value, from L2.
 L2_LATENCY = 600
+# What the last program of a tile waits for: its own part to be written, its count, all the parts.
+SUM_LATENCIES = 3
 # Bytes of a gathered int8 weight: a whole sector comes for each.
 SECTOR = 32
 
@@ -140,7 +142,7 @@ def decode(
     Args:
         config: a ``DecodeConfig``.
         seen: its ``sass.Inspection``.
-        parts: SPLIT_K; the partial sums are written, and read by whoever reads y.
+        parts: SPLIT_K; the partial sums are written, and read by the program that comes last to a tile.
         rows: BLOCK_M, which are loaded beside each tile of the weight.
         outliers: the columns that a program which quantises adds at the end; 0, it is given rows.
     """
@@ -155,6 +157,8 @@ def decode(
     if outliers:
         for loop, times, latencies in _quantizing_loops(seen, c.num_warps, K, parts, outliers):
             around += times * (loop * share + waves * latencies * L2_LATENCY)
+    if parts > 1:
+        around += waves * SUM_LATENCIES * L2_LATENCY
     sums = 2 * 4 * parts * M * N if parts > 1 else 0
     limits = {
         "memory": (N * K + 2 * M * (N + K)) / (gpu.dram * DRAM_SHARE),
@@ -165,7 +169,7 @@ def decode(
     limit = max(limits, key=lambda name: limits[name])
     seconds = around / (gpu.clock * 1e9)
     if seconds > limits[limit]:
-        return Time(gpu.gap + seconds + limits[limit], "quantising")
+        return Time(gpu.gap + seconds + limits[limit], "quantising" if outliers else "the sum")
     return Time(gpu.gap + seconds + limits[limit], limit)
 
 
@@ -179,7 +183,7 @@ def _quantizing_loops(
     shape = look_shape(2, num_warps, 32, K // parts)
     kinds = {
         "FFMA": (math.ceil(K / parts / shape["QUANTIZE_BLOCK"]), 1),  # quantise
-        "FMNMX": (math.ceil(K / shape["LOOK_BLOCK"]), 1),  # columns and scales
+        "HMNMX": (math.ceil(K / shape["LOOK_BLOCK"]), 1),  # columns and scales
         "HMMA": (math.ceil(math.ceil(outliers / parts) / shape["BLOCK_O"]), 2),
         "SHFL": (math.ceil(K / (16 * shape["LIST_BLOCK"])), 1),  # the list
     }
@@ -188,4 +192,6 @@ def _quantizing_loops(
         name = next((name for name in kinds if any(n.startswith(name) for n in loop)), None)
         if name is not None and not any("IMMA" in n for n in loop):
             found.append((sum(loop.values()), *kinds.pop(name)))
+    if seen.loops and kinds:
+        raise ValueError(f"no loop with {', '.join(kinds)} in {seen.loops}")
     return found

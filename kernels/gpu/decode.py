@@ -118,10 +118,13 @@ def _folded(x, VECTOR: tl.constexpr):
         return x
     else:
         ROWS: tl.constexpr = x.shape[0]
-        HALF: tl.constexpr = x.shape[1] // 2
-        even, odd = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
-        larger = tl.maximum(even, odd, propagate_nan=tl.PropagateNan.ALL)
-        return _folded(larger, VECTOR // 2)
+        COLUMNS: tl.constexpr = x.shape[1]
+        HALF: tl.constexpr = VECTOR // 2
+        # Halves of a vector, not neighbours: two of 16 bits share a register.
+        halves = tl.permute(tl.reshape(x, (ROWS, COLUMNS // VECTOR, 2, HALF)), (0, 1, 3, 2))
+        left, right = tl.split(halves)
+        larger = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+        return _folded(tl.reshape(larger, (ROWS, COLUMNS // 2)), HALF)
 
 
 @triton.jit
@@ -137,16 +140,17 @@ def _look_at_all(
     row = tl.arange(0, ROWS)
     # Rows and columns past the end look at others again: no masks, and the maxima stay as they are.
     offset = (row % M)[:, None] * K
-    absmax = tl.zeros((ROWS, BLOCK_K // VECTOR), tl.float32)
+    absmax = tl.zeros((ROWS, BLOCK_K // VECTOR), x_ptr.dtype.element_ty)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offset + (k % K)[None, :])
-        x = tl.abs(x.to(tl.float32))
-        taken = tl.max(x, 0) >= threshold
+        x = tl.abs(tl.load(x_ptr + offset + (k % K)[None, :]))
+        # Maxima need no conversion: two of fp16 are one instruction.
+        taken = tl.reduce(x, 0, tl.standard._elementwise_max).to(tl.float32) >= threshold
         tl.store(taken_ptr + k, taken.to(tl.int8), mask=k < K)
-        regular = _folded(tl.where(taken[None, :], 0.0, x), VECTOR)
-        absmax = tl.maximum(absmax, regular, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(x_scale_ptr + row, scale_of_rows(absmax), mask=row < M)
+        limit = tl.where(taken, 0.0, float("inf")).to(x_ptr.dtype.element_ty)
+        regular = tl.minimum(x, limit[None, :], propagate_nan=tl.PropagateNan.ALL)
+        absmax = tl.maximum(absmax, _folded(regular, VECTOR), propagate_nan=tl.PropagateNan.ALL)
+    tl.store(x_scale_ptr + row, scale_of_rows(absmax.to(tl.float32)), mask=row < M)
     tl.debug_barrier()
 
 

@@ -352,26 +352,28 @@ def test_whichever_part_comes_last_the_sum_is_the_same_bits(monkeypatch, last):
     assert torch.equal(run(), expected)
 
 
+@pytest.mark.parametrize("decomposition", ["token", "column"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_infinities_and_nan_come_out_of_the_digits_as_of_a_float_product(value):
+def test_infinities_and_nan_come_out_of_decode_as_of_a_float_product(value, decomposition):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 40, generator=generator)
     x[1, [5, 8]] = torch.tensor([value, 9.0])
     w_int8, w_scale = quantize_weight(torch.randn(7, 40, generator=generator))
     case = Case(poisoned(x), [poisoned(w_int8)], [poisoned(w_scale)], [])
-    x_int8, x_scale, x_outlier, _ = quantize_reference(x, THRESHOLD, "token")
-    digits, digit_scale = outlier_digits(x_outlier)
+    quantizes = decomposition == "column"
+    x_int8, x_scale, x_outlier, _ = quantize_reference(x, THRESHOLD, decomposition)
+    digits, digit_scale = ([], x_scale) if quantizes else outlier_digits(x_outlier)
     (y,) = run_decode(
         case,
         1,
         THRESHOLD,
-        x_int8=poisoned(x_int8),
-        x_scale=poisoned(x_scale),
+        x_int8=poisoned_like(x_int8) if quantizes else poisoned(x_int8),
+        x_scale=poisoned_like(x_scale) if quantizes else poisoned(x_scale),
         digits=[poisoned(digit) for digit in digits],
         digit_scale=poisoned(digit_scale),
-        QUANTIZE=False,
+        QUANTIZE=quantizes,
     )
-    (expected,) = case.expected("token")
+    (expected,) = case.expected(decomposition)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
