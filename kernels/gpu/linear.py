@@ -340,7 +340,9 @@ def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple:
-    return *linears_backward(ctx, grads), None  # sums
+    gradients = *linears_backward(ctx, grads), None
+    # An argument that is at its default is not among the inputs: `sums` may be missing.
+    return gradients[: len(ctx.needs_input_grad)]
 
 
 quantized_linears.register_autograd(_backward, setup_context=_setup)
