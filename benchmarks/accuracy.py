@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py             # the model as it is
     python benchmarks/accuracy.py --inject    # and with six outlier features in every block
+    python benchmarks/accuracy.py --attention # what QKᵀ and PV in int8 cost, where attention is eager
 
 Prints perplexity, KL divergence and top-1 agreement with fp32 on the public-domain text that ships
 with the package, through Inductor as a user runs it; ``--json`` writes them too. ``int8fx evaluate`` is
@@ -10,7 +11,9 @@ the same for any model, text and scheme.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,6 +32,13 @@ SPECS = (
     "llm.int8,threshold=0",
 )
 
+# Products of two activations beside the linears.
+ATTENTION: Mapping[str, Mapping[str, Any]] = {
+    "linears": {},
+    "linears and attention": {"attention": True},
+    "linears and attention, threshold 3": {"attention": True, "threshold": 3.0},
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -36,13 +46,17 @@ def main() -> None:
     parser.add_argument("--inject", action="store_true", help="outlier features into the norms")
     parser.add_argument("--factor", type=float, default=30.0, help="of the injection")
     parser.add_argument("--seed", type=int, default=0, help="of the injected channels")
+    parser.add_argument("--attention", action="store_true", help="of attention in int8, instead")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
 
     progress = Console(stderr=True)
     model, token_ids = load_with_tokens(None, None, progress)
+    if arguments.attention:
+        # Fused attention has no products that a graph could show.
+        model.set_attn_implementation("eager")
     settings = Settings(
-        {spec: contender(spec) for spec in SPECS},
+        ATTENTION if arguments.attention else {spec: contender(spec) for spec in SPECS},
         windows=arguments.windows,
         factor=arguments.factor if arguments.inject else None,
         seed=arguments.seed,

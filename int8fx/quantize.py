@@ -1,6 +1,7 @@
 """``quantize_`` and ``dequantize_``: a model's weights to int8 and back, in place, one by one."""
 
 import logging
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -113,6 +114,7 @@ class _Site:
 
     path: str
     module: nn.Module
+    owner: nn.Module | None
     transposed: bool
     reason: str = ""
 
@@ -157,11 +159,13 @@ def _sites(model: nn.Module, options: Options) -> list[_Site]:
         for child in module.modules()
     }
     sites = []
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         if kind is None:
             continue
-        site = _Site(path, module, kinds[kind])
+        owner = modules.get(path.rpartition(".")[0]) if path else None
+        site = _Site(path, module, owner, kinds[kind])
         if type(module).forward is not kind.forward:
             site.reason = f"{type(module).__name__} overrides the forward of {kind.__name__}"
         elif id(module) in inside_attention:
@@ -183,6 +187,22 @@ def _skip(site: _Site, options: Options) -> str:
 
 def _only(site: _Site, options: Options) -> str:
     return only_reason(site.path, options.only)
+
+
+# What transformers calls the modules that choose experts, and what others call the linear beside them.
+_ROUTERS = re.compile(r"Router|Gating$|MoE\w*Gate$")
+_BESIDE_EXPERTS = ("gate", "router")
+
+
+def _router(site: _Site, options: Options) -> str:
+    """Stays in float as in the backend (``passes/select.py``), which sees in the graph that its output
+    is ranked. Here only names tell, and that it has fewer rows than columns."""
+    owner, name = type(site.owner).__name__, site.path.rpartition(".")[2]
+    beside = name in _BESIDE_EXPERTS and hasattr(site.owner, "experts")
+    if not options.skips_by_default or not (beside or _ROUTERS.search(owner)):
+        return ""
+    N, K = site.weight.shape[:: -1 if site.transposed else 1]
+    return f"skip: a router ({name} of {owner})" if N < K else ""
 
 
 def _plain(site: _Site, options: Options) -> str:
@@ -210,7 +230,7 @@ def _device(site: _Site, options: Options) -> str:
 
 
 Rule = Callable[[_Site, Options], str]
-RULES: tuple[Rule, ...] = (_already, _skip, _only, _plain, _dtype, _size, _device)
+RULES: tuple[Rule, ...] = (_already, _skip, _only, _router, _plain, _dtype, _size, _device)
 
 
 def _refuse_what_others_hold(model: nn.Module, sites: list[_Site], options: Options) -> None:

@@ -16,6 +16,7 @@ from support import compile_once
 from torch import nn
 
 import int8fx
+from int8fx import pipeline
 from int8fx.kernels import table
 from int8fx.kernels.cpu import build
 from int8fx.kernels.quantize import MAX_K, MIN_SCALE, QMAX, quantize_weight
@@ -72,6 +73,19 @@ def test_a_row_of_zeros_and_a_weight_of_subnormals(x):
     assert seen.worst <= 1
     assert (y[:, 2] == model.bias[2]).all()
     assert (quantize_weight(model.weight)[1] >= MIN_SCALE).all()
+
+
+@pytest.mark.parametrize("decomposition", ["column", "token"])
+def test_rows_of_x_that_are_zero_subnormal_or_nearly_so(x, decomposition):
+    model = linear()
+    x[0], x[1], x[2] = 0, 1e-39, 2.0**-126
+    x[3] = torch.where(torch.arange(K) == 1, 1e-45, 0.0)
+    y, report = compile_once(model, x, backend_options={"decomposition": decomposition})
+    assert len(report.accepted) == 1
+    expected, bound = expected_and_bound(x, model.weight, model.bias, 6.0, decomposition)
+    assert ((y.double() - expected).abs() <= bound).all()
+    assert (y[0] == model.bias).all()
+
 
 
 @pytest.mark.parametrize("decomposition", ["column", "token"])
@@ -188,6 +202,28 @@ def test_an_interrupted_compile_leaves_the_model_and_the_next_one_works(x, monke
     assert len(reports[0].accepted) == 1
 
 
+@pytest.mark.parametrize("step", ["quantize_weights", "codegen", "report"])
+def test_an_interrupt_at_any_step_leaves_the_model_and_the_next_call_works(x, monkeypatch, step):
+    torch._dynamo.reset()
+    model = linear()
+    before = state(model)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    compiled = torch.compile(model, backend="llmint8", options={"release_weights": step == "codegen"})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, step, interrupted)
+        compiled(x)
+    assert_left_alone(model, before)
+    expected, bound = expected_and_bound(x, model.weight, model.bias, 6.0, "column")
+    with int8fx.collect_reports() as reports:
+        y = compiled(x)
+    assert len(reports[0].accepted) == 1
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+
 # --- the machine ----------------------------------------------------------------------------------
 
 
@@ -277,3 +313,23 @@ def test_deepcopy_after_a_compile_is_a_model_of_its_own(x):
     twin = copy.deepcopy(model)
     twin.weight.mul_(2)
     assert torch.equal(compiled(x), y)
+
+
+def test_two_processes_fill_one_compile_cache_at_the_same_time(tmp_path):
+    code = (
+        "import torch\n"
+        "torch.manual_seed(0)\n"
+        "model, x = torch.nn.Linear(32, 24).requires_grad_(False), torch.randn(5, 32)\n"
+        "y = torch.compile(model, backend='llmint8')(x)\n"
+        "error = (y - model(x)).norm() / model(x).norm()\n"
+        "assert 0 < error < 0.02, error\n"
+        "print(y.sum().item())\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    printed = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert printed[0] == printed[1]

@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
+import zipfile
 from dataclasses import dataclass
 
 import pytest
@@ -248,3 +251,20 @@ def test_export_of_a_compiled_model_is_of_the_float_model(x):
     exported = torch.export.export(model, (x,))
     assert "int8fx" not in str(exported.graph)
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_a_quantised_model_is_exported_and_compiled_ahead_of_time(x, tmp_path):
+    model = nn.Sequential(nn.Linear(K, N), nn.ReLU()).requires_grad_(False)
+    int8fx.quantize_(model)
+    rows = torch.export.Dim("rows", min=1, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "m.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    # The same operator on the same int8 weight; what surrounds it may round otherwise.
+    torch.testing.assert_close(loaded(x[:3]), model(x[:3]), rtol=1e-6, atol=1e-6)
+    with zipfile.ZipFile(package) as archive:
+        sources = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+    assert any(b"int8fx.quantized_linears_cpu" in source for source in sources)
+    code = f"import torch; torch._inductor.aoti_load_package({package!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Could not find schema for int8fx::quantized_linears_cpu" in done.stderr

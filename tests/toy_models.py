@@ -2,11 +2,12 @@
 
 A configuration is shrunk by *recipes*, strongest first, until a model of it runs: ``narrow`` makes
 widths, depths, vocabularies, expert counts and images small; ``shallow`` leaves widths as they are
-(some depend on each other in ways that no name tells); ``as published`` takes the defaults, if they
-are small. What no rule can know is in ``OVERRIDES``.
+(some depend on each other in ways that no name tells); ``scaled`` divides every width and head size by
+one number; ``deep`` leaves depths as they are (stages are counted by other fields); ``as published``
+takes the defaults, if they are small. What no rule can know is in ``OVERRIDES``.
 """
 
-import inspect
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,16 +15,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
+from toy_inputs import IMAGE_TOKEN, VOCABULARY, input_sets
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-MAX_PARAMETERS = 80_000_000
-VOCABULARY = 256
-IMAGE_TOKEN = 200  # ids above are placeholders of images, audio and video; each field gets its own
-TOKENS = 8
-NO_CLASS = "no automatic class of transformers serves it"
+MAX_PARAMETERS = 150_000_000
+NO_CLASS = "no class of transformers is built from it"
 
 # The class that is built of an architecture: the first of these tasks that it has a class for.
 TASKS = {
@@ -58,8 +57,11 @@ def architectures() -> list[str]:
 def model_class(model_type: str) -> tuple[str, type[PreTrainedModel]]:
     """The task and the class that stand for an architecture.
 
+    Where no automatic class serves it (text, vision and audio parts of other models), it is the class
+    beside the configuration that says it is built from it.
+
     Raises:
-        LookupError: no automatic class serves it.
+        LookupError: there is none.
     """
     mappings = [name for name in dir(modeling_auto) if re.match(r"MODEL_\w*_?MAPPING_NAMES$", name)]
     tables = {task: f"{name}_MAPPING_NAMES" for task, name in TASKS.items()}
@@ -70,7 +72,27 @@ def model_class(model_type: str) -> tuple[str, type[PreTrainedModel]]:
             found = getattr(transformers, name, None)
             if found is not None:
                 return task, found
-    raise LookupError(NO_CLASS)
+    return "part", _class_of(CONFIG_MAPPING[model_type])
+
+
+def _class_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise LookupError(NO_CLASS) from error
+    found = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type)
+        and issubclass(each, PreTrainedModel)
+        and each.config_class is config_class
+        and each.__module__ == name
+        and not each.__name__.endswith("PreTrainedModel")
+    ]
+    if not found:
+        raise LookupError(NO_CLASS)
+    return max(found, key=lambda each: (each.__name__.endswith("Model"), each.__name__))
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -102,9 +124,17 @@ _PLACEHOLDER = re.compile(
 )
 # Computed from other fields, or keyed by integers, which to_dict() loses on the way back.
 _DERIVED = frozenset(
-    "id2label label2id per_layer_config stage_names out_features out_indices qk_head_dim "
-    "transformers_version architectures".split()
+    "id2label label2id per_layer_config qk_head_dim transformers_version architectures".split()
 )
+# Fields that a published checkpoint has, and the defaults have not.
+_UNSET = {
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
+_STAGES = frozenset(("stage_names", "out_features", "out_indices"))  # in number, the depth
 _TYPES = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
 
 Rule = tuple[re.Pattern[str], Callable[[Any], Any]]
@@ -131,26 +161,33 @@ def _narrow(factor: int) -> tuple[Rule, ...]:
     )
 
 
-_SHALLOW: tuple[Rule, ...] = (
-    (_DEPTH, lambda depth: min(depth, 1)),
+def _scaled(divisor: int) -> tuple[Rule, ...]:
+    def size(value: Any) -> Any:
+        return value // divisor if value % divisor == 0 and value > divisor else value
+
+    return (_WIDTH, size), (_HEAD_DIM, size)
+
+
+_FEW: tuple[Rule, ...] = (
     (_EXPERTS, lambda experts: min(experts, 4)),
     (_TOP_K, lambda k: min(k, 2)),
-    (re.compile(r"^\w*vocab_size$"), lambda size: min(size, VOCABULARY)),
-    (
-        re.compile(r"^(max_position_embeddings|n_positions|max_source_positions)$"),
-        lambda n: min(n, 512),
-    ),
+    (re.compile(r"^\w*vocab_size\w*$"), lambda size: min(size, VOCABULARY)),
+    (_POSITIONS, lambda n: min(n, 512)),
 )
+_SHALLOW: tuple[Rule, ...] = ((_DEPTH, lambda depth: min(depth, 1)), *_FEW)
 
 
 def _shrunk(values: dict, rules: tuple[Rule, ...], counter: Iterator[int]) -> dict:
     result = {}
+    shallow = any(pattern is _DEPTH for pattern, _ in rules)
     for name, value in values.items():
-        if name in _DERIVED:
+        if name in _DERIVED or (shallow and name in _STAGES):
             continue
-        if not rules:
-            result[name] = _shrunk(value, rules, counter) if isinstance(value, dict) else value
+        if not isinstance(name, str):
+            result[name] = value
             continue
+        if value is None:
+            value = _UNSET.get(name)
         if isinstance(value, dict) and name not in ("rope_parameters", "rope_scaling"):
             result[name] = _shrunk(value, rules, counter)
             continue
@@ -158,13 +195,13 @@ def _shrunk(values: dict, rules: tuple[Rule, ...], counter: Iterator[int]) -> di
             value = next(counter)
         elif name.endswith("token_id") and isinstance(value, int) and value >= IMAGE_TOKEN:
             value = 3
-        elif name == "head_dim" and value is None:
+        elif name == "head_dim" and value is None and any(pattern is _HEADS for pattern, _ in rules):
             value = 16
         for pattern, change in rules:
             if pattern.match(name):
                 value = _map(value, change)
         result[name] = value
-    return _one_layer_of_each_type(result) if rules else result
+    return _one_layer_of_each_type(result) if shallow else result
 
 
 def _one_layer_of_each_type(values: dict) -> dict:
@@ -180,10 +217,13 @@ def _one_layer_of_each_type(values: dict) -> dict:
     return values
 
 
-RECIPES: dict[str, tuple[Rule, ...]] = {
+# None: the defaults, untouched.
+RECIPES: dict[str, tuple[Rule, ...] | None] = {
     "narrow": (*_narrow(16), *_SHALLOW),
     "shallow": _SHALLOW,
-    "as published": (),
+    "scaled": (*_scaled(8), *_SHALLOW),
+    "deep": (*_scaled(4), *_FEW),
+    "as published": None,
 }
 
 # Where names mislead: values that are set after shrinking (dots descend).
@@ -193,6 +233,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"prediction_length": 8},
     "depth_anything": {"neck_hidden_sizes": [32], "reassemble_factors": [1]},
     "flan-t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "gpt_neo": {"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
 }
 
@@ -204,9 +245,12 @@ ALIASES = {"flan-t5": "t5"}
 def toy_config(model_type: str, recipe: str) -> PreTrainedConfig:
     """The configuration of a model type, made small."""
     config_class = CONFIG_MAPPING[ALIASES.get(model_type, model_type)]
+    rules = RECIPES[recipe]
+    if rules is None:
+        return config_class()
     values = config_class().to_dict()
     values.pop("model_type", None)
-    values = _shrunk(values, RECIPES[recipe], iter(range(IMAGE_TOKEN, VOCABULARY)))
+    values = _shrunk(values, rules, iter(range(IMAGE_TOKEN, VOCABULARY)))
     for path, value in OVERRIDES.get(model_type, {}).items():
         *parents, name = path.split(".")
         target = values
@@ -214,97 +258,6 @@ def toy_config(model_type: str, recipe: str) -> PreTrainedConfig:
             target = target[parent]
         target[name] = value
     return config_class(**values)
-
-
-# --- inputs ---------------------------------------------------------------------------------------
-
-
-def _first(config: Any, *names: str, default: Any = None) -> Any:
-    """The first of these attributes in a configuration, or in one that is inside it."""
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
-        for name in names:
-            value = getattr(part, name, None)
-            if value is not None:
-                return value
-    return default
-
-
-def _side(size: Any) -> tuple[int, int]:
-    if isinstance(size, dict):
-        size = (size.get("height", size.get("shortest_edge", 224)),) * 2
-    return tuple(size[:2]) if isinstance(size, (list, tuple)) else (size, size)
-
-
-def _tokens(config: Any, rows: int = 2) -> Tensor:
-    top = min(_first(config, "vocab_size", default=VOCABULARY), IMAGE_TOKEN)
-    return torch.arange(rows * TOKENS).reshape(rows, TOKENS) % (top - 10) + 5
-
-
-def _pixels(config: Any) -> Tensor:
-    vision = getattr(config, "vision_config", None) or config
-    height, width = _side(_first(vision, "image_size", "img_size", "input_size", default=64))
-    channels = _first(vision, "num_channels", "in_channels", "in_chans", default=3)
-    channels = channels if isinstance(channels, int) else 3
-    return torch.randn(1, channels, height, width)
-
-
-def _features(config: Any) -> Tensor:
-    bins = _first(
-        config, "num_mel_bins", "feature_size", "input_feat_size", "n_mels", "input_dim", default=80
-    )
-    length = 2 * _first(config, "max_source_positions", default=64)
-    return torch.randn(1, bins, min(length, 3000))
-
-
-MAKERS: dict[str, Callable[[Any], Any]] = {
-    "input_ids": _tokens,
-    "decoder_input_ids": _tokens,
-    "attention_mask": lambda config: torch.ones(2, TOKENS, dtype=torch.long),
-    "bbox": lambda config: torch.tensor([1, 2, 3, 4]).expand(2, TOKENS, 4),
-    "pixel_values": _pixels,
-    "input_values": lambda config: torch.randn(1, 4000),
-    "input_features": _features,
-}
-
-
-def _video(config: Any) -> Tensor:
-    frames = _first(config, "num_frames", "frames_per_clip", default=4)
-    image = _pixels(config)
-    return image.unsqueeze(1).expand(-1, frames, -1, -1, -1).clone()
-
-
-def _patches(config: Any) -> Tensor:
-    """Patches of the image of ``grid_thw``, flattened."""
-    vision = getattr(config, "vision_config", None) or config
-    side, frames = (
-        _first(vision, "patch_size", default=14),
-        _first(vision, "temporal_patch_size", default=1),
-    )
-    channels = _first(vision, "in_channels", "num_channels", default=3)
-    return torch.randn(_GRID.prod(), channels * frames * side * side)
-
-
-_GRID = torch.tensor([[1, 4, 4]])
-
-# Other shapes that go by the same names: channels last, videos, packed patches.
-ALTERNATIVES: tuple[dict[str, Callable[[Any], Any]], ...] = (
-    {},
-    {
-        "pixel_values": _video,
-        "input_values": lambda config: _features(config).mT[
-            :, : _first(config, "max_length", default=64)
-        ],
-        "input_features": lambda config: _features(config).mT,
-    },
-    {
-        "pixel_values": _patches,
-        "hidden_states": _patches,
-        "grid_thw": lambda config: _GRID,
-        "image_grid_thw": lambda config: _GRID,
-        "pixel_values_videos": _video,
-        "input_values": lambda config: torch.randn(1, 1, 4000),
-    },
-)
 
 
 @dataclass
@@ -323,7 +276,7 @@ def _seeded(model: nn.Module) -> nn.Module:
     """Weights of a size that lets signals through: many initialisations are zeros, or tiny."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.dim() >= 2 and parameter.is_floating_point():
+        if parameter.dim() >= 2 and parameter.numel() and parameter.is_floating_point():
             fan_in = parameter[0].numel()
             parameter.data.normal_(0, min(1.0, fan_in**-0.5), generator=generator)
         elif not parameter.isfinite().all():
@@ -331,29 +284,18 @@ def _seeded(model: nn.Module) -> nn.Module:
     return model
 
 
-def input_sets(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Guesses at what a model's forward wants, fullest first."""
-    config = model.config
-    names = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    given = [name for name in MAKERS if name in names]
-    required = [
-        name
-        for name, parameter in names.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ]
-    wanted = list(dict.fromkeys([main, *required]))
-    if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
-        wanted.append("decoder_input_ids")
-    seen: list[tuple[int, frozenset[str]]] = []
-    for number, other in enumerate(ALTERNATIVES):
-        makers = MAKERS | other
-        for chosen in (wanted, [*wanted, "decoder_input_ids"], given, ["input_ids"], ["pixel_values"]):
-            key = (number if other.keys() & set(chosen) else 0, frozenset(chosen))
-            if chosen and key not in seen and all(name in makers for name in chosen):
-                seen.append(key)
-                yield {name: makers[name](config) for name in dict.fromkeys(chosen)}
+def _model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> nn.Module:
+    config.use_cache = False
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        # Some models of this release read it from configurations that have none.
+        if isinstance(part, PreTrainedConfig) and not hasattr(part, "pad_token_id"):
+            part.pad_token_id = None
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(config).parameters())
+    if size > MAX_PARAMETERS:
+        raise ValueError(f"{size / 1e6:.0f} M parameters are no toy")
+    torch.manual_seed(0)
+    return _seeded(cls(config)).eval()
 
 
 def build(model_type: str) -> Toy:
@@ -367,25 +309,22 @@ def build(model_type: str) -> Toy:
     failures: list[str] = []
     for recipe in RECIPES:
         try:
-            config = toy_config(model_type, recipe)
-            config.use_cache = False
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in cls(config).parameters())
-            if size > MAX_PARAMETERS:
-                failures.append(f"{recipe}: {size / 1e6:.0f} M parameters")
-                continue
-            torch.manual_seed(0)
-            model = _seeded(cls(config)).eval()
+            model = _model(cls, toy_config(model_type, recipe))
         except Exception as error:
             failures.append(f"{recipe}: {type(error).__name__}: {_line(error)}")
             continue
-        for inputs in input_sets(model):
+        guesses = list(input_sets(model))
+        if not guesses:
+            failures.append(f"nothing here makes what {cls.__name__}.forward asks for")
+        for makers in guesses:
             try:
+                torch.manual_seed(0)
+                inputs = {name: make(model) for name, make in makers.items()}
                 torch.manual_seed(0)
                 with torch.no_grad():
                     expected = model(**inputs)
             except Exception as error:
-                failures.append(f"{recipe}, {list(inputs)}: {type(error).__name__}: {_line(error)}")
+                failures.append(f"{recipe}, {list(makers)}: {type(error).__name__}: {_line(error)}")
                 continue
             return Toy(model_type, task, recipe, model, inputs, expected)
     raise RuntimeError("; ".join(failures))

@@ -143,7 +143,7 @@ def _look_at_all(
     absmax = tl.zeros((ROWS, BLOCK_K // VECTOR), x_ptr.dtype.element_ty)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x = tl.abs(tl.load(x_ptr + offset + (k % K)[None, :]))
+        x = tl.abs(tl.load(x_ptr + (offset + (k % K)[None, :])))
         # Maxima need no conversion: two of fp16 are one instruction.
         taken = tl.reduce(x, 0, tl.standard._elementwise_max).to(tl.float32) >= threshold
         tl.store(taken_ptr + k, taken.to(tl.int8), mask=k < K)

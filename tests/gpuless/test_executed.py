@@ -19,8 +19,8 @@ from layers import (
     serve_cpu_tensors_with_gpu_kernels,
 )
 from linear_bound import CASES, assert_within_the_derived_bound
-from nogpu import fake_cuda
-from nogpu.inductor import Wrapper, retargeted
+from nogpu import fake_cuda, offline, sass
+from nogpu.inductor import Kernel, Launch, Wrapper, retargeted
 from nogpu.interpreter import interpret
 
 import int8fx
@@ -99,6 +99,27 @@ def test_every_linear_of_a_block_agrees_with_the_reference(name, shape, decompos
     assert all(error < TOLERANCE[torch.float16] for error in errors), errors
     assert done.check.outliers > 0
     assert done.error_of_block < 0.05  # of int8 itself; a wrong tensor in a right place shows here
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "decomposition"),
+    [
+        ("gpt2", EIGHT, "token"),
+        ("gpt2", FORTY, "column"),
+        ("t5", FORTY, "token"),
+        ("moe", FORTY, "column"),
+    ],
+    ids=str,
+)
+def test_what_quantises_in_a_block_compiles(name, shape, decomposition):
+    """Llama's kernels are compiled for all targets (``test_launches.py``); these for some, in turn."""
+    wrapper = run(name, shape, torch.float16, decomposition=decomposition).wrapper  # executed above
+    kernels = inductors_own(wrapper.kernels).values()
+    quantising = [kernel for kernel in kernels if "_ge_" in kernel.name]  # |x| >= threshold
+    assert len(quantising) >= 3
+    for index, kernel in enumerate(quantising):
+        for targets in (offline.NVIDIA, offline.AMD):
+            assert_compile_without_spills([kernel], targets[(index + len(name)) % len(targets)])
 
 
 def test_bf16():
@@ -184,9 +205,10 @@ def test_every_scheme_is_its_reference_and_compiles(M):
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).to(torch.float16) + 0.5
     x[:, 5] = 20.0
     rules = [(f"linears.{index}", name) for index, name in enumerate(int8fx.SCHEMES)]
-    with torch.no_grad(), retargeted() as wrappers:
+    launches: list[Launch] = []
+    with torch.no_grad(), retargeted(launches.append) as wrappers:
         y = compiled(model, {"rules": rules})(x)
-    assert len(wrappers) == 1
+    (wrapper,) = wrappers
     errors = {
         name: relative_error(y[index], scheme.reference(x, linear.weight, linear.bias, Settings()))
         for (index, (name, scheme)), linear in zip(
@@ -195,7 +217,25 @@ def test_every_scheme_is_its_reference_and_compiles(M):
     }
     # One rounding of the outlier product and one of the result, beside that of the result alone.
     assert all(error < 2 * TOLERANCE[torch.float16] for error in errors.values()), errors
+    # Our kernels multiply for the four schemes whose rows they quantise (w8a16's are outliers all), and
+    # cuBLAS, in int8, for the four with rows of their own: up to 16 rows these are sums of Inductor's.
+    assert sum(map(linears_of, launches)) == 4
+    assert wrapper.extern_launches.count("extern_kernels._int_mm") == (4 if M > 16 else 0)
     if M == 1:
         return  # the same but for what is summed; and every compile takes its time
     for arch in ("sm_90", "gfx942"):
-        assert_compile_without_spills(inductors_own(wrappers[0].kernels).values(), arch)
+        assert_compile_without_spills(inductors_own(wrapper.kernels).values(), arch)
+        for kernel in filter(multiplies, wrapper.kernels):
+            seen = sass.inspect(offline.compile_generated(kernel, arch, first=True)[0])
+            assert seen.int8_mma and not seen.spill_bytes, (kernel.name, arch)
+
+
+def multiplies(kernel: Kernel) -> bool:
+    return kernel.name.startswith(("decode_kernel", "gemm_kernel"))
+
+
+def linears_of(launch: Launch) -> int:
+    """How many linears a launch is the product of."""
+    return sum(
+        launch.arguments.get(f"N{index}", 0) > 0 for index in range(3) if "y0_ptr" in launch.arguments
+    )
