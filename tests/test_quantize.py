@@ -170,6 +170,37 @@ def test_what_is_refused_and_why():
     assert reasons["tied"] == "shares memory with embedding.weight, which stays in float"
 
 
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(64, 4)
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+
+class TopKRouter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.choose = nn.Linear(64, 64), nn.Linear(64, 4)
+
+
+class Gated(nn.Module):
+    """No experts, so its gate is no router."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(64, 4)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(Routed, "gate"), (TopKRouter, "choose"), (Gated, "")])
+def test_routers_of_experts_stay_in_float_by_default(kind, kept):
+    for options, stays in (({}, kept), ({"skip": []}, "")):
+        model = kind().requires_grad_(False)
+        int8fx.quantize_(model, **options)
+        linears = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+        in_float = [name for name, each in linears.items() if not isinstance(each.weight, Int8Weight)]
+        assert in_float == ([stays] if stays else [])
+
+
 def test_a_weight_that_a_skipped_module_shares_stays(model):
     model.again = nn.Linear(K, N)
     model.again.weight = model.up.weight
