@@ -4,7 +4,6 @@ import contextlib
 import copy
 import subprocess
 import sys
-import zipfile
 from dataclasses import dataclass
 
 import pytest
@@ -262,9 +261,7 @@ def test_a_quantised_model_is_exported_and_compiled_ahead_of_time(x, tmp_path):
     loaded = torch._inductor.aoti_load_package(package)
     # The same operator on the same int8 weight; what surrounds it may round otherwise.
     torch.testing.assert_close(loaded(x[:3]), model(x[:3]), rtol=1e-6, atol=1e-6)
-    with zipfile.ZipFile(package) as archive:
-        sources = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
-    assert any(b"int8fx.quantized_linears_cpu" in source for source in sources)
+    # It needs int8fx imported wherever it is loaded, and says so.
     code = f"import torch; torch._inductor.aoti_load_package({package!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Could not find schema for int8fx::quantized_linears_cpu" in done.stderr
