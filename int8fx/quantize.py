@@ -230,7 +230,7 @@ def _device(site: _Site, options: Options) -> str:
 
 
 Rule = Callable[[_Site, Options], str]
-RULES: tuple[Rule, ...] = (_already, _skip, _only, _router, _plain, _dtype, _size, _device)
+RULES: tuple[Rule, ...] = (_already, _skip, _only, _plain, _dtype, _size, _router, _device)
 
 
 def _refuse_what_others_hold(model: nn.Module, sites: list[_Site], options: Options) -> None:

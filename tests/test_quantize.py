@@ -170,37 +170,6 @@ def test_what_is_refused_and_why():
     assert reasons["tied"] == "shares memory with embedding.weight, which stays in float"
 
 
-class Routed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(64, 4)
-        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
-
-
-class TopKRouter(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.choose = nn.Linear(64, 64), nn.Linear(64, 4)
-
-
-class Gated(nn.Module):
-    """No experts, so its gate is no router."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(64, 4)
-
-
-@pytest.mark.parametrize(("kind", "kept"), [(Routed, "gate"), (TopKRouter, "choose"), (Gated, "")])
-def test_routers_of_experts_stay_in_float_by_default(kind, kept):
-    for options, stays in (({}, kept), ({"skip": []}, "")):
-        model = kind().requires_grad_(False)
-        int8fx.quantize_(model, **options)
-        linears = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
-        in_float = [name for name, each in linears.items() if not isinstance(each.weight, Int8Weight)]
-        assert in_float == ([stays] if stays else [])
-
-
 def test_a_weight_that_a_skipped_module_shares_stays(model):
     model.again = nn.Linear(K, N)
     model.again.weight = model.up.weight
@@ -438,3 +407,55 @@ def test_where_no_operator_quantises_by_itself_two_do(model, x, monkeypatch):
 
 def test_pack_on_meta_is_the_plain_form():
     assert pack(torch.empty(N, K, dtype=torch.int8, device="meta")).shape == (N, K)
+
+
+class Router(nn.Module):
+    """As transformers names what chooses experts, with a layer that does not end in scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.layer = nn.Linear(K, K), nn.Linear(K, 4)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.shared, self.wide = nn.Linear(K, 4), nn.Linear(K, 8), Router()
+        self.experts = nn.ModuleList(nn.Linear(K, N) for _ in range(4))
+
+
+def test_routers_stay_in_float_as_in_the_backend():
+    reasons = {d.path: d.reason for d in int8fx.decisions(Experts())}
+    assert {path for path, reason in reasons.items() if reason} == {"gate", "wide.layer"}
+    assert reasons["gate"] == "skip: a router (gate of Experts)"
+    assert reasons["wide.layer"] == "skip: a router (layer of Router)"
+    assert not any(d.reason for d in int8fx.decisions(Experts(), skip=[]))
+    # Without experts beside it, a gate is a linear like others.
+    assert not any(d.reason for d in int8fx.decisions(nn.ModuleDict({"gate": nn.Linear(K, 4)})))
+
+
+def test_a_router_of_transformers_quantised_compiles_to_what_its_float_model_compiles_to():
+    from transformers.models.afmoe.configuration_afmoe import AfmoeConfig
+    from transformers.models.afmoe.modeling_afmoe import AfmoeMLP, AfmoeTokenChoiceRouter
+
+    class Block(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.router, self.shared = AfmoeTokenChoiceRouter(config), AfmoeMLP(config)
+            self.register_buffer("bias", torch.zeros(config.num_experts))
+
+        def forward(self, x):
+            return (*self.router(x, self.bias), self.shared(x))
+
+    torch.manual_seed(0)
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": K, "intermediate_size": N}
+    block = Block(AfmoeConfig(**sizes)).requires_grad_(False)
+    x = torch.randn(2, 5, K)
+    expected, of_float = compile_once(block, x)
+    int8fx.quantize_(block)
+    assert type(block.router.gate.weight) is nn.Parameter
+    found, report = compile_once(block, x)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert [d.path for d in report.accepted] == [d.path for d in of_float.accepted]
+    (router,) = [d for d in of_float.decisions if not d.accepted]
+    assert router.path == "router.gate" and "ranked by topk" in router.reason
