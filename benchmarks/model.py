@@ -350,11 +350,11 @@ def main(
             title = f"{model_name}, batch {batch}"
             if by_itself:
                 results[title] = alone(console, names, model_name, batch)
-            else:
-                results[title] = timed(console, names, model_name, batch, rounds)
+            elif found := timed(console, names, model_name, batch, rounds):
+                results[title] = found
     if output:
         output.write_text(json.dumps({"machine": machine(), "results": plain(results)}, indent=1))
-    if plot and not by_itself:
+    if plot and results and not by_itself:
         draw(results, plot)
 
 
