@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import nn
 
 from int8fx.bench import Build, Run, compiled, llmint8, measure
-from int8fx.timing import Timing, machine
+from int8fx.timing import machine
 
 # (K, N) of the models' linears
 SHAPES = {
@@ -132,7 +132,7 @@ def main(
     for peer in sorted(absent):
         console.print(f"not installed, skipped: {peer}")
     if any(name.startswith("llmint8") for name in names):
-        summarise(console, results)
+        summarise(console, results, ceilings)
     if output:
         found = {"machine": machine(), "peaks": plain(ceilings), "results": plain(results)}
         output.write_text(json.dumps(found, indent=1))
@@ -140,7 +140,7 @@ def main(
         draw(results, ceilings, plot)
 
 
-def summarise(console: Console, results: list[dict]) -> None:
+def summarise(console: Console, results: list[dict], ceilings: peaks.Peaks) -> None:
     """Geometric means over the shapes and the least of them, by rows and outliers."""
     table = Table(title="Speed: geometric mean over the shapes (least)")
     table.add_column("contender", no_wrap=True)
@@ -148,16 +148,20 @@ def summarise(console: Console, results: list[dict]) -> None:
     table.add_column("M", justify="right")
     for rival in RIVALS:
         table.add_column(f"over {rival}", justify="right")
+    if ceilings.int8_operations is not None:
+        table.add_column("of the int8 peak", justify="right")
     cases = sorted({(row["outliers"], row["M"]) for row in results})
     for name in (name for name in CONTENDERS if name.startswith("llmint8")):
         for outliers, M in cases:
             rows = [
-                row["timings"]
+                row
                 for row in results
                 if (row["outliers"], row["M"]) == (outliers, M) and name in row["timings"]
             ]
             if rows:
-                cells = [_means(rows, name, rivals) for rivals in RIVALS.values()]
+                cells = [_over(rows, name, rivals) for rivals in RIVALS.values()]
+                if ceilings.int8_operations is not None:
+                    cells.append(_of_peak(rows, name, ceilings.int8_operations))
                 table.add_row(name, outliers, str(M), *cells)
     console.print(table)
 
@@ -169,15 +173,22 @@ RIVALS = {
 }
 
 
-def _means(rows: list[dict[str, Timing]], name: str, rivals: tuple[str, ...]) -> str:
+def _over(rows: list[dict], name: str, rivals: tuple[str, ...]) -> str:
     ratios = [
         min(timings[rival].median for rival in rivals if rival in timings) / timings[name].median
-        for timings in rows
+        for timings in (row["timings"] for row in rows)
         if timings.keys() & set(rivals)
     ]
-    if not ratios:
-        return "-"
-    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x ({min(ratios):.2f}x)"
+    return f"{_geometric_mean(ratios):.2f}x ({min(ratios):.2f}x)" if ratios else "-"
+
+
+def _of_peak(rows: list[dict], name: str, peak: float) -> str:
+    shares = [2 * row["M"] * row["K"] * row["N"] / row["timings"][name].median / peak for row in rows]
+    return f"{_geometric_mean(shares):.0%} ({min(shares):.0%})"
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def draw(results: list[dict], ceilings: peaks.Peaks, path: Path) -> None:

@@ -78,44 +78,31 @@ inline Floats product_in_fp32(const T* x, int64_t K, const int8_t* block, int pa
   return sum;
 }
 
-template <class T, int B>
-void multiply_digits_panel(
-    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t block) {
-  constexpr int D = DIGITS<T>;
-  alignas(64) int32_t acc[ROW_TILE * PANEL * BLOCK_N];
-  const int64_t stride = block_bytes(a.K_padded);
-  const int8_t* w = weight.packed + block * stride;
-  const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
-  Prefetch ahead = next_panel(a, weight, m1 - m0, block, B);
-  for (int64_t m = m0; m < m1; m += a.row_tile) {
-    const int64_t rows = std::min(a.row_tile, m1 - m);
-    tile_product<B>(a, m * D, rows * D, w, stride, acc, ahead);
-    ahead.next += a.K_padded * ahead.lines;
-    for (int b = 0; b < B; ++b)
-      finish<T>(weight, m, rows, channels[b], [&](int64_t r, int p) {
-        const float scale = a.row_scale[m + r];
-        if (scale != scale) {
-          const T* x = static_cast<const T*>(a.x_outlier) + (m + r) * a.K;
-          return product_in_fp32(x, a.K, w + b * stride, p);
-        }
-        Floats sum{};
-        for (int d = D; d-- > 0;) {
-          const int32_t* digit = acc + ((r * D + d) * PANEL + b) * BLOCK_N + p * LANES;
-          sum = sum * BASE + __builtin_convertvector(load<Ints>(digit), Floats);
-        }
-        return sum * scale;
-      });
-  }
-}
-
 template <class T>
-void multiply_digits(
-    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
-  for (; b0 + PANEL <= b1; b0 += PANEL) multiply_digits_panel<T, PANEL>(a, weight, m0, m1, b0);
-  if (b0 < b1) multiply_digits_panel<T, 1>(a, weight, m0, m1, b0);
-}
+struct DigitRows {
+  static constexpr int INT8_ROWS = DIGITS<T>;
+  const Activations& a;
+  const int8_t* w;
+  int64_t w_stride;
+
+  template <int B>
+  void begin(int64_t, int64_t) {}
+  Floats product(const int32_t* acc, int64_t m, int64_t r, int b, int p) const {
+    const float scale = a.row_scale[m + r];
+    if (scale != scale) {
+      const T* x = static_cast<const T*>(a.x_outlier) + (m + r) * a.K;
+      return product_in_fp32(x, a.K, w + b * w_stride, p);
+    }
+    Floats sum{};
+    for (int d = INT8_ROWS; d-- > 0;) {
+      const int32_t* digit = acc + ((r * INT8_ROWS + d) * PANEL + b) * BLOCK_N + p * LANES;
+      sum = sum * BASE + __builtin_convertvector(load<Ints>(digit), Floats);
+    }
+    return sum * scale;
+  }
+};
 
 template <class T>
 constexpr Product IN_DIGITS{
     ROW_TILE / DIGITS<T>, 1,       PANEL,   DIGITS<T> * sizeof(Activation), pack_digits_as<T>,
-    nullptr,              nullptr, multiply_digits<T>};
+    nullptr,              nullptr, multiply_rows<DigitRows<T>, T>};

@@ -162,42 +162,60 @@ inline Prefetch next_panel(
   return {weight.packed + (block + panel) * block_bytes(a.K_padded), lines};
 }
 
-template <class T, int B>
+// What the rows of a tile give: LLM.int8()'s, an integer product and an outlier product.
+struct MixedRows {
+  static constexpr int INT8_ROWS = 1;  // in the integer product, for a row of x
+  const Activations& a;
+  const int8_t* w;
+  int64_t w_stride;
+  alignas(64) float outlier[ROW_TILE * PANEL * BLOCK_N];
+
+  template <int B>
+  void begin(int64_t m, int64_t rows) {
+    if (a.column_count) outlier_tile<B>(a, m, rows, w, w_stride, outlier);
+  }
+  // Vector p of block b: of row m + r, whose integer sums are in acc.
+  Floats product(const int32_t* acc, int64_t m, int64_t r, int b, int p) const {
+    const int64_t at = (r * PANEL + b) * BLOCK_N + p * LANES;
+    const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
+    const Floats extra = a.column_count ? load<Floats>(outlier + at) : Floats{};
+    return product * a.x_scale[m + r] + extra;
+  }
+};
+
+template <class Rows, class T, int B>
 void multiply_panel(
     const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t block) {
   alignas(64) int32_t acc[ROW_TILE * PANEL * BLOCK_N];
-  alignas(64) float outlier[ROW_TILE * PANEL * BLOCK_N];
   const int64_t stride = block_bytes(a.K_padded);
   const int8_t* w = weight.packed + block * stride;
   const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
+  Rows tile{a, w, stride};
   Prefetch ahead = next_panel(a, weight, m1 - m0, block, B);
   for (int64_t m = m0; m < m1; m += a.row_tile) {
     const int64_t rows = std::min(a.row_tile, m1 - m);
-    tile_product<B>(a, m, rows, w, stride, acc, ahead);
+    tile_product<B>(a, m * Rows::INT8_ROWS, rows * Rows::INT8_ROWS, w, stride, acc, ahead);
     ahead.next += a.K_padded * ahead.lines;
-    if (a.column_count) outlier_tile<B>(a, m, rows, w, stride, outlier);
+    tile.template begin<B>(m, rows);
     for (int b = 0; b < B; ++b)
       finish<T>(weight, m, rows, channels[b], [&](int64_t r, int p) {
-        const int64_t at = (r * PANEL + b) * BLOCK_N + p * LANES;
-        const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
-        const Floats extra = a.column_count ? load<Floats>(outlier + at) : Floats{};
-        return product * a.x_scale[m + r] + extra;
+        return tile.product(acc, m, r, b, p);
       });
   }
 }
 
-template <class T>
-void multiply_as(
+template <class Rows, class T>
+void multiply_rows(
     const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
-  for (; b0 + PANEL <= b1; b0 += PANEL) multiply_panel<T, PANEL>(a, weight, m0, m1, b0);
-  if (b0 < b1) multiply_panel<T, 1>(a, weight, m0, m1, b0);
+  for (; b0 + PANEL <= b1; b0 += PANEL) multiply_panel<Rows, T, PANEL>(a, weight, m0, m1, b0);
+  if (b0 < b1) multiply_panel<Rows, T, 1>(a, weight, m0, m1, b0);
 }
 
 void multiply(
     const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
   switch (a.dtype) {
-    case c10::ScalarType::BFloat16: return multiply_as<c10::BFloat16>(a, weight, m0, m1, b0, b1);
-    case c10::ScalarType::Half: return multiply_as<c10::Half>(a, weight, m0, m1, b0, b1);
-    default: return multiply_as<float>(a, weight, m0, m1, b0, b1);
+    case c10::ScalarType::BFloat16: return multiply_rows<MixedRows, c10::BFloat16>(a, weight, m0, m1, b0, b1);
+    case c10::ScalarType::Half: return multiply_rows<MixedRows, c10::Half>(a, weight, m0, m1, b0, b1);
+    default: return multiply_rows<MixedRows, float>(a, weight, m0, m1, b0, b1);
   }
 }
