@@ -146,7 +146,9 @@ def summarise(console: Console, results: list[dict], ceilings: peaks.Peaks) -> N
     table.add_column("contender", no_wrap=True)
     table.add_column("outliers")
     table.add_column("M", justify="right")
-    for rival in RIVALS:
+    measured = {name for row in results for name in row["timings"]}
+    rivals = {rival: names for rival, names in RIVALS.items() if measured & set(names)}
+    for rival in rivals:
         table.add_column(f"over {rival}", justify="right")
     if ceilings.int8_operations is not None:
         table.add_column("of the int8 peak", justify="right")
@@ -159,7 +161,7 @@ def summarise(console: Console, results: list[dict], ceilings: peaks.Peaks) -> N
                 if (row["outliers"], row["M"]) == (outliers, M) and name in row["timings"]
             ]
             if rows:
-                cells = [_over(rows, name, rivals) for rivals in RIVALS.values()]
+                cells = [_over(rows, name, names) for names in rivals.values()]
                 if ceilings.int8_operations is not None:
                     cells.append(_of_peak(rows, name, ceilings.int8_operations))
                 table.add_row(name, outliers, str(M), *cells)
