@@ -13,7 +13,6 @@ import int8fx
 from int8fx.kernels import table
 from int8fx.kernels.experts import expert_linear, rows_of_experts
 from int8fx.kernels.quantize import quantize_weight
-from int8fx.passes import select
 
 E, N, K, S = 4, 24, 40, 9
 
@@ -206,19 +205,6 @@ def test_what_is_no_expert_product_is_refused(function, reason, weight, x):
     assert reason in reports[0].decisions[0].reason
     assert seen.linears == 0
     torch.testing.assert_close(y, model(x, torch.tensor(SORTED)))
-
-
-def test_experts_stay_in_float_where_asking_the_host_would_make_a_gpu_wait(monkeypatch, weight, x):
-    monkeypatch.setattr(select, "EXPERT_DEVICES", ("another",))  # this device is as good as a GPU here
-    model = Spelled(indexed, weight)
-    y, report = compile_once(model, x, torch.tensor(MIXED))
-    (decision,) = report.decisions
-    assert not decision.accepted
-    assert decision.reason == (
-        "experts on cpu: their int8 product asks on the host which experts have rows; "
-        "it is there for another only"
-    )
-    torch.testing.assert_close(y, model(x, torch.tensor(MIXED)))
 
 
 # --- models ---------------------------------------------------------------------------------------
