@@ -140,4 +140,6 @@ _library.impl("expert_linear_backward", _input_gradient, "CompositeExplicitAutog
 torch.library.register_fake("int8fx::expert_linear_backward", _input_gradient_fake, lib=_library)
 _library.impl("expert_linear", _expert_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("int8fx::expert_linear", _fake, lib=_library)
-torch.library.register_autograd("int8fx::expert_linear", _backward, setup_context=setup_context, lib=_library)
+torch.library.register_autograd(
+    "int8fx::expert_linear", _backward, setup_context=setup_context, lib=_library
+)

@@ -89,7 +89,7 @@ def emit_experts(
     """The calls that take the place of a routed product of ``x``; see the module's docstring.
 
     Args:
-        product: ``(call, x [S, K], tensors of the weight, (experts, ends))`` to ``[S, N]``, where one of
+        product: ``(call, x [S, K], tensors of the weight, (experts, ends))`` to ``[S, N]``; one of
             ``experts [S]`` and ``ends [E]`` is None (``kernels/experts.py``).
 
     Returns:

@@ -90,7 +90,7 @@ GEMM: dict[str, tuple[GemmConfig, ...]] = {
     "gfx942": _CDNA,
 }
 
-# Of experts.py. An expert may have few rows, and then reading its weight is what takes the time; and the
+# Of experts.py. An expert may have few rows, and then reading its weight is what takes the time; and
 # outlier columns, which are gathered inside the product, want registers of their own.
 _EXPERTS_16 = GemmConfig(16, 64, 128, 4, 4, blocks=3)
 _CDNA_EXPERTS_16 = GemmConfig(16, 32, 128, 4, 2, blocks=2)

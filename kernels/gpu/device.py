@@ -11,7 +11,8 @@ _AMD = ("gfx90a", "gfx942")
 
 
 def load() -> str | None:
-    """Registers ``int8fx::quantized_linears`` and ``expert_linear_gpu``; or the reason why this GPU cannot run it."""
+    """Registers ``int8fx::quantized_linears`` and ``expert_linear_gpu``; or the reason why this GPU
+    cannot run them."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available():

@@ -31,9 +31,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from int8fx.kernels.experts import setup_context
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.columns import compact_columns
 from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_reference
+from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
 from int8fx.kernels.gpu.gather import launch_shape, quantize_rows
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
 from int8fx.kernels.gpu.linear import DTYPES, _empty, _launch, _precision
@@ -273,7 +275,7 @@ def _quantize(
     if threshold == 0:
         return x_int8, x_scale, x_int8, x_int8, x_int8  # the last three are not read
     columns, count = _empty(x, (E, K), torch.int32), _empty(x, (E,), torch.int32)
-    shape = {name: launch_shape(K)[name] for name in ("ROWS", "BLOCK_K", "num_warps")}
+    shape = list_shape(K)
     programs = E if fused else E + tiles(S, E, shape["ROWS"])
     wrap_triton(quantize_experts_kernel)[(programs,)](
         source,
@@ -292,6 +294,11 @@ def _quantize(
         **shape,
     )
     return x_int8, x_scale, source, columns, count
+
+
+def list_shape(K: int) -> dict[str, int]:
+    """Block sizes of the kernel that quantises and lists, for rows of K elements."""
+    return {name: launch_shape(K)[name] for name in ("ROWS", "BLOCK_K", "num_warps")}
 
 
 def expert_witness(x: Tensor, threshold: float, ends: Tensor) -> Tensor:
@@ -316,3 +323,11 @@ def expert_witness(x: Tensor, threshold: float, ends: Tensor) -> Tensor:
     rows = (torch.arange(S, device=x.device) - start).to(dtype).unsqueeze(1).expand(S, K)
     memory = torch.empty((E + 1) * K, dtype=dtype, device=x.device)
     return torch.index_put(memory, (target,), rows).view(E + 1, K)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    grad_x = expert_linear_backward(grad, *ctx.saved_tensors)
+    return (grad_x, *[None] * (ctx.inputs - 1))
+
+
+expert_linear.register_autograd(_backward, setup_context=setup_context)

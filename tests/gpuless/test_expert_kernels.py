@@ -25,6 +25,7 @@ from int8fx.kernels.gpu.experts import (
     in_order,
     quantize_experts_kernel,
 )
+from int8fx.kernels.gpu.experts_gradient import expert_gradient_kernel
 from int8fx.kernels.quantize import quantize_reference, quantize_weight
 
 THRESHOLD = 6.0
@@ -104,7 +105,9 @@ class Quantized:
 
 def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
     S, _, K, E = given.sizes
-    rows, order, ends = in_order(given.x, None if given.ends is not None else given.experts, given.ends, E)
+    rows, order, ends = in_order(
+        given.x, None if given.ends is not None else given.experts, given.ends, E
+    )
     rows, ends = poisoned(rows), poisoned(ends)
     x_int8, x_scale, x_outlier, _ = quantize_reference(rows, threshold, decomposition)
     quantizes = decomposition == "column"
@@ -121,7 +124,14 @@ def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
     )
     if threshold == 0:
         return done
-    operands = [claims(rows, ends, threshold), ends, done.x_int8, done.x_scale, done.columns, done.count]
+    operands = [
+        claims(rows, ends, threshold),
+        ends,
+        done.x_int8,
+        done.x_scale,
+        done.columns,
+        done.count,
+    ]
     launchable(quantize_experts_kernel)[(E + quantizes * routing.tiles(S, E, 4),)](
         done.source,
         *operands,
@@ -138,7 +148,9 @@ def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
     return done
 
 
-def product(given: Case, done: Quantized, has_outliers: bool, block_m: int = 16, unroll: int = 1) -> Tensor:
+def product(
+    given: Case, done: Quantized, has_outliers: bool, block_m: int = 16, unroll: int = 1
+) -> Tensor:
     S, N, K, E = given.sizes
     y = poisoned_like(torch.empty(S, N, dtype=given.x.dtype))
     launchable(expert_gemm_kernel)[(routing.tiles(S, E, block_m) * -(-N // 32),)](
@@ -218,6 +230,41 @@ def test_each_row_meets_its_experts_matrix(given, threshold, decomposition, bloc
         assert ((y[mine].double() - exact).abs() <= bound).all()
 
 
+@THOROUGH
+@given(cases(), st.integers(0, 2**16))
+def test_the_gradient_is_that_of_the_int8_weights(given, seed):
+    S, N, K, E = given.sizes
+    dtype = given.x.dtype
+    grad = torch.randn(S, N, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    _, order, ends = in_order(given.x, None if given.ends is not None else given.experts, given.ends, E)
+    operands = [poisoned(grad), poisoned(ends), poisoned(ends if order is None else order)]
+    grad_x = poisoned_like(torch.empty(S, K, dtype=dtype))
+    operands += [given.w_int8, given.w_scale, grad_x]
+    launchable(expert_gradient_kernel)[(routing.tiles(S, E, 16) * -(-K // 32),)](
+        *operands,
+        S,
+        N,
+        K,
+        E,
+        BLOCK_M=16,
+        BLOCK_N=16,
+        BLOCK_K=32,
+        BLOCK_E=routing.block_of_experts(E),
+        GROUP_M=2,
+        ORDERED=order is not None,
+        PRECISION="ieee",
+    )
+    assert_intact(*operands)
+    w_hat = (given.w_int8 * given.w_scale.unsqueeze(-1)).to(dtype)
+    w_hat = torch.cat([w_hat, torch.zeros_like(w_hat[:1])]).double()
+    expert = torch.where(given.experts < 0, given.experts + E, given.experts)
+    expected = torch.einsum("sn,snk->sk", grad.double(), w_hat[expert])
+    assert not grad_x[expert == E].any()
+    torch.testing.assert_close(
+        grad_x.double(), expected, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype]
+    )
+
+
 def test_an_outlier_of_one_expert_is_none_of_another():
     """Also where the other's witness holds a leftover that names the row: claims are checked."""
     x = torch.ones(8, 40)
@@ -242,7 +289,9 @@ def test_the_row_of_an_expert_that_is_not_there_is_zero(wrong, decomposition):
 
 
 @given(
-    st.lists(st.integers(0, 70), min_size=1, max_size=8), st.integers(0, 40), st.sampled_from([4, 16, 64])
+    st.lists(st.integers(0, 70), min_size=1, max_size=8),
+    st.integers(0, 40),
+    st.sampled_from([4, 16, 64]),
 )
 def test_no_routing_has_more_tiles_than_the_grid_has_room_for(rows, none, block_m):
     needed = sum(-(-count // block_m) for count in (*rows, none))

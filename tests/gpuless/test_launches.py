@@ -2,9 +2,11 @@
 
 import functools
 
+import blocks
 import pytest
 import torch
 from layers import (
+    OF_EXPERTS,
     OURS,
     assert_compile_without_spills,
     generated,
@@ -13,7 +15,7 @@ from layers import (
     serve_cpu_tensors_with_gpu_kernels,
 )
 from nogpu import fake_cuda, offline
-from nogpu.inductor import Kernel
+from nogpu.inductor import Kernel, Wrapper
 from torch import nn
 
 from int8fx.kernels.gpu import configs
@@ -117,6 +119,34 @@ def test_nothing_waits_for_the_device_and_no_shape_depends_on_data():
     for M in (16, 64):
         for call in (".item()", "synchronize", ".cpu()", "nonzero", "unbacked"):
             assert call not in generated_layer(M, torch.float16).body
+
+
+@functools.cache
+def generated_block(name: str, M: int, backend: str, **options: object) -> Wrapper:
+    model = blocks.BLOCKS[name]().to(torch.bfloat16)
+    return generated(model, torch.empty(1, M, blocks.WIDTH, dtype=torch.bfloat16), backend, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "M", "options", "ours", "added"),
+    [
+        ("mixtral", 64, {}, 4, 2),
+        ("mixtral", 64, {"decomposition": "token"}, 4, 2),
+        ("mixtral", 8, {"threshold": 0.0}, 2, 0),
+        # Rows are sorted first: four small kernels more, and the two that copy a weight for every row less.
+        ("gpt_oss", 8, {}, 4, 5),
+    ],
+    ids=str,
+)
+def test_experts(name, M, options, ours, added):
+    """Gate and up, which are one product, and down: an added launch each, for the outlier columns."""
+    wrapper = generated_block(name, M, "llmint8", **options)
+    plain = generated_block(name, M, "inductor")
+    launched = [one for one in wrapper.triton_launches if one.startswith(OF_EXPERTS)]
+    assert len(launched) == ours, launched
+    assert len(wrapper.launches) - len(plain.launches) <= added, (wrapper.launches, plain.launches)
+    for call in (".item()", "synchronize", ".cpu()", "nonzero", "unbacked"):
+        assert call not in wrapper.body
 
 
 @functools.cache
