@@ -69,7 +69,8 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
             yield decode(arch, kind, decode_config, dtype)
     for quantizes, K in GATHERS:
         yield quantize_gather(arch, dtype, quantizes, K)
-        yield quantize_experts(arch, dtype, quantizes, K)
+        if quantizes:  # which holds the listing as well
+            yield quantize_experts(arch, dtype, K)
     for config in configs.expert_rows(arch, DTYPES[dtype]):
         yield experts(arch, config, dtype)
 
@@ -187,15 +188,15 @@ def experts(arch: str, config: configs.GemmConfig, dtype: str = "fp16") -> Speci
 
 
 @functools.cache
-def quantize_experts(arch: str, dtype: str = "fp16", quantizes: bool = True, K: int = 4096) -> Specimen:
+def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
     constants = list_shape(K)
     num_warps = constants.pop("num_warps")
     return Specimen(
-        f"{'quantise and list' if quantizes else 'list'} columns of experts, K = {K}, {dtype}",
+        f"quantise and list, experts, K = {K}, {dtype}",
         arch,
         quantize_experts_kernel,
         _of_experts(dtype) | {"witness_ptr": "*i16", "threshold": "fp64"},
-        constants | {"QUANTIZE": quantizes, "BLOCK_E": 256},
+        constants | {"QUANTIZE": True, "BLOCK_E": 256},
         num_warps,
         3,
         blocks=2,

@@ -79,12 +79,23 @@ def test_split_k_is_summed_by_the_kernel_that_reads_the_result():
     assert len(wrapper.launches) == 3, wrapper.launches
 
 
+def tried(kernel: Kernel) -> list[dict]:
+    """The configurations that a wrapper holds for one of our kernels."""
+    return [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in kernel.configs]
+
+
+def of_table(candidates: list[configs.GemmConfig] | list[configs.DecodeConfig], K: int) -> list[dict]:
+    return [
+        {**c.constants(K), "num_warps": c.num_warps, "num_stages": c.num_stages} for c in candidates
+    ]
+
+
 def launched_with(M: int, kernel: str, mode: str | None) -> list[dict]:
     """The configurations that the wrapper of a norm and a linear holds for one of our kernels."""
     model = NormLinear(1024, 16384).to(torch.float16).requires_grad_(False)
     wrapper = generated(model, torch.empty(M, 1024, dtype=torch.float16), mode=mode)
     (found,) = [one for one in wrapper.kernels if one.name.startswith(kernel)]
-    return [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in found.configs]
+    return tried(found)
 
 
 @pytest.mark.parametrize(("M", "kernel"), [(16, "decode_kernel"), (64, "gemm_kernel")])
@@ -94,9 +105,7 @@ def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
         candidates = configs.decode_configs("sm_90", "quantises", 16384, 1024, 132)
     else:
         candidates = configs.gemm_configs("sm_90", M, 16384, torch.float16)
-    expected = [
-        {**c.constants(1024), "num_warps": c.num_warps, "num_stages": c.num_stages} for c in candidates
-    ]
+    expected = of_table(candidates, 1024)
     assert len(expected) > 1
     assert launched_with(M, kernel, "max-autotune-no-cudagraphs") == expected
     (alone,) = launched_with(M, kernel, None)
@@ -133,7 +142,7 @@ def generated_block(name: str, M: int, backend: str, **options: object) -> Wrapp
         ("mixtral", 64, {}, 4, 2),
         ("mixtral", 64, {"decomposition": "token"}, 4, 2),
         ("mixtral", 8, {"threshold": 0.0}, 2, 0),
-        # Rows are sorted first: four small kernels more, and the two that copy a weight for every row less.
+        # Rows are sorted first, four small kernels; the two that copy a weight for every row are gone.
         ("gpt_oss", 8, {}, 4, 5),
     ],
     ids=str,
@@ -147,6 +156,19 @@ def test_experts(name, M, options, ours, added):
     assert len(wrapper.launches) - len(plain.launches) <= added, (wrapper.launches, plain.launches)
     for call in (".item()", "synchronize", ".cpu()", "nonzero", "unbacked"):
         assert call not in wrapper.body
+
+
+def test_max_autotune_tries_what_the_table_has_for_experts():
+    model, x = (
+        blocks.mixtral().to(torch.bfloat16),
+        torch.empty(1, 64, blocks.WIDTH, dtype=torch.bfloat16),
+    )
+    wrapper = generated(model, x, mode="max-autotune-no-cudagraphs")
+    gate_up, _ = (one for one in wrapper.kernels if one.name.startswith("expert_gemm_kernel"))
+    S, E = 128, 5
+    expected = configs.expert_configs("sm_90", S, E, 192, torch.bfloat16)
+    assert [config.block_n for config in expected] == [64, 128]
+    assert tried(gate_up) == of_table(expected, 64)
 
 
 @functools.cache
