@@ -159,11 +159,7 @@ def test_experts(name, M, options, ours, added):
 
 
 def test_max_autotune_tries_what_the_table_has_for_experts():
-    model, x = (
-        blocks.mixtral().to(torch.bfloat16),
-        torch.empty(1, 64, blocks.WIDTH, dtype=torch.bfloat16),
-    )
-    wrapper = generated(model, x, mode="max-autotune-no-cudagraphs")
+    wrapper = generated_block("mixtral", 64, "llmint8", mode="max-autotune-no-cudagraphs")
     gate_up, _ = (one for one in wrapper.kernels if one.name.startswith("expert_gemm_kernel"))
     S, E = 128, 5
     expected = configs.expert_configs("sm_90", S, E, 192, torch.bfloat16)
