@@ -13,6 +13,7 @@ from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.decode import decode_kernel, look_shape
 from int8fx.kernels.gpu.digits import DIGITS
 from int8fx.kernels.gpu.experts import expert_gemm_kernel, list_shape, quantize_experts_kernel
+from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_kernel
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
@@ -73,6 +74,7 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
             yield quantize_experts(arch, dtype, K)
     for config in configs.expert_rows(arch, DTYPES[dtype]):
         yield experts(arch, config, dtype)
+    yield expert_gradient(arch, dtype)
 
 
 @functools.cache
@@ -199,6 +201,29 @@ def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
         constants | {"QUANTIZE": True, "BLOCK_E": 256},
         num_warps,
         3,
+        blocks=2,
+        multiplies=False,
+    )
+
+
+@functools.cache
+def expert_gradient(arch: str, dtype: str = "fp16") -> Specimen:
+    pointers = {
+        "grad_ptr": f"*{dtype}",
+        "grad_x_ptr": f"*{dtype}",
+        "w_ptr": "*i8",
+        "w_scale_ptr": "*fp32",
+    }
+    return Specimen(
+        f"gradient, experts, {dtype}",
+        arch,
+        expert_gradient_kernel,
+        pointers
+        | {"ends_ptr": "*i32", "order_ptr": "*i64"}
+        | dict.fromkeys(("S", "N", "K", "E"), "i32"),
+        SHAPE | {"BLOCK_E": 256, "ORDERED": True, "PRECISION": _precision(arch, dtype)},
+        LAUNCH["num_warps"],
+        LAUNCH["num_stages"],
         blocks=2,
         multiplies=False,
     )
