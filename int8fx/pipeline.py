@@ -20,6 +20,7 @@ from int8fx.passes.block_attention import block_attention
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.compute_once import compute_once
 from int8fx.passes.decision import Decision
+from int8fx.passes.experts import serve_experts
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.fuse_sums import fuse_sums
@@ -108,6 +109,7 @@ def rewrite(compilation: Compilation) -> None:
     share_quantizations(compilation)
     fold_biases(compilation)
     join_quantized_linears(compilation)
+    serve_expert_linears(compilation)
     leave_sums(compilation)
 
 
@@ -278,6 +280,12 @@ def join_quantized_linears(compilation: Compilation) -> None:
             found = scope.graph.find_nodes(op="call_function", target=quantizer)
             compilation.quantizations += len(found)
         join_linears(scope.graph, compilation.fake_mode, table.joined)
+
+
+def serve_expert_linears(compilation: Compilation) -> None:
+    """serve_experts on every graph."""
+    for scope in compilation.root.walk():
+        serve_experts(scope.graph, table.experts)
 
 
 def leave_sums(compilation: Compilation) -> None:

@@ -75,9 +75,9 @@ class Scheme:
         quantizer: which of these quantises x, or None; linears of one input share its call
             (``passes/fuse_prologue.py``).
         decompositions: which of them Inductor is given to fuse instead of a call, and the aten form.
-        experts: the same as ``lower`` for rows that each meet a matrix of their own, with
-            ``experts [S]`` in the place of the bias (``kernels/experts.py``); None where a scheme has
-            no such product.
+        experts: the same as ``lower`` for rows that each meet a matrix of their own, with the pair
+            ``experts`` and ``ends`` of ``kernels/experts.py`` in the place of the bias; None where a
+            scheme has no such product.
     """
 
     name: str
@@ -121,9 +121,9 @@ class Choice:
     def lower(self, call: Call, x: Any, weight: Sequence[Any], bias: Any) -> Any:
         return self.scheme.lower(call, x, weight, bias, self.settings)
 
-    def lower_experts(self, call: Call, x: Any, weight: Sequence[Any], experts: Any) -> Any:
+    def lower_experts(self, call: Call, x: Any, weight: Sequence[Any], routing: Any) -> Any:
         assert self.scheme.experts is not None
-        return self.scheme.experts(call, x, weight, experts, self.settings)
+        return self.scheme.experts(call, x, weight, routing, self.settings)
 
 
 def unchanged(x: Tensor, settings: Settings) -> Tensor:

@@ -37,6 +37,8 @@ class Kernel:
         falls_back: whether the reference serves where this kernel cannot be loaded.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
             linears of it, and how many at most (``passes/join_linears.py``).
+        experts: the operator that takes the place of ``expert_linear``, with its arguments
+            (``kernels/experts.py``); None: that one serves.
         attends: whether its ``attention`` is faster than torch's, too (``kernels/attention.py``).
     """
 
@@ -48,6 +50,7 @@ class Kernel:
     reason: str = ""
     falls_back: bool = True
     joined: Callable[[], tuple[Any, int]] | None = None
+    experts: Callable[[], Any] = lambda: None
     attends: Callable[[], bool] = lambda: False
 
 
@@ -91,6 +94,7 @@ KERNELS: dict[str, Kernel] = {
         _still_as_it_is,
         falls_back=False,
         joined=gpu.operator,
+        experts=gpu.expert_operator,
     ),
 }
 
@@ -130,6 +134,12 @@ def joined(device_type: str) -> tuple[Any, int] | None:
     """``Kernel.joined`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
     return None if kernel is None or kernel.joined is None else kernel.joined()
+
+
+def experts(device_type: str) -> Any:
+    """``Kernel.experts`` of the kernel that serves a device."""
+    kernel = kernel_for(device_type)
+    return None if kernel is None else kernel.experts()
 
 
 def attends(device_type: str) -> bool:

@@ -8,8 +8,10 @@ Three spellings, all of transformers' among them, become one operator (``kernels
 
 After::
 
-    experts = torch.searchsorted(offs, torch.arange(S), right=True)      for grouped_mm
-    y = int8fx.expert_linear(x, 6.0, "column", w_packed, w_scale, experts)
+    y = int8fx.expert_linear(x, 6.0, "column", w_packed, w_scale, None, offs)    for grouped_mm
+    y = int8fx.expert_linear(x, 6.0, "column", w_packed, w_scale, experts, None)
+
+Where a device has an operator of its own for it, ``serve_experts`` puts that in its place.
 """
 
 import operator
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from int8fx.kernels.experts import expert_linear
 from int8fx.passes.emit import Emitter
 
 _SELECTS = frozenset({torch.index_select, "index_select"})
@@ -81,26 +84,43 @@ def emit_experts(
     x: fx.Node,
     routing: Routing,
     weight: Sequence[fx.Node],
-    product: Callable[[Callable[..., Any], fx.Node, Sequence[fx.Node], fx.Node], fx.Node],
+    product: Callable[..., fx.Node],
 ) -> fx.Node:
     """The calls that take the place of a routed product of ``x``; see the module's docstring.
 
     Args:
-        product: ``(call, x [S, K], tensors of the weight, experts [S])`` to ``[S, N]``.
+        product: ``(call, x [S, K], tensors of the weight, (experts, ends))`` to ``[S, N]``; one of
+            ``experts [S]`` and ``ends [E]`` is None (``kernels/experts.py``).
 
     Returns:
         ``[S, N]`` where x is ``[S, K]`` (grouped), else ``[B, M, N]``.
     """
-    device = x.meta["example_value"].device
     if routing.ends is not None:
-        rows = emit.call(torch.arange, emit.method("size", x, 0), device=device)
-        experts = emit.call(torch.searchsorted, routing.ends, rows, right=True)
-        return product(emit.call, x, weight, experts)
+        return product(emit.call, x, weight, (None, routing.ends))
     M = emit.method("size", x, 1)
-    matrices = routing.index
-    if matrices is None:
-        matrices = emit.call(torch.arange, emit.method("size", x, 0), device=device)
-    experts = emit.call(torch.repeat_interleave, matrices, M)
     rows = emit.method("flatten", x, 0, 1)
-    y = product(emit.call, rows, weight, experts)
+    experts = ends = None
+    if routing.index is None:
+        device = x.meta["example_value"].device
+        matrices = emit.call(torch.arange, emit.method("size", x, 0), device=device)
+        ends = emit.call(torch.mul, emit.call(torch.add, matrices, 1), M)
+    else:
+        experts = emit.call(torch.repeat_interleave, routing.index, M)
+    y = product(emit.call, rows, weight, (experts, ends))
     return emit.method("unflatten", y, 0, (-1, M))
+
+
+def serve_experts(graph: fx.Graph, served: Callable[[str], Any]) -> int:
+    """Calls what a device has for expert linears; returns at how many.
+
+    Args:
+        served: for a device type, the operator that takes the place of ``int8fx.expert_linear``, with
+            its arguments; or None.
+    """
+    replaced = 0
+    for node in graph.find_nodes(op="call_function", target=expert_linear):
+        target = served(node.args[0].meta["example_value"].device.type)
+        if target is not None:
+            node.target = target
+            replaced += 1
+    return replaced

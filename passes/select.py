@@ -14,8 +14,6 @@ from int8fx.passes.ranking import ranked_by
 from int8fx.passes.weight_expression import WeightExpression
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The expert linear asks on the host which experts have rows; on a GPU that would synchronise.
-EXPERT_DEVICES = ("cpu",)
 # A GPU has fused attention, which a product of its own, matrix by matrix, would only slow down.
 MATMUL_DEVICES = ("cpu",)
 
@@ -156,12 +154,6 @@ def _device(candidate: Candidate, selection: Selection) -> str:
     input_device = candidate.x.meta["example_value"].device
     if weight.device.type != input_device.type:
         return f"input on {input_device}, weight on {weight.device}"
-    if candidate.routing is not None and weight.device.type not in EXPERT_DEVICES:
-        allowed = ", ".join(EXPERT_DEVICES)
-        return (
-            f"experts on {weight.device.type}: their int8 product asks on the host which experts have "
-            f"rows; it is there for {allowed} only"
-        )
     return selection.kernel_reason(weight.device.type) or ""
 
 

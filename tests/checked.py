@@ -94,7 +94,9 @@ def _check_linears(seen: Seen, args: Sequence[Any], outputs: Sequence[Tensor]) -
 
 
 def _check_experts(seen: Seen, args: Sequence[Any], y: Tensor) -> Tensor:
-    x, threshold, decomposition, packed, _, experts = args
+    x, threshold, decomposition, packed, _, experts, *ends = args
+    if experts is None:
+        experts = torch.searchsorted(ends[0], torch.arange(len(x)), right=True)
     weight = seen.weights[packed.data_ptr()]
     answer = y.clone()
     E, N, K = weight.shape

@@ -1,5 +1,7 @@
 """Mixtures of experts: the operator, the spellings, and blocks of transformers' models."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ import int8fx
 from int8fx.kernels import table
 from int8fx.kernels.experts import expert_linear, rows_of_experts
 from int8fx.kernels.quantize import quantize_weight
-from int8fx.passes import select
+from int8fx.passes.experts import serve_experts
 
 E, N, K, S = 4, 24, 40, 9
 
@@ -65,6 +67,17 @@ def test_a_negative_expert_counts_from_the_end_and_one_past_it_is_none(weight, x
 def test_an_expert_that_is_not_there_is_named(wrong):
     with pytest.raises(IndexError, match=rf"expert {wrong} of 4: allowed are -4 to 3, and 4 for none"):
         list(rows_of_experts(torch.tensor([0, wrong]), E))
+
+
+def test_sorted_rows_need_only_their_ends(weight, x):
+    w_int8, w_scale = quantize_weight(weight)
+    packed = table.pack(w_int8)
+    ends = torch.tensor([3, 5, 5, 8], dtype=torch.int32)
+    y = expert_linear(x, 6.0, "column", packed, w_scale, None, ends)
+    experts = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, E])
+    assert torch.equal(y, expert_linear(x, 6.0, "column", packed, w_scale, experts))
+    with pytest.raises(ValueError, match="either their experts or, sorted, the ends"):
+        expert_linear(x, 6.0, "column", packed, w_scale, None)
 
 
 def test_rows_in_order_are_slices_and_no_copies():
@@ -208,17 +221,28 @@ def test_what_is_no_expert_product_is_refused(function, reason, weight, x):
     torch.testing.assert_close(y, model(x, torch.tensor(SORTED)))
 
 
-def test_experts_stay_in_float_where_asking_the_host_would_make_a_gpu_wait(monkeypatch, weight, x):
-    monkeypatch.setattr(select, "EXPERT_DEVICES", ("another",))  # this device is as good as a GPU here
-    model = Spelled(indexed, weight)
-    y, report = compile_once(model, x, torch.tensor(MIXED))
-    (decision,) = report.decisions
-    assert not decision.accepted
-    assert decision.reason == (
-        "experts on cpu: their int8 product asks on the host which experts have rows; "
-        "it is there for another only"
-    )
-    torch.testing.assert_close(y, model(x, torch.tensor(MIXED)))
+def test_a_device_may_have_an_operator_of_its_own(x):
+    """Which takes the place of ours, with its arguments."""
+    graph = torch.fx.Graph()
+    arguments = [graph.placeholder(name) for name in ("x", "w", "w_scale", "experts")]
+    arguments[0].meta["example_value"] = x
+    call = graph.call_function(expert_linear, (arguments[0], 6.0, "column", *arguments[1:], None))
+    graph.output(call)
+    assert serve_experts(graph, lambda device: None) == 0
+    assert call.target is expert_linear
+    assert serve_experts(graph, {"cpu": torch.add}.get) == 1
+    assert call.target is torch.add and call.args[1:3] == (6.0, "column")
+
+
+@pytest.mark.parametrize(("name", "is_sorted"), [("grouped_mm", True), ("bmm(w[i], x)", False)])
+def test_grouped_rows_bring_their_ends_and_others_their_experts(name, is_sorted, weight, x):
+    function, permutation, experts = SPELLINGS[name]
+    model = Spelled(function, weight.permute(permutation))
+    with checking():
+        _, report = compile_once(model, x, torch.tensor(experts))
+    (line,) = [each for each in report.graph.splitlines() if "int8fx.expert_linear" in each]
+    experts_and_ends = re.search(r"\w+_scale, (\w+), (\w+)\)", line).groups()
+    assert [name == "None" for name in experts_and_ends] == [is_sorted, not is_sorted]
 
 
 # --- models ---------------------------------------------------------------------------------------

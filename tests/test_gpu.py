@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent / "gpuless"))
 
 from linear_bound import CASES, assert_within_the_derived_bound
+from test_expert_kernels import *  # noqa: F403
 from test_kernels import *  # noqa: F403
 
 pytestmark = [

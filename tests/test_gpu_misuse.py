@@ -12,6 +12,7 @@ from int8fx.kernels.gpu import device
 
 pytest.importorskip("triton")
 
+from int8fx.kernels.gpu.experts import expert_linear
 from int8fx.kernels.gpu.linear import quantized_linears
 
 
@@ -75,6 +76,26 @@ def test_groups_that_are_too_large_or_half_with_a_bias():
         quantized_linears(x, threshold, decomposition, weights * 4, w_scales * 4, [])
     with pytest.raises(ValueError, match="given 2 weights and 1 biases"):
         quantized_linears(x, threshold, decomposition, weights * 2, w_scales * 2, [torch.zeros(8)])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"w_device": "meta"}, ValueError, "x is on cpu, and the weight on meta"),
+        ({"x_dtype": torch.float64}, TypeError, "x is torch.float64; allowed: torch.float32"),
+        ({"w_dtype": torch.float16}, ValueError, r"torch.float16 \[4, 8, 16\].*int8 \[E, N, 16\]"),
+        ({"K": 32}, ValueError, r"torch.int8 \[4, 8, 32\].*int8 \[E, N, 16\]"),
+        ({"experts": None}, ValueError, "either their experts or, sorted, the ends"),
+    ],
+    ids=["device", "input dtype", "weight dtype", "width", "no routing"],
+)
+def test_experts_that_do_not_go_together_with_their_input(given, error, message):
+    given = {"x_dtype": torch.float16, "w_dtype": torch.int8, "w_device": "cpu", "K": 16} | given
+    x = torch.zeros(3, 16, dtype=given["x_dtype"])
+    weight = torch.zeros(4, 8, given["K"], dtype=given["w_dtype"], device=given["w_device"])
+    experts = given.get("experts", torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(error, match=message):
+        expert_linear(x, 6.0, "column", weight, torch.ones(4, 8), experts)
 
 
 def test_an_input_on_another_device_than_the_weight_is_an_error_and_the_model_as_it_was():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TIERS = ("compiled", "executed", "launches", "kernels", "rounding", "harness")
+TIERS = ("compiled", "executed", "launches", "kernels", "expert_kernels", "rounding", "harness")
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),

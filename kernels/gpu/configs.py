@@ -4,6 +4,7 @@ Every row compiles without spills, with int8 matrix instructions; ``tests/gpules
 many blocks fit a multiprocessor, and ``benchmarks/gpu_kernels.py`` prints it.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Of ``gemm.py``.
+    """Of ``gemm.py`` and ``experts.py``.
 
     Attributes:
         unroll: of the int8 loop. On sm_80, 86 and 89 Triton's prefetch pass makes int8 fragments
@@ -89,6 +90,24 @@ GEMM: dict[str, tuple[GemmConfig, ...]] = {
     "gfx942": _CDNA,
 }
 
+# Of experts.py. An expert may have few rows, and then reading its weight is what takes the time; and
+# outlier columns, which are gathered inside the product, want registers of their own.
+_EXPERTS_16 = GemmConfig(16, 64, 128, 4, 4, blocks=3)
+_CDNA_EXPERTS_16 = GemmConfig(16, 32, 128, 4, 2, blocks=2)
+
+
+def _for_experts(arch: str) -> tuple[GemmConfig, ...]:
+    few = _CDNA_EXPERTS_16 if arch.startswith("gfx") else _EXPERTS_16
+    many = [
+        dataclasses.replace(row, blocks=min(row.blocks, 128 // row.block_m))
+        for row in GEMM[arch]
+        if row.block_n <= 128
+    ]
+    return (few, *many)
+
+
+EXPERTS: dict[str, tuple[GemmConfig, ...]] = {arch: _for_experts(arch) for arch in GEMM}
+
 _MAX_PARTS = 8
 # One token in a tile of 16 rows; then tokens with their outliers' digits in one of 64; then 2 to 16
 # rows that each program quantises, which wants few and large programs.
@@ -149,6 +168,27 @@ def gemm_configs(arch: str, M: int, N: int, dtype: torch.dtype) -> list[GemmConf
         fits = [config for config in rows if config.block_n <= 128]
     else:
         fits = [config for config in rows if config.block_m > 64]
+    return [config for config in fits if config.block_n <= max(64, N)] or fits[:1]
+
+
+def expert_rows(arch: str, dtype: torch.dtype) -> list[GemmConfig]:
+    """The rows of experts.py that serve activations of a dtype; see ``gemm_rows``."""
+    limit = 64 if dtype == torch.float32 else 128
+    return [config for config in EXPERTS[arch] if config.block_n <= limit]
+
+
+def expert_configs(arch: str, S: int, E: int, N: int, dtype: torch.dtype) -> list[GemmConfig]:
+    """The rows worth trying for S rows that E experts share, smallest tiles first.
+
+    Only the class of S is looked at: up to 16, up to 64 or more rows for each expert.
+    """
+    rows = expert_rows(arch, dtype)
+    if S <= 16 * E:
+        fits = [config for config in rows if config.block_m == 16]
+    elif S <= 64 * E:
+        fits = [config for config in rows if config.block_m == 64]
+    else:
+        fits = [config for config in rows if config.block_m >= 64]
     return [config for config in fits if config.block_n <= max(64, N)] or fits[:1]
 
 

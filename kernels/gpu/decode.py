@@ -195,19 +195,22 @@ def _quantize_columns(
 
 
 @triton.jit
-def _add_outlier_columns(
-    acc, x_ptr, w_row, columns_ptr, first, last, M, K,
-    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+def add_outlier_columns(
+    acc, x_row, inside, w_row, columns_ptr, first, last,
+    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + x[:, C] @ w[:, C]ᵀ``, C: entries ``first`` to ``last`` of the list of outlier columns."""
-    row = tl.arange(0, ROWS)
-    dtype = x_ptr.dtype.element_ty
+    """``acc + x[:, C] @ w[:, C]ᵀ``, C: entries ``first`` to ``last`` of the list of outlier columns.
+
+    Args:
+        x_row, w_row: pointers to rows, ``[M, 1]`` and ``[1, N]``.
+        inside: ``[M]``, which rows of x may be read.
+    """
+    dtype = x_row.dtype.element_ty
     for start in range(first, last, BLOCK_O):
         j = start + tl.arange(0, BLOCK_O)
         wanted = j < last
         k = tl.load(columns_ptr + j, mask=wanted, other=0)
-        inside = (row < M)[:, None] & wanted[None, :]
-        x = tl.load(x_ptr + row[:, None] * K + k[None, :], mask=inside, other=0.0)
+        x = tl.load(x_row + k[None, :], mask=inside[:, None] & wanted[None, :], other=0.0)
         w = tl.load(w_row + k[:, None], mask=wanted[:, None], other=0)
         acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
     return acc
@@ -338,9 +341,9 @@ def decode_kernel(
     y = acc_int32.to(tl.float32) * scale[:, None]
     if QUANTIZE:
         share = tl.cdiv(count, SPLIT_K)
-        y = _add_outlier_columns(
-            y, x_ptr, w_row, columns_ptr, part * share, tl.minimum(part * share + share, count),
-            M, K, BLOCK_M, BLOCK_O, PRECISION,
+        y = add_outlier_columns(
+            y, x_ptr + (row * K)[:, None], row < M, w_row, columns_ptr,
+            part * share, tl.minimum(part * share + share, count), BLOCK_O, PRECISION,
         )  # fmt: skip
     if DIGITS:
         y = tl.sum(tl.reshape(y, (GROUPS, TOKENS, BLOCK_N)), 0)

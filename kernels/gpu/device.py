@@ -11,13 +11,15 @@ _AMD = ("gfx90a", "gfx942")
 
 
 def load() -> str | None:
-    """Registers ``int8fx::quantized_linears``; or the reason why this GPU cannot run it."""
+    """Registers ``int8fx::quantized_linears`` and ``expert_linear_gpu``; or the reason why this GPU
+    cannot run them."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     reason = _unsupported(torch.cuda.get_device_properties(0))
     if reason is None:
+        import int8fx.kernels.gpu.experts
         import int8fx.kernels.gpu.linear  # noqa: F401
     return reason
 
@@ -39,3 +41,8 @@ def operator() -> tuple[Any, int]:
     from int8fx.kernels.gpu.groups import MAX_GROUP
 
     return torch.ops.int8fx.quantized_linears.default, MAX_GROUP
+
+
+def expert_operator() -> Any:
+    """The operator that takes the place of ``int8fx::expert_linear``."""
+    return torch.ops.int8fx.expert_linear_gpu.default

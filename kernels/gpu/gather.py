@@ -53,7 +53,7 @@ def quantize_gather_reference(
 
 
 @triton.jit
-def _quantize_rows(
+def quantize_rows(
     x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, threshold, BLOCK_K: tl.constexpr
 ):
     ROWS: tl.constexpr = rows.shape[0]
@@ -122,7 +122,7 @@ def quantize_gather_kernel(
     if program < x_programs:
         rows = program * ROWS + tl.arange(0, ROWS)
         if QUANTIZE:
-            _quantize_rows(x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, limit, BLOCK_K)
+            quantize_rows(x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, limit, BLOCK_K)
         _gather(x_ptr, x_gathered_ptr, rows, rows, rows < M, columns_ptr, count,
                 K, CAPACITY, BLOCK_O)  # fmt: skip
     else:

@@ -46,9 +46,8 @@ def gemm_reference(
 
 
 @triton.jit
-def _tile(program, M, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_in_bands(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Tiles in bands of GROUP_M rows of tiles, so that the tiles in flight share operands in L2."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
     band = program // (GROUP_M * tiles_n)
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     within = program % (GROUP_M * tiles_n)
@@ -56,7 +55,7 @@ def _tile(program, M, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _int8_product(
+def int8_product(
     x_ptr, w_ptr, m, n, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, UNROLL: tl.constexpr,
@@ -123,7 +122,7 @@ def gemm_kernel(
     first0 = tl.cdiv(N0, BLOCK_N)
     first1 = first0 + tl.cdiv(N1, BLOCK_N)
     tiles_n = first1 + tl.cdiv(N2, BLOCK_N)
-    tile_m, tile_n = _tile(tl.program_id(0), M, tiles_n, BLOCK_M, GROUP_M)
+    tile_m, tile_n = tile_in_bands(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     N, w_ptr, w_scale_ptr, bias_ptr, y_ptr = N0, w0_ptr, w_scale0_ptr, bias0_ptr, y0_ptr
     w_offset = 0
     if GROUPED:
@@ -141,7 +140,7 @@ def gemm_kernel(
     # Rows past the end read other rows, and are not stored: loads without masks pipeline.
     m = tl.max_contiguous(tl.multiple_of(rows % M, BLOCK_M), BLOCK_M)
     n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
-    acc_int32 = _int8_product(x_int8_ptr, w_ptr, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL)
+    acc_int32 = int8_product(x_int8_ptr, w_ptr, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL)
     y = acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
     if HAS_OUTLIERS:
         count = tl.load(count_ptr)

@@ -67,8 +67,9 @@ def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settin
     return call(ops.int8_linear, *items, *weight, bias)
 
 
-def lower_experts(call: Call, x: Any, weight: Sequence[Any], experts: Any, settings: Settings) -> Any:
-    return call(expert_linear, x, settings.threshold, settings.decomposition, *weight, experts)
+def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Settings) -> Any:
+    """expert_linear; ``routing`` are its ``experts`` and ``ends``."""
+    return call(expert_linear, x, settings.threshold, settings.decomposition, *weight, *routing)
 
 
 def dequantized_input(x: Tensor, settings: Settings) -> Tensor:
@@ -90,9 +91,9 @@ def dequantized_whole_input(x: Tensor, settings: Settings) -> Tensor:
 
 
 def lower_whole_experts(
-    call: Call, x: Any, weight: Sequence[Any], experts: Any, settings: Settings
+    call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Settings
 ) -> Any:
-    return lower_experts(call, x, weight, experts, _whole(settings))
+    return lower_experts(call, x, weight, routing, _whole(settings))
 
 
 DECOMPOSITIONS = {ops.quantize: quantize_reference}

@@ -44,6 +44,47 @@ def moe() -> nn.Module:
     return _finished(_Experts(WIDTH, 96, experts=4))
 
 
+_SIZES = {"hidden_size": WIDTH, "intermediate_size": 96, "num_experts_per_tok": 2}
+
+
+def mixtral() -> nn.Module:
+    """A norm and Mixtral's experts: rows sorted for ``grouped_mm``."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = transformers.MixtralConfig(num_local_experts=5, **_SIZES)
+    return _finished(Routed(MixtralSparseMoeBlock, config, "grouped_mm"))
+
+
+def qwen_moe() -> nn.Module:
+    """The same of Qwen2-MoE, with a shared expert beside them, which is three linears."""
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    sizes = {"moe_intermediate_size": 96, "shared_expert_intermediate_size": 80}
+    config = transformers.Qwen2MoeConfig(num_experts=8, **_SIZES, **sizes)
+    return _finished(Routed(Qwen2MoeSparseMoeBlock, config, "grouped_mm"))
+
+
+def gpt_oss() -> nn.Module:
+    """The same of GPT-OSS: transposed weights with biases, an indexed copy of them for each row."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    config = transformers.GptOssConfig(num_local_experts=6, **_SIZES)
+    return _finished(Routed(GptOssMLP, config, "batched_mm"))
+
+
+class Routed(nn.Module):
+    """A norm, experts of transformers' behind it, and the residual."""
+
+    def __init__(self, block: type, config: transformers.PretrainedConfig, implementation: str) -> None:
+        super().__init__()
+        config._experts_implementation = implementation
+        self.norm, self.block = nn.RMSNorm(config.hidden_size), block(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(self.norm(x))
+        return x + (y[0] if isinstance(y, tuple) else y)
+
+
 class Hidden(nn.Module):
     """A transformers model from hidden states to hidden states."""
 
@@ -94,4 +135,12 @@ def tokens(shape: tuple[int, ...], dtype: torch.dtype, seed: int = _SEED) -> Ten
     return torch.randn(*shape, WIDTH, generator=generator).to(dtype)
 
 
-BLOCKS = {"llama": llama, "gpt2": gpt2, "t5": t5, "moe": moe}
+BLOCKS = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "t5": t5,
+    "moe": moe,
+    "mixtral": mixtral,
+    "qwen_moe": qwen_moe,
+    "gpt_oss": gpt_oss,
+}

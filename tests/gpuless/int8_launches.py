@@ -32,7 +32,7 @@ class LinearCheck:
         self._source: dict[str, Any] = {}
 
     def __call__(self, launch: Launch) -> None:
-        if launch.name == "quantize_gather_kernel":
+        if launch.name in ("quantize_gather_kernel", "quantize_experts_kernel"):
             # A copy: the generated wrapper may give x's memory to the product's result.
             self._source = launch.arguments | {"x_ptr": launch.arguments["x_ptr"].clone()}
         elif launch.name == "gemm_kernel":
@@ -44,6 +44,8 @@ class LinearCheck:
             digits = self._digits(launch)
             zero = {f"digit{i}_ptr": torch.zeros_like(digit) for i, digit in enumerate(digits)}
             self._check(launch, *self._digit_operands(launch), **zero)
+        elif launch.name == "expert_gemm_kernel":
+            self._check_experts(launch)
 
     def _product_operands(self, launch: Launch) -> tuple[Tensor, ...]:
         """What the product should have been given, made from what the launch before it read."""
@@ -104,6 +106,43 @@ class LinearCheck:
             )
             self.errors.append(relative_error(_summed(y), expected))
             self.without_outliers.append(relative_error(_summed(broken), expected))
+
+    def _check_experts(self, launch: Launch) -> None:
+        """The same for a launch whose rows each meet the matrix of their expert."""
+        given, y = launch.arguments, launch.arguments["y_ptr"]
+        broken = torch.full_like(y, torch.nan)
+        launch.run(HAS_OUTLIERS=False, y_ptr=broken)
+        expected = torch.zeros(y.shape, dtype=torch.float64)
+        first = 0
+        for expert, last in enumerate(given["ends_ptr"].tolist()):
+            rows, first = slice(first, last), last
+            if rows.start == last:
+                continue
+            x_int8, x_scale, x_outlier = self._of_expert(given, rows)
+            self.outliers += int((x_outlier != 0).sum())
+            w_int8, w_scale = given["w_ptr"][expert], given["w_scale_ptr"][expert]
+            w_outlier = w_int8[:, : x_outlier.shape[1]]
+            expected[rows] = gemm_reference(
+                x_int8, x_scale, x_outlier, w_outlier, w_int8, w_scale, None
+            )
+        if given["ORDERED"]:
+            y, broken = y[given["order_ptr"]], broken[given["order_ptr"]]
+        assert not y[first:].any()  # rows without an expert
+        self.errors.append(relative_error(y, expected))
+        self.without_outliers.append(relative_error(broken, expected))
+
+    def _of_expert(self, given: dict[str, Any], rows: slice) -> tuple[Tensor, ...]:
+        """What the product should have been given for the rows of one expert."""
+        x_int8, x_scale = given["x_int8_ptr"][rows], given["x_scale_ptr"][rows]
+        if not given["HAS_OUTLIERS"]:
+            return x_int8, x_scale, x_int8[:, :0]
+        x = self._source["x_ptr"][rows]
+        if not self._source["QUANTIZE"]:
+            return x_int8, x_scale, x  # what was left out of the rows
+        expected = quantize_reference(x, self.threshold, "column")
+        assert torch.equal(x_int8, expected[0])
+        assert torch.equal(x_scale, expected[1])
+        return expected[:3]
 
 
 def _summed(y: Tensor) -> Tensor:

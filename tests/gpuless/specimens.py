@@ -12,6 +12,8 @@ from nogpu.offline import compile_kernel
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.decode import decode_kernel, look_shape
 from int8fx.kernels.gpu.digits import DIGITS
+from int8fx.kernels.gpu.experts import expert_gemm_kernel, list_shape, quantize_experts_kernel
+from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_kernel
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
@@ -51,7 +53,7 @@ class Specimen:
             self.constants,
             self.num_warps,
             self.num_stages,
-            unaligned=("M",),
+            unaligned=("M", "S"),
         )
         return sass.inspect(compiled)
 
@@ -68,6 +70,11 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
             yield decode(arch, kind, decode_config, dtype)
     for quantizes, K in GATHERS:
         yield quantize_gather(arch, dtype, quantizes, K)
+        if quantizes:  # which holds the listing as well
+            yield quantize_experts(arch, dtype, K)
+    for config in configs.expert_rows(arch, DTYPES[dtype]):
+        yield experts(arch, config, dtype)
+    yield expert_gradient(arch, dtype)
 
 
 @functools.cache
@@ -149,6 +156,83 @@ def quantize_gather(arch: str, dtype: str = "fp16", quantizes: bool = True, K: i
         blocks=2,
         multiplies=False,
     )
+
+
+@functools.cache
+def experts(arch: str, config: configs.GemmConfig, dtype: str = "fp16") -> Specimen:
+    """128 of them, whose rows do not come sorted."""
+    c = config
+    return Specimen(
+        f"experts {c.block_m}x{c.block_n}x{c.block_k}, {dtype}",
+        arch,
+        expert_gemm_kernel,
+        _of_experts(dtype)
+        | {
+            "order_ptr": "*i64",
+            "w_ptr": "*i8",
+            "w_scale_ptr": "*fp32",
+            "y_ptr": f"*{dtype}",
+            "N": "i32",
+        },
+        {
+            "BLOCK_O": 16,
+            "BLOCK_E": 256,
+            "GROUP_M": 8,
+            "HAS_OUTLIERS": True,
+            "ORDERED": True,
+            "PRECISION": _precision(arch, dtype),
+        }
+        | c.constants(K=4096),
+        c.num_warps,
+        c.num_stages,
+        c.blocks if dtype != "fp32" else 1,
+    )
+
+
+@functools.cache
+def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
+    constants = list_shape(K)
+    num_warps = constants.pop("num_warps")
+    return Specimen(
+        f"quantise and list, experts, K = {K}, {dtype}",
+        arch,
+        quantize_experts_kernel,
+        _of_experts(dtype) | {"witness_ptr": "*i16", "threshold": "fp64"},
+        constants | {"QUANTIZE": True, "BLOCK_E": 256},
+        num_warps,
+        3,
+        blocks=2,
+        multiplies=False,
+    )
+
+
+@functools.cache
+def expert_gradient(arch: str, dtype: str = "fp16") -> Specimen:
+    pointers = {
+        "grad_ptr": f"*{dtype}",
+        "grad_x_ptr": f"*{dtype}",
+        "w_ptr": "*i8",
+        "w_scale_ptr": "*fp32",
+    }
+    return Specimen(
+        f"gradient, experts, {dtype}",
+        arch,
+        expert_gradient_kernel,
+        pointers
+        | {"ends_ptr": "*i32", "order_ptr": "*i64"}
+        | dict.fromkeys(("S", "N", "K", "E"), "i32"),
+        SHAPE | {"BLOCK_E": 256, "ORDERED": True, "PRECISION": _precision(arch, dtype)},
+        LAUNCH["num_warps"],
+        LAUNCH["num_stages"],
+        blocks=2,
+        multiplies=False,
+    )
+
+
+def _of_experts(dtype: str) -> dict[str, str]:
+    pointers = {"x_ptr": f"*{dtype}", "x_int8_ptr": "*i8", "x_scale_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("columns_ptr", "count_ptr", "ends_ptr"), "*i32")
+    return pointers | dict.fromkeys(("S", "K", "E"), "i32")
 
 
 def _linears(dtype: str) -> dict[str, str]:

@@ -24,6 +24,8 @@ from nogpu.inductor import Kernel, Launch, Wrapper, retargeted
 from nogpu.interpreter import interpret
 
 import int8fx
+from int8fx.kernels.gpu import experts as gpu_experts
+from int8fx.kernels.gpu import experts_gradient
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
 from int8fx.kernels.quantize import quantize_weight
@@ -88,6 +90,10 @@ EIGHT, FORTY = (1, 8), (2, 20)
         ("t5", EIGHT, "column"),
         ("t5", FORTY, "token"),
         ("moe", FORTY, "column"),
+        ("mixtral", FORTY, "column"),
+        ("qwen_moe", EIGHT, "token"),
+        ("gpt_oss", EIGHT, "column"),
+        ("gpt_oss", EIGHT, "token"),
     ],
     ids=str,
 )
@@ -108,6 +114,8 @@ def test_every_linear_of_a_block_agrees_with_the_reference(name, shape, decompos
         ("gpt2", FORTY, "column"),
         ("t5", FORTY, "token"),
         ("moe", FORTY, "column"),
+        ("mixtral", FORTY, "column"),
+        ("gpt_oss", EIGHT, "column"),
     ],
     ids=str,
 )
@@ -116,7 +124,7 @@ def test_what_quantises_in_a_block_compiles(name, shape, decomposition):
     wrapper = run(name, shape, torch.float16, decomposition=decomposition).wrapper  # executed above
     kernels = inductors_own(wrapper.kernels).values()
     quantising = [kernel for kernel in kernels if "_ge_" in kernel.name]  # |x| >= threshold
-    assert len(quantising) >= 3
+    assert len(quantising) >= (2 if name in ("mixtral", "gpt_oss") else 3)  # their router is in float
     for index, kernel in enumerate(quantising):
         for targets in (offline.NVIDIA, offline.AMD):
             assert_compile_without_spills([kernel], targets[(index + len(name)) % len(targets)])
@@ -137,6 +145,17 @@ def test_the_check_notices_that_the_outlier_product_is_missing(shape):
     assert all(error > 20 * TOLERANCE[torch.float16] for error in behind_norms), behind_norms
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "decomposition", "behind_norms"),
+    [("mixtral", FORTY, "column", [0]), ("gpt_oss", EIGHT, "column", [0])],
+    ids=str,
+)
+def test_the_check_notices_it_of_experts_as_well(name, shape, decomposition, behind_norms):
+    done = run(name, shape, torch.float16, decomposition=decomposition)
+    errors = [done.check.without_outliers[index] for index in behind_norms]
+    assert all(error > 20 * TOLERANCE[torch.float16] for error in errors), errors
+
+
 def test_one_compile_serves_several_lengths():
     torch._dynamo.reset()
     model = blocks.llama().to(torch.float16)
@@ -149,6 +168,33 @@ def test_one_compile_serves_several_lengths():
         assert len(wrappers) == 2
     assert len(check.errors) == 3 * 7
     assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
+
+
+class Indexed(torch.nn.Module):
+    """More experts than Inductor unrolls a sum over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(40, 24, 64), requires_grad=False)
+
+    def forward(self, x, experts):
+        return torch.bmm(self.weight[experts], x.unsqueeze(-1)).squeeze(-1)
+
+
+def test_one_compile_serves_any_number_of_rows_of_experts():
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    with checked({}) as (check, wrappers):
+        call = compiled(Indexed(), {}, dynamic=True)
+        for rows in (30, 19):
+            x = torch.randn(rows, 64, generator=generator)
+            x[rows // 2, 5] = 20.0
+            y = call(x, torch.randint(-40, 40, (rows,), generator=generator))
+            assert y.shape == (rows, 24)
+    assert len(wrappers) == 1
+    assert len(check.errors) == 2 and check.outliers >= 2
+    assert all(error < 1e-5 for error in check.errors), check.errors
 
 
 @pytest.mark.parametrize(("M", "dtype", "decomposition", "threshold"), CASES, ids=str)
@@ -181,6 +227,33 @@ def test_gradients_are_straight_through(monkeypatch, M):
         torch.testing.assert_close(bias.grad, grad.sum(0), rtol=1e-5, atol=1e-5)
         expected = expected + grad @ (w_int8 * w_scale.unsqueeze(1))
     torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["mixed", "sorted"])
+def test_gradients_of_experts_are_straight_through(monkeypatch, is_sorted):
+    for module in (gpu, gpu_experts, experts_gradient):
+        monkeypatch.setattr(module, "wrap_triton", interpret)
+    generator = torch.Generator().manual_seed(0)
+    w_int8, w_scale = quantize_weight(torch.randn(4, 40, 64, generator=generator))
+    x = (3 * torch.randn(30, 64, generator=generator)).requires_grad_(True)
+    upstream = torch.randn(30, 40, generator=generator)
+    experts = torch.randint(0, 5, (30,), generator=generator)
+    routing = [experts]
+    if is_sorted:
+        experts = experts.sort().values
+        routing = [None, torch.searchsorted(experts, torch.arange(4), right=True)]
+    y = gpu_experts.expert_linear(x, 6.0, "column", w_int8, w_scale, *routing)
+    y.backward(upstream)
+    for expert in range(5):
+        mine = experts == expert
+        if expert == 4:  # none
+            assert not y[mine].any() and not x.grad[mine].any()
+            continue
+        operands = w_int8[expert], w_scale[expert]
+        reference = quantized_linear_reference(x[mine].detach(), 6.0, "column", *operands, None)
+        torch.testing.assert_close(y[mine], reference, rtol=1e-5, atol=1e-4)
+        expected = upstream[mine] @ (w_int8[expert] * w_scale[expert].unsqueeze(1))
+        torch.testing.assert_close(x.grad[mine], expected, rtol=1e-5, atol=1e-4)
 
 
 class EachScheme(torch.nn.Module):

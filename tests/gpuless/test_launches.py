@@ -2,9 +2,11 @@
 
 import functools
 
+import blocks
 import pytest
 import torch
 from layers import (
+    OF_EXPERTS,
     OURS,
     assert_compile_without_spills,
     generated,
@@ -13,7 +15,7 @@ from layers import (
     serve_cpu_tensors_with_gpu_kernels,
 )
 from nogpu import fake_cuda, offline
-from nogpu.inductor import Kernel
+from nogpu.inductor import Kernel, Wrapper
 from torch import nn
 
 from int8fx.kernels.gpu import configs
@@ -77,12 +79,23 @@ def test_split_k_is_summed_by_the_kernel_that_reads_the_result():
     assert len(wrapper.launches) == 3, wrapper.launches
 
 
+def tried(kernel: Kernel) -> list[dict]:
+    """The configurations that a wrapper holds for one of our kernels."""
+    return [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in kernel.configs]
+
+
+def of_table(candidates: list[configs.GemmConfig] | list[configs.DecodeConfig], K: int) -> list[dict]:
+    return [
+        {**c.constants(K), "num_warps": c.num_warps, "num_stages": c.num_stages} for c in candidates
+    ]
+
+
 def launched_with(M: int, kernel: str, mode: str | None) -> list[dict]:
     """The configurations that the wrapper of a norm and a linear holds for one of our kernels."""
     model = NormLinear(1024, 16384).to(torch.float16).requires_grad_(False)
     wrapper = generated(model, torch.empty(M, 1024, dtype=torch.float16), mode=mode)
     (found,) = [one for one in wrapper.kernels if one.name.startswith(kernel)]
-    return [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in found.configs]
+    return tried(found)
 
 
 @pytest.mark.parametrize(("M", "kernel"), [(16, "decode_kernel"), (64, "gemm_kernel")])
@@ -92,9 +105,7 @@ def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
         candidates = configs.decode_configs("sm_90", "quantises", 16384, 1024, 132)
     else:
         candidates = configs.gemm_configs("sm_90", M, 16384, torch.float16)
-    expected = [
-        {**c.constants(1024), "num_warps": c.num_warps, "num_stages": c.num_stages} for c in candidates
-    ]
+    expected = of_table(candidates, 1024)
     assert len(expected) > 1
     assert launched_with(M, kernel, "max-autotune-no-cudagraphs") == expected
     (alone,) = launched_with(M, kernel, None)
@@ -117,6 +128,54 @@ def test_nothing_waits_for_the_device_and_no_shape_depends_on_data():
     for M in (16, 64):
         for call in (".item()", "synchronize", ".cpu()", "nonzero", "unbacked"):
             assert call not in generated_layer(M, torch.float16).body
+
+
+@functools.cache
+def generated_block(name: str, M: int, backend: str, **options: object) -> Wrapper:
+    model = blocks.BLOCKS[name]().to(torch.bfloat16)
+    return generated(model, torch.empty(1, M, blocks.WIDTH, dtype=torch.bfloat16), backend, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "M", "options", "ours", "added"),
+    [
+        ("mixtral", 64, {}, 4, 2),
+        ("mixtral", 64, {"decomposition": "token"}, 4, 2),
+        ("mixtral", 8, {"threshold": 0.0}, 2, 0),
+        # Rows are sorted first, four small kernels; the two that copy a weight for every row are gone.
+        ("gpt_oss", 8, {}, 4, 5),
+    ],
+    ids=str,
+)
+def test_experts(name, M, options, ours, added):
+    """Gate and up, which are one product, and down: an added launch each, for the outlier columns."""
+    wrapper = generated_block(name, M, "llmint8", **options)
+    plain = generated_block(name, M, "inductor")
+    launched = [one for one in wrapper.triton_launches if one.startswith(OF_EXPERTS)]
+    assert len(launched) == ours, launched
+    assert len(wrapper.launches) - len(plain.launches) <= added, (wrapper.launches, plain.launches)
+    for call in (".item()", "synchronize", ".cpu()", "nonzero", "unbacked"):
+        assert call not in wrapper.body
+
+
+class ExpertOfTheLargest(nn.Module):
+    """Without a router that multiplies in float, which max-autotune would time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 192, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self.weight[x[:, :5].argmax(-1)], x.unsqueeze(-1)).squeeze(-1)
+
+
+def test_max_autotune_tries_what_the_table_has_for_experts():
+    model, x = ExpertOfTheLargest().to(torch.bfloat16), torch.empty(128, 64, dtype=torch.bfloat16)
+    wrapper = generated(model.requires_grad_(False), x, mode="max-autotune-no-cudagraphs")
+    (product,) = (one for one in wrapper.kernels if one.name.startswith("expert_gemm_kernel"))
+    expected = configs.expert_configs("sm_90", 128, 5, 192, torch.bfloat16)
+    assert [config.block_n for config in expected] == [64, 128]
+    assert tried(product) == of_table(expected, 64)
 
 
 @functools.cache
