@@ -5,7 +5,8 @@
     python benchmarks/model.py --alone                           # compile time, and peak memory
 
 A causal model fills a static KV cache with 512 tokens and decodes 64 more; an encoder reads 32
-sequences of 128. Contenders take turns, round by round; medians with quartiles. The models are in bf16.
+sequences of 128. Contenders take turns, round by round; medians with quartiles. The models are in bf16,
+but for ``smollm2-fp32``, which is for contenders whose name says no dtype.
 
 ``--alone`` runs each contender in two processes of its own, with an empty compile cache and then with
 what the first one left there: seconds until both graphs have run, and the largest resident size.
@@ -62,6 +63,7 @@ CONTENDERS: dict[str, Build] = {
     "llmint8 column": compiled("llmint8"),
     "llmint8 token": compiled("llmint8", decomposition="token"),
     "llmint8 threshold 0": compiled("llmint8", threshold=0),
+    "llmint8 w8a16": compiled("llmint8", scheme="w8a16"),
     **{name: converted(name) for name in PEERS},
 }
 # They convert the model's modules in place; the others may share one model and its memory.
@@ -101,6 +103,7 @@ def encoder() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "smollm2": lambda: in_bfloat16(smollm2.load(Console(stderr=True))[0]),
+    "smollm2-fp32": lambda: smollm2.load(Console(stderr=True))[0],
     "llama-1.1b": llama,
     "encoder": encoder,
 }

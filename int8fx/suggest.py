@@ -4,7 +4,7 @@ Every linear is quantised alone, in the fastest way, and the KL divergence of th
 those in float is its sensitivity. For small errors that grows as the square of what is wrong with the
 linear's output, which one run shows for all linears and all ways, so the other ways' divergences are
 estimated from it. Divergences of single linears nearly add up, so a mixture is chosen by their sums,
-scaled by what the last mixture really had, and measured in the end.
+scaled by what the last mixture really had, and measured in the end as the options that say it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ class Sensitivity:
     Attributes:
         path: of its module.
         kl: mean KL divergence to the float model, in nats: measured for the fastest way, estimated for
-            the others, 0 in float.
+            the others that it has a product for, 0 in float.
         float_bytes, kept_bytes: of its weight.
         chosen: a key of ``kl``.
     """
@@ -58,8 +58,8 @@ class Suggestion:
 
     Attributes:
         options: for ``torch.compile(model, backend="llmint8", options=...)``.
-        kl: of the model with these options, measured on the inputs given.
-        uniform_kl: of each way, for all linears.
+        kl: of the model as the backend rewrites it with these options, measured on the inputs given.
+        uniform_kl: the same of each way, for all linears.
         model_bytes: of all parameters and buffers then, the float ones not counted that are quantised.
         linears: how each linear fared.
     """
@@ -80,7 +80,7 @@ class Suggestion:
             table.add_column(way, justify="right", no_wrap=True)
         table.add_column("chosen", no_wrap=True)
         for each in self.linears:
-            cells = (f"{each.kl[way] * 1e6:,.0f}" for way in WAYS)
+            cells = (f"{each.kl[way] * 1e6:,.0f}" if way in each.kl else "" for way in WAYS)
             table.add_row(Text(each.path), *cells, each.chosen)
         uniform = ", ".join(f"{way} {self.uniform_kl[way]:.5f}" for way in WAYS)
         lines = [
@@ -135,12 +135,14 @@ def suggest(
     args, kwargs = _arguments(inputs)
     mixtures = Mixtures(model, args, kwargs, WAYS)
     linears = _measure(mixtures, on_run)
-    uniform = {way: mixtures.kl(dict.fromkeys(mixtures.paths, way)) for way in WAYS}
+    uniform = {
+        way: mixtures.kl_of({"scheme": scheme, **settings}) for way, (scheme, settings) in WAYS.items()
+    }
     if "kl" in budget:
         chosen, kl = _within_kl(linears, mixtures, uniform, float(budget["kl"]))
     else:
         chosen = _within_memory(linears, mixtures.float_bytes, float(budget["memory"]))
-        kl = mixtures.kl(_quantised(chosen))
+        kl = mixtures.kl_of(_options(chosen, mixtures.skipped))
     saved = sum(each.float_bytes - each.nbytes for each in chosen)
     return Suggestion(
         _options(chosen, mixtures.skipped), kl, uniform, mixtures.float_bytes - saved, tuple(chosen)
@@ -177,10 +179,6 @@ def _measure(mixtures: Any, on_run: Callable[[int, int], None]) -> list[Sensitiv
     return linears
 
 
-def _quantised(linears: Sequence[Sensitivity]) -> dict[str, str]:
-    return {each.path: each.chosen for each in linears if each.chosen != FLOAT}
-
-
 # --- a budget of KL -------------------------------------------------------------------------------
 
 
@@ -198,7 +196,7 @@ def _within_kl(
             index, way = steps.pop(0)
             if LADDER.index(way) > LADDER.index(chosen[index].chosen):
                 chosen[index] = _with(chosen[index], way)
-        kl = mixtures.kl(_quantised(chosen))
+        kl = mixtures.kl_of(_options(chosen, mixtures.skipped))
         target *= 0.9  # the sum was too hopeful: aim lower
     return chosen, kl
 
@@ -213,7 +211,7 @@ def _steps(linears: Sequence[Sensitivity]) -> list[tuple[int, str]]:
         ((each.kl[FASTEST] - each.kl[way]) / (rung * each.kept_bytes), index, way)
         for index, each in enumerate(linears)
         for rung, way in enumerate(LADDER)
-        if way != FASTEST
+        if way != FASTEST and way in each.kl
     ]
     return [(index, way) for _, index, way in sorted(ranked, key=lambda step: -step[0])]
 
@@ -225,7 +223,9 @@ def _within_memory(
     linears: Sequence[Sensitivity], float_bytes: int, budget: float
 ) -> list[Sensitivity]:
     """The most accurate way in int8 for all, and float for the most sensitive while it fits."""
-    chosen = [_with(each, min((each.kl[way], way) for way in WAYS)[1]) for each in linears]
+    chosen = [
+        _with(each, min((each.kl[way], way) for way in WAYS if way in each.kl)[1]) for each in linears
+    ]
     used = float_bytes - sum(each.float_bytes - each.kept_bytes for each in chosen)
     if used > budget:
         raise ValueError(
