@@ -188,15 +188,15 @@ def measure(
 
 
 def show(console: Console, title: str, results: dict[str, dict[str, Timing]]) -> None:
-    table = Table(title=title, caption=f"x: speed over {BASELINE}, same run; quartiles in brackets")
+    over = BASELINE if BASELINE in results else next(iter(results))
+    table = Table(title=title, caption=f"x: speed over {over}, same run; quartiles in brackets")
     table.add_column("contender", no_wrap=True)
     for step in next(iter(results.values())):
         table.add_column(f"{step}, s", justify="right")
     for name, steps in results.items():
         cells = []
         for step, timing in steps.items():
-            baseline = results.get(BASELINE, results[name])[step]
-            ratio = baseline.median / timing.median
+            ratio = results[over][step].median / timing.median
             cells.append(f"{ratio:.2f}x {timing.median:.3f} ({timing.low:.3f}-{timing.high:.3f})")
         table.add_row(name, *cells)
     console.print(table)

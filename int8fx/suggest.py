@@ -114,7 +114,8 @@ def suggest(
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         budget: ``{"kl": nats}``, the mean divergence from the float model's answers, or ``{"memory":
             bytes}``, of all parameters and buffers.
-        on_run: told how many runs are done, and of how many.
+        on_run: told how many runs are done, and of how many: of each linear, of each way for all, and,
+            as they are tried, of mixtures.
 
     Raises:
         ValueError: the budget is not one of these, or cannot be kept, or weights of the model are in
@@ -134,15 +135,14 @@ def suggest(
         )
     args, kwargs = _arguments(inputs)
     mixtures = Mixtures(model, args, kwargs, WAYS)
-    linears = _measure(mixtures, on_run)
-    uniform = {
-        way: mixtures.kl_of({"scheme": scheme, **settings}) for way, (scheme, settings) in WAYS.items()
-    }
+    runs = _Runs(mixtures, on_run)
+    linears = _measure(mixtures, runs)
+    uniform = {way: runs.kl_of({"scheme": scheme, **more}) for way, (scheme, more) in WAYS.items()}
     if "kl" in budget:
-        chosen, kl = _within_kl(linears, mixtures, uniform, float(budget["kl"]))
+        chosen, kl = _within_kl(linears, runs, uniform, float(budget["kl"]))
     else:
         chosen = _within_memory(linears, mixtures.float_bytes, float(budget["memory"]))
-        kl = mixtures.kl_of(_options(chosen, mixtures.skipped))
+        kl = runs.kl_of_mixture(chosen)
     saved = sum(each.float_bytes - each.nbytes for each in chosen)
     return Suggestion(
         _options(chosen, mixtures.skipped), kl, uniform, mixtures.float_bytes - saved, tuple(chosen)
@@ -164,10 +164,37 @@ def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _measure(mixtures: Any, on_run: Callable[[int, int], None]) -> list[Sensitivity]:
+class _Runs:
+    """Runs of the model, counted."""
+
+    def __init__(self, mixtures: Any, on_run: Callable[[int, int], None]) -> None:
+        self._mixtures, self._on_run = mixtures, on_run
+        self._done, self._total = 0, len(mixtures.paths) + len(WAYS)
+
+    def alone(self, path: str) -> float:
+        """The KL of one linear in the fastest way, all others in float."""
+        return self._counted(self._mixtures.kl({path: FASTEST}))
+
+    def kl_of(self, options: Mapping[str, Any]) -> float:
+        """The KL of the model with these options."""
+        return self._counted(self._mixtures.kl_of(options))
+
+    def kl_of_mixture(self, linears: Sequence[Sensitivity]) -> float:
+        """The same of the options that say what is chosen."""
+        self._total += 1
+        self._on_run(self._done, self._total)
+        return self.kl_of(_options(linears, self._mixtures.skipped))
+
+    def _counted(self, kl: float) -> float:
+        self._done += 1
+        self._on_run(self._done, self._total)
+        return kl
+
+
+def _measure(mixtures: Any, runs: _Runs) -> list[Sensitivity]:
     linears, noise = [], mixtures.noise()
-    for done, path in enumerate(mixtures.paths, start=1):
-        measured = mixtures.kl({path: FASTEST})
+    for path in mixtures.paths:
+        measured = runs.alone(path)
         in_fastest = noise[path][FASTEST]
         kl = {
             way: measured * (each / in_fastest if in_fastest else 1)
@@ -175,7 +202,6 @@ def _measure(mixtures: Any, on_run: Callable[[int, int], None]) -> list[Sensitiv
         }
         float_bytes, kept_bytes = mixtures.nbytes(path)
         linears.append(Sensitivity(path, {**kl, FLOAT: 0.0}, float_bytes, kept_bytes, FLOAT))
-        on_run(done, len(mixtures.paths))
     return linears
 
 
@@ -183,7 +209,7 @@ def _measure(mixtures: Any, on_run: Callable[[int, int], None]) -> list[Sensitiv
 
 
 def _within_kl(
-    linears: Sequence[Sensitivity], mixtures: Any, uniform: Mapping[str, float], budget: float
+    linears: Sequence[Sensitivity], runs: _Runs, uniform: Mapping[str, float], budget: float
 ) -> tuple[list[Sensitivity], float]:
     """Everything in the fastest way, and then up the ladder where a step gains most for its price."""
     chosen = [_with(each, FASTEST) for each in linears]
@@ -196,7 +222,7 @@ def _within_kl(
             index, way = steps.pop(0)
             if LADDER.index(way) > LADDER.index(chosen[index].chosen):
                 chosen[index] = _with(chosen[index], way)
-        kl = mixtures.kl_of(_options(chosen, mixtures.skipped))
+        kl = runs.kl_of_mixture(chosen)
         target *= 0.9  # the sum was too hopeful: aim lower
     return chosen, kl
 
