@@ -60,7 +60,7 @@ def quantize_files(name: str, directory: Path, options: dict[str, Any], progress
         raise UserError(f"MODEL {name}{QUANTISED}")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with step(progress, f"Writing {directory}"):
+        with step(progress, f"Writing {directory}"), models.quiet_transformers():
             unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=directory.parent))
             try:
                 made = unfinished / directory.name

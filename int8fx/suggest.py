@@ -213,9 +213,9 @@ def _within_kl(
 ) -> tuple[list[Sensitivity], float]:
     """Everything in the fastest way, and then up the ladder where a step gains most for its price."""
     chosen = [_with(each, FASTEST) for each in linears]
-    kl, target = uniform[FASTEST], budget
+    kl, target, aim = uniform[FASTEST], budget, 0.9
     steps = _steps(chosen)
-    while kl > budget:
+    while kl > budget and steps:
         # What the sum of the single divergences says, in the measure of what was measured.
         scale = kl / max(sum(each.kl[each.chosen] for each in chosen), 1e-12)
         while steps and scale * sum(each.kl[each.chosen] for each in chosen) > target:
@@ -223,7 +223,8 @@ def _within_kl(
             if LADDER.index(way) > LADDER.index(chosen[index].chosen):
                 chosen[index] = _with(chosen[index], way)
         kl = runs.kl_of_mixture(chosen)
-        target *= 0.9  # the sum was too hopeful: aim lower
+        # Was the sum too hopeful? Aim lower, and then by more each time: a run is some seconds.
+        target, aim = target * aim, aim * aim
     return chosen, kl
 
 
