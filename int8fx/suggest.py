@@ -213,18 +213,23 @@ def _within_kl(
 ) -> tuple[list[Sensitivity], float]:
     """Everything in the fastest way, and then up the ladder where a step gains most for its price."""
     chosen = [_with(each, FASTEST) for each in linears]
-    kl, target, aim = uniform[FASTEST], budget, 0.9
+    kl, target, least = uniform[FASTEST], budget, 1
     steps = _steps(chosen)
     while kl > budget and steps:
         # What the sum of the single divergences says, in the measure of what was measured.
         scale = kl / max(sum(each.kl[each.chosen] for each in chosen), 1e-12)
-        while steps and scale * sum(each.kl[each.chosen] for each in chosen) > target:
+        taken = 0
+        while steps and (
+            taken < least or scale * sum(each.kl[each.chosen] for each in chosen) > target
+        ):
             index, way = steps.pop(0)
+            taken += 1
             if LADDER.index(way) > LADDER.index(chosen[index].chosen):
                 chosen[index] = _with(chosen[index], way)
         kl = runs.kl_of_mixture(chosen)
-        # Was the sum too hopeful? Aim lower, and then by more each time: a run is some seconds.
-        target, aim = target * aim, aim * aim
+        # Was the sum too hopeful? Aim lower; and where the single divergences are but rounding, and say
+        # nothing, twice as many steps each time come to an end, too.
+        target, least = 0.9 * target, 2 * least
     return chosen, kl
 
 
