@@ -10,7 +10,7 @@ from torch import nn
 import int8fx
 from int8fx.evaluate import token_kl
 from int8fx.mixture import Mixtures
-from int8fx.suggest import WAYS
+from int8fx.suggest import FASTEST, FLOAT, WAYS, Sensitivity, _within_kl
 
 K, V = 32, 24
 
@@ -89,14 +89,23 @@ def test_no_divergence_at_all_is_float(model, x):
     assert none.model_bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
-def test_divergences_that_are_but_rounding_come_to_an_end(x):
-    model = Classifier()
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear):
-            linear.weight.mul_(1e-4)  # every answer is the bias
-    runs = []
-    none = int8fx.suggest(model, x, budget={"kl": 1e-30}, on_run=lambda done, total: runs.append(total))
-    assert none.kl <= 1e-30 and max(runs) <= 7 + 4
+def test_divergences_that_are_but_rounding_come_to_an_end():
+    """Their sum is no more than nothing, and says of no mixture that it is too far from float."""
+    kl = dict.fromkeys(WAYS, -1e-9) | {FLOAT: 0.0}
+    linears = [Sensitivity(f"fc{index}", kl, 400, 100, FLOAT) for index in range(100)]
+
+    class Runs:
+        count = 0
+
+        def kl_of_mixture(self, chosen):
+            self.count += 1
+            assert self.count < 50
+            return 0.0 if {each.chosen for each in chosen} == {FLOAT} else 1e-8
+
+    runs = Runs()
+    chosen, divergence = _within_kl(linears, runs, {FASTEST: 1e-8}, 1e-9)
+    # 300 steps: 1 + 2 + 4 + ... + 256 are more.
+    assert {each.chosen for each in chosen} == {FLOAT} and divergence == 0 and runs.count <= 9
 
 
 def test_a_budget_of_memory_buys_float_for_the_most_sensitive(model, x):
