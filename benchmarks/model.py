@@ -5,7 +5,8 @@
     python benchmarks/model.py --alone                           # compile time, and peak memory
 
 A causal model fills a static KV cache with 512 tokens and decodes 64 more; an encoder reads 32
-sequences of 128. Contenders take turns, round by round; medians with quartiles. The models are in bf16.
+sequences of 128. Contenders take turns, round by round; medians with quartiles. The models are in bf16,
+but for ``smollm2-fp32``, which is for contenders whose name says no dtype.
 
 ``--alone`` runs each contender in two processes of its own, with an empty compile cache and then with
 what the first one left there: seconds until both graphs have run, and the largest resident size.
@@ -62,6 +63,7 @@ CONTENDERS: dict[str, Build] = {
     "llmint8 column": compiled("llmint8"),
     "llmint8 token": compiled("llmint8", decomposition="token"),
     "llmint8 threshold 0": compiled("llmint8", threshold=0),
+    "llmint8 w8a16": compiled("llmint8", scheme="w8a16"),
     **{name: converted(name) for name in PEERS},
 }
 # They convert the model's modules in place; the others may share one model and its memory.
@@ -101,6 +103,7 @@ def encoder() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "smollm2": lambda: in_bfloat16(smollm2.load(Console(stderr=True))[0]),
+    "smollm2-fp32": lambda: smollm2.load(Console(stderr=True))[0],
     "llama-1.1b": llama,
     "encoder": encoder,
 }
@@ -185,15 +188,15 @@ def measure(
 
 
 def show(console: Console, title: str, results: dict[str, dict[str, Timing]]) -> None:
-    table = Table(title=title, caption=f"x: speed over {BASELINE}, same run; quartiles in brackets")
+    over = BASELINE if BASELINE in results else next(iter(results))
+    table = Table(title=title, caption=f"x: speed over {over}, same run; quartiles in brackets")
     table.add_column("contender", no_wrap=True)
     for step in next(iter(results.values())):
         table.add_column(f"{step}, s", justify="right")
     for name, steps in results.items():
         cells = []
         for step, timing in steps.items():
-            baseline = results.get(BASELINE, results[name])[step]
-            ratio = baseline.median / timing.median
+            ratio = results[over][step].median / timing.median
             cells.append(f"{ratio:.2f}x {timing.median:.3f} ({timing.low:.3f}-{timing.high:.3f})")
         table.add_row(name, *cells)
     console.print(table)

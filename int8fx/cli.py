@@ -22,6 +22,7 @@ from int8fx.command_line import (
     SkipOption,
     ThresholdOption,
     above_zero,
+    absent,
     backend_options,
     complain,
     numbers,
@@ -30,7 +31,8 @@ from int8fx.command_line import (
     print_json,
     writable,
 )
-from int8fx.errors import UserError
+from int8fx.errors import QUANTISED, UserError
+from int8fx.models import check_name
 
 app = typer.Typer(help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False)
 
@@ -116,6 +118,7 @@ def demo(
     Most of the time goes into compiling, which the next run finds in Inductor's cache.
     """
     progress = Console(stderr=True)
+    check_name(model)
     from int8fx.progress import step
 
     with step(progress, "Importing torch and transformers"):
@@ -149,6 +152,7 @@ def bench(
     K, N = numbers("--shape", shape, "x", 2)
     sizes = numbers("--rows", rows, ",")
     above_zero("--seconds", seconds)
+    check_name(model)
     schemes = scheme or ["llm.int8", "w8a16"]
     for name in schemes:
         backend_options(scheme=name)
@@ -200,6 +204,7 @@ def evaluate(
     """Compares schemes with the float model: perplexity, KL divergence, top-1 agreement."""
     progress = Console(stderr=True)
     above_zero("--inject", inject)
+    check_name(model)
     from int8fx.progress import step
 
     with step(progress, "Importing torch and transformers"):
@@ -244,6 +249,7 @@ def explain(
     progress = Console(stderr=True)
     writable("--html", html)
     writable("--plot", plot)
+    check_name(model)
     options = backend_options(
         threshold=threshold,
         decomposition=decomposition,
@@ -285,6 +291,10 @@ def quantize(
     """
     progress = Console(stderr=True)
     options = backend_options(threshold=threshold, decomposition=decomposition, skip=skip, only=only)
+    absent("OUT", out)
+    if model.endswith(".gguf"):
+        raise UserError(f"MODEL {model}{QUANTISED}")
+    check_name(model)
     from int8fx.progress import step
 
     with step(progress, "Importing torch and transformers"):
@@ -318,6 +328,7 @@ def suggest(
     progress = Console(stderr=True)
     above_zero("--kl", kl)
     above_zero("--memory", memory)
+    check_name(model)
     budgets = {"kl": kl, "memory": None if memory is None else memory * 2**20}
     budget = {name: value for name, value in budgets.items() if value is not None}
     if len(budget) != 1:
@@ -330,6 +341,6 @@ def suggest(
 
     loaded, token_ids = load_with_tokens(model, text, progress)
     inputs = {"input_ids": token_ids[None, :tokens], "use_cache": False}
-    with step(progress, "Measuring each linear", counted=True) as on_run:
+    with step(progress, "Measuring each linear, then mixtures", counted=True) as on_run:
         suggestion = run(loaded, inputs, budget=budget, on_run=on_run)
     print_json(suggestion.to_dict()) if json else Console().print(suggestion)

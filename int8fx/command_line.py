@@ -80,6 +80,14 @@ def writable(option: str, given: Path | None) -> None:
         raise UserError(f"{option} {given}: there is no directory {given.absolute().parent}")
 
 
+def absent(argument: str, given: Path) -> None:
+    """Raises:
+    UserError: something is there already.
+    """
+    if given.exists():
+        raise UserError(f"{argument} {given} is there already; give a directory that is not")
+
+
 def numbers(option: str, given: str, separator: str, count: int | None = None) -> list[int]:
     """Counts in one text, as ``4096x4096``.
 

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint that does not fit the model, or is damaged: names the tensor."""
+
+
+# What quantises float weights says of others, behind the model's name.
+QUANTISED = ": its weights are quantised already; give a float model"

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -192,9 +193,9 @@ def _row_table(explanation: Explanation) -> Table:
     for column in ("N x K", "scheme", "outliers", "SQNR", "MiB", "FLOPs"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in explanation.rows:
-        name = Text(row.path)
+        name: RenderableType = Text(row.path)
         if row.reason:
-            name.append(f"\n  {row.reason}", style="dim")
+            name = Group(name, Padding(Text(row.reason, style="dim"), (0, 0, 0, 2)))
         table.add_row(name, *_cells(row))
     return table
 

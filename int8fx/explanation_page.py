@@ -48,7 +48,7 @@ def page(explanation: Explanation) -> str:
     source = base64.b64encode(picture.getvalue()).decode()
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>int8fx</title></head><body>'
-        f'<div class="int8fx"><h1>LLM.int8() in this model</h1>'
+        f'<div class="int8fx"><h1>What int8fx does to this model</h1>'
         f'<img alt="outliers, SQNR, memory and thresholds" src="data:image/png;base64,{source}"></div>'
         f"{fragment(explanation)}</body></html>"
     )

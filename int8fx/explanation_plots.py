@@ -143,16 +143,17 @@ def _sqnr(axes: "Axes", rows: Sequence[Row]) -> None:
 def _memory(axes: "Axes", explanation: Explanation) -> None:
     totals = explanation.totals
     rest = max(totals.model_bytes - totals.float_bytes - totals.left_bytes, 0)
+    # Greys: the colours are those of the lines beside it, a linear each.
     parts = {
-        "quantised linears": (totals.float_bytes, totals.kept_bytes),
-        "linears in float": (totals.left_bytes, totals.left_bytes),
-        "the rest": (rest, rest),
+        "quantised linears": ("0.35", (totals.float_bytes, totals.kept_bytes)),
+        "linears in float": ("0.65", (totals.left_bytes, totals.left_bytes)),
+        "the rest": ("0.85", (rest, rest)),
     }
     bottoms = [0.0, 0.0]
-    for name, values in parts.items():
+    for name, (grey, values) in parts.items():
         heights = [value / 2**20 for value in values]
         if heights[0] >= totals.model_bytes / 2**20 * UNSEEN:
-            axes.bar(["before", "after"], heights, bottom=bottoms, label=name, width=0.6)
+            axes.bar(["before", "after"], heights, bottom=bottoms, label=name, width=0.6, color=grey)
         bottoms = [below + height for below, height in zip(bottoms, heights, strict=True)]
     for index, height in enumerate(bottoms):
         label = mib(round(height * 2**20))

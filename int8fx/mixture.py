@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.compilation import Compilation
 from int8fx.evaluate import Reference
+from int8fx.kernels.experts import rows_of_experts
 from int8fx.kernels.scheme import eagerly
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate
@@ -48,10 +49,11 @@ class Mixtures:
         }
         self._active: Mapping[str, str] = {}
         self._switches: dict[Any, str] = {}
+        self._ways: dict[str, tuple[str, ...]] = {}
         self._noise: dict[str, dict[str, float]] | None = None
         self._bytes: dict[str, tuple[int, int]] = {}
         self._store = WeightStore()
-        model = torch_private.uncompiled(model)
+        self._model = model = torch_private.uncompiled(model)
         if isinstance(model, torch.nn.Module):
             tensors = (*model.parameters(), *model.buffers())
             self.float_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -65,19 +67,44 @@ class Mixtures:
 
     def kl(self, mixture: Mapping[str, str]) -> float:
         """Mean KL divergence, in nats, with these linears quantised, each in its way."""
-        return self._expected.kl(self._logits(mixture)).double().mean().item()
+        return self._mean_kl(self._logits(mixture))
+
+    def kl_of(self, options: Mapping[str, Any]) -> float:
+        """The same of the model as the backend rewrites it with these options, traced anew.
+
+        For ``llm.int8`` the two agree bit for bit. ``w8a16`` has a product of its own in the backend's
+        graph, whose sums differ in the last bit from those here; a rounding to int8 behind it flips,
+        and that spreads: SmolLM2's divergences over 256 tokens differ by some per cent. This one is the
+        user's.
+        """
+        checked = Options.parse(options)
+
+        def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return rewrite_graph(gm, inputs, checked, self._store)
+
+        run = torch_private.compile_apart(self._model, backend)
+        return self._mean_kl(self._logits_of(run))
+
+    def _mean_kl(self, logits: Tensor) -> float:
+        return self._expected.kl(logits).double().mean().item()
 
     def noise(self) -> dict[str, dict[str, float]]:
-        """Of each linear, the squared error of its output in each way, on the float model's input."""
-        self._noise = {path: dict.fromkeys(self._choices, 0.0) for path in self.paths}
+        """Of each linear, the squared error of its output in each way, on the float model's input.
+
+        A way is missing whose scheme has no product for experts, where the linear is one of theirs.
+        """
+        self._noise = {path: dict.fromkeys(self._ways[path], 0.0) for path in self.paths}
         self._logits({})
         noise, self._noise = self._noise, None
         return noise
 
-    @torch.no_grad()
     def _logits(self, mixture: Mapping[str, str]) -> Tensor:
         self._active = mixture
-        output = self._run(*self._args, **self._kwargs)
+        return self._logits_of(self._run)
+
+    @torch.no_grad()
+    def _logits_of(self, run: Callable[..., Any]) -> Tensor:
+        output = run(*self._args, **self._kwargs)
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(
@@ -124,20 +151,37 @@ class Mixtures:
     def _product(self, candidate: Candidate, path: str) -> Product:
         expression = candidate.weight
         assert expression is not None
+        routed = candidate.routing is not None
+        in_float = _experts_in_float if routed else F.linear
+        ways = {
+            way: choice.lower_experts if routed else choice.lower
+            for way, choice in self._choices.items()
+            if not routed or choice.scheme.experts is not None
+        }
+        self._ways[path] = tuple(ways)
 
-        def switched(x: Tensor, weight: Tensor, bias: Tensor | None, *kept: Tensor) -> Tensor:
+        def switched(x: Tensor, weight: Tensor, last: Any, *kept: Tensor) -> Tensor:
             if path in self._active:
-                return self._choices[self._active[path]].lower(eagerly, x, kept, bias)
-            y = F.linear(x, expression.evaluate(weight).to(x.dtype), bias)
+                return ways[self._active[path]](eagerly, x, kept, last)
+            y = in_float(x, expression.evaluate(weight).to(x.dtype), last)
             if self._noise is not None:
-                for way, choice in self._choices.items():
-                    error = choice.lower(eagerly, x, kept, bias).double() - y
+                for way, lower in ways.items():
+                    error = lower(eagerly, x, kept, last).double() - y
                     self._noise[path][way] += error.square().sum().item()
             return y
 
         self._switches[switched] = path
 
-        def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], bias: fx.Node | None) -> fx.Node:
-            return call(switched, x, candidate.scope.lift(expression.placeholder), bias, *kept)
+        def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], last: fx.Node | None) -> fx.Node:
+            return call(switched, x, candidate.scope.lift(expression.placeholder), last, *kept)
 
         return emit
+
+
+def _experts_in_float(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """``x[s] @ weight[experts[s]]ᵀ``: ``[S, K], [E, N, K], [S]`` to ``[S, N]``."""
+    y = x.new_zeros((x.shape[0], weight.shape[1]))
+    if not torch_private.is_fake(x):
+        for expert, rows in rows_of_experts(experts, weight.shape[0]):
+            y[rows] = F.linear(x[rows], weight[expert])
+    return y

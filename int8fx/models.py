@@ -18,7 +18,10 @@ from rich.console import Console
 from int8fx.errors import UserError
 from int8fx.progress import step
 
+log = logging.getLogger(__name__)
+
 ALLOWED = "give a directory, a .gguf file, or a hub name such as owner/name"
+CONNECT_SECONDS = 10.0
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 # transformers reads a GGUF file with both of these.
@@ -35,22 +38,35 @@ def load(name: str, console: Console, **more: Any) -> tuple[Any, Any]:
     Raises:
         UserError: names what was given and what is allowed.
     """
+    check_name(name)
     path = Path(name).expanduser()
     if path.is_dir():
         read, shown = partial(load_directory, path, **more), _bar(name, console)
-    elif path.is_file() and path.suffix == ".gguf":
-        require_gguf()
+    elif path.suffix == ".gguf":
         read, shown = partial(load_gguf, path), _bar(name, console)
-    elif HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
+    else:
         # The hub's client has bars of its own, one for each file.
         read, shown = partial(load_directory, name, **more), quiet_hub()
-    else:
-        raise UserError(f"model {name}: no such file or directory; {ALLOWED}")
     with shown:
         try:
             return read()
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"model {name}: {_reason(error)}") from error
+
+
+def check_name(name: str | None) -> None:
+    """What can be said of a name at once, before anything slow is imported; None is the demo's model.
+
+    Raises:
+        UserError: names what was given and what is allowed.
+    """
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        require_gguf()
+    elif not path.is_dir() and (path.suffix == ".gguf" or not HUB_NAME.fullmatch(name)):
+        raise UserError(f"model {name}: no such file or directory; {ALLOWED}")
 
 
 @contextlib.contextmanager
@@ -121,14 +137,31 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Without two lines for each retry when the network is missing: the error says it once."""
-    logger = logging.getLogger("huggingface_hub")
+    """Says at once that the network is missing, where the hub's client would try five times for each
+    of a model's files, half a minute each, and print two lines every time."""
+    from huggingface_hub import constants
+
+    logger, offline = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
     level = logger.level
     logger.setLevel(logging.ERROR)
+    constants.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
         yield
     finally:
+        constants.HF_HUB_OFFLINE = offline
         logger.setLevel(level)
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached, asked once, by way of the user's proxies."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except Exception as error:  # the client's own: refused, no name, timed out, a certificate
+        log.debug("%s: %s", constants.ENDPOINT, error)
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

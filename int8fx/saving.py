@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from int8fx import models
-from int8fx.errors import UserError
+from int8fx.errors import QUANTISED, UserError
 from int8fx.explanation import mib
 from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.progress import step
@@ -49,22 +49,18 @@ def quantize_files(name: str, directory: Path, options: dict[str, Any], progress
 
     Args:
         name: a directory or a hub name.
-        directory: is made, whole or not at all.
+        directory: is made, whole or not at all; it is not there yet.
         options: of ``int8fx.quantize_``.
 
     Raises:
         UserError: the model cannot be loaded, or the directory cannot be made, and why.
     """
-    if directory.exists():
-        raise UserError(f"OUT {directory} is there already; give a directory that is not")
-    if name.endswith(".gguf"):
-        raise UserError(f"MODEL {name}: its weights are quantised already; give a float model")
     model, tokenizer = models.load(name, progress, quantization_config=Int8FxConfig(**options))
     if model.hf_quantizer.pre_quantized:
-        raise UserError(f"MODEL {name}: its weights are quantised already; give a float model")
+        raise UserError(f"MODEL {name}{QUANTISED}")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with step(progress, f"Writing {directory}"):
+        with step(progress, f"Writing {directory}"), models.quiet_transformers():
             unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=directory.parent))
             try:
                 made = unfinished / directory.name

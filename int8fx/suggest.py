@@ -4,7 +4,7 @@ Every linear is quantised alone, in the fastest way, and the KL divergence of th
 those in float is its sensitivity. For small errors that grows as the square of what is wrong with the
 linear's output, which one run shows for all linears and all ways, so the other ways' divergences are
 estimated from it. Divergences of single linears nearly add up, so a mixture is chosen by their sums,
-scaled by what the last mixture really had, and measured in the end.
+scaled by what the last mixture really had, and measured in the end as the options that say it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ class Sensitivity:
     Attributes:
         path: of its module.
         kl: mean KL divergence to the float model, in nats: measured for the fastest way, estimated for
-            the others, 0 in float.
+            the others that it has a product for, 0 in float.
         float_bytes, kept_bytes: of its weight.
         chosen: a key of ``kl``.
     """
@@ -58,8 +58,8 @@ class Suggestion:
 
     Attributes:
         options: for ``torch.compile(model, backend="llmint8", options=...)``.
-        kl: of the model with these options, measured on the inputs given.
-        uniform_kl: of each way, for all linears.
+        kl: of the model as the backend rewrites it with these options, measured on the inputs given.
+        uniform_kl: the same of each way, for all linears.
         model_bytes: of all parameters and buffers then, the float ones not counted that are quantised.
         linears: how each linear fared.
     """
@@ -80,7 +80,7 @@ class Suggestion:
             table.add_column(way, justify="right", no_wrap=True)
         table.add_column("chosen", no_wrap=True)
         for each in self.linears:
-            cells = (f"{each.kl[way] * 1e6:,.0f}" for way in WAYS)
+            cells = (f"{each.kl[way] * 1e6:,.0f}" if way in each.kl else "" for way in WAYS)
             table.add_row(Text(each.path), *cells, each.chosen)
         uniform = ", ".join(f"{way} {self.uniform_kl[way]:.5f}" for way in WAYS)
         lines = [
@@ -114,7 +114,8 @@ def suggest(
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         budget: ``{"kl": nats}``, the mean divergence from the float model's answers, or ``{"memory":
             bytes}``, of all parameters and buffers.
-        on_run: told how many runs are done, and of how many.
+        on_run: told how many runs are done, and of how many: of each linear, of each way for all, and,
+            as they are tried, of mixtures.
 
     Raises:
         ValueError: the budget is not one of these, or cannot be kept, or weights of the model are in
@@ -134,13 +135,14 @@ def suggest(
         )
     args, kwargs = _arguments(inputs)
     mixtures = Mixtures(model, args, kwargs, WAYS)
-    linears = _measure(mixtures, on_run)
-    uniform = {way: mixtures.kl(dict.fromkeys(mixtures.paths, way)) for way in WAYS}
+    runs = _Runs(mixtures, on_run)
+    linears = _measure(mixtures, runs)
+    uniform = {way: runs.kl_of({"scheme": scheme, **more}) for way, (scheme, more) in WAYS.items()}
     if "kl" in budget:
-        chosen, kl = _within_kl(linears, mixtures, uniform, float(budget["kl"]))
+        chosen, kl = _within_kl(linears, runs, uniform, float(budget["kl"]))
     else:
         chosen = _within_memory(linears, mixtures.float_bytes, float(budget["memory"]))
-        kl = mixtures.kl(_quantised(chosen))
+        kl = runs.kl_of_mixture(chosen)
     saved = sum(each.float_bytes - each.nbytes for each in chosen)
     return Suggestion(
         _options(chosen, mixtures.skipped), kl, uniform, mixtures.float_bytes - saved, tuple(chosen)
@@ -162,10 +164,37 @@ def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _measure(mixtures: Any, on_run: Callable[[int, int], None]) -> list[Sensitivity]:
+class _Runs:
+    """Runs of the model, counted."""
+
+    def __init__(self, mixtures: Any, on_run: Callable[[int, int], None]) -> None:
+        self._mixtures, self._on_run = mixtures, on_run
+        self._done, self._total = 0, len(mixtures.paths) + len(WAYS)
+
+    def alone(self, path: str) -> float:
+        """The KL of one linear in the fastest way, all others in float."""
+        return self._counted(self._mixtures.kl({path: FASTEST}))
+
+    def kl_of(self, options: Mapping[str, Any]) -> float:
+        """The KL of the model with these options."""
+        return self._counted(self._mixtures.kl_of(options))
+
+    def kl_of_mixture(self, linears: Sequence[Sensitivity]) -> float:
+        """The same of the options that say what is chosen."""
+        self._total += 1
+        self._on_run(self._done, self._total)
+        return self.kl_of(_options(linears, self._mixtures.skipped))
+
+    def _counted(self, kl: float) -> float:
+        self._done += 1
+        self._on_run(self._done, self._total)
+        return kl
+
+
+def _measure(mixtures: Any, runs: _Runs) -> list[Sensitivity]:
     linears, noise = [], mixtures.noise()
-    for done, path in enumerate(mixtures.paths, start=1):
-        measured = mixtures.kl({path: FASTEST})
+    for path in mixtures.paths:
+        measured = runs.alone(path)
         in_fastest = noise[path][FASTEST]
         kl = {
             way: measured * (each / in_fastest if in_fastest else 1)
@@ -173,33 +202,34 @@ def _measure(mixtures: Any, on_run: Callable[[int, int], None]) -> list[Sensitiv
         }
         float_bytes, kept_bytes = mixtures.nbytes(path)
         linears.append(Sensitivity(path, {**kl, FLOAT: 0.0}, float_bytes, kept_bytes, FLOAT))
-        on_run(done, len(mixtures.paths))
     return linears
-
-
-def _quantised(linears: Sequence[Sensitivity]) -> dict[str, str]:
-    return {each.path: each.chosen for each in linears if each.chosen != FLOAT}
 
 
 # --- a budget of KL -------------------------------------------------------------------------------
 
 
 def _within_kl(
-    linears: Sequence[Sensitivity], mixtures: Any, uniform: Mapping[str, float], budget: float
+    linears: Sequence[Sensitivity], runs: _Runs, uniform: Mapping[str, float], budget: float
 ) -> tuple[list[Sensitivity], float]:
     """Everything in the fastest way, and then up the ladder where a step gains most for its price."""
     chosen = [_with(each, FASTEST) for each in linears]
-    kl, target = uniform[FASTEST], budget
+    kl, target, least = uniform[FASTEST], budget, 1
     steps = _steps(chosen)
-    while kl > budget:
+    while kl > budget and steps:
         # What the sum of the single divergences says, in the measure of what was measured.
         scale = kl / max(sum(each.kl[each.chosen] for each in chosen), 1e-12)
-        while steps and scale * sum(each.kl[each.chosen] for each in chosen) > target:
+        taken = 0
+        while steps and (
+            taken < least or scale * sum(each.kl[each.chosen] for each in chosen) > target
+        ):
             index, way = steps.pop(0)
+            taken += 1
             if LADDER.index(way) > LADDER.index(chosen[index].chosen):
                 chosen[index] = _with(chosen[index], way)
-        kl = mixtures.kl(_quantised(chosen))
-        target *= 0.9  # the sum was too hopeful: aim lower
+        kl = runs.kl_of_mixture(chosen)
+        # Was the sum too hopeful? Aim lower; and where the single divergences are but rounding, and say
+        # nothing, twice as many steps each time come to an end, too.
+        target, least = 0.9 * target, 2 * least
     return chosen, kl
 
 
@@ -213,7 +243,7 @@ def _steps(linears: Sequence[Sensitivity]) -> list[tuple[int, str]]:
         ((each.kl[FASTEST] - each.kl[way]) / (rung * each.kept_bytes), index, way)
         for index, each in enumerate(linears)
         for rung, way in enumerate(LADDER)
-        if way != FASTEST
+        if way != FASTEST and way in each.kl
     ]
     return [(index, way) for _, index, way in sorted(ranked, key=lambda step: -step[0])]
 
@@ -225,7 +255,9 @@ def _within_memory(
     linears: Sequence[Sensitivity], float_bytes: int, budget: float
 ) -> list[Sensitivity]:
     """The most accurate way in int8 for all, and float for the most sensitive while it fits."""
-    chosen = [_with(each, min((each.kl[way], way) for way in WAYS)[1]) for each in linears]
+    chosen = [
+        _with(each, min((each.kl[way], way) for way in WAYS if way in each.kl)[1]) for each in linears
+    ]
     used = float_bytes - sum(each.float_bytes - each.kept_bytes for each in chosen)
     if used > budget:
         raise ValueError(

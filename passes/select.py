@@ -1,12 +1,13 @@
 """Select: which candidates are rewritten, by one table of rules; the first that objects refuses."""
 
 import fnmatch
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from int8fx.kernels.quantize import overflow_reason
 from int8fx.passes.canonicalize import Candidate
@@ -84,11 +85,33 @@ def _product_of_activations(candidate: Candidate, selection: Selection) -> str:
 
 
 def module_path(candidate: Candidate, selection: Selection) -> str:
-    """The path of the module that owns the weight: ``mlp.up_proj`` for ``mlp.up_proj.weight``."""
+    """The path of the module that owns the weight: ``mlp.up_proj`` for ``mlp.up_proj.weight``.
+
+    A head that is tied to the embedding is ``lm_head``, though Dynamo met its weight elsewhere first.
+    """
     if candidate.weight is None:
         return candidate.node.name
+    if _is_embedding(candidate) and (head := _linear_around(candidate.node)):
+        return head
     path = selection.paths.get(candidate.weight.placeholder, candidate.node.name)
     return path.removesuffix(".weight")
+
+
+# What Dynamo calls the outermost module, as L['self'].
+_ROOT = re.compile(r"^[LG]\['[^']+'\]\.?")
+
+
+def _linear_around(node: fx.Node) -> str:
+    """The path of the ``nn.Linear`` in whose forward a node is, or empty."""
+    stack = node.meta.get("nn_module_stack")
+    name, kind = list(stack.values())[-1] if stack else ("", None)
+    return _ROOT.sub("", name) if isinstance(kind, type) and issubclass(kind, nn.Linear) else ""
+
+
+def _is_embedding(candidate: Candidate) -> bool:
+    """Whether the weight is an embedding's as well."""
+    assert candidate.weight is not None
+    return any(user.target is F.embedding for user in candidate.weight.placeholder.users)
 
 
 def _skipped(candidate: Candidate, selection: Selection) -> str:
@@ -115,11 +138,7 @@ def only_reason(path: str, only: tuple[str, ...] | None) -> str:
 
 
 def _tied_head(candidate: Candidate, selection: Selection) -> str:
-    assert candidate.weight is not None
-    users = candidate.weight.placeholder.users
-    if selection.skips_by_default and any(user.target is F.embedding for user in users):
-        return TIED_HEAD
-    return ""
+    return TIED_HEAD if selection.skips_by_default and _is_embedding(candidate) else ""
 
 
 def _router(candidate: Candidate, selection: Selection) -> str:

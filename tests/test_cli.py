@@ -143,6 +143,27 @@ def test_hub_without_network(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+def test_without_network_the_hub_is_asked_once_and_nothing_waits(monkeypatch):
+    import time
+
+    import huggingface_hub
+
+    asked = []
+
+    class Unreachable:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise ConnectionError(url)
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Unreachable)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits for {seconds} s"))
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(UserError, match=r"model owner/nowhere: .*no network"):
+        models.load("owner/nowhere", Console(file=io.StringIO()))
+    assert len(asked) == (0 if before else 1)
+    assert before == huggingface_hub.constants.HF_HUB_OFFLINE
+
+
 # --- Fetching the demo's model -------------------------------------------------------------------
 
 CONTENT = b"GGUF and some weights"
@@ -264,6 +285,10 @@ def test_cache_directory_follows_the_platform(monkeypatch, tmp_path, platform, v
 # --- A model's files in int8 ----------------------------------------------------------------------
 
 
+# As many tokens as suggest is given below.
+EVALUATED = ["--windows", "1", "--length", "32"]
+
+
 def saved_model(directory):
     """A random Llama and a tokenizer of a few words, as files."""
     from test_explain import tiny
@@ -336,3 +361,51 @@ def test_explain_in_json_and_as_a_page(capsys, tmp_path):
     assert (shown["totals"]["candidates"], shown["totals"]["accepted"]) == (15, 9)
     assert {row["rows"] for row in shown["rows"]} <= {16}
     assert "data:image/png;base64," in page.read_text(encoding="utf-8")
+
+
+def test_patterns_and_rules_that_match_nothing_are_reported(capsys, tmp_path):
+    saved_model(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{index}" for index in range(40)))
+    given = ["--rule", "*.mlp.*=w8a16", "--rule", "*.attn.*=absmax-row"]
+    given += ["--skip", "lm_head", "--skip", "no.such", "--only", "model.*", "--only", "encoder.*"]
+    unused = ["skip: 'no.such'", "only: 'encoder.*'", "rules: '*.attn.*': absmax-row"]
+    common = ["explain", str(tmp_path / "model"), "--text", str(text), "--tokens", "16", *given]
+    code, printed, err = run(capsys, *common, "--json")
+    assert code == 0, err
+    assert json.loads(printed)["unused"] == unused
+    schemes = {row["path"]: row["scheme"] for row in json.loads(printed)["rows"]}
+    assert schemes["model.layers.0.mlp.up_proj"] == "w8a16"
+    assert (schemes["model.layers.0.self_attn.q_proj"], schemes["lm_head"]) == ("llm.int8", "")
+    code, printed, _ = run(capsys, *common)
+    assert code == 0 and [each for each in unused if f"matches nothing: {each}" not in printed] == []
+
+
+def test_suggest_keeps_its_budget_and_evaluate_measures_the_same(capsys, tmp_path):
+    model = saved_model(tmp_path / "model")
+    # Random logits are nearly all the same: of this size the divergences are a trained model's.
+    model.model.norm.weight.data.mul_(50)
+    model.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{index * 37 % 128}" for index in range(64)))
+    common = [str(tmp_path / "model"), "--text", str(text)]
+    code, printed, err = run(capsys, "evaluate", *common, *EVALUATED, "--scheme", "llm.int8", "--json")
+    assert code == 0, err
+    uniform = json.loads(printed)["accuracies"]["llm.int8"]["mean_kl"]
+
+    budget = uniform / 2
+    command = ["suggest", *common, "--tokens", "32", "--kl", f"{budget}"]
+    code, printed, err = run(capsys, *command, "--json")
+    assert code == 0, err
+    suggested = json.loads(printed)
+    assert suggested["uniform_kl"]["llm.int8"] == pytest.approx(uniform, rel=1e-6)
+    assert suggested["kl"] <= budget and suggested["options"]
+    assert len(suggested["linears"]) == 14 and any("Measuring each linear" in line for line in err)
+    code, printed, _ = run(capsys, *command)
+    assert code == 0 and "options={" in printed
+
+    loose = ["suggest", *common, "--tokens", "32", "--memory", "100", "--json"]
+    code, printed, _ = run(capsys, *loose)
+    assert code == 0 and {each["chosen"] for each in json.loads(printed)["linears"]} == {"float"}
+    code, printed, err = run(capsys, "suggest", *common, "--tokens", "32", "--memory", "0.01")
+    assert code == 1 and "every linear in int8 the model takes" in err[-1]

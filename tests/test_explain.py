@@ -2,7 +2,9 @@
 
 import json
 import math
+import statistics
 import sys
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -59,54 +61,59 @@ def tiny(layers: int = 2, **config) -> LlamaForCausalLM:
 
 
 def packed_bytes(n: int, k: int) -> int:
-    """Of the CPU's layout, see kernels/cpu/int8_linear.py, and of the scales."""
+    """Of the layout of the CPU's C++ operator, see kernels/cpu/int8_linear.py, and of the scales."""
+    if int8fx.kernels.table.kernel_for("cpu").name != "C++":
+        return n * (k + 4)
     blocks = math.ceil(n / BLOCK_N)
     return blocks * (math.ceil(k / K_MULTIPLE) * K_MULTIPLE * BLOCK_N + 4 * BLOCK_N) + 4 * n
 
 
-def test_smollm2s_210_linears_and_its_head_by_hand_count():
-    model, tokens, layers = llama(30), 8, 30
-    shown = int8fx.explain(model, torch.arange(tokens)[None], use_cache=False)
-    shapes = {
-        "self_attn.q_proj": (576, 576),
-        "self_attn.k_proj": (192, 576),
-        "self_attn.v_proj": (192, 576),
-        "self_attn.o_proj": (576, 576),
-        "mlp.gate_proj": (1536, 576),
-        "mlp.up_proj": (1536, 576),
-        "mlp.down_proj": (576, 1536),
-    }
+# Of one layer of SmolLM2-135M, [N, K].
+SHAPES = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+
+
+def assert_counted_by_hand(shown: int8fx.Explanation, tokens: int, vocabulary: int) -> None:
+    """Of SmolLM2's 30 layers and its head: names, shapes, bytes and FLOPs."""
+    layers = 30
     expected = {
-        f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()
+        f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in SHAPES.items()
     }
     assert len(expected) == 210
     quantised = {row.path: row.shape for row in shown.rows if row.accepted}
     assert quantised == expected
     (head,) = [row for row in shown.rows if not row.accepted]
-    assert (head.path, head.shape) == ("lm_head", (128, 576))
-    assert head.reason == "skip: the output head (its weight is also an embedding)"
+    assert (head.path, head.shape) == ("lm_head", (vocabulary, 576))
+    assert head.reason == "skip: matches 'lm_head'"
 
     totals = shown.totals
-    multiplied = layers * sum(n * k for n, k in shapes.values())
+    multiplied = layers * sum(n * k for n, k in SHAPES.values())
     # Two products of [tokens, 64] and [64, tokens] in each of nine heads; no causal mask is counted.
     attention = layers * 2 * 2 * 9 * tokens * tokens * 64
     assert (totals.candidates, totals.accepted) == (211, 210)
     assert totals.float_bytes == 4 * multiplied
-    packed = (
-        packed_bytes
-        if int8fx.kernels.table.kernel_for("cpu").name == "C++"
-        else lambda n, k: n * (k + 4)
-    )
-    assert totals.kept_bytes == layers * sum(packed(n, k) for n, k in shapes.values())
-    assert totals.left_bytes == 4 * 128 * 576
-    assert totals.flops == 2 * tokens * (multiplied + 128 * 576) + attention
+    assert totals.kept_bytes == layers * sum(packed_bytes(n, k) for n, k in SHAPES.values())
+    assert totals.left_bytes == 4 * vocabulary * 576
+    assert totals.flops == 2 * tokens * (multiplied + vocabulary * 576) + attention
     assert totals.accepted_share == pytest.approx(2 * tokens * multiplied / totals.flops)
     assert sum(row.share for row in shown.rows) == pytest.approx(1 - attention / totals.flops)
     lines = str(shown).splitlines()
     assert max(map(len, lines)) <= 80
     listed = [line.split()[:2] for line in lines]
-    for path, (n, k) in {**expected, "lm_head": (128, 576)}.items():
+    for path, (n, k) in {**expected, "lm_head": (vocabulary, 576)}.items():
         assert listed.count([path, f"{n}x{k}"]) == 1
+
+
+def test_smollm2s_210_linears_and_its_head_by_hand_count():
+    shown = int8fx.explain(llama(30), torch.arange(8)[None], use_cache=False)
+    assert_counted_by_hand(shown, tokens=8, vocabulary=128)
 
 
 def test_outliers_and_sqnr_by_hand(model, x):
@@ -287,6 +294,49 @@ def test_the_page_needs_no_other_file(model, x, tmp_path):
     assert shown._repr_html_() in text
 
 
+class Cells(HTMLParser):
+    """The cells of every line of a page's tables; fails where tags are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.lines: list[list[str]] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "img":
+            self.open.append(tag)
+        if tag == "tr":
+            self.lines.append([])
+        if tag in ("td", "th"):
+            self.lines[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.lines[-1][-1] += data
+
+
+def test_in_a_notebook_it_shows_itself_and_needs_no_matplotlib(model, x, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shown = int8fx.explain(model, x, options={"skip": ["2", "<none>"]})
+    cells = Cells()
+    cells.feed(shown._repr_html_())
+    cells.close()
+    assert cells.open == []
+    headings, *_ = [line for line in cells.lines if line[0] == "module"]
+    rows = [
+        dict(zip(headings, line, strict=True)) for line in cells.lines if len(line) == len(headings)
+    ]
+    first, second = rows[1:]
+    assert (first["module"], first["scheme"], first["N x K"]) == ("0", "llm.int8", f"{N} x {K}")
+    assert first["SQNR dB"] == f"{shown.rows[0].sqnr_db:.1f}" and first["rows"] == str(M)
+    assert (second["module"], second["scheme"], second["SQNR dB"]) == ("2", "float", "")
+    assert second["reason"] == shown.rows[1].reason != ""
+    assert "<li>matches nothing: skip: &#x27;&lt;none&gt;&#x27;</li>" in shown._repr_html_()
+
+
 def test_the_figure_shows_what_was_measured(tmp_path):
     shown = int8fx.explain(tiny(), torch.arange(6)[None])
     inputs = distinct_inputs(shown.rows)
@@ -298,6 +348,18 @@ def test_the_figure_shows_what_was_measured(tmp_path):
     heat = figure.axes[3].images[0].get_array()
     assert heat.shape == (2, 64)
     assert 6 * 2 ** heat[1].max() == pytest.approx(max(inputs["down_proj"][1].channel_absmax))
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    by_layer = panels["SQNR of the output, by layer"].lines
+    medians = panels["Median SQNR, by threshold"].lines
+    kinds = [name for joined in names for name in joined.split("/")]
+    for index, name in enumerate(kinds):
+        rows = [row for row in shown.rows if row.path.endswith(name)]
+        assert by_layer[index].get_ydata().tolist() == [row.sqnr_db for row in rows]
+        # None, the last, is a threshold of 0.
+        at = [statistics.median(row.sqnr_db_at[each] for row in rows) for each in THRESHOLDS]
+        assert medians[index].get_ydata().tolist() == at
+    bars = [round(bar.get_height() * 2**20) for bar in panels["Weights, MiB"].patches]
+    assert bars[:2] == [shown.totals.float_bytes, shown.totals.kept_bytes]
     path = tmp_path / "figure.png"
     shown.plot(path)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -7,8 +7,9 @@ from support import compile_once
 from torch import nn
 
 import int8fx
+from int8fx.evaluation import contender
 from int8fx.kernels import table
-from int8fx.kernels.scheme import Choice, Settings, eagerly
+from int8fx.kernels.scheme import Choice, Scheme, Settings, WeightFormat, eagerly, unchanged
 from int8fx.kernels.schemes.affine import quantize_affine_reference
 from int8fx.kernels.schemes.weight_only import grouped
 from int8fx.options import Options
@@ -231,6 +232,69 @@ def test_a_scheme_says_what_it_is(name):
     assert scheme.name == name and scheme.formula in str(scheme) and scheme.source in str(scheme)
     assert scheme.reads <= {"threshold", "decomposition", "group_size"}
     assert table.kernel_for("cpu") is not None
+
+
+# --- A new one ------------------------------------------------------------------------------------
+
+BITS, GROUP = 4, 16
+
+
+def four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Two weights to a byte, and a scale and a zero point for each group: [N, K / 2], [N, G] twice."""
+    groups = weight.detach().to(torch.float32).unflatten(1, (-1, GROUP))
+    least = groups.amin(-1)
+    w_scale = (groups.amax(-1) - least) / (2**BITS - 1)
+    steps = ((groups - least.unsqueeze(-1)) / w_scale.unsqueeze(-1)).round().to(torch.uint8).flatten(1)
+    return steps[:, ::2] | steps[:, 1::2] << BITS, w_scale, least
+
+
+def from_four_bits(tensors, N: int, K: int) -> torch.Tensor:
+    packed, w_scale, least = tensors
+    steps = torch.stack([packed & 15, packed >> BITS], -1).flatten(1).unflatten(1, (-1, GROUP))
+    return (steps * w_scale.unsqueeze(-1) + least.unsqueeze(-1)).flatten(1)
+
+
+def lower_four_bits(call, x, weight, bias, settings):
+    w_hat = call(from_four_bits, weight, N, K)
+    return call(torch.nn.functional.linear, x, w_hat, bias)
+
+
+FOUR_BITS = Scheme(
+    "w4a16-of-a-test",
+    "x as it is, w in 4 bits by groups of 16, with zero points",
+    "tests/test_schemes.py",
+    frozenset(),
+    lambda settings: WeightFormat("4 bits", ("packed", "scale", "zero"), four_bits, from_four_bits),
+    unchanged,
+    lower_four_bits,
+    None,
+    {},
+)
+
+
+def test_a_new_scheme_is_one_object_and_one_row(monkeypatch):
+    """Nothing else has to know it: packed weights, zero points and groups go through as they are."""
+    monkeypatch.setitem(SCHEMES, FOUR_BITS.name, FOUR_BITS)
+    model = nn.ModuleDict({"new": nn.Linear(K, N), "usual": nn.Linear(K, N)}).requires_grad_(False)
+    weight, bias = weights()
+    model["new"].weight.data, model["new"].bias.data = weight, bias
+    model.forward = lambda x: torch.stack([model["new"](x), model["usual"](x)])
+    x, options = activations(5, K), {"rules": [("new", FOUR_BITS.name)]}
+    y, report = compile_once(model, x, backend_options=options)
+    assert [decision.scheme for decision in report.decisions] == [FOUR_BITS.name, "llm.int8"]
+    expected = FOUR_BITS.reference(x, weight, bias, Settings())
+    assert_is_the_reference(y[0], expected, x, weight)
+    # It is not the float product: 15 steps of each group's range are what 4 bits hold.
+    exact = x.double() @ weight.double().t() + bias.double()
+    assert 0.01 < (y[0] - exact).norm() / exact.norm() < 0.2
+    new, _ = int8fx.explain(model, x, options=options).rows
+    assert (new.scheme, new.kept_bytes) == (FOUR_BITS.name, N * K // 2 + 2 * 4 * N * K // GROUP)
+    assert contender(FOUR_BITS.name) == {"scheme": FOUR_BITS.name}
+
+
+def test_the_row_of_a_test_is_gone():
+    with pytest.raises(ValueError, match=FOUR_BITS.name):
+        Options.parse({"scheme": FOUR_BITS.name})
 
 
 # --- Choosing -------------------------------------------------------------------------------------

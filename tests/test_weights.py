@@ -149,6 +149,13 @@ def test_a_head_tied_to_the_embedding_stays_in_float():
     assert "output head" in report.decisions[1].reason
     _, report = compile_once(Model(), tokens, backend_options={"skip": []})
     assert [decision.accepted for decision in report.decisions] == [True, True]
+    # By the name that the user gave it, whatever Dynamo calls the weight.
+    assert [decision.path for decision in report.decisions] == ["body", "out"]
+    _, report = compile_once(Model(), tokens, backend_options={"skip": ["out"]})
+    assert report.decisions[1].reason == "skip: matches 'out'" and report.unused == ()
+    rules = [("out", "w8a16")]
+    _, report = compile_once(Model(), tokens, backend_options={"skip": [], "rules": rules})
+    assert [decision.scheme for decision in report.decisions] == ["llm.int8", "w8a16"]
 
 
 def test_packed_weights_go_with_their_model(x):

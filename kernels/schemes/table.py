@@ -1,4 +1,13 @@
-"""All schemes, by name. A new one is a file beside this one, and a row here."""
+"""All schemes, by name.
+
+A new one is a file beside this one, and a row here. The file defines a ``Scheme``
+(``kernels/scheme.py``): how it keeps weights, as any number of tensors of any shape and dtype (packed
+4-bit weights, zero points, a scale for each group), and its product, written once against ``call``.
+From the row on options, rules, reports, ``explain``, ``evaluate`` and the command know it, and the
+tests, which take their cases from this table, hold its lowering against its reference:
+``tests/test_schemes.py``, which also adds a 4-bit scheme and takes it away again, and
+``tests/gpuless`` for the GPU path.
+"""
 
 from int8fx.kernels.scheme import Scheme
 from int8fx.kernels.schemes import affine, int8, weight_only
