@@ -16,6 +16,10 @@ each int8 weight by name, strict or not, and ``from_pretrained`` the model. Anot
 not do: transformers fills what it misses with random numbers.
 
 What does not fit raises ``CheckpointError`` before anything is loaded.
+
+torch.distributed.checkpoint takes ``model.state_dict()``. Its ``get_model_state_dict`` does not, unless
+the weights are in shards: it asks a module for an attribute of each name, and ``weight_scale`` is none.
+Shards are written as the ``Int8Weight``s that they are (``int8fx/sharding.py`` puts them together).
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
