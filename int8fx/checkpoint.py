@@ -5,9 +5,9 @@ safetensors reads them. ``load_checkpoint`` looks at all of it before it changes
 """
 
 import json
-import struct
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -105,26 +105,31 @@ def _read(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{file}: {_damage(file) or error}") from error
+        header(file)
+        raise CheckpointError(f"{file}: {error}") from error
 
 
-def _damage(file: Path) -> str:
-    """Which tensor a file that cannot be read breaks off in, or empty."""
-    content = file.read_bytes()
-    if len(content) < 8:
-        return "broken off in its header"
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    if len(content) < start:
-        return "broken off in its header"
-    try:
-        header = json.loads(content[8:start])
-    except ValueError:
-        return "its header is damaged"
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if start + entry["data_offsets"][1] > len(content):
-            return f"broken off in {name}"
-    return ""
+def header(file: Path) -> dict[str, Any]:
+    """What a safetensors file says that it holds; no tensor is read.
+
+    Raises:
+        CheckpointError: the file ends before what it says that it holds; names the tensor.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        if size < max(start, 8):
+            raise CheckpointError(f"{file}: broken off in its header")
+        try:
+            entries = json.loads(opened.read(start - 8))
+            entries.pop("__metadata__", None)
+            ends = sorted((entry["data_offsets"][1], name) for name, entry in entries.items())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file}: its header is damaged") from error
+    for end, name in ends:
+        if start + end > size:
+            raise CheckpointError(f"{file}: broken off in {name}")
+    return entries
 
 
 def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8fx import state_dict
+from int8fx import state_dict, torch_private
 from int8fx.kernels import table
 from int8fx.options import Options
 from int8fx.passes.decision import Decision
@@ -43,16 +43,20 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: an option is unknown or out of range, or no weight of the model can be quantised;
-            the message says why not. The model is as it was.
+        ValueError: an option is unknown or out of range, no weight of the model can be quantised, or
+            FSDP2 has it in use already; the message says why not. The model is as it was.
     """
     checked = Options.parse(options, "quantize_", OPTIONS)
     sites = _sites(model, checked)
     if not any(site.accepted or site.reason == ALREADY for site in sites):
         reasons = "".join(f"\n  {site.decision}" for site in sites)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
+    shards = _shards(model, "quantize_")
     for shared in _by_weight(sites):
-        quantized = _quantized(shared[0].weight, shared[0].transposed, checked)
+        weight = shared[0].weight
+        quantized = _quantized(weight, shared[0].transposed, checked)
+        if id(weight) in shards:
+            torch_private.replace_shard(shards[id(weight)], quantized)
         for site in shared:
             site.module.weight = quantized
             state_dict.attach(site.module)
@@ -84,8 +88,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         The model.
 
     Raises:
-        ValueError: a weight is offloaded by accelerate; the model is as it was.
+        ValueError: a weight is offloaded by accelerate, or FSDP2 has the model in use; it is as it was.
     """
+    shards = _shards(model, "dequantize_")
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -100,9 +105,25 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         weight = getattr(*shared[0])
         floats = _map_local(weight, lambda part: part.dequantize(dtype))
         parameter = nn.Parameter(floats, requires_grad=False)
+        if id(weight) in shards:
+            torch_private.replace_shard(shards[id(weight)], parameter)
         for module, name in shared:
             setattr(module, name, parameter)
     return model
+
+
+def _shards(model: nn.Module, name: str) -> dict[int, Any]:
+    """What FSDP2 keeps of a model.
+
+    Raises:
+        ValueError: it has put weights together already, and would go on with those.
+    """
+    shards = torch_private.fsdp_shards(model)
+    if any(torch_private.was_gathered(shard) for shard in shards.values()):
+        raise ValueError(
+            f"{name}: FSDP2 has this model in use already; call {name} before the model is first called"
+        )
+    return shards
 
 
 # --- which weights -------------------------------------------------------------------------------

@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int8fx import sharding
 from int8fx.kernels import ops, table
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.quantize import quantize_weight
-from int8fx.torch_private import new_wrapper, without_torch_functions
+from int8fx.torch_private import WeakView, new_wrapper, without_torch_functions
 
 
 class Int8Weight(Tensor):
@@ -44,6 +45,8 @@ class Int8Weight(Tensor):
         K: columns of ``w_int8``; its rows are those of ``w_scale``.
         transposed: whether the tensor stands for ``(w_int8 · w_scale)ᵀ`` (Hugging Face's ``Conv1D``).
         threshold, decomposition: of the activations in a product, see ``int8fx.Options``.
+        part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
+            is written to it is written there as well.
     """
 
     packed: Tensor
@@ -52,6 +55,7 @@ class Int8Weight(Tensor):
     transposed: bool
     threshold: float
     decomposition: str
+    part_of: "Part | None" = None
 
     # Torch functions are taken apart into aten operators before they come here.
     __torch_function__ = without_torch_functions
@@ -107,7 +111,8 @@ class Int8Weight(Tensor):
     @property
     def w_int8(self) -> Tensor:
         """``[N, K]`` int8, a copy."""
-        return ops.unpack_weight(self.packed, self.w_scale.shape[0], self.K)
+        N = self.w_scale.shape[0]
+        return ops.unpack_weight(self.packed, N, self.K) if N and self.K else self.packed.clone()
 
     @property
     def int8_bytes(self) -> int:
@@ -140,6 +145,32 @@ class Int8Weight(Tensor):
     def data_ptr(self) -> int:
         """Of the int8 form: what tells weights apart, and finds tied ones."""
         return self.packed.data_ptr()
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Torch's own would leave the int8 form behind.
+
+        Raises:
+            RuntimeError: the value is in float and of another shape.
+        """
+        other: Any = value if isinstance(value, Int8Weight) else self.clone().copy_(value)
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.packed, self.w_scale, self.part_of = other.packed, other.w_scale, None
+        self.K, self.transposed = other.K, other.transposed
+        self.threshold, self.decomposition = other.threshold, other.decomposition
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Raises:
+        RuntimeError: an int8 weight is read-only; torch would write to a copy.
+        """
+        raise RuntimeError(
+            f"an int8 weight of shape {list(self.shape)} is read-only, no part of it can be set: "
+            "int8fx.dequantize_(model) brings back a float weight to write to"
+        )
 
     def share_memory_(self) -> "Int8Weight":
         """Moves the int8 form to shared memory, in place."""
@@ -191,16 +222,18 @@ class Int8Weight(Tensor):
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """FSDP2: what the ranks exchange, and what they know without."""
-        return (self.w_int8, self.w_scale), None
+        cut = sharding.Cut.of(self, mesh.size(), outer_size)
+        return sharding.to_gather(self, cut), cut
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
         """FSDP2: the whole weight from what all ranks gave."""
-        w_int8, w_scale = outputs
-        whole = self.like(w_int8, w_scale, dtype=param_dtype)
+        whole = self.like(*sharding.gathered(outputs, metadata), dtype=param_dtype)
         if out is None:
-            return whole, (whole.packed,)
-        # FSDP gave its memory back since the last time: ``w_scale`` is FSDP's own, and is filled.
+            # FSDP frees the memory between two uses of the weight, so it must be torch's own.
+            owned = whole.with_packed(whole.packed.clone(), whole.w_scale.clone())
+            return owned, (owned.packed, owned.w_scale)
         out.packed.copy_(whole.packed)
+        out.w_scale.copy_(whole.w_scale)
         return None
 
     # --- copies of itself ------------------------------------------------------------------------
@@ -228,8 +261,45 @@ class Int8Weight(Tensor):
 
     def _extras(self) -> dict[str, Any]:
         """What else was set on the tensor: ``_is_param``, and whatever frameworks left."""
-        own = {"packed", "w_scale", *self._attributes()}
+        own = {"packed", "w_scale", "part_of", *self._attributes()}
         return {name: value for name, value in self.__dict__.items() if name not in own}
+
+
+class Part:
+    """Which rows and columns of another weight's ``w_int8`` a slice is. It does not keep it alive."""
+
+    def __init__(self, whole: Int8Weight, rows: slice, columns: slice) -> None:
+        form = whole.w_scale.shape[0], whole.K
+        self._targets = [(WeakView(whole.packed), WeakView(whole.w_scale), form, rows, columns)]
+        # A slice of a slice is one of what that is a slice of.
+        for packed, w_scale, form, outer_rows, outer_columns in getattr(whole.part_of, "_targets", ()):
+            inside = _within(outer_rows, rows), _within(outer_columns, columns)
+            self._targets.append((packed, w_scale, form, *inside))
+
+    def write(self, w_int8: Tensor, w_scale: Tensor) -> None:
+        """Raises:
+        RuntimeError: it is some columns of rows, whose scales are others.
+        """
+        for packed, scales, (N, K), rows, columns in self._targets:
+            whole, whole_scale = packed.tensor(), scales.tensor()
+            if whole is None or whole_scale is None:
+                continue
+            whole_int8 = ops.unpack_weight(whole, N, K)
+            whole_int8[rows, columns] = 0
+            if whole_int8[rows][whole_scale[rows] != w_scale].any():
+                raise RuntimeError(
+                    f"columns {columns.start} to {columns.stop} of an int8 weight of {N} rows cannot "
+                    "take values with other scales: a row has one scale for all of its columns. A "
+                    "checkpoint of shards is read into shards along the same dimension; "
+                    "int8fx.dequantize_(model) before it is saved lifts that"
+                )
+            whole_int8[rows, columns] = w_int8
+            whole.copy_(pack(whole_int8))
+            whole_scale[rows] = w_scale
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    return slice(outer.start + inner.start, outer.start + inner.stop)
 
 
 def in_float(tensor: Tensor) -> Tensor:
@@ -245,8 +315,11 @@ def drop_weak_references(weight: Int8Weight) -> None:
 
 
 def pack(w_int8: Tensor) -> Tensor:
-    """``w_int8 [N, K]`` for the kernel of its device; as it is where there is none (meta)."""
-    return w_int8 if table.kernel_for(w_int8.device.type) is None else ops.pack_weight(w_int8)
+    """``w_int8 [N, K]`` for the kernel of its device; as it is where there is none (meta), or nothing
+    in it: of few rows or columns, some processes hold none."""
+    if table.kernel_for(w_int8.device.type) is None or 0 in w_int8.shape:
+        return w_int8
+    return ops.pack_weight(w_int8)
 
 
 def _parameter(tensor: Tensor, requires_grad: bool = True) -> Any:
@@ -281,3 +354,7 @@ def _share(weight: Int8Weight) -> tuple:
 
 
 ForkingPickler.register(Int8Weight, _share)
+
+# torch.load(weights_only=True) may rebuild it: of tensors, numbers and names only. That is how
+# torch.distributed.checkpoint reads the shards of a weight, which it keeps as they are.
+torch.serialization.add_safe_globals([_rebuild])

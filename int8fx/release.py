@@ -1,12 +1,22 @@
 """Release: once a graph is compiled, its modules hold int8 weights in place of the float ones.
 
 What ``quantize_`` does to a model before, the option ``release_weights`` does at the compile, with
-what was packed for it; nothing of a released weight is left to be read by accident. Everything that
-reads the parameter afterwards (an eager call, ``state_dict``, ``.to``, another backend) finds an
-``Int8Weight`` and gets a right answer, so none of them has to be refused. The exact float values are
-all that is gone, and the log says so: ``int8fx.dequantize_(model)`` brings a float parameter back,
-with the values that the int8 one stands for. What would write to a released weight, or train it, is
-told that in an error.
+what was packed for it. The rule is that whatever reads a released weight afterwards must neither crash
+nor get garbage. Freed memory would have to be guarded: each reader met with an error that says what
+happened and how to get the weight back. Nothing here is freed while something can still read it, so
+most readers get a right answer instead:
+
+| what reads it | what it gets |
+|---|---|
+| an eager call, another backend | LLM.int8(), bit for bit as compiled |
+| ``.to``, ``.half()``, ``copy.deepcopy``, ``pickle`` | the int8 weight, moved or copied |
+| ``state_dict`` | ``weight`` (int8) and ``weight_scale``, as of a model that ``quantize_`` made |
+| a sum, a view, a product in float64 | the values that the int8 form stands for |
+| what writes to it (``init``, ``weight[0] = 0``) or trains it | an error that names the way back |
+| ``load_state_dict`` of these entries into a float model | torch's error, which names each weight |
+
+The exact float values are all that is gone, and the log says so: ``int8fx.dequantize_(model)`` brings a
+float parameter back, with the values that the int8 one stands for.
 
 This happens before Dynamo builds the guards of the graph, so it does not compile again.
 """

@@ -16,6 +16,10 @@ each int8 weight by name, strict or not, and ``from_pretrained`` the model. Anot
 not do: transformers fills what it misses with random numbers.
 
 What does not fit raises ``CheckpointError`` before anything is loaded.
+
+torch.distributed.checkpoint takes ``model.state_dict()``. Its ``get_model_state_dict`` does not, unless
+the weights are in shards: it asks a module for an attribute of each name, and ``weight_scale`` is none.
+Shards are written as the ``Int8Weight``s that they are (``int8fx/sharding.py`` puts them together).
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -72,9 +76,14 @@ def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, meta
     for name, _ in _int8_parameters(module):
         weight = state.get(prefix + name)
         if isinstance(weight, Int8Weight):
-            state[prefix + name] = in_its_shape(weight.w_int8, weight).unsqueeze(0)
-            # A copy, as the int8 values are: writers drop one of two names with the same memory.
-            state[prefix + name + SCALE] = weight.w_scale.clone()
+            state.update(entries(prefix + name, weight))
+
+
+def entries(key: str, weight: Int8Weight) -> dict[str, Tensor]:
+    """What a ``state_dict`` holds of a weight."""
+    # A copy of the scales, as the int8 values are: writers drop one of two names with the same memory.
+    values = in_its_shape(weight.w_int8, weight).unsqueeze(0)
+    return {key: values, key + SCALE: weight.w_scale.clone()}
 
 
 def in_its_shape(w_int8: Tensor, weight: Int8Weight) -> Tensor:
@@ -201,9 +210,11 @@ def check(model: nn.Module, state: Mapping[str, Any], prefix: str = "", *_: Any)
 def _check_float(key: str, tensor: Tensor, value: Tensor | None) -> None:
     if value is not None and value.is_floating_point() is not tensor.is_floating_point():
         # torch would copy int8 values into a float parameter without a word.
-        hint = (
-            "; int8fx.quantize_(model) before makes weights int8" if value.dtype == torch.int8 else ""
-        )
+        hint = ""
+        if value.dtype == torch.int8:
+            hint = "; int8fx.quantize_(model) before makes weights int8"
+            if isinstance(getattr(tensor, "_local_tensor", None), Int8Weight):
+                hint = ", in int8 shards: load whole weights before the model is sharded"
         raise CheckpointError(
             f"{key}: {value.dtype} in the checkpoint, {tensor.dtype} in the model{hint}"
         )

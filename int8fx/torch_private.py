@@ -6,6 +6,7 @@ and says so: ``check_torch`` names what is missing.
 
 import contextlib
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -304,9 +305,11 @@ without_torch_functions: Any = torch._C._disabled_torch_function_impl
 
 def new_wrapper(cls: type, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A tensor of a subclass, without memory of its own. Contiguous when ``stride`` is None."""
-    return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        cls, shape, strides=stride, dtype=dtype, device=device
-    )
+    # Autograd makes views of it where a caller is in inference mode, too.
+    with torch.inference_mode(False):
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, strides=stride, dtype=dtype, device=device
+        )
 
 
 def with_aliasing_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
@@ -354,3 +357,40 @@ class StorageReference:
     @property
     def id(self) -> int:
         return self._reference.cdata
+
+
+class WeakView:
+    """A tensor, for as long as somebody else keeps its storage."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = StorageReference(tensor)
+        self._form = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self._empty = tensor.new_empty(0)
+
+    def tensor(self) -> Tensor | None:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.id)
+        return None if storage is None else self._empty.new_empty(0).set_(storage, *self._form)
+
+
+# --- FSDP2 ---------------------------------------------------------------------------------------
+
+
+def fsdp_shards(model: Any) -> dict[int, Any]:
+    """What FSDP2 keeps of each parameter of a model, by the identity of its sharded form."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it no model can be in shards
+    if fsdp is None:
+        return {}
+    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return {id(shard.sharded_param): shard for group in groups for shard in group.fsdp_params}
+
+
+def was_gathered(shard: Any) -> bool:
+    """Whether FSDP2 has put a parameter together before, and keeps the form that it then had."""
+    return hasattr(shard, "_unsharded_param")
+
+
+def replace_shard(shard: Any, parameter: Any) -> None:
+    """Makes FSDP2 take another parameter, before the first call."""
+    shard.sharded_param = parameter
+    shard._sharded_param_data = parameter.to_local().view(-1)

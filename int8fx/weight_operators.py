@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import ops, table
-from int8fx.quantized_weight import Int8Weight, drop_weak_references
+from int8fx.quantized_weight import Int8Weight, Part, drop_weak_references
 from int8fx.torch_private import map_tensors, with_aliasing_of
 
 # What LLM.int8() takes the place of; a product in another dtype uses the de-quantised weight.
@@ -98,10 +98,11 @@ def _view_of(func: Any, args: tuple, kwargs: dict, size: Any, stride: Any, **cha
     view = weight.with_packed(
         weight.packed.detach(), weight.w_scale.detach(), size=size, stride=stride, **changed
     )
+    view.part_of = weight.part_of
     return with_aliasing_of(func, args, kwargs, view)
 
 
-# --- parts, which are packed anew ----------------------------------------------------------------
+# --- parts, which are packed anew, and write to the whole ----------------------------------------
 
 
 @_on(aten.slice.Tensor)
@@ -130,10 +131,16 @@ def _split(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _part(weight: Int8Weight, dimension: int, start: int, end: int) -> Int8Weight:
-    w_int8, w_scale = weight.w_int8, weight.w_scale
+    rows, columns = slice(0, weight.w_scale.shape[0]), slice(0, weight.K)
     if (dimension % 2 == 0) is not weight.transposed:
-        return weight.like(w_int8[start:end], w_scale[start:end].clone())
-    return weight.like(w_int8[:, start:end].contiguous(), w_scale.clone())
+        rows = slice(start, end)
+    else:
+        columns = slice(start, end)
+    w_int8 = weight.w_int8[rows, columns].contiguous()
+    part = weight.like(w_int8, weight.w_scale[rows].clone())
+    if type(weight.packed) is Tensor and not weight.is_meta:  # a traced one has no memory
+        part.part_of = Part(weight, rows, columns)
+    return part
 
 
 # --- copies --------------------------------------------------------------------------------------
@@ -182,6 +189,8 @@ def _copy(func: Any, args: tuple, kwargs: dict) -> Any:
         raise RuntimeError("an int8 weight cannot take the values of a transposed one: scales differ")
     if source.device.type != target.device.type:
         source = source.to(target.device)
+    if target.part_of is not None:
+        target.part_of.write(source.w_int8, source.w_scale)
     target.packed.copy_(source.packed)
     target.w_scale.copy_(source.w_scale)
     return target
@@ -212,12 +221,14 @@ def _quantized(source: Tensor, target: Int8Weight) -> Int8Weight:
 
 @_on(aten.new_zeros.default)
 def _new_zeros(func: Any, args: tuple, kwargs: dict) -> Any:
-    """FSDP2 makes a shard so, rows of the same length, and copies its part into it."""
+    """FSDP2 makes a shard so, of some rows or some columns, and copies its part into it."""
     weight, size = args[0], tuple(args[1])
-    if kwargs.get("dtype") or weight.transposed or len(size) != 2 or size[1] != weight.K:
+    form = size[::-1] if weight.transposed else size
+    is_part = len(size) == 2 and (form[0] == weight.w_scale.shape[0] or form[1] == weight.K)
+    if kwargs.get("dtype") or not is_part:
         return weight.w_scale.new_zeros(size, **({"dtype": weight.dtype} | kwargs))
-    w_int8 = torch.zeros(size, dtype=torch.int8, device=weight.device)
-    return weight.like(w_int8, weight.w_scale.new_zeros(size[0]))
+    w_int8 = torch.zeros(form, dtype=torch.int8, device=weight.device)
+    return weight.like(w_int8, weight.w_scale.new_zeros(form[0]))
 
 
 @_on(aten.is_pinned.default)

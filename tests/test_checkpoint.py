@@ -141,6 +141,21 @@ def test_int8_values_are_not_copied_into_a_float_model(floats, model, tmp_path, 
         assert all(torch.equal(tensor, before[name]) for name, tensor in floats.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+def test_torch_distributed_checkpoint_takes_the_state_dict(model, x, tmp_path):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    checkpoint.save(model.state_dict(), checkpoint_id=tmp_path)
+    read = empty()
+    state = read.state_dict()
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    read.load_state_dict(state)
+    assert torch.equal(read(x), model(x))
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'weight_scale'"):
+        get_model_state_dict(model)
+
+
 def test_what_is_read_is_no_view_of_the_file(model, x, tmp_path):
     int8fx.save_checkpoint(model, tmp_path)
     read = int8fx.load_checkpoint(empty("meta"), tmp_path)

@@ -1,29 +1,61 @@
 """Tensor parallelism and FSDP2 over two gloo processes, with torch's own engines."""
 
+import copy
 import os
+import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 import torch.multiprocessing as multiprocessing
 from bounds import expected_and_bound
 from support import Mlp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import int8fx
 from int8fx import Int8Weight
+from int8fx.errors import CheckpointError
 from int8fx.kernels.quantize import quantize_weight
 
 K, N, RANKS = 64, 96, 2
 
 
-def built():
-    torch.manual_seed(0)
-    return Mlp(K, N).requires_grad_(False)
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def built(seed=0, rows=N):
+    torch.manual_seed(seed)
+    return Mlp(K, rows).requires_grad_(False)
+
+
+def in_tensor_parallel(mesh, seed=0):
+    return int8fx.quantize_(parallelize_module(built(seed), mesh, PLAN))
+
+
+def in_fsdp2(mesh, seed=0, rows=N, **options):
+    """Each layer by itself, so that its weights come and go with every call of it."""
+    model = int8fx.quantize_(built(seed, rows))
+    for module in (model.up, model.down, model):
+        fully_shard(module, mesh=mesh, **options)
+    return model
+
+
+def built_int8():
+    return int8fx.quantize_(built())
+
+
+def locals_of(model):
+    return [model.up.weight.to_local(), model.down.weight.to_local()]
 
 
 def batch():
@@ -32,8 +64,7 @@ def batch():
 
 def tensor_parallel(rank, mesh):
     """Each process quantises its shard: of rows the same values, of columns with finer scales."""
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    model = int8fx.quantize_(parallelize_module(built(), mesh, plan))
+    model = in_tensor_parallel(mesh)
     up, down = model.up.weight, model.down.weight
     assert isinstance(up, DTensor) and type(up.to_local()) is Int8Weight
     assert up.shape == (N, K) and up.to_local().shape == (N // RANKS, K)
@@ -48,8 +79,7 @@ def tensor_parallel(rank, mesh):
 
 def tensor_parallel_saved(rank, mesh):
     """A whole state_dict gathers the float values that the shards stand for."""
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    model = int8fx.quantize_(parallelize_module(built(), mesh, plan))
+    model = in_tensor_parallel(mesh)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     assert torch.equal(model.up.weight.full_tensor(), int8fx.quantize_(built()).up.weight.dequantize())
@@ -86,11 +116,54 @@ def tp_plan_of_transformers(rank, mesh):
         expected, y = floats(tokens).logits, model(tokens).logits
         # Rounding to int8 in every linear; a shard too few or a sum too many is an error of its size.
         assert (y - expected).norm() < 0.05 * expected.norm()
+        greedy = {"max_new_tokens": 3, "do_sample": False}
+        for cache in ("dynamic", "static"):
+            generated = model.generate(tokens, **greedy, cache_implementation=cache)
+            assert torch.equal(generated, alone.generate(tokens, **greedy))
+    model.save_pretrained(path + "-of-shards")
     if rank == 0:
+        check_saved_by_shards(path + "-of-shards", alone, floats)
         alone.save_pretrained(path + "-int8")
     dist.barrier()
     with pytest.raises(ValueError, match=r"int8 files cannot be read in shards.*the float checkpoint"):
         LlamaForCausalLM.from_pretrained(path + "-int8", **parallel)
+
+
+def check_saved_by_shards(path, alone, floats):
+    """Files of int8 weights: rows as they are alone, columns quantised once more."""
+    from transformers import LlamaForCausalLM
+
+    read = LlamaForCausalLM.from_pretrained(path).state_dict()
+    for name, tensor in alone.state_dict().items():
+        assert read[name].dtype == tensor.dtype
+        if "o_proj" not in name and "down_proj" not in name:
+            assert torch.equal(read[name], tensor), name
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        name = f"model.layers.0.{name}"
+        shards = floats.get_parameter(name).chunk(RANKS, 1)
+        w_hat = torch.cat([q.float() * s.unsqueeze(1) for q, s in map(quantize_weight, shards)], 1)
+        w_int8, w_scale = quantize_weight(w_hat)
+        assert torch.equal(read[name], w_int8.unsqueeze(0))
+        assert torch.equal(read[f"{name}_scale"], w_scale)
+
+
+def tp_plan_compiled(rank, mesh):
+    """Shards are the operators' own affair, which the backend leaves as they are: int8 all the same."""
+    from transformers import DistributedConfig, LlamaForCausalLM
+
+    from int8fx.integrations.transformers import Int8FxConfig
+
+    parallel = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    quantised = {"quantization_config": Int8FxConfig()}
+    model = LlamaForCausalLM.from_pretrained(os.environ["LLAMA"], **quantised, **parallel).eval()
+    tokens, greedy = torch.arange(8).unsqueeze(0), {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(tokens, **greedy)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="llmint8")
+    with int8fx.collect_reports() as reports:
+        generated = model.generate(tokens, **greedy, cache_implementation="static")
+    assert reports and torch.equal(generated, expected)
+    assert type(model.model.layers[0].mlp.up_proj.weight.to_local()) is Int8Weight
 
 
 def check_mlp(rank, mlp, floats, x):
@@ -109,8 +182,7 @@ def check_mlp(rank, mlp, floats, x):
 
 def tensor_parallel_of_floats(rank, mesh):
     """A float model in shards is left in float by the backend, and the reason says so."""
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    model = parallelize_module(built(), mesh, plan)
+    model = parallelize_module(built(), mesh, PLAN)
     with int8fx.collect_reports() as reports:
         y = torch.compile(model, backend="llmint8")(batch())
     torch.testing.assert_close(y, built()(batch()), rtol=1e-4, atol=1e-4)
@@ -127,6 +199,138 @@ def fsdp2(rank, mesh):
     assert type(shard) is Int8Weight and shard.shape == (N // RANKS, K)
     for _ in range(2):
         assert torch.equal(model(batch()), alone(batch()))
+
+
+def fsdp2_by_layers(rank, mesh):
+    """What is gathered is freed after each layer, and gathered anew into the same memory; parts may be
+    of different length, or columns, or none at all."""
+
+    def columns(parameter):
+        return Shard(1) if parameter.dim() == 2 and parameter.shape[1] % RANKS == 0 else None
+
+    for rows in (N, N + 1, 1):
+        for options in ({}, {"shard_placement_fn": columns}):
+            alone, model = int8fx.quantize_(built(rows=rows)), in_fsdp2(mesh, rows=rows, **options)
+            assert [type(part) for part in locals_of(model)] == [Int8Weight, Int8Weight]
+            for _ in range(2):
+                assert torch.equal(model(batch()), alone(batch()))
+
+
+def fsdp2_of_a_conv1d(rank, mesh):
+    from transformers.pytorch_utils import Conv1D
+
+    for width in (K, K + 1):
+        torch.manual_seed(0)
+        model = int8fx.quantize_(nn.Sequential(Conv1D(N, width)).requires_grad_(False))
+        alone, x = copy.deepcopy(model), torch.randn(5, width)
+        for module in (model[0], model):
+            fully_shard(module, mesh=mesh)
+        assert type(model[0].weight.to_local()) is Int8Weight
+        for _ in range(2):
+            assert torch.equal(model(x), alone(x))
+
+
+def fsdp2_without_room_for_scales(rank, mesh):
+    narrow = int8fx.quantize_(nn.Sequential(nn.Linear(3, 5)).requires_grad_(False))
+    fully_shard(narrow, mesh=mesh)
+    message = r"weight of shape \[5, 3\] into parts of 3 along dimension 0: 3 columns leave no room"
+    with pytest.raises(RuntimeError, match=message):
+        narrow(torch.randn(2, 3))
+
+
+def fsdp2_quantised_in_shards(rank, mesh):
+    """Rows are quantised as they are alone. Columns have scales of their own in each process."""
+    alone = int8fx.quantize_(built())
+    model = built()
+    for module in (model.up, model.down, model):
+        fully_shard(module, mesh=mesh)
+    int8fx.quantize_(model)
+    assert [type(part) for part in locals_of(model)] == [Int8Weight, Int8Weight]
+    for _ in range(2):
+        assert torch.equal(model(batch()), alone(batch()))
+    with pytest.raises(ValueError, match="quantize_: FSDP2 has this model in use already"):
+        int8fx.quantize_(model)
+    with pytest.raises(ValueError, match="dequantize_: FSDP2 has this model in use already"):
+        int8fx.dequantize_(model)
+    floats = int8fx.dequantize_(in_fsdp2(mesh))
+    torch.testing.assert_close(floats(batch()), int8fx.dequantize_(built_int8())(batch()))
+    model = fully_shard(built(), mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    int8fx.quantize_(model)
+    with pytest.raises(RuntimeError, match=r"scales of its own.*quantize_\(model\) comes before fully"):
+        model(batch())
+
+
+def checkpoints_of_shards(rank, mesh):
+    """torch.distributed.checkpoint writes the shards as they are, and reads them bit for bit."""
+    for build in (in_tensor_parallel, in_fsdp2, lambda mesh, seed=0: in_fsdp2(mesh, seed, N + 1)):
+        with shared_directory() as path:
+            model, read = build(mesh), build(mesh, seed=5)
+            checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=path)
+            state = {"model": get_model_state_dict(read)}
+            checkpoint.load(state, checkpoint_id=path)
+            set_model_state_dict(read, state["model"])
+            for part, expected in zip(locals_of(read), locals_of(model), strict=True):
+                assert type(part) is Int8Weight and torch.equal(part, expected)
+            assert torch.equal(read(batch()), model(batch()))
+
+
+def checkpoints_of_other_shards(rank, mesh):
+    """Rows go anywhere; columns with scales of their own only where they came from."""
+    whole = int8fx.quantize_(built())
+    with shared_directory() as path:
+        checkpoint.save(in_fsdp2(mesh).state_dict(), checkpoint_id=path)
+        read = in_tensor_parallel(mesh, seed=5)
+        load(read, path)
+        up, down = locals_of(read)
+        assert torch.equal(up.w_int8, whole.up.weight.w_int8.chunk(RANKS)[rank])
+        assert torch.equal(down.w_int8, whole.down.weight.w_int8.chunk(RANKS, 1)[rank])
+        floats = built(5)
+        load(floats, path)
+        assert torch.equal(floats.up.weight, whole.up.weight.dequantize())
+    with shared_directory() as path:
+        checkpoint.save(in_tensor_parallel(mesh).state_dict(), checkpoint_id=path)
+        message = r"columns \d+ to \d+ of an int8 weight of 32 rows cannot take values with other"
+        with pytest.raises(checkpoint.CheckpointException, match=message):
+            load(in_fsdp2(mesh, seed=5), path)
+
+
+def load(model, path):
+    state = model.state_dict()
+    checkpoint.load(state, checkpoint_id=path)
+    model.load_state_dict(state)
+
+
+def whole_checkpoints_into_shards(rank, mesh):
+    """Floats are quantised, shard by shard; int8 values are refused, and nothing changes."""
+    whole = StateDictOptions(full_state_dict=True)
+    for build in (in_tensor_parallel, in_fsdp2):
+        read, expected = build(mesh, seed=5), build(mesh)
+        before = [part.clone() for part in locals_of(read)]
+        state = int8fx.quantize_(built()).state_dict()
+        message = "up.weight: torch.int8 in the checkpoint.*in int8 shards: load whole weights before"
+        with pytest.raises(CheckpointError, match=message):
+            read.load_state_dict(state)
+        with pytest.raises(CheckpointError, match=message):
+            set_model_state_dict(read, state, options=whole)
+        for part, unchanged in zip(locals_of(read), before, strict=True):
+            assert torch.equal(part, unchanged)
+        set_model_state_dict(read, built().state_dict(), options=whole)
+        for part, wanted in zip(locals_of(read), locals_of(expected), strict=True):
+            assert torch.equal(part, wanted)
+
+
+class shared_directory:
+    """A temporary directory that all ranks see: the first one's."""
+
+    def __enter__(self):
+        self.own = tempfile.TemporaryDirectory()
+        names = [self.own.name]
+        dist.broadcast_object_list(names)
+        return names[0]
+
+    def __exit__(self, *error):
+        dist.barrier() if error[0] is None else None
+        self.own.cleanup()
 
 
 def check(model):
@@ -149,7 +353,15 @@ CASES = [
     tensor_parallel_saved,
     tensor_parallel_of_floats,
     tp_plan_of_transformers,
+    tp_plan_compiled,
     fsdp2,
+    fsdp2_by_layers,
+    fsdp2_of_a_conv1d,
+    fsdp2_without_room_for_scales,
+    fsdp2_quantised_in_shards,
+    checkpoints_of_shards,
+    checkpoints_of_other_shards,
+    whole_checkpoints_into_shards,
 ]
 
 

@@ -1,10 +1,12 @@
 """LoRA on an int8 model, with the real peft: training, saving, merging."""
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
-from support import Mlp
+from support import Mlp, compile_once
 from torch import nn
 
 import int8fx
@@ -99,9 +101,79 @@ def test_merge_and_unmerge(base, x):
         assert ((unmerged.dequantize() - before).abs() <= 0.5001 * step).all()
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """As after ``import int8fx.integrations.peft``, for one test."""
+    layer = peft.tuners.lora.layer.Linear
+    for name in ("merge", "unmerge"):
+        monkeypatch.setattr(layer, name, getattr(layer, name))
+    sys.modules.pop("int8fx.integrations.peft", None)
+    importlib.import_module("int8fx.integrations.peft")
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_unmerging_restores_the_base_bit_for_bit(base, x, exact, safe):
+    model = adapted(base).eval()
+    torch.manual_seed(2)
+    model.add_adapter("second", model.peft_config["default"])
+    before, bias, apart = base_weight(model).clone(), base.up.base_layer.bias.clone(), model(x)
+    for _ in range(2):
+        model.merge_adapter(["default"], safe_merge=safe)
+        once = base_weight(model).clone()
+        assert not torch.equal(once, before)
+        model.merge_adapter(["second"], safe_merge=safe)
+        assert not torch.equal(base_weight(model), once)
+        model.unmerge_adapter()
+        assert type(base_weight(model)) is Int8Weight and torch.equal(base_weight(model), before)
+        assert torch.equal(base.up.base_layer.bias, bias)
+    assert torch.equal(model(x), apart)
+
+
+def test_a_merged_weight_that_was_changed_is_not_put_back(base, exact):
+    model = adapted(base).eval()
+    layer = model.base_model.model.up
+    before = base_weight(model).clone()
+    model.merge_adapter()
+    other = torch.randn(N, K)
+    with torch.no_grad():
+        base_weight(model).copy_(other)
+        expected = base_weight(model).dequantize() - layer.get_delta_weight("default")
+        model.unmerge_adapter()
+    step = base_weight(model).w_scale.unsqueeze(1)
+    assert ((base_weight(model).dequantize() - expected).abs() <= 0.5001 * step).all()
+    assert not torch.equal(base_weight(model), before)
+
+
+def test_what_an_unloaded_layer_kept_is_gone(base, exact):
+    merged = adapted(base).eval().merge_and_unload()
+    assert type(merged.up) is nn.Linear
+    assert set(vars(merged.up)) == set(vars(nn.Linear(1, 1)))
+
+
+def test_merged_then_saved_and_compiled(base, x, tmp_path):
+    merged = adapted(copy.deepcopy(base)).eval().merge_and_unload().requires_grad_(False)
+    y, report = compile_once(merged, x)
+    assert torch.equal(y, merged(x)) and [d.path for d in report.accepted] == ["up", "down"]
+    int8fx.save_checkpoint(merged, tmp_path)
+    read = int8fx.load_checkpoint(base, tmp_path)
+    assert torch.equal(read(x), y)
+
+
+def test_merged_and_unmerged_a_compiled_model_sees_it(base, x, exact):
+    model = adapted(base).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="llmint8")
+    with torch.no_grad():
+        apart = compiled(x)
+        model.merge_adapter()
+        assert torch.equal(compiled(x), model(x))
+        model.unmerge_adapter()
+        assert torch.equal(compiled(x), apart)
+
+
 def test_merge_and_unload(base, x):
     model = adapted(base).eval()
     apart = model(x)
-    merged = model.merge_and_unload()
+    merged = model.merge_and_unload(safe_merge=True)
     assert type(merged.up) is nn.Linear and type(merged.up.weight) is Int8Weight
     assert (merged(x) - apart).norm() < 0.02 * apart.norm()

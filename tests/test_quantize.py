@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -75,6 +76,7 @@ def test_eagerly_it_computes_the_same_scheme(model, x):
     assert torch.equal(linear(x), compiled)
     with torch.inference_mode():
         assert torch.equal(linear(x), compiled)
+        assert torch.equal(linear.weight[3:9].t(), linear.weight.dequantize()[3:9].t())
 
 
 def test_the_module_keeps_its_class_and_names(model):
@@ -201,6 +203,38 @@ def test_weights_that_are_views_of_one_tensor_are_quantised_each(x):
         assert torch.equal(linear.weight.w_int8, quantize_weight(part)[0])
 
 
+def test_a_buffer_as_a_weight_is_quantised(x):
+    linear = nn.Linear(K, N).requires_grad_(False)
+    weight = linear.weight.data
+    del linear.weight
+    linear.register_buffer("weight", weight)
+    expected, report = compile_once(linear, x)
+    assert report.accepted
+    int8fx.quantize_(linear)
+    assert type(linear.weight) is Int8Weight
+    assert torch.equal(compile_once(linear, x)[0], expected)
+    assert sorted(linear.state_dict()) == ["bias", "weight", "weight_scale"]
+
+
+def test_the_packed_projection_of_multihead_attention_stays(x):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.up = nn.MultiheadAttention(K, 2, batch_first=True), nn.Linear(K, N)
+
+        def forward(self, x):
+            return self.up(self.attention(x, x, x)[0])
+
+    torch.manual_seed(0)
+    model = Attends().eval().requires_grad_(False)
+    attended = model.attention(x, x, x)[0]
+    int8fx.quantize_(model)
+    assert type(model.attention.in_proj_weight) is nn.Parameter
+    assert type(model.attention.out_proj.weight) is nn.Parameter
+    assert type(model.up.weight) is Int8Weight
+    assert torch.equal(model.attention(x, x, x)[0], attended)
+
+
 def test_conv1d_of_hugging_face(x):
     from transformers.pytorch_utils import Conv1D
 
@@ -251,6 +285,33 @@ def test_moves_leave_int8_alone(model, x):
     assert compiled(x.half()).dtype == torch.float16
     linear.float().to("cpu")
     assert torch.equal(compiled(x), expected)
+
+
+def test_without_a_gpu_cuda_is_refused_and_nothing_moves(model, x):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    int8fx.quantize_(model)
+    weight, expected = model.up.weight, model(x)
+    with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda|nvidia"):
+        model.cuda()
+    assert model.up.weight is weight and torch.equal(model(x), expected)
+
+
+def test_data_is_the_int8_form_and_can_be_replaced(model, x):
+    weight, other = (int8fx.quantize_(m).up.weight for m in (model, Model()))
+    assert torch.equal(weight.data, weight) and type(weight.data) is Int8Weight
+    torch._dynamo.reset()
+    compiled = torch.compile(model.up, backend="llmint8")
+    before = compiled(x)
+    weight.data = other.clone()
+    assert torch.equal(weight, other) and torch.equal(weight.w_int8, other.w_int8)
+    assert torch.equal(compiled(x), model.up(x)) and not torch.equal(compiled(x), before)
+    floats = torch.randn(N, K)
+    weight.data = floats
+    assert torch.equal(weight.w_int8, quantize_weight(floats)[0])
+    assert torch.equal(compiled(x), model.up(x))
+    with pytest.raises(RuntimeError, match=r"shape \[96, 64\] cannot take.*shape \[3\]"):
+        weight.data = torch.ones(3)
 
 
 def test_to_meta(model, x):
@@ -304,6 +365,61 @@ def test_parts_stay_int8_bit_for_bit(model, take):
     part = take(weight)
     assert type(part) is Int8Weight
     assert torch.equal(part.dequantize(), take(weight.dequantize()))
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda w: w[16:48],
+        lambda w: w.detach().narrow(0, 5, 1),
+        lambda w: w[10:40][5:20].detach(),
+        lambda w: w.t()[:, 3:9],
+        lambda w: w.chunk(3)[1],
+    ],
+)
+def test_what_is_written_to_a_part_is_written_to_the_weight(model, take):
+    weight, other = (int8fx.quantize_(m).up.weight for m in (model, Model()))
+    expected = weight.dequantize()
+    take(expected).copy_(take(other.dequantize()))
+    take(weight).copy_(take(other))
+    assert torch.equal(weight.dequantize(), expected)
+
+
+def test_columns_take_values_of_the_same_scales_only(model):
+    weight, other = (int8fx.quantize_(m).up.weight for m in (model, Model()))
+    before = weight.clone()
+    message = r"columns 3 to 9 of an int8 weight of 96 rows cannot take values with other scales"
+    with pytest.raises(RuntimeError, match=message):
+        weight[:, 3:9].copy_(other[:, 3:9])
+    assert torch.equal(weight, before)
+    empty = weight.new_zeros(N, K)
+    empty[:, 3:9].copy_(other[:, 3:9])
+    assert torch.equal(empty.dequantize()[:, 3:9], other.dequantize()[:, 3:9])
+    weight[:, 3:9].copy_(weight[:, 13:19])
+    assert torch.equal(weight.w_int8[:, 3:9], before.w_int8[:, 13:19])
+
+
+def test_a_part_does_not_keep_the_weight(model):
+    weight = weight_of(model.up)
+    # Autograd keeps what a view is a view of; what writes to it does not.
+    part, packed = weight[3:9].part_of, weakref.ref(weight.packed)
+    values = weight.w_int8[3:9], weight.w_scale[3:9].clone()
+    del weight
+    assert packed() is None
+    part.write(*values)
+
+
+def test_setting_a_part_is_refused(model):
+    weight = int8fx.quantize_(model).up.weight
+    with pytest.raises(RuntimeError, match=r"read-only, no part of it can be set: int8fx.dequantize_"):
+        weight[3] = 0.0
+
+
+def test_torch_load_reads_it_with_weights_only(model, tmp_path):
+    weight = int8fx.quantize_(model).up.weight
+    torch.save({"weight": weight}, tmp_path / "file.pt")
+    read = torch.load(tmp_path / "file.pt", weights_only=True)["weight"]
+    assert type(read) is Int8Weight and torch.equal(read, weight)
 
 
 @pytest.mark.parametrize("write", ["zero_", "normal_", "relu_"])

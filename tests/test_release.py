@@ -1,6 +1,7 @@
 """release_weights: the compile leaves int8 weights in the modules, and nothing of the float ones."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -70,14 +71,56 @@ def test_the_log_says_what_happened_and_the_way_back(model, x, caplog):
     assert "int8fx.dequantize_(model) brings float weights back" in record.getMessage()
 
 
-def test_another_backend_reads_a_released_weight(model, x):
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager", "eager"])
+def test_another_backend_reads_a_released_weight(model, x, backend):
+    """It knows nothing of int8fx's operators but that they can be called."""
     y, _ = compile_once(model, x, backend_options=RELEASE)
     torch._dynamo.reset()
-    other = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.equal(other(x), y)
-    torch._dynamo.reset()
-    # It knows nothing of int8fx's operators but that they can be called.
-    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+    other = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(other(x), y)
+        assert torch.equal(other(x), y)
+
+
+def test_a_released_model_moves(model, x):
+    quantized = int8fx.quantize_(copy.deepcopy(model))
+    y, _ = compile_once(model, x, backend_options=RELEASE)
+    assert torch.equal(model.double()(x.double()), quantized.double()(x.double()))
+    assert torch.equal(model.to(torch.float32).to("cpu")(x), y)
+    assert model.to("meta")(x.to("meta")).shape == y.shape
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_released_model_are_equal_and_independent(model, x, copied):
+    y, _ = compile_once(model, x, backend_options=RELEASE)
+    twin = copied(model)
+    assert torch.equal(twin(x), y)
+    with torch.no_grad():
+        twin.up.weight.copy_(torch.randn(N, K))
+    assert torch.equal(model(x), y) and not torch.equal(twin(x), y)
+
+
+def test_the_state_dict_of_a_released_model_is_that_of_a_quantised_one(model, x):
+    y, _ = compile_once(model, x, backend_options=RELEASE)
+    read = int8fx.quantize_(Mlp(K, N).requires_grad_(False))
+    read.load_state_dict(model.state_dict())
+    assert torch.equal(read(x), y)
+    # A float model refuses it, and is as it was.
+    floats = Mlp(K, N)
+    before = floats.up.weight.clone()
+    with pytest.raises(RuntimeError, match=r"size mismatch for up.weight: .*\[1, 48, 32\]"):
+        floats.load_state_dict(model.state_dict())
+    assert torch.equal(floats.up.weight, before)
+
+
+def test_dequantize_is_the_way_back_to_what_a_released_weight_stands_for(model, x):
+    expected = int8fx.dequantize_(int8fx.quantize_(copy.deepcopy(model)))
+    compile_once(model, x, backend_options=RELEASE)
+    int8fx.dequantize_(model)
+    assert type(model.up.weight) is nn.Parameter
+    assert torch.equal(model.up.weight, expected.up.weight)
+    model.requires_grad_(True)(x).sum().backward()
+    assert model.up.weight.grad is not None
 
 
 def test_what_moves_or_loads_a_released_weight_is_seen_by_the_compiled_model(model, x):
@@ -117,6 +160,8 @@ def test_what_would_write_to_or_train_a_released_weight_is_told_the_way_back(mod
         nn.init.normal_(model.up.weight)
     with pytest.raises(RuntimeError, match=r"cannot require grad.*int8fx.dequantize_\(model\)"):
         model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"no part of it can be set: int8fx.dequantize_\(model\)"):
+        model.up.weight[0] = 0
 
 
 def test_conv1d_is_released_in_its_own_shape(x):

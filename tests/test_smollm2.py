@@ -23,7 +23,10 @@ pytestmark = pytest.mark.skipif(not PATH.is_dir(), reason="int8fx demo has not f
 
 
 def perplexity(model):
-    tokens = torch.randint(0, 49152, (1, 65), generator=torch.Generator().manual_seed(0))
+    """Of the first words of the sample text."""
+    tokenizer = AutoTokenizer.from_pretrained(PATH)
+    tokens = torch.tensor(tokenizer(sample_text()[:1000])["input_ids"][:129]).unsqueeze(0)
+    assert tokens.shape == (1, 129)
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits
     return math.exp(F.cross_entropy(logits[0].double(), tokens[0, 1:]))
@@ -39,6 +42,15 @@ def int8():
 def test_perplexity_after_save_pretrained_and_from_pretrained(int8, tmp_path):
     int8.save_pretrained(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = perplexity(int8)
+    assert 1 < expected < 100  # it is the model, and English
+    assert perplexity(read) == expected
+
+
+def test_perplexity_after_a_float_model_is_quantised_and_loads_the_state_dict(int8):
+    read = AutoModelForCausalLM.from_pretrained(PATH).eval()
+    assert perplexity(read) != perplexity(int8)
+    int8fx.quantize_(read).load_state_dict(int8.state_dict())
     assert perplexity(read) == perplexity(int8)
 
 

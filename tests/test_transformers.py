@@ -1,6 +1,7 @@
 """The quantiser of transformers: load, save, generate, refuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 
 import int8fx
 from int8fx import Int8Weight
+from int8fx.errors import CheckpointError
 from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.quantize import quantize_weight
@@ -123,6 +125,20 @@ def test_generate_compiled(floats):
     with int8fx.collect_reports() as reports:
         assert torch.equal(model.generate(tokens, **options), expected)
     assert reports and all(len(report.accepted) == 3 for report in reports)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_with_the_whole_model_compiled(floats, cache):
+    config = AutoConfig.from_pretrained(floats[0], num_hidden_layers=1)
+    model = int8fx.quantize_(LlamaForCausalLM(config).eval())
+    tokens = torch.arange(8).unsqueeze(0)
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": cache}
+    expected = model.generate(tokens, **options)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="llmint8", dynamic=True)
+    with int8fx.collect_reports() as reports:
+        assert torch.equal(model.generate(tokens, **options), expected)
+    assert reports and all(len(report.accepted) == 7 for report in reports)
 
 
 def test_conv1d_and_a_tied_head(tmp_path):
@@ -237,14 +253,70 @@ def test_files_with_weights_in_their_own_shape_are_read_as_well(model, saved, tm
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
-def test_a_damaged_checkpoint_names_the_tensor(model, saved, tmp_path, caplog):
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def other_dtype(state):
+    state[UP] = state[UP].to(torch.int32)
+
+
+def other_shape(state):
+    state[UP] = state[UP][:, :-1].contiguous()
+
+
+def without_scale(state):
+    del state[f"{UP}_scale"]
+
+
+def without_values(state):
+    del state[UP]
+
+
+def without_both(state):
+    del state[UP], state[f"{UP}_scale"]
+
+
+def nan_scale(state):
     state[f"{UP}_scale"][3] = float("nan")
+
+
+# transformers logs what is wrong with a tensor, and raises that something is.
+IN_A_TENSOR = {
+    other_dtype: f"{UP}: torch.int32 in the checkpoint; allowed: int8, or a float",
+    other_shape: f"{UP}: shape [127, 64] in the checkpoint, [128, 64] in the model",
+    without_scale: f"{UP}: int8 values without their scales, {UP}_scale or ",
+    without_values: f"{UP}: its scales are there, and its int8 values are missing",
+    without_both: f"{UP}: in the model, and missing in the checkpoint",
+    nan_scale: f"{UP}: corrupt: a scale that is not finite, or not above 0",
+}
+
+
+@pytest.mark.parametrize("spoil", IN_A_TENSOR, ids=lambda spoil: spoil.__name__)
+def test_a_damaged_checkpoint_names_the_tensor(model, tmp_path, caplog, spoil):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    spoil(state)
     model.config.save_pretrained(tmp_path)
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="conversion"):
+    with pytest.raises((RuntimeError, CheckpointError)) as raised:
         load(tmp_path)
-    assert f"{UP}: corrupt: a scale that is not finite, or not above 0" in caplog.text
+    assert IN_A_TENSOR[spoil] in caplog.text + str(raised.value)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_shard_that_is_broken_off_is_named_with_its_tensor(floats, saved, tmp_path, quantised):
+    shutil.copytree(saved if quantised else floats[0], tmp_path, dirs_exist_ok=True)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    (first, *_, last) = safetensors.torch.load_file(shard)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    options = {} if quantised else {"quantization_config": Int8FxConfig()}
+    with pytest.raises(CheckpointError, match=f"{shard.name}: broken off in (.*weight)") as raised:
+        load(tmp_path, **options)
+    assert str(raised.value).rpartition(" ")[2] in (first, last)
+
+
+def test_a_shard_that_is_not_there_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(OSError, match=shard.name):
+        load(tmp_path)
 
 
 def test_pages_of_a_file_are_given_back_and_read_again(tmp_path):

@@ -14,6 +14,7 @@ that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dic
 """
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from transformers.integrations.accelerate import get_device
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from int8fx import state_dict
+from int8fx import checkpoint, sharding, state_dict
+from int8fx.errors import CheckpointError
 from int8fx.kernels.cpu import pages
 from int8fx.options import Options
-from int8fx.quantize import OPTIONS, decisions, dequantize_, keeps_transposed
+from int8fx.quantize import OPTIONS, decisions, dequantize_, keeps_transposed, local
 from int8fx.quantized_weight import Int8Weight
 
 METHOD = "int8fx"
@@ -65,7 +67,12 @@ class Int8FxQuantizer(HfQuantizer):
     is_trainable = True
     is_compileable = True
     names: frozenset[str] = frozenset()
+    in_files: dict[str, Any]
     device_map: dict[str, Any] | None = None
+
+    def __init__(self, quantization_config: Int8FxConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.in_files = {}
 
     def is_serializable(self) -> bool:
         return True
@@ -80,10 +87,17 @@ class Int8FxQuantizer(HfQuantizer):
         """Whether a parameter stays on disk, from where accelerate brings it for each call."""
         return self.device_map is not None and get_device(self.device_map, name) == "disk"
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **_: Any
+    ) -> None:
         """Raises:
+        CheckpointError: a file is broken off; it is named, with the tensor where it ends.
         ValueError: nothing of the model can be quantised, or int8 files are to be read in shards.
         """
+        files = [Path(file) for file in checkpoint_files or ()]
+        for file in files:
+            if file.suffix == ".safetensors":
+                self.in_files.update(checkpoint.header(file))
         if self.pre_quantized and _is_in_shards(model):
             # transformers cuts what belongs to a weight as it cuts the weight, its scales as well.
             raise ValueError(
@@ -108,7 +122,15 @@ class Int8FxQuantizer(HfQuantizer):
         return {"deserialize": _Deserialize}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
-        """For saving: of a model with offloaded weights, brought back module by module."""
+        """For saving: of a model with offloaded weights, brought back module by module; of one in
+        shards, with its int8 weights put together in every process."""
+        shards = {n: p for n, p in model.named_parameters() if p is not local(p)}
+        if any(isinstance(local(parameter), Int8Weight) for parameter in shards.values()):
+            state = model.state_dict()
+            for name, parameter in shards.items():
+                if isinstance(local(parameter), Int8Weight):
+                    state |= state_dict.entries(name, sharding.whole(parameter))
+            return state, {}
         if not any(parameter.is_meta for parameter in model.parameters()):
             return None, {}
         from accelerate.utils.modeling import get_state_dict_offloaded_model
@@ -116,7 +138,17 @@ class Int8FxQuantizer(HfQuantizer):
         return get_state_dict_offloaded_model(model), {}
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Raises:
+        CheckpointError: int8 files do not hold a weight, for which transformers made up numbers.
+        """
         state_dict.check_on_load(model)
+        if self.pre_quantized and self.in_files:
+            for name in sorted(self.names):
+                is_int8 = isinstance(model.get_parameter(name), Int8Weight)
+                # A file of the base model alone has names without its prefix.
+                found = any(name == each or name.endswith(f".{each}") for each in self.in_files)
+                if not is_int8 and not found:
+                    raise CheckpointError(f"{name}: in the model, and missing in the checkpoint")
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

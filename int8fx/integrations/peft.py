@@ -1,0 +1,74 @@
+"""LoRA adapters of peft on int8 weights: from the import of this module on, unmerging is exact.
+
+Nothing from here is needed to train, save, load or merge an adapter. Merging adds it to the weight and
+quantises the sum; taking it away again would leave a base that was rounded twice. So a layer keeps the
+int8 weight that it had for as long as it is merged, and puts it back. That takes the memory of a second
+int8 weight, which ``merge_and_unload`` gives back with the layer. A merged weight that was changed in
+between (``load_state_dict``) is left to peft, which takes the adapter away from what is there.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora.layer import Linear
+from torch import Tensor
+
+from int8fx.identity import State, state_of
+from int8fx.quantized_weight import Int8Weight
+
+BEFORE = "_int8fx_before_merge"
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The weight before a layer was merged, and the state that it was in after."""
+
+    weight: Tensor
+    merged: tuple[int, State]
+
+
+def _keeps(merge: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(merge)
+    def call(self: Linear, *args: Any, **kwargs: Any) -> None:
+        weight: Any = self.get_base_layer().weight
+        if not isinstance(weight, Int8Weight):
+            return merge(self, *args, **kwargs)
+        kept = self.__dict__.pop(BEFORE, None)
+        before: Any = None if self.merged else weight.detach().clone()
+        if kept is not None and self.merged and _state(weight) == kept.merged:
+            before = kept.weight
+        merge(self, *args, **kwargs)
+        if before is not None and self.merged:
+            self.__dict__[BEFORE] = _Before(before, _state(weight))
+        return None
+
+    return call
+
+
+def _restores(unmerge: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(unmerge)
+    def call(self: Linear) -> None:
+        weight: Any = self.get_base_layer().weight
+        kept = self.__dict__.pop(BEFORE, None)
+        exact = kept is not None and isinstance(weight, Int8Weight) and _state(weight) == kept.merged
+        unmerge(self)
+        if exact and not self.merged:
+            weight.copy_(kept.weight)
+
+    return call
+
+
+def _state(weight: Int8Weight) -> tuple[int, State]:
+    # What is written to its parts inside of an operator counts up the weight's version, and not theirs.
+    return weight._version, state_of(weight.packed)
+
+
+def _install() -> None:
+    layer: Any = Linear
+    layer.merge = _keeps(layer.merge)
+    layer.unmerge = _restores(layer.unmerge)
+
+
+_install()
