@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.compilation import Compilation
 from int8fx.evaluate import Reference
-from int8fx.kernels.experts import rows_of_experts
+from int8fx.kernels.experts import routed_rows
 from int8fx.kernels.scheme import eagerly
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate
@@ -172,16 +172,18 @@ class Mixtures:
 
         self._switches[switched] = path
 
-        def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], last: fx.Node | None) -> fx.Node:
+        def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], last: Any) -> fx.Node:
             return call(switched, x, candidate.scope.lift(expression.placeholder), last, *kept)
 
         return emit
 
 
-def _experts_in_float(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
-    """``x[s] @ weight[experts[s]]ᵀ``: ``[S, K], [E, N, K], [S]`` to ``[S, N]``."""
+def _experts_in_float(
+    x: Tensor, weight: Tensor, routing: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """``x[s] @ weight[e]ᵀ`` for the expert e of each row: ``[S, K], [E, N, K]`` to ``[S, N]``."""
     y = x.new_zeros((x.shape[0], weight.shape[1]))
     if not torch_private.is_fake(x):
-        for expert, rows in rows_of_experts(experts, weight.shape[0]):
+        for expert, rows in routed_rows(*routing, weight.shape[0]):
             y[rows] = F.linear(x[rows], weight[expert])
     return y

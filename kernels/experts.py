@@ -68,7 +68,8 @@ def sorted_rows(ends: Tensor) -> Iterator[tuple[int, Rows]]:
         start = end
 
 
-def _rows(experts: Tensor | None, ends: Tensor | None, E: int) -> Iterator[tuple[int, Rows]]:
+def routed_rows(experts: Tensor | None, ends: Tensor | None, E: int) -> Iterator[tuple[int, Rows]]:
+    """Each expert that has rows, with these: by ``experts``, or by ``ends`` where that is given."""
     if ends is not None:
         return sorted_rows(ends)
     if experts is None:
@@ -98,7 +99,7 @@ def _expert_linear(
         ``[S, N]`` in x's dtype.
     """
     y = x.new_zeros((x.shape[0], w_scale.shape[1]))
-    for expert, rows in _rows(experts, ends, weight.shape[0]):
+    for expert, rows in routed_rows(experts, ends, weight.shape[0]):
         (y[rows],) = ops.quantized_linears_cpu(
             x[rows], threshold, decomposition, [weight[expert]], [w_scale[expert]], []
         )
@@ -127,7 +128,7 @@ def _input_gradient(
 ) -> Tensor:
     """``grad[s] @ ŵ[e]``: straight through the rounding of x, as that of ``int8_linear``."""
     grad_x = grad.new_zeros((grad.shape[0], K))
-    for expert, rows in _rows(experts, ends, weight.shape[0]):
+    for expert, rows in routed_rows(experts, ends, weight.shape[0]):
         grad_x[rows] = ops.input_gradient(grad[rows], weight[expert], w_scale[expert], K)
     return grad_x
 
