@@ -401,11 +401,7 @@ def test_suggest_keeps_its_budget_and_evaluate_measures_the_same(capsys, tmp_pat
     assert suggested["uniform_kl"]["llm.int8"] == pytest.approx(uniform, rel=1e-6)
     assert suggested["kl"] <= budget and suggested["options"]
     assert len(suggested["linears"]) == 14 and any("Measuring each linear" in line for line in err)
-    code, printed, _ = run(capsys, *command)
-    assert code == 0 and "options={" in printed
 
-    loose = ["suggest", *common, "--tokens", "32", "--memory", "100", "--json"]
-    code, printed, _ = run(capsys, *loose)
-    assert code == 0 and {each["chosen"] for each in json.loads(printed)["linears"]} == {"float"}
     code, printed, err = run(capsys, "suggest", *common, "--tokens", "32", "--memory", "0.01")
-    assert code == 1 and "every linear in int8 the model takes" in err[-1]
+    assert code == 1 and printed == ""
+    assert err[-1].startswith("int8fx: budget=") and "every linear in int8 the model takes" in err[-1]
