@@ -16,8 +16,8 @@ from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# The block of the gather kernel follows K, and its registers; quantising as well takes more.
-GATHERS = ((True, 512), (True, 4096), (False, 4096))
+# M and K, which the blocks of the gather kernel follow, and whether it quantises as well.
+GATHERS = ((512, 512, True), (512, 4096, True), (4096, 4096, True), (4096, 4096, False))
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     for kind, rows in configs.DECODE[arch].items():
         for decode_config in rows:
             yield decode(arch, kind, decode_config, dtype)
-    for quantizes, K in GATHERS:
-        yield quantize_gather(arch, dtype, quantizes, K)
+    for M, K, quantizes in GATHERS:
+        yield quantize_gather(arch, M, K, dtype, quantizes)
 
 
 @functools.cache
@@ -131,15 +131,15 @@ def decode(
 
 
 @functools.cache
-def quantize_gather(arch: str, dtype: str = "fp16", quantizes: bool = True, K: int = 4096) -> Specimen:
-    constants = launch_shape(K)
+def quantize_gather(arch: str, M: int, K: int, dtype: str = "fp16", quantizes: bool = True) -> Specimen:
+    constants = launch_shape(M, K, quantizes)
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
     pointers |= dict.fromkeys(("x_ptr", "x_gathered_ptr", "w_gathered_ptr"), f"*{dtype}")
-    pointers |= {"columns_ptr": "*i32", "count_ptr": "*i32"}
+    pointers |= {"taken_ptr": "*i8", "columns_ptr": "*i32", "count_ptr": "*i32"}
     return Specimen(
-        f"{'quantise and gather' if quantizes else 'gather'}, K = {K}, {dtype}",
+        f"{'quantise and gather' if quantizes else 'gather'}, M = {M}, K = {K}, {dtype}",
         arch,
         quantize_gather_kernel,
         pointers | _sizes() | {"CAPACITY": "i32", "threshold": "fp64"},
