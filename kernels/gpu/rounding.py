@@ -1,4 +1,4 @@
-"""Quantising on a GPU: inside our kernels, and in operators that Inductor fuses with what computes x."""
+"""Quantising on a GPU: in our kernels, and in operators that Inductor fuses with what computes x."""
 
 import torch
 import triton
@@ -14,12 +14,12 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``kernels/quantize.py``'s token decomposition, in a third fewer instructions of Inductor's kernel.
+    """``kernels/quantize.py``'s token decomposition, in fewer instructions of Inductor's kernel.
 
-    - The maximum is taken of the bits, as integers: of floats Inductor's takes four instructions, since
-      it looks for NaN, which as an integer is larger than all others.
-    - One division a row, where Inductor's takes seven instructions an element. x · fl(1 / s) is off x / s
-      by 127 · 2⁻²³ at most: of elements that close to a tie some round to the other side.
+    - The maximum is taken of the bits, as integers: of floats Inductor's takes four instructions,
+      since it looks for NaN, which as an integer is larger than all others.
+    - One division a row, where Inductor's takes seven instructions an element. x · fl(1 / s) is off
+      x / s by 127 · 2⁻²³ at most: of elements that close to a tie some round to the other side.
     - 1.5 · 2²³ rounds, and leaves the integer in the lowest byte.
 
     Args:
@@ -50,7 +50,9 @@ def scale_of_rows(absmax):
 
 @triton.jit
 def quantize(regular, x_scale, IS_16_BIT: tl.constexpr):
-    """``round(regular / x_scale)`` as int8, bit for bit as the reference, with ``x_scale`` broadcast to ``regular``'s shape.
+    """``round(regular / x_scale)`` as int8, bit for bit as the reference does it.
+
+    ``x_scale`` is broadcast to ``regular``'s shape.
 
     The default division is approximate, and an exact one takes some fifteen instructions and a branch.
     With the reciprocal r (once a row) one fused step of correction gives the same: q + r · (x - q · s).
