@@ -26,6 +26,9 @@ DECOMPOSITIONS = {
 }
 
 
+_ON_A_GPU = {"int8fx.quantized_linears.default", "int8fx.expert_linear_gpu.default"}
+
+
 def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
     """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights.
 
@@ -39,7 +42,7 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
         compiled = torch_private.compile_with_inductor(
             compilation.root.gm,
             examples,
-            patches,
+            _whole_rows(compilation) | patches,
             DECOMPOSITIONS,
             cache_identity() + _int8_shards(examples),
         )
@@ -48,6 +51,16 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
     if not compilation.needs_autograd:
         compiled = torch_private.below_autograd(compiled)
     return behind(swap, compiled)
+
+
+def _whole_rows(compilation: Compilation) -> dict[str, Any]:
+    """What keeps the quantisation of a row in the kernel that computes it, on a GPU.
+
+    Inductor splits a reduction where rows are few and longer than 8192, as in front of Llama-3-8B's
+    down_proj: a row's absmax would be two launches, and what it scales a third.
+    """
+    targets = (node.target for scope in compilation.root.walk() for node in scope.graph.nodes)
+    return {} if _ON_A_GPU.isdisjoint(map(str, targets)) else {"split_reductions": False}
 
 
 def _int8_shards(examples: Sequence[Any]) -> str:

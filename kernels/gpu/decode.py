@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int8fx.kernels.gpu.columns import list_columns
 from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.rounding import quantize, scale_of_rows
@@ -152,26 +153,6 @@ def _look_at_all(
         absmax = tl.maximum(absmax, _folded(regular, VECTOR), propagate_nan=tl.PropagateNan.ALL)
     tl.store(x_scale_ptr + row, scale_of_rows(absmax.to(tl.float32)), mask=row < M)
     tl.debug_barrier()
-
-
-@triton.jit
-def _list_columns(taken_ptr, columns_ptr, K, BLOCKS: tl.constexpr):
-    """Writes the list of the outlier columns, in order; returns their number.
-
-    Sixteen columns a thread: a sum along threads costs an addition a warp for each of its terms.
-    """
-    count = tl.full((), 0, tl.int32)
-    block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 16)[None, :]
-    for start in range(0, K, 16 * BLOCKS):
-        k = start + 16 * block + within
-        flag = tl.load(taken_ptr + k, mask=k < K, other=0).to(tl.int32)
-        total = tl.sum(flag, 1)
-        before = count + tl.cumsum(total, 0) - total
-        position = before[:, None] + tl.cumsum(flag, 1) - flag
-        tl.store(columns_ptr + position, k, mask=flag != 0)
-        count += tl.sum(total, 0)
-    tl.debug_barrier()
-    return count
 
 
 @triton.jit
@@ -306,7 +287,7 @@ def decode_kernel(
     count = 0
     if QUANTIZE:
         _look_at_all(x_ptr, x_scale_ptr, taken_ptr, M, K, limit, BLOCK_M, LOOK_BLOCK, VECTOR)
-        count = _list_columns(taken_ptr, columns_ptr, K, LIST_BLOCK)
+        count = list_columns(taken_ptr, columns_ptr, K, LIST_BLOCK)
         _quantize_columns(
             x_ptr, x_int8_ptr, x_scale_ptr, taken_ptr, first, last, M, K, BLOCK_M, QUANTIZE_BLOCK
         )

@@ -33,12 +33,13 @@ from torch.library import triton_op, wrap_triton
 
 from int8fx.kernels.experts import setup_context
 from int8fx.kernels.gpu import configs
-from int8fx.kernels.gpu.columns import compact_columns
+from int8fx.kernels.gpu.columns import compact_columns, mark_columns
 from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_reference
 from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
-from int8fx.kernels.gpu.gather import launch_shape, quantize_rows
+from int8fx.kernels.gpu.gather import launch_shape, quantize_without_columns
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
 from int8fx.kernels.gpu.linear import DTYPES, _empty, _launch, _precision
+from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.gpu.routing import (
     block_of_experts,
     experts_of_rows,
@@ -47,7 +48,6 @@ from int8fx.kernels.gpu.routing import (
     sort_rows,
     tiles,
 )
-from int8fx.kernels.quantize import quantize_reference
 
 BLOCK_O = 16  # outlier columns a step
 _GROUP_M = 8
@@ -75,13 +75,15 @@ def quantize_experts_kernel(
     ends_ptr,  # [E]
     x_int8_ptr,  # [S, K]
     x_scale_ptr,  # [S] fp32
-    columns_ptr,  # [E, K] int32
+    taken_ptr, columns_ptr,  # [E, K] int8, to work with, and int32
     count_ptr,  # [E] int32
     S, K, E,
     threshold,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LOOK_BLOCK: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The first E programs list the outlier columns of an expert each, the others quantise rows."""
@@ -93,18 +95,22 @@ def quantize_experts_kernel(
         here = program.to(tl.int64) * K
         if first < last:
             count = compact_columns(
-                witness_ptr + here, x_ptr + first.to(tl.int64) * K, columns_ptr + here,
-                last - first, K, limit, BLOCK_K,
+                witness_ptr + here, x_ptr + first.to(tl.int64) * K, taken_ptr + here,
+                columns_ptr + here, last - first, K, limit, LOOK_BLOCK, LIST_BLOCK,
             )  # fmt: skip
             tl.store(count_ptr + program, count)
     elif QUANTIZE:
         expert, start, first, last = rows_of_tile(program - E, ends_ptr, S, E, ROWS, BLOCK_E)
         if expert < E:
             rows = first - start + tl.arange(0, ROWS)
-            here = start.to(tl.int64) * K
-            quantize_rows(
-                x_ptr + here, witness_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
-                x_scale_ptr + start, rows, last - start, K, limit, BLOCK_K,
+            here, of_expert = start.to(tl.int64) * K, expert.to(tl.int64) * K
+            taken_ptr += of_expert
+            mark_columns(
+                witness_ptr + of_expert, x_ptr + here, taken_ptr, last - start, K, limit, LOOK_BLOCK
+            )
+            quantize_without_columns(
+                x_ptr + here, taken_ptr, x_int8_ptr + here, x_scale_ptr + start, rows,
+                last - start, K, BLOCK_K,
             )  # fmt: skip
 
 
@@ -268,14 +274,15 @@ def _quantize(
     (S, K), E = x.shape, ends.shape[0]
     fused = threshold == 0 or decomposition == "token"
     if fused:
-        x_int8, x_scale, source, _ = quantize_reference(x, threshold, decomposition)
+        x_int8, x_scale, source = quantize_rows(x, threshold)
     else:
         x_int8, x_scale = _empty(x, (S, K), torch.int8), _empty(x, (S,), torch.float32)
         source = x
     if threshold == 0:
         return x_int8, x_scale, x_int8, x_int8, x_int8  # the last three are not read
-    columns, count = _empty(x, (E, K), torch.int32), _empty(x, (E,), torch.int32)
-    shape = list_shape(K)
+    taken, columns = _empty(x, (E, K), torch.int8), _empty(x, (E, K), torch.int32)
+    count = _empty(x, (E,), torch.int32)
+    shape = list_shape(S, K)
     programs = E if fused else E + tiles(S, E, shape["ROWS"])
     wrap_triton(quantize_experts_kernel)[(programs,)](
         source,
@@ -283,6 +290,7 @@ def _quantize(
         ends,
         x_int8,
         x_scale,
+        taken,
         columns,
         count,
         S,
@@ -296,9 +304,11 @@ def _quantize(
     return x_int8, x_scale, source, columns, count
 
 
-def list_shape(K: int) -> dict[str, int]:
-    """Block sizes of the kernel that quantises and lists, for rows of K elements."""
-    return {name: launch_shape(K)[name] for name in ("ROWS", "BLOCK_K", "num_warps")}
+def list_shape(S: int, K: int) -> dict[str, int]:
+    """Block sizes of the kernel that quantises and lists, for S rows of K elements."""
+    shape = launch_shape(S, K, quantizes=True)
+    names = ("ROWS", "BLOCK_K", "LOOK_BLOCK", "LIST_BLOCK", "num_warps")
+    return {name: shape[name] for name in names}
 
 
 def expert_witness(x: Tensor, threshold: float, ends: Tensor) -> Tensor:

@@ -21,19 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8fx.kernels.gpu.columns import (
-    compact_columns,
-    is_outlier_column,
-    outlier_columns_reference,
-)
+from int8fx.kernels.gpu.columns import compact_columns, outlier_columns_reference
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.rounding import quantize, scale_of_rows
 from int8fx.kernels.quantize import quantize_reference
 
 BLOCK_O = 32
-_ROWS = 4
-_WEIGHT_ROWS = 16
-_MAX_BLOCK_K = 2048
+_ROWS, _FEW_ROWS = 4, 1024
+_WEIGHT_ROWS = 64
+_ELEMENTS = 8192  # of x, in one step of a program
+_LOOK = 2048  # columns of the witness, in one step
 
 
 def quantize_gather_reference(
@@ -53,28 +50,35 @@ def quantize_gather_reference(
 
 
 @triton.jit
-def quantize_rows(
-    x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, threshold, BLOCK_K: tl.constexpr
+def quantize_without_columns(
+    x_ptr, taken_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, BLOCK_K: tl.constexpr
 ):
     ROWS: tl.constexpr = rows.shape[0]
-    offset = rows.to(tl.int64)[:, None] * K
-    absmax = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    # Rows past the end look at others again. Outlier columns are loaded as well: under their mask a
+    # load would be one of two bytes.
+    source = (rows % M).to(tl.int64)[:, None] * K
+    dtype = x_ptr.dtype.element_ty
+    absmax = tl.zeros((ROWS, BLOCK_K), dtype)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        taken = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold)
-        inside = (rows < M)[:, None] & ((k < K) & (taken == 0))[None, :]
-        x = tl.load(x_ptr + offset + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        absmax = tl.maximum(absmax, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    x_scale = scale_of_rows(absmax)
+        x = tl.load(x_ptr + source + k[None, :], mask=(k < K)[None, :], other=0.0)
+        taken = tl.load(taken_ptr + k, mask=k < K, other=1) != 0
+        # Extremes need no conversion: two of fp16 are one instruction. Of a number and NaN the minimum
+        # is the number, so that what is not taken is its own, and a NaN that is taken is zero.
+        limit = tl.where(taken, 0.0, float("nan")).to(dtype)
+        regular = tl.minimum(tl.abs(x), limit[None, :])
+        absmax = tl.maximum(absmax, regular, propagate_nan=tl.PropagateNan.ALL)
+    x_scale = scale_of_rows(absmax.to(tl.float32))
     tl.store(x_scale_ptr + rows, x_scale, mask=rows < M)
+    target = rows.to(tl.int64)[:, None] * K
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        taken = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold)
+        x = tl.load(x_ptr + source + k[None, :], mask=(k < K)[None, :], other=0.0)
+        taken = tl.load(taken_ptr + k, mask=k < K, other=1) != 0
+        regular = tl.where(taken[None, :], 0.0, x.to(tl.float32))
+        x_int8 = quantize(regular, x_scale[:, None], dtype != tl.float32)
         inside = (rows < M)[:, None] & (k < K)[None, :]
-        regular = inside & (taken == 0)[None, :]
-        x = tl.load(x_ptr + offset + k[None, :], mask=regular, other=0.0).to(tl.float32)
-        x_int8 = quantize(x, x_scale[:, None], x_ptr.dtype.element_ty != tl.float32)
-        tl.store(x_int8_ptr + offset + k[None, :], x_int8, mask=inside)
+        tl.store(x_int8_ptr + target + k[None, :], x_int8, mask=inside)
 
 
 @triton.jit
@@ -101,7 +105,7 @@ def quantize_gather_kernel(
     x_scale_ptr,  # [M]
     x_gathered_ptr,  # [M, CAPACITY]
     w_gathered_ptr,  # [N0 + N1 + N2, CAPACITY]
-    columns_ptr,  # [K]
+    taken_ptr, columns_ptr,  # [K] int8 and int32, to work with
     count_ptr,  # [1]
     M, N0, N1, N2, K, CAPACITY,
     threshold,
@@ -109,20 +113,24 @@ def quantize_gather_kernel(
     ROWS: tl.constexpr,
     WEIGHT_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LOOK_BLOCK: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """The first programs take ``ROWS`` rows of x each, the others ``WEIGHT_ROWS`` rows of a weight."""
     # Inductor passes Python floats as fp64, eager Triton as fp32.
     limit = tl.full((), threshold, tl.float32)
     program = tl.program_id(0)
-    count = compact_columns(witness_ptr, x_ptr, columns_ptr, M, K, limit, BLOCK_K)
+    count = compact_columns(
+        witness_ptr, x_ptr, taken_ptr, columns_ptr, M, K, limit, LOOK_BLOCK, LIST_BLOCK
+    )
     if program == 0:
         tl.store(count_ptr, count)
     x_programs = tl.cdiv(M, ROWS)
     if program < x_programs:
         rows = program * ROWS + tl.arange(0, ROWS)
         if QUANTIZE:
-            quantize_rows(x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, limit, BLOCK_K)
+            quantize_without_columns(x_ptr, taken_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, BLOCK_K)
         _gather(x_ptr, x_gathered_ptr, rows, rows, rows < M, columns_ptr, count,
                 K, CAPACITY, BLOCK_O)  # fmt: skip
     else:
@@ -139,17 +147,22 @@ def quantize_gather_kernel(
                 K, CAPACITY, BLOCK_O)  # fmt: skip
 
 
-def launch_shape(K: int) -> dict[str, int]:
-    """The kernel's block sizes for rows of K elements.
+def launch_shape(M: int, K: int, quantizes: bool) -> dict[str, int]:
+    """The kernel's block sizes for M rows of K elements.
 
-    Narrow blocks take fewer warps: with 48 registers a thread, as eight warps leave at K = 512, ptxas
-    spills around the slow path of the division on sm_90.
+    Every program lists the outlier columns for itself, so that many rows want few programs, and few
+    rows many. Only M's class is looked at, as in ``configs.gemm_configs``. Narrow blocks take fewer
+    warps: with 48 registers a thread, as eight warps leave at K = 512, ptxas spills around the slow
+    path of the division on sm_90.
     """
-    block_k = min(_MAX_BLOCK_K, triton.next_power_of_2(K))
+    rows = _ROWS if M <= _FEW_ROWS else 2 * _ROWS
+    look = max(32, min(_LOOK, triton.next_power_of_2(K)))
     return {
-        "ROWS": _ROWS,
+        "ROWS": rows if quantizes else 4 * rows,
         "WEIGHT_ROWS": _WEIGHT_ROWS,
-        "BLOCK_K": max(32, block_k),
+        "BLOCK_K": min(look, _ELEMENTS // rows),
+        "LOOK_BLOCK": look,
+        "LIST_BLOCK": min(256, max(16, look // 8)),
         "BLOCK_O": BLOCK_O,
-        "num_warps": 4 if block_k <= 512 else 8,
+        "num_warps": 4 if look <= 512 else 8,
     }

@@ -36,8 +36,9 @@ from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
 from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
+from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.ops import linears_backward, linears_setup
-from int8fx.kernels.quantize import EVERYTHING, quantize_reference
+from int8fx.kernels.quantize import EVERYTHING
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP_M = 8  # tiles of rows that share the weight's tiles in L2
@@ -220,7 +221,7 @@ def _rows_of_decode(x: Tensor, threshold: float, decomposition: str) -> _DecodeR
         x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
         work = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
         return _DecodeRows(x, x_int8, x_scale, [], x_scale, work, True)
-    x_int8, x_scale, x_outlier, _ = quantize_reference(x, threshold, decomposition)
+    x_int8, x_scale, x_outlier = quantize_rows(x, threshold)
     digits, digit_scale = outlier_digits(x_outlier) if threshold != 0 else ([], x_scale)
     # The kernel does not read x: nobody need write it to memory.
     return _DecodeRows(x_int8, x_int8, x_scale, digits, digit_scale, (x_int8, x_int8), False)
@@ -295,7 +296,7 @@ def _quantize(
     M, K = x.shape
     fused = threshold == 0 or decomposition == "token"
     if fused:
-        x_int8, x_scale, source, _ = quantize_reference(x, threshold, decomposition)
+        x_int8, x_scale, source = quantize_rows(x, threshold)
     else:
         x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
         source = x
@@ -304,8 +305,9 @@ def _quantize(
     capacity = -(-K // BLOCK_O) * BLOCK_O
     x_gathered = _empty(x, (M, capacity), x.dtype)
     w_gathered = _empty(x, (sum(linears.widths), capacity), x.dtype)
-    columns, count = _empty(x, (K,), torch.int32), _empty(x, (1,), torch.int32)
-    shape = launch_shape(K)
+    taken, columns = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
+    count = _empty(x, (1,), torch.int32)
+    shape = launch_shape(M, K, not fused)
     weight_rows = shape["WEIGHT_ROWS"]
     programs = -(-M // shape["ROWS"]) + linears.tiles(weight_rows)
     wrap_triton(quantize_gather_kernel)[(programs,)](
@@ -316,6 +318,7 @@ def _quantize(
         x_scale,
         x_gathered,
         w_gathered,
+        taken,
         columns,
         count,
         M,

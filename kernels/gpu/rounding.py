@@ -1,12 +1,39 @@
-"""Quantising inside a kernel, bit for bit as ``kernels/quantize.py`` does it."""
+"""Quantising on a GPU: in our kernels, and in operators that Inductor fuses with what computes x."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from int8fx.kernels import quantize as reference
 
 # Written as a decimal: Inductor copies constants into its output as they print.
 MIN_SCALE = tl.constexpr(1.1754943508222875e-38)
 # fp32 has no fraction bits left at 1.5 * 2**23, so adding and subtracting it rounds half to even.
 _ROUND = tl.constexpr(12582912.0)
+
+
+def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``kernels/quantize.py``'s token decomposition, in fewer instructions of Inductor's kernel.
+
+    - The maximum is taken of the bits, as integers: of floats Inductor's takes four instructions,
+      since it looks for NaN, which as an integer is larger than all others.
+    - One division a row, where Inductor's takes seven instructions an element. x · fl(1 / s) is off
+      x / s by 127 · 2⁻²³ at most: of elements that close to a tie some round to the other side.
+    - 1.5 · 2²³ rounds, and leaves the integer in the lowest byte.
+
+    Args:
+        x: ``[M, K]``, fp32, bf16 or fp16.
+        threshold: 0 means no decomposition.
+
+    Returns:
+        ``x_int8 [M, K]``, ``x_scale [M]`` fp32, and ``x_outlier [M, K]``, empty with threshold 0.
+    """
+    regular, x_outlier, _ = reference.split_outliers(x, threshold, "token")
+    absmax = regular.abs().view(torch.int32).amax(-1).view(torch.float32)
+    x_scale = (absmax / reference.QMAX).clamp_min(reference.MIN_SCALE)
+    quotient = regular * (1.0 / x_scale).unsqueeze(-1)
+    return (quotient + _ROUND.value).view(torch.int32).to(torch.int8), x_scale, x_outlier
 
 
 @triton.jit
@@ -23,7 +50,9 @@ def scale_of_rows(absmax):
 
 @triton.jit
 def quantize(regular, x_scale, IS_16_BIT: tl.constexpr):
-    """``round(regular / x_scale)`` as int8, with ``x_scale`` broadcast to ``regular``'s shape.
+    """``round(regular / x_scale)`` as int8, bit for bit as the reference does it.
+
+    ``x_scale`` is broadcast to ``regular``'s shape.
 
     The default division is approximate, and an exact one takes some fifteen instructions and a branch.
     With the reciprocal r (once a row) one fused step of correction gives the same: q + r · (x - q · s).

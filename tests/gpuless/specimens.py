@@ -18,8 +18,8 @@ from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# The block of the gather kernel follows K, and its registers; quantising as well takes more.
-GATHERS = ((True, 512), (True, 4096), (False, 4096))
+# M and K, which the blocks of the gather kernel follow, and whether it quantises as well.
+GATHERS = ((512, 512, True), (512, 4096, True), (4096, 4096, True), (4096, 4096, False))
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     for kind, rows in configs.DECODE[arch].items():
         for decode_config in rows:
             yield decode(arch, kind, decode_config, dtype)
-    for quantizes, K in GATHERS:
-        yield quantize_gather(arch, dtype, quantizes, K)
-        if quantizes:  # which holds the listing as well
-            yield quantize_experts(arch, dtype, K)
+    for M, K, quantizes in GATHERS:
+        yield quantize_gather(arch, M, K, dtype, quantizes)
+    for K in (512, 4096):
+        yield quantize_experts(arch, dtype, K)
     for config in configs.expert_rows(arch, DTYPES[dtype]):
         yield experts(arch, config, dtype)
     yield expert_gradient(arch, dtype)
@@ -138,15 +138,15 @@ def decode(
 
 
 @functools.cache
-def quantize_gather(arch: str, dtype: str = "fp16", quantizes: bool = True, K: int = 4096) -> Specimen:
-    constants = launch_shape(K)
+def quantize_gather(arch: str, M: int, K: int, dtype: str = "fp16", quantizes: bool = True) -> Specimen:
+    constants = launch_shape(M, K, quantizes)
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
     pointers |= dict.fromkeys(("x_ptr", "x_gathered_ptr", "w_gathered_ptr"), f"*{dtype}")
-    pointers |= {"columns_ptr": "*i32", "count_ptr": "*i32"}
+    pointers |= {"taken_ptr": "*i8", "columns_ptr": "*i32", "count_ptr": "*i32"}
     return Specimen(
-        f"{'quantise and gather' if quantizes else 'gather'}, K = {K}, {dtype}",
+        f"{'quantise and gather' if quantizes else 'gather'}, M = {M}, K = {K}, {dtype}",
         arch,
         quantize_gather_kernel,
         pointers | _sizes() | {"CAPACITY": "i32", "threshold": "fp64"},
@@ -191,13 +191,13 @@ def experts(arch: str, config: configs.GemmConfig, dtype: str = "fp16") -> Speci
 
 @functools.cache
 def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
-    constants = list_shape(K)
+    constants = list_shape(4096, K)
     num_warps = constants.pop("num_warps")
     return Specimen(
         f"quantise and list, experts, K = {K}, {dtype}",
         arch,
         quantize_experts_kernel,
-        _of_experts(dtype) | {"witness_ptr": "*i16", "threshold": "fp64"},
+        _of_experts(dtype) | {"witness_ptr": "*i16", "taken_ptr": "*i8", "threshold": "fp64"},
         constants | {"QUANTIZE": True, "BLOCK_E": 256},
         num_warps,
         3,

@@ -124,7 +124,7 @@ def test_witness_rows_name_an_outlier_of_each_column_that_has_one():
 def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: bool = True):
     x = case.x
     M, K = x.shape
-    shape = launch_shape(K)
+    shape = launch_shape(M, K, quantizes)
     shape.pop("num_warps")
     capacity = -(-K // shape["BLOCK_O"]) * shape["BLOCK_O"]
     outputs = {
@@ -132,6 +132,7 @@ def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: boo
         "x_scale": torch.empty(M),
         "x_gathered": torch.empty(M, capacity, dtype=x.dtype),
         "w_gathered": torch.empty(sum(case.N), capacity, dtype=x.dtype),
+        "taken": torch.empty(K, dtype=torch.int8),
         "columns": torch.empty(K, dtype=torch.int32),
         "count": torch.empty(1, dtype=torch.int32),
     }
@@ -178,16 +179,20 @@ def test_gather_alone_leaves_the_quantised_rows_as_they_are():
     assert torch.equal(done["x_int8"], poisoned_like(done["x_int8"]))
 
 
+@pytest.mark.parametrize("beside", [0.0, 9.0], ids="beside {}".format)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_rows_with_nan_or_infinity_quantise_as_the_reference_does(value):
+def test_rows_with_nan_or_infinity_quantise_as_the_reference_does(value, beside):
+    """A NaN in a column that another row takes out is no part of its row's scale."""
     x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
-    x[2, 5] = value
+    x[2, 5], x[3, 5] = value, beside
     case = Case(poisoned(x), [poisoned(torch.ones(3, 40, dtype=torch.int8))], [torch.ones(3)], [])
     case.w_scales = [poisoned(scale) for scale in case.w_scales]
     done = run_quantize_gather(case)
-    _, x_scale, _, _ = quantize_reference(x, THRESHOLD, "column")
+    x_int8, x_scale, _, _ = quantize_reference(x, THRESHOLD, "column")
     assert torch.equal(done["x_scale"].isnan(), x_scale.isnan())
-    assert bool(x_scale[2].isnan()) == (value != value)
+    assert bool(x_scale[2].isnan()) == (value != value and beside == 0.0)
+    finite = ~x_scale.isnan()
+    assert torch.equal(done["x_int8"][finite], x_int8[finite])
 
 
 @THOROUGH
@@ -196,7 +201,7 @@ def test_product(case, unroll):
     M, K = case.x.shape
     outputs = [poisoned_like(torch.empty(M, N, dtype=case.x.dtype)) for N in case.N if N]
     operands = run_quantize_gather(case)
-    del operands["columns"]
+    del operands["taken"], operands["columns"]
     block = 32
     tiles = -(-M // block) * sum(-(-N // block) for N in case.N)
     launchable(gemm_kernel)[(tiles,)](

@@ -54,6 +54,30 @@ def test_a_result_that_leaves_the_graph_is_summed_where_it_is_made(M, decomposit
     assert norm.startswith("triton_") and decode.startswith("decode_kernel")
 
 
+class GatedDown(nn.Module):
+    """What reads gate and up, in a row that is longer than Inductor leaves in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(14336, 256, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(x[0]) * x[1])
+
+
+@pytest.mark.parametrize(("M", "launches"), [(1, 2), (16, 2), (17, 3)])
+def test_a_long_row_is_quantised_in_one_launch(M, launches):
+    model = GatedDown().to(torch.float16).requires_grad_(False)
+    x = torch.empty(2, M, 14336, dtype=torch.float16)
+    assert len(generated(model, x, decomposition="token").launches) == launches
+
+
+def test_whoever_wants_long_rows_split_says_so():
+    model = GatedDown().to(torch.float16).requires_grad_(False)
+    x = torch.empty(2, 1, 14336, dtype=torch.float16)
+    assert len(generated(model, x, inductor={"split_reductions": True}).launches) > 2
+
+
 def test_without_outliers_the_quantisation_is_in_the_norm():
     model = NormLinear(1024, 4096).to(torch.float16).requires_grad_(False)
     x = torch.empty(512, 1024, dtype=torch.float16)

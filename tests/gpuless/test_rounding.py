@@ -6,7 +6,11 @@ import triton
 import triton.language as tl
 from nogpu.interpreter import interpret
 
-from int8fx.kernels.gpu.rounding import quantize
+from int8fx.kernels.gpu.rounding import quantize, quantize_rows
+from int8fx.kernels.quantize import MIN_SCALE, quantize_reference
+
+# Of half a step: the reciprocal and the product, each rounded to 2⁻²⁴ of at most 127 steps.
+ROUND_OFF = 127 * 2.0**-23
 
 
 @triton.jit
@@ -36,3 +40,35 @@ def test_without_the_correction_ties_would_flip():
     scale = SIGNIFICANDS.unsqueeze(1) / 127
     x = SIGNIFICANDS.minimum(SIGNIFICANDS.unsqueeze(1))
     assert not torch.equal(torch.round(x * (1 / scale)), torch.round(x / scale))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rows_in_operators_are_the_references_but_for_ties(dtype, threshold):
+    x = torch.randn(64, 3000, generator=torch.Generator().manual_seed(0))
+    x *= torch.logspace(-7, 2, 64).unsqueeze(1)
+    x[5], x[6] = 0.0, 1e-40  # their scale is the smallest there is
+    x = x.to(dtype)
+    x_int8, x_scale, x_outlier = quantize_rows(x, threshold)
+    expected_int8, expected_scale, expected_outlier, _ = quantize_reference(x, threshold, "token")
+    assert torch.equal(x_scale, expected_scale) and float(x_scale.min()) == MIN_SCALE
+    assert torch.equal(x_outlier, expected_outlier)
+    regular = torch.where(x.abs() >= threshold, 0, x) if threshold else x
+    steps = regular.double() / x_scale.double().unsqueeze(1)
+    assert ((x_int8 - steps).abs() <= 0.5 + ROUND_OFF).all()
+    is_tie = (steps - steps.floor() - 0.5).abs() <= ROUND_OFF
+    assert torch.equal(x_int8[~is_tie], expected_int8[~is_tie])
+
+
+def test_rows_in_operators_with_infinity_and_nan():
+    """An infinity is an outlier, if there are any, and a NaN makes its row's scale NaN."""
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    x[1, 3], x[2, 4], x[3, 5] = float("inf"), float("nan"), float("-inf")
+    for threshold in (0.0, 6.0):
+        x_int8, x_scale, x_outlier = quantize_rows(x, threshold)
+        expected = quantize_reference(x, threshold, "token")
+        torch.testing.assert_close(x_scale, expected[1], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(x_outlier, expected[2])
+        rows = x_scale.isfinite()
+        assert rows.tolist() == [True, threshold != 0, False, threshold != 0]
+        assert torch.equal(x_int8[rows], expected[0][rows])
