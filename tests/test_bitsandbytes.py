@@ -1,10 +1,14 @@
 """bitsandbytes, the real package: its checkpoints, read and written, and its models, compiled."""
 
+import shutil
+
 import pytest
+import safetensors.torch
 import torch
 from bounds import expected_and_bound
 from support import compile_once
 from torch import nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import int8fx
 
@@ -111,3 +115,63 @@ def test_a_linear_of_theirs_keeps_the_scheme_bound(floats, x):
     )
     # bitsandbytes rounds the weight with another order of operations: a step more at a tie.
     assert ((y.double() - expected).abs() <= 1.1 * bound).all()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama as bitsandbytes loads it, its files as transformers writes them, and as it was."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).half().save_pretrained(path / "floats")
+    in_8bit = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}
+    model = LlamaForCausalLM.from_pretrained(path / "floats", dtype=torch.float16, **in_8bit).eval()
+    model.save_pretrained(path / "theirs")
+    return path, model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(8).unsqueeze(0)).logits
+
+
+def test_a_model_loaded_in_8bit_by_transformers_compiles(llama):
+    _, model = llama
+    expected = logits(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="llmint8", fullgraph=True)
+    with int8fx.collect_reports() as reports:
+        y = logits(compiled)
+    (report,) = reports
+    assert [d.spelling for d in report.accepted] == ["bitsandbytes"] * 7
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+def test_reads_what_transformers_wrote_with_bitsandbytes(llama):
+    path, model = llama
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(model.config).half().eval()
+    read = int8fx.load_checkpoint(int8fx.quantize_(empty), path / "theirs")
+    read.model.rotary_emb = type(read.model.rotary_emb)(read.config)
+    up = model.model.layers[0].mlp.up_proj
+    assert torch.equal(read.model.layers[0].mlp.up_proj.weight.w_int8, up.weight)
+    torch.testing.assert_close(logits(read), logits(model), rtol=0.02, atol=0.02)
+
+
+def test_transformers_reads_with_bitsandbytes_what_we_wrote(llama, tmp_path):
+    path, _ = llama
+    ours = int8fx.quantize_(LlamaForCausalLM.from_pretrained(path / "floats", dtype=torch.float16))
+    state = to_bitsandbytes(ours.state_dict())
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(path / "theirs" / "config.json", tmp_path)
+    read = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
+    up = read.model.layers[0].mlp.up_proj
+    assert isinstance(up, bitsandbytes.nn.Linear8bitLt)
+    assert torch.equal(up.weight, ours.model.layers[0].mlp.up_proj.weight.w_int8)
+    torch.testing.assert_close(logits(read), logits(ours), rtol=0.02, atol=0.02)

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import int8fx
 from int8fx import Int8Weight
@@ -103,6 +104,33 @@ def test_round_trip_bit_for_bit(model, x, tmp_path, device, shard):
         assert torch.equal(tensor, read.state_dict()[name]), name
     assert torch.equal(read(x), model(x))
     assert type(read.up.weight) is Int8Weight and not read.up.weight.requires_grad
+
+
+class Floats(TorchDispatchMode):
+    """What makes float tensors of the size of a weight, outside of the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, Int8Weight)
+            if plain and tensor.is_floating_point() and tensor.numel() >= N * K and not tensor.is_meta:
+                self.made.append(func)
+        return out
+
+
+def test_on_meta_no_float_copy_of_a_weight_is_made(floats, model, x, tmp_path):
+    int8fx.save_checkpoint(model, tmp_path / "int8")
+    int8fx.save_checkpoint(floats, tmp_path / "floats")
+    with Floats() as seen:
+        read = int8fx.load_checkpoint(empty("meta"), tmp_path / "int8")
+    assert not seen.made and torch.equal(read(x), model(x))
+    with Floats() as seen:
+        int8fx.load_checkpoint(empty("meta"), tmp_path / "floats")
+    assert seen.made  # it does see them
 
 
 @pytest.mark.parametrize("assign", [True, False])

@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+from datetime import timedelta
 
 import pytest
 import torch
@@ -379,7 +380,10 @@ def _run(rank, path, results):
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LLAMA": path.with_name("llama")}
     os.environ |= {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in ranks.items()}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
+    # A rank that fails alone leaves the other one in a collective.
+    patience = {"timeout": timedelta(minutes=10)}
+    where = {"init_method": f"file://{path}", "rank": rank, "world_size": RANKS}
+    dist.init_process_group("gloo", **where, **patience)
     mesh = init_device_mesh("cpu", (RANKS,))
     for case in CASES:
         try:

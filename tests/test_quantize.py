@@ -130,6 +130,22 @@ def test_a_refused_call_leaves_the_model_as_it_was(model, options, message):
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
 
 
+def test_one_float_weight_at_a_time(monkeypatch):
+    """Each is gone before the next one's int8 form is made, so memory peaks one weight above."""
+    model = nn.Sequential(*(nn.Linear(K, K, bias=False) for _ in range(4)))
+    floats = [weakref.ref(linear.weight) for linear in model]
+    quantize, alive = Int8Weight.from_float, []
+
+    def counted(*args, **kwargs):
+        alive.append(sum(each() is not None for each in floats))
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(Int8Weight, "from_float", counted)
+    int8fx.quantize_(model)
+    assert alive == [4, 3, 2, 1]
+    assert all(each() is None for each in floats)
+
+
 def test_quantising_again_changes_nothing(model):
     weight = int8fx.quantize_(model).up.weight
     assert int8fx.quantize_(model).up.weight is weight
