@@ -11,7 +11,8 @@ of the same input and the *float* weight::
 
 With ``checking(exact=True)`` each of these calls then answers with the float64 product. What is left of
 the difference to the float model is what the passes did to the graph around the linears: nothing, but
-for rounding.
+for rounding. With ``checking(inductor=True)`` the same is done to the calls that Inductor's code makes,
+and what is left is what the passes and Inductor did.
 """
 
 import contextlib
@@ -148,16 +149,22 @@ class _Checking(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def checking(exact: bool = False) -> Iterator[Seen]:
-    """Models compiled in the ``with`` block are interpreted, and every int8 linear is checked."""
+def checking(exact: bool = False, inductor: bool = False) -> Iterator[Seen]:
+    """Every int8 linear of models compiled in the ``with`` block is checked.
+
+    Args:
+        exact: answer with the float64 products.
+        inductor: compile what is interpreted otherwise.
+    """
     seen = Seen(exact=exact)
 
-    def interpreted(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
+    def checked(gm: fx.GraphModule, *rest: Any) -> Callable[..., Any]:
         seen.graphs += 1
+        graph = compile_with_inductor(gm, *rest) if inductor else gm
 
         def run(*args: Any) -> Any:
             with _Checking(seen):
-                return gm(*args)
+                return graph(*args)
 
         return run
 
@@ -173,8 +180,9 @@ def checking(exact: bool = False) -> Iterator[Seen]:
             seen.flops.append((decision, operations(candidate, decision, compilation)))
 
     original_get, original_select = STORE.get, pipeline.select
+    compile_with_inductor = torch_private.compile_with_inductor
     with (
-        mock.patch.object(torch_private, "compile_with_inductor", interpreted),
+        mock.patch.object(torch_private, "compile_with_inductor", checked),
         mock.patch.object(STORE, "get", get),
         mock.patch.object(pipeline, "select", select),
     ):

@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -181,28 +182,14 @@ def test_out_of_memory_while_packing_again_leaves_no_stale_weight(x, monkeypatch
     assert ((compiled(x).double() - expected).abs() <= bound).all()
 
 
-def test_an_interrupted_compile_leaves_the_model_and_the_next_one_works(x, monkeypatch):
-    torch._dynamo.reset()
-    model = linear()
-    before, pack = state(model), table.pack
-
-    def interrupted(w_int8):
-        raise KeyboardInterrupt
-
-    compiled = torch.compile(model, backend="llmint8")
-    monkeypatch.setattr(table, "pack", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        compiled(x)
-    assert_left_alone(model, before)
-    monkeypatch.setattr(table, "pack", pack)
-    torch._dynamo.reset()
-    with int8fx.collect_reports() as reports:
-        compiled(x)
-    assert len(reports[0].accepted) == 1
-
-
-@pytest.mark.parametrize("step", ["quantize_weights", "codegen", "report"])
-def test_an_interrupt_at_any_step_leaves_the_model_and_the_next_call_works(x, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [(table, "pack"), (pipeline, "quantize_weights"), (pipeline, "codegen"), (pipeline, "report")],
+    ids=["pack", "quantize_weights", "codegen", "report"],
+)
+def test_an_interrupt_at_any_step_leaves_the_model_and_the_next_call_works(
+    x, monkeypatch, module, step
+):
     torch._dynamo.reset()
     model = linear()
     before = state(model)
@@ -212,7 +199,7 @@ def test_an_interrupt_at_any_step_leaves_the_model_and_the_next_call_works(x, mo
 
     compiled = torch.compile(model, backend="llmint8", options={"release_weights": step == "codegen"})
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, step, interrupted)
+        patch.setattr(module, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             compiled(x)
     assert_left_alone(model, before)
@@ -280,6 +267,24 @@ def test_a_cache_that_cannot_be_written_to_is_passed_over(tmp_path, monkeypatch)
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(blocked))
     with pytest.raises(build.BuildError, match=r"no writable directory for it: tried .*file/int8fx/"):
         build.build()
+
+
+def test_inductors_cache_that_cannot_be_written_to_is_named_and_the_next_call_works(
+    x, tmp_path, monkeypatch
+):
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory can be made here")
+    torch._dynamo.reset()
+    model = linear()
+    before = state(model)
+    compiled = torch.compile(model, backend="llmint8")
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked / "cache"))
+        with pytest.raises(Exception, match=re.escape(str(blocked / "cache"))):
+            compiled(x)
+    assert_left_alone(model, before)
+    expected, bound = expected_and_bound(x, model.weight, model.bias, 6.0, "column")
+    assert ((compiled(x).double() - expected).abs() <= bound).all()
 
 
 def test_processes_race_for_one_cache_and_a_killed_one_leaves_it_whole(tmp_path, monkeypatch):

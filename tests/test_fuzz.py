@@ -43,8 +43,11 @@ def check(program, with_inductor=False):
     assert (y - expected).abs().max() <= ROUNDING[y.dtype] * size
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if with_inductor:
-        with torch.no_grad():
-            assert_same_form(compiled(model, program), expected)
+        with torch.no_grad(), checking(exact=True, inductor=True) as through:
+            y = compiled(model, program)
+        assert through.worst <= 1, f"{through.worst_call}: {through.worst:.2f} of its bound"
+        assert_same_form(y, expected)
+        assert (y - expected).abs().max() <= ROUNDING[y.dtype] * size
     return seen
 
 

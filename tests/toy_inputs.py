@@ -144,6 +144,7 @@ ALTERNATIVES: tuple[dict[str, Maker], ...] = (
         "merge_sizes": lambda model: torch.tensor([1]),
         "pixel_values_videos": _video,
         "input_values": lambda model: torch.randn(1, 1, 4000),
+        "input_features": lambda model: _frames(model).unsqueeze(1),
     },
 )
 
