@@ -10,7 +10,10 @@ No machine with a GPU was there to write it on: the measuring half has run in re
 
 import argparse
 import copy
+import functools
+import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,35 +33,48 @@ LAYERS = (
 )
 TOKENS = (1, 16, 128, 512, 4096)
 OUTLIERS = 32
+_PER_LANE = 8  # elements of a row, at 4096 of them, in Inductor's kernel of a norm
 
 MODELLED = """\
 # LLM.int8() on a GPU: a model, not a measurement
 
 Written by `python benchmarks/gpu.py` on a machine without a GPU, from the compiled kernels and data
 sheets (`benchmarks/gpu_model.py` has the formula and every constant). A norm and the linears that read
-it, at Llama-3-8B's shapes, with {outliers} outlier columns; microseconds inside a CUDA graph. *fp16*
-is a norm and cuBLAS without any tile effect. It ranks configurations; do not quote it as speed.
+it, at Llama-3-8B's shapes, with {outliers} outlier columns in which every row has an outlier;
+microseconds inside a CUDA graph, of the column and of the token decomposition, and how many times
+as fast as *fp16*: a norm, and cuBLAS without any tile effect. It ranks configurations; do not quote it
+as speed.
 
-*Limited by* names what most of the time goes into. L2: a tile of 128 x 256 reads 384 bytes for every
-32,768 products, and Triton 3.9 has no multicast to share them between processors: with `num_ctas=2`
-and 256 x 256 for two of them, by pointers as by TMA descriptors, there is none in the PTX, and each
-keeps the whole of one operand in its shared memory. Beside the product, a norm, its quantisation and
-the gathering of outliers move 7 bytes an element of the activation, where fp16 moves 4; the last table
-has what that costs.
-*Quantising* is what each program of the decode kernel does for itself at 2 to 16 tokens.
+*Limited by* names what most of the time of the column decomposition's product goes into. L2: a tile of
+128 x 256 reads 384 bytes for every 32,768 products, and Triton 3.9 has no multicast to share them
+between processors: with `num_ctas=2` and 256 x 256 for two of them, by pointers as by TMA descriptors,
+there is none in the PTX, and each keeps the whole of one operand in its shared memory. *Quantising* is
+what each program of the decode kernel does for itself at 2 to 16 tokens. The instructions of Inductor's
+kernel of the norm are those of the code that it generates for an H100, compiled for each GPU
+(`tests/gpuless/norm_kernels.py`); AMD's are not modelled.
 
-| GPU | linears | tokens | fp16 | int8fx | ratio | configuration | limited by |
-|---|---|---|---|---|---|---|---|
+| GPU | linears | tokens | fp16 | column | ratio | token | ratio | configuration | limited by |
+|---|---|---|---|---|---|---|---|---|---|
 """
 FLOORS = """
-## What no product can mend
+## Where the time goes at {tokens} tokens on {gpu}
 
-Over fp16 at {tokens} tokens on {gpu}: the table's ratio, what it would be with a product as fast as the
-tensor cores are (no tile effects, no L2), and with that and a norm computed twice instead of written
-(5 bytes an element: the quantising kernel would read the norm's input and its scale of each row).
+The launches of the two decompositions, and what limits each, in microseconds:
 
-| linears | int8fx | a perfect product | and the norm not written |
-|---|---|---|---|
+| linears | | norm | gather | product |
+|---|---|---|---|---|
+{launches}
+
+And over fp16: both; without outliers (threshold 0); the column decomposition with a product as fast as
+the tensor cores are (no tile effects, no L2); and the token decomposition if the norm's kernel did not
+write its result in 16-bit, but marks in x_int8 and the outliers alone, scattered by column. That moves
+3 bytes an element instead of 5, and loses all the same: Inductor stores something for every element,
+where nothing is to be said to a place that nobody reads, and each such store takes {store:.0f}
+instructions an element, its address and its way through shared memory among them, where writing the
+result takes one. *By bytes alone* is the same with no limit but memory.
+
+| linears | column | token | no outliers | a perfect product | outliers scattered | by bytes alone |
+|---|---|---|---|---|---|---|
 """
 MEASURED = """\
 # LLM.int8() on a GPU: measured on {device}
@@ -76,8 +92,13 @@ def modelled_report() -> str:
     import gpu_model
 
     text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
-    text += FLOORS.format(tokens=TOKENS[-1], gpu=gpu_model.GPUS[0].name)
-    return text + "\n".join(floors()) + "\n"
+    gpu, M = gpu_model.GPUS[0], TOKENS[-1]
+    kernels = norm_kernels()[gpu.arch]
+    more = kernels["scattered"][4096][0] - kernels["marked"][4096][0]
+    text += FLOORS.format(
+        tokens=M, gpu=gpu.name, launches="\n".join(launches(gpu, M)), store=more / 2 / _PER_LANE
+    )
+    return text + "\n".join(floors(gpu, M)) + "\n"
 
 
 def modelled() -> Iterator[str]:
@@ -88,62 +109,143 @@ def modelled() -> Iterator[str]:
         for name, widths, K in LAYERS:
             for M in TOKENS:
                 fp16 = _fp16(gpu, M, widths, K)
-                seconds, label, limit = _fastest(gpu, M, sum(widths), K)
+                column, token = (_fastest(gpu, M, sum(widths), K, way) for way in ("column", "token"))
                 yield (
-                    f"| {gpu.name} | {name} | {M} | {1e6 * fp16:.1f} | {1e6 * seconds:.1f} "
-                    f"| {fp16 / seconds:.2f} | {label} | {limit} |"
+                    f"| {gpu.name} | {name} | {M} | {1e6 * fp16:.1f} "
+                    f"| {1e6 * column.seconds:.1f} | {fp16 / column.seconds:.2f} "
+                    f"| {1e6 * token.seconds:.1f} | {fp16 / token.seconds:.2f} "
+                    f"| {column.label} | {column.limit} |"
                 )
 
 
-def floors() -> Iterator[str]:
-    """Rows of the second modelled table: the first GPU at the most tokens."""
+def launches(gpu: Any, M: int) -> Iterator[str]:
+    """Rows of the second modelled table."""
+    for name, widths, K in LAYERS:
+        for way in ("column", "token"):
+            times = *_around(gpu, M, sum(widths), K, way), _product(gpu, M, sum(widths), K)[0]
+            cells = " | ".join(f"{1e6 * time.seconds:.1f}, {time.limit}" for time in times)
+            yield f"| {name} | {way} | {cells} |"
+
+
+def floors(gpu: Any, M: int) -> Iterator[str]:
+    """Rows of the third modelled table."""
     import gpu_model
 
-    gpu, M = gpu_model.GPUS[0], TOKENS[-1]
     for name, widths, K in LAYERS:
         N = sum(widths)
+        product, _ = _product(gpu, M, N, K)
+        scattered = gpu_model.scattered_gather(gpu, M, N, K, OUTLIERS) + product.seconds
+        times = (
+            _fastest(gpu, M, N, K, "column").seconds,
+            _fastest(gpu, M, N, K, "token").seconds,
+            _norm(gpu, M, K, "none").seconds + product.seconds,
+            sum(time.seconds for time in _around(gpu, M, N, K, "column"))
+            + gpu_model.matmul_int8(gpu, M, N, K),
+            _norm(gpu, M, K, "scattered").seconds + scattered,
+            gpu_model.streaming(gpu, gpu_model.MOVES["scattered"][0] * M * K) + scattered,
+        )
         fp16 = _fp16(gpu, M, widths, K)
-        around = gpu_model.norm(gpu, M, K) + gpu_model.quantize_gather(gpu, M, N, K, OUTLIERS)
-        perfect = around + gpu_model.matmul_int8(gpu, M, N, K)
-        fused = perfect - 2 * gpu_model.streaming(gpu, M * K) + 2 * gpu.gap
-        seconds, _, _ = _fastest(gpu, M, N, K)
-        ratios = (fp16 / time for time in (seconds, perfect, fused))
-        yield f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |"
+        yield f"| {name} | " + " | ".join(f"{fp16 / time:.2f}" for time in times) + " |"
+
+
+@functools.cache
+def norm_kernels() -> dict[str, Any]:
+    """``tests/gpuless/norm_kernels.py``'s table, from a process of its own."""
+    import gpu_model
+
+    script = ROOT / "tests" / "gpuless" / "norm_kernels.py"
+    names = (gpu.arch for gpu in gpu_model.GPUS if gpu.arch.startswith("sm_"))
+    architectures = list(dict.fromkeys(names))  # the first GPU's is the first
+    command = [sys.executable, str(script), *architectures]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    table = json.loads(done.stdout)
+    return {
+        arch: {kind: {int(K): issued for K, issued in row.items()} for kind, row in kinds.items()}
+        for arch, kinds in table.items()
+    }
+
+
+def _norm(gpu: Any, M: int, K: int, kind: str) -> Any:
+    import gpu_model
+
+    issued = norm_kernels()[gpu.arch][kind][K] if gpu.arch.startswith("sm_") else (0, 0)
+    return gpu_model.norm(gpu, M, K, kind, *issued)
+
+
+def _around(gpu: Any, M: int, N: int, K: int, decomposition: str) -> tuple[Any, Any]:
+    """The launches before a product: the norm's, and what gathers."""
+    import gpu_model
+    import specimens
+
+    from int8fx.kernels.gpu.gather import launch_shape
+
+    quantizes = decomposition == "column"
+    seen = specimens.quantize_gather(gpu.arch, M, K, "fp16", quantizes).inspection
+    shape = launch_shape(M, K, quantizes)
+    gather = gpu_model.quantize_gather(gpu, seen, shape, M, N, K, OUTLIERS, quantizes)
+    return _norm(gpu, M, K, decomposition), gather
 
 
 def _fp16(gpu: Any, M: int, widths: Sequence[int], K: int) -> float:
     """Seconds of a norm and cuBLAS."""
     import gpu_model
 
-    return gpu_model.norm(gpu, M, K) + sum(gpu_model.matmul_fp16(gpu, M, N, K) for N in widths)
+    products = sum(gpu_model.matmul_fp16(gpu, M, N, K) for N in widths)
+    return _norm(gpu, M, K, "fp16").seconds + products
 
 
-def _fastest(gpu: Any, M: int, N: int, K: int) -> tuple[float, str, str]:
-    """Our launches with the best row of the table: seconds, the row, what limits it."""
+@dataclass(frozen=True)
+class Fastest:
+    """All launches with the best row of the table, which row that is, and what limits it."""
+
+    seconds: float
+    label: str
+    limit: str
+
+
+def _fastest(gpu: Any, M: int, N: int, K: int, decomposition: str) -> Fastest:
+    if M <= 16:
+        before, (product, label) = _decode(gpu, M, N, K, decomposition)
+    else:
+        before = sum(time.seconds for time in _around(gpu, M, N, K, decomposition))
+        product, label = _product(gpu, M, N, K)
+    return Fastest(before + product.seconds, label, product.limit)
+
+
+def _product(gpu: Any, M: int, N: int, K: int) -> tuple[Any, str]:
     import gpu_model
     import specimens
     import torch
 
     from int8fx.kernels.gpu import configs
 
-    before = gpu_model.norm(gpu, M, K)
     times = []
-    if M <= 16:
-        # The default decomposition, by columns: one row quantises alone, its outliers three more rows.
-        kind, rows, outliers = ("rows 16", 16, 0) if M == 1 else ("quantises", 16, OUTLIERS)
-        for config in configs.decode_configs(gpu.arch, kind, N, K, gpu.processors):
-            parts = configs.split_k(kind, config, N, K, gpu.processors)
-            seen = specimens.decode(gpu.arch, kind, config, columns=K // parts).inspection
-            time = gpu_model.decode(gpu, config, seen, M, N, K, parts, rows, outliers)
-            label = f"{rows}x{config.block_n}" + f", split {parts}" * (parts > 1)
-            times.append((before + time.seconds, label, time.limit))
-        return min(times)
-    before += gpu_model.quantize_gather(gpu, M, N, K, OUTLIERS)
     for config in configs.gemm_configs(gpu.arch, M, N, torch.float16):
         seen = specimens.gemm(gpu.arch, config).inspection
         time = gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS)
-        times.append((before + time.seconds, f"{config.block_m}x{config.block_n}", time.limit))
-    return min(times)
+        times.append((time, f"{config.block_m}x{config.block_n}"))
+    return min(times, key=lambda pair: pair[0].seconds)
+
+
+def _decode(gpu: Any, M: int, N: int, K: int, decomposition: str) -> tuple[float, tuple[Any, str]]:
+    """Seconds of the norm; the product, and its label."""
+    import gpu_model
+    import specimens
+
+    from int8fx.kernels.gpu import configs, decode, digits
+
+    quantizes = M > 1 and decomposition == "column"
+    # Rows that quantise alone come with three more, their outliers' digits.
+    rows = 16 if quantizes else decode.tile_rows(M, digits.DIGITS)
+    kind, outliers = ("quantises", OUTLIERS) if quantizes else (f"rows {rows}", 0)
+    times = []
+    for config in configs.decode_configs(gpu.arch, kind, N, K, gpu.processors):
+        parts = configs.split_k(kind, config, N, K, gpu.processors)
+        seen = specimens.decode(gpu.arch, kind, config, columns=K // parts).inspection
+        time = gpu_model.decode(gpu, config, seen, M, N, K, parts, rows, outliers)
+        times.append((time, f"{rows}x{config.block_n}" + f", split {parts}" * (parts > 1)))
+    before = _norm(gpu, M, K, "fp16" if quantizes else "digits").seconds
+    return before, min(times, key=lambda pair: pair[0].seconds)
 
 
 # --- with a GPU -----------------------------------------------------------------------------------

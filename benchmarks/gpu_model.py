@@ -123,15 +123,104 @@ def _loop_instructions(seen: Any) -> int:
     return sum(loops[-1].values()) if loops else 0
 
 
-def quantize_gather(gpu: Gpu, M: int, N: int, K: int, outliers: int) -> float:
-    """``gather.py``: x read twice (once from L2), int8 and outliers written, weights gathered."""
-    nbytes = 3 * M * K + 4 * M + 4 * outliers * M + N * outliers * (SECTOR + 2)
+def quantize_gather(
+    gpu: Gpu, seen: Any, shape: dict[str, int], M: int, N: int, K: int, outliers: int, quantizes: bool
+) -> Time:
+    """``gather.py``; every row has an outlier in each of its columns.
+
+    Quantising, x is read twice (once from L2) and int8 written. Else x comes in sectors, one for each
+    outlier. Outliers are written, and weights gathered.
+
+    Args:
+        seen: its ``sass.Inspection``.
+        shape: its ``launch_shape``.
+    """
+    rows = (3 * M * K + 4 * M) if quantizes else M * min(SECTOR * outliers, 2 * K)
+    nbytes = rows + 4 * outliers * M + N * outliers * (SECTOR + 2)
+    x_programs, w_programs = math.ceil(M / shape["ROWS"]), math.ceil(N / shape["WEIGHT_ROWS"])
+    of_x, of_w = _gather_instructions(seen, shape, K, outliers, quantizes)
+    issued = of_x * math.ceil(x_programs / gpu.processors)
+    issued += of_w * math.ceil(w_programs / gpu.processors)
+    limits = {
+        "memory": nbytes / (gpu.dram * DRAM_SHARE),
+        "issue": _issue(gpu, issued * shape["num_warps"]),
+    }
+    return _slowest(gpu, limits)
+
+
+def _gather_instructions(
+    seen: Any, shape: dict[str, int], K: int, outliers: int, quantizes: bool
+) -> tuple[int, int]:
+    """Of a warp that takes rows of x, and of one that takes rows of a weight; 0 on AMD."""
+    if not seen.loops:
+        return 0, 0
+    loops = [loop for loop in seen.loops if sum(loop.values()) > 1]
+    once = sum(seen.opcodes.values()) - seen.opcodes.get("NOP", 0) - sum(map(_size, loops))
+    kinds = {"SHFL": 16 * shape["LIST_BLOCK"]}  # the list
+    if quantizes:
+        kinds |= {"HMNMX": shape["BLOCK_K"], "FFMA": shape["BLOCK_K"]}  # absmax, then int8
+    kinds |= {"FSETP": shape["LOOK_BLOCK"]}  # the witness
+    for name, block in kinds.items():
+        loop = next(loop for loop in loops if any(n.startswith(name) for n in loop))
+        loops.remove(loop)
+        passes = math.ceil(K / block) * _size(loop)
+        kinds[name] = passes
+    of_x, of_w = sorted(map(_size, loops))  # what gathers; a program has more rows of a weight
+    steps = math.ceil(outliers / shape["BLOCK_O"])
+    listing = once + kinds["SHFL"] + kinds["FSETP"]
+    rows = kinds.get("HMNMX", 0) + kinds.get("FFMA", 0)
+    return listing + rows + steps * of_x, listing + steps * of_w
+
+
+def _size(loop: dict[str, int]) -> int:
+    return sum(loop.values())
+
+
+def _issue(gpu: Gpu, instructions: float) -> float:
+    """Seconds that the busiest processor takes to issue them."""
+    return instructions / (gpu.issue * ISSUE_SHARE * gpu.clock * 1e9)
+
+
+def _slowest(gpu: Gpu, limits: dict[str, float]) -> Time:
+    limit = max(limits, key=lambda name: limits[name])
+    return Time(gpu.gap + limits[limit], limit)
+
+
+# What the kernel of a norm moves, bytes an element: through memory, x in and results out, and what it
+# stores for outliers alone (the witness, and the dump of `scattered`), which stays in L2. It reads x up
+# to three times; again is from a processor's own cache.
+MOVES = {
+    "fp16": (4, 0),  # h
+    "column": (4, 2),  # h
+    "token": (5, 2),  # h, x_int8
+    "scattered": (3, 4),  # x_int8
+    "none": (3, 0),  # x_int8
+    "digits": (6, 0),  # x_int8 and three digits
+}
+
+
+def norm(gpu: Gpu, M: int, K: int, kind: str, instructions: int, warps: int) -> Time:
+    """Inductor's norm, and what it fuses with it.
+
+    Args:
+        kind: a key of ``MOVES``.
+        instructions: of a warp, for a row.
+        warps: of a row.
+    """
+    moved, more = MOVES[kind]
+    limits = {
+        "memory": moved * M * K / (gpu.dram * DRAM_SHARE),
+        "L2": (moved + more) * M * K / gpu.l2,
+        "issue": _issue(gpu, math.ceil(M / gpu.processors) * instructions * warps),
+    }
+    return _slowest(gpu, limits)
+
+
+def scattered_gather(gpu: Gpu, M: int, N: int, K: int, outliers: int) -> float:
+    """What would gather if a norm left marks in x_int8, and its outliers by column: a sector of x_int8
+    comes for each outlier."""
+    nbytes = M * min(SECTOR * outliers, K) + 4 * outliers * M + N * outliers * (SECTOR + 2)
     return streaming(gpu, nbytes)
-
-
-def norm(gpu: Gpu, M: int, K: int) -> float:
-    """Inductor's norm: x in, h out; the witness goes to L2, two bytes an element."""
-    return max(streaming(gpu, 4 * M * K), gpu.gap + 2 * M * K / gpu.l2)
 
 
 def decode(
