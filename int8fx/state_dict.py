@@ -213,7 +213,7 @@ def _check_float(key: str, tensor: Tensor, value: Tensor | None) -> None:
         hint = ""
         if value.dtype == torch.int8:
             hint = "; int8fx.quantize_(model) before makes weights int8"
-            if isinstance(getattr(tensor, "_local_tensor", None), Int8Weight):
+            if hasattr(tensor, "to_local") and isinstance(tensor.to_local(), Int8Weight):
                 hint = ", in int8 shards: load whole weights before the model is sharded"
         raise CheckpointError(
             f"{key}: {value.dtype} in the checkpoint, {tensor.dtype} in the model{hint}"
