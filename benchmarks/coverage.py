@@ -385,11 +385,18 @@ def sweep_in_processes(
     for worker in range(workers):
         child = os.fork()
         if child == 0:
-            sweep(names[worker::workers], results, end, compiles)
-            os._exit(0)
+            code = 1
+            try:
+                sweep(names[worker::workers], results, end, compiles)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
         children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        raise SystemExit(f"{sum(map(bool, codes))} of {workers} workers died: start it again to go on")
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:

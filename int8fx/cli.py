@@ -342,8 +342,5 @@ def suggest(
     loaded, token_ids = load_with_tokens(model, text, progress)
     inputs = {"input_ids": token_ids[None, :tokens], "use_cache": False}
     with step(progress, "Measuring each linear, then mixtures", counted=True) as on_run:
-        try:
-            suggestion = run(loaded, inputs, budget=budget, on_run=on_run)
-        except ValueError as error:  # a budget that cannot be kept
-            raise UserError(str(error)) from error
+        suggestion = run(loaded, inputs, budget=budget, on_run=on_run)
     print_json(suggestion.to_dict()) if json else Console().print(suggestion)

@@ -27,6 +27,7 @@ DECOMPOSITIONS = {
 
 
 _ON_A_GPU = {"int8fx.quantized_linears.default", "int8fx.expert_linear_gpu.default"}
+WHOLE_ROW = 8192  # elements that Inductor reduces in one launch, however few rows there are
 
 
 def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
@@ -56,11 +57,13 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
 def _whole_rows(compilation: Compilation) -> dict[str, Any]:
     """What keeps the quantisation of a row in the kernel that computes it, on a GPU.
 
-    Inductor splits a reduction where rows are few and longer than 8192, as in front of Llama-3-8B's
-    down_proj: a row's absmax would be two launches, and what it scales a third.
+    Inductor splits a reduction where rows are few and longer than WHOLE_ROW, as in front of
+    Llama-3-8B's down_proj: a row's absmax would be two launches, and what it scales a third. The
+    setting is for a whole graph, so one with such a row pays for it in its other long reductions.
     """
-    targets = (node.target for scope in compilation.root.walk() for node in scope.graph.nodes)
-    return {} if _ON_A_GPU.isdisjoint(map(str, targets)) else {"split_reductions": False}
+    nodes = (node for scope in compilation.root.walk() for node in scope.graph.nodes)
+    rows = [node.args[0].meta["example_value"] for node in nodes if str(node.target) in _ON_A_GPU]
+    return {"split_reductions": False} if any(x.shape[-1] > WHOLE_ROW for x in rows) else {}
 
 
 def _int8_shards(examples: Sequence[Any]) -> str:

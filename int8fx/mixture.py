@@ -72,10 +72,10 @@ class Mixtures:
     def kl_of(self, options: Mapping[str, Any]) -> float:
         """The same of the model as the backend rewrites it with these options, traced anew.
 
-        For ``llm.int8`` the two agree bit for bit. ``w8a16`` has a product of its own in the backend's
-        graph, whose sums differ in the last bit from those here; a rounding to int8 behind it flips,
-        and that spreads: SmolLM2's divergences over 256 tokens differ by some per cent. This one is the
-        user's.
+        For ``llm.int8`` the two agree bit for bit on a CPU. ``w8a16`` has a product of its own in the
+        backend's graph, whose sums differ in the last bit from those here; a rounding to int8 behind it
+        flips, and that spreads: SmolLM2's divergences over 256 tokens differ by some per cent. This one
+        is the user's.
         """
         checked = Options.parse(options)
 

@@ -278,8 +278,9 @@ class Part:
 
     def write(self, w_int8: Tensor, w_scale: Tensor) -> None:
         """Raises:
-        RuntimeError: it is some columns of rows, whose scales are others.
+        RuntimeError: it is some columns of rows, whose scales are others; nothing is written.
         """
+        found = []
         for packed, scales, (N, K), rows, columns in self._targets:
             whole, whole_scale = packed.tensor(), scales.tensor()
             if whole is None or whole_scale is None:
@@ -293,6 +294,8 @@ class Part:
                     "checkpoint of shards is read into shards along the same dimension; "
                     "int8fx.dequantize_(model) before it is saved lifts that"
                 )
+            found.append((whole, whole_int8, whole_scale, rows, columns))
+        for whole, whole_int8, whole_scale, rows, columns in found:
             whole_int8[rows, columns] = w_int8
             whole.copy_(pack(whole_int8))
             whole_scale[rows] = w_scale

@@ -8,11 +8,12 @@ most readers get a right answer instead:
 
 | what reads it | what it gets |
 |---|---|
-| an eager call, another backend | LLM.int8(), bit for bit as compiled |
+| an eager call, another backend | LLM.int8(), on a CPU bit for bit as compiled |
 | ``.to``, ``.half()``, ``copy.deepcopy``, ``pickle`` | the int8 weight, moved or copied |
 | ``state_dict`` | ``weight`` (int8) and ``weight_scale``, as of a model that ``quantize_`` made |
 | a sum, a view, a product in float64 | the values that the int8 form stands for |
 | what writes to it (``init``, ``weight[0] = 0``) or trains it | an error that names the way back |
+| a row (``weight[0]``), a diagonal, ``flatten`` | a float copy: a write to it does not arrive |
 | ``load_state_dict`` of these entries into a float model | torch's error, which names each weight |
 
 The exact float values are all that is gone, and the log says so: ``int8fx.dequantize_(model)`` brings a

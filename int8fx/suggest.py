@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from int8fx.errors import BudgetError
 from int8fx.explanation import as_text, kind, mib
 
 FLOAT = "float"
@@ -59,7 +60,7 @@ class Suggestion:
     Attributes:
         options: for ``torch.compile(model, backend="llmint8", options=...)``.
         kl: of the model as the backend rewrites it with these options, measured on the inputs given.
-        uniform_kl: the same of each way, for all linears.
+        uniform_kl: the same of each way that all linears have, for all of them.
         model_bytes: of all parameters and buffers then, the float ones not counted that are quantised.
         linears: how each linear fared.
     """
@@ -82,7 +83,7 @@ class Suggestion:
         for each in self.linears:
             cells = (f"{each.kl[way] * 1e6:,.0f}" if way in each.kl else "" for way in WAYS)
             table.add_row(Text(each.path), *cells, each.chosen)
-        uniform = ", ".join(f"{way} {self.uniform_kl[way]:.5f}" for way in WAYS)
+        uniform = ", ".join(f"{way} {kl:.5f}" for way, kl in self.uniform_kl.items())
         lines = [
             f"alone: {FASTEST} is measured, the others are estimated from their output's error",
             f"KL of the whole model: {self.kl:.5f}; every linear in one way: {uniform}",
@@ -118,8 +119,8 @@ def suggest(
             as they are tried, of mixtures.
 
     Raises:
-        ValueError: the budget is not one of these, or cannot be kept, or weights of the model are in
-            int8 already; nothing was changed.
+        ValueError: the budget is not one of these, or cannot be kept (``BudgetError``), or weights of
+            the model are in int8 already; nothing was changed.
         TypeError: the model does not answer with logits.
     """
     _check(budget)
@@ -137,7 +138,11 @@ def suggest(
     mixtures = Mixtures(model, args, kwargs, WAYS)
     runs = _Runs(mixtures, on_run)
     linears = _measure(mixtures, runs)
-    uniform = {way: runs.kl_of({"scheme": scheme, **more}) for way, (scheme, more) in WAYS.items()}
+    uniform = {
+        way: runs.kl_of({"scheme": scheme, **more})
+        for way, (scheme, more) in WAYS.items()
+        if all(way in each.kl for each in linears)
+    }
     if "kl" in budget:
         chosen, kl = _within_kl(linears, runs, uniform, float(budget["kl"]))
     else:
@@ -215,7 +220,7 @@ def _within_kl(
     chosen = [_with(each, FASTEST) for each in linears]
     kl, target, least = uniform[FASTEST], budget, 1
     steps = _steps(chosen)
-    while kl > budget and steps:
+    while not kl <= budget and steps:
         # What the sum of the single divergences says, in the measure of what was measured.
         scale = kl / max(sum(each.kl[each.chosen] for each in chosen), 1e-12)
         taken = 0
@@ -230,6 +235,8 @@ def _within_kl(
         # Was the sum too hopeful? Aim lower; and where the single divergences are but rounding, and say
         # nothing, twice as many steps each time come to an end, too.
         target, least = 0.9 * target, 2 * least
+    if not kl <= budget:
+        raise BudgetError(f"budget={{'kl': {budget:g}}}: with every linear in float the KL is {kl:g}")
     return chosen, kl
 
 
@@ -260,7 +267,7 @@ def _within_memory(
     ]
     used = float_bytes - sum(each.float_bytes - each.kept_bytes for each in chosen)
     if used > budget:
-        raise ValueError(
+        raise BudgetError(
             f"budget={{'memory': {budget:.0f}}}: with every linear in int8 the model takes {used} "
             f"bytes ({mib(used)} MiB), in float {float_bytes}"
         )

@@ -393,4 +393,5 @@ def was_gathered(shard: Any) -> bool:
 def replace_shard(shard: Any, parameter: Any) -> None:
     """Makes FSDP2 take another parameter, before the first call."""
     shard.sharded_param = parameter
-    shard._sharded_param_data = parameter.to_local().view(-1)
+    # What it held gives its memory back; FSDP2 pads the new one before the first call.
+    shard._sharded_param_data = parameter.to_local().new_zeros(0)

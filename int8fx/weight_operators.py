@@ -224,11 +224,19 @@ def _new_zeros(func: Any, args: tuple, kwargs: dict) -> Any:
     """FSDP2 makes a shard so, of some rows or some columns, and copies its part into it."""
     weight, size = args[0], tuple(args[1])
     form = size[::-1] if weight.transposed else size
-    is_part = len(size) == 2 and (form[0] == weight.w_scale.shape[0] or form[1] == weight.K)
-    if kwargs.get("dtype") or not is_part:
+    if kwargs.get("dtype") or not _is_shard(form, (weight.w_scale.shape[0], weight.K)):
         return weight.w_scale.new_zeros(size, **({"dtype": weight.dtype} | kwargs))
     w_int8 = torch.zeros(form, dtype=torch.int8, device=weight.device)
     return weight.like(w_int8, weight.w_scale.new_zeros(form[0]))
+
+
+def _is_shard(form: tuple[int, ...], whole: tuple[int, int]) -> bool:
+    """Whether it is some rows of a matrix; or some columns, which only several processes ask for."""
+    if len(form) != 2:
+        return False
+    (rows, columns), (N, K) = form, whole
+    in_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (columns == K and rows <= N) or (in_processes and rows == N and columns <= K)
 
 
 @_on(aten.is_pinned.default)

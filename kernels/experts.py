@@ -70,11 +70,21 @@ def sorted_rows(ends: Tensor) -> Iterator[tuple[int, Rows]]:
 
 def routed_rows(experts: Tensor | None, ends: Tensor | None, E: int) -> Iterator[tuple[int, Rows]]:
     """Each expert that has rows, with these: by ``experts``, or by ``ends`` where that is given."""
+    check_routing(experts, ends, E)
     if ends is not None:
         return sorted_rows(ends)
-    if experts is None:
-        raise ValueError("rows have either their experts or, sorted, the ends of each expert's rows")
+    assert experts is not None
     return rows_of_experts(experts, E)
+
+
+def check_routing(experts: Tensor | None, ends: Tensor | None, E: int) -> None:
+    """Raises:
+    ValueError: not one of ``experts`` and ``ends``, or not an end for each expert.
+    """
+    if (experts is None) == (ends is None):
+        raise ValueError("rows have either their experts or, sorted, the ends of each expert's rows")
+    if ends is not None and ends.shape != (E,):
+        raise ValueError(f"ends has the shape {list(ends.shape)}; for {E} experts it has to be [{E}]")
 
 
 def _expert_linear(

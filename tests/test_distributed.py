@@ -253,8 +253,11 @@ def fsdp2_quantised_in_shards(rank, mesh):
         int8fx.quantize_(model)
     with pytest.raises(ValueError, match="dequantize_: FSDP2 has this model in use already"):
         int8fx.dequantize_(model)
-    floats = int8fx.dequantize_(in_fsdp2(mesh))
-    torch.testing.assert_close(floats(batch()), int8fx.dequantize_(built_int8())(batch()))
+    for rows in (N, N + 1):
+        floats = int8fx.dequantize_(in_fsdp2(mesh, rows=rows))
+        torch.testing.assert_close(
+            floats(batch()), int8fx.dequantize_(int8fx.quantize_(built(rows=rows)))(batch())
+        )
     model = fully_shard(built(), mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
     int8fx.quantize_(model)
     with pytest.raises(RuntimeError, match=r"scales of its own.*quantize_\(model\) comes before fully"):

@@ -13,7 +13,7 @@ from toy_models import build
 
 import int8fx
 from int8fx.kernels import table
-from int8fx.kernels.experts import expert_linear, rows_of_experts
+from int8fx.kernels.experts import expert_linear, routed_rows, rows_of_experts
 from int8fx.kernels.quantize import quantize_weight
 from int8fx.passes.experts import serve_experts
 
@@ -78,6 +78,20 @@ def test_sorted_rows_need_only_their_ends(weight, x):
     assert torch.equal(y, expert_linear(x, 6.0, "column", packed, w_scale, experts))
     with pytest.raises(ValueError, match="either their experts or, sorted, the ends"):
         expert_linear(x, 6.0, "column", packed, w_scale, None)
+
+
+@pytest.mark.parametrize(
+    ("experts", "ends", "message"),
+    [
+        (None, None, "either their experts or"),
+        ([0, 1], [1, 2, 2], "either their experts or"),
+        (None, [1, 2], r"ends has the shape \[2\]; for 3 experts it has to be \[3\]"),
+    ],
+)
+def test_rows_have_one_routing(experts, ends, message):
+    tensors = [None if each is None else torch.tensor(each) for each in (experts, ends)]
+    with pytest.raises(ValueError, match=message):
+        routed_rows(*tensors, 3)
 
 
 def test_rows_in_order_are_slices_and_no_copies():

@@ -111,6 +111,20 @@ def exact(monkeypatch):
     importlib.import_module("int8fx.integrations.peft")
 
 
+def test_a_merge_that_is_refused_leaves_the_way_back(base, exact):
+    model = adapted(base).eval()
+    torch.manual_seed(2)
+    model.add_adapter("bad", model.peft_config["default"])
+    for parameter in model.base_model.model.up.lora_B["bad"].parameters():
+        parameter.data.fill_(float("nan"))
+    before = base_weight(model).clone()
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(["bad"], safe_merge=True)
+    model.unmerge_adapter()
+    assert torch.equal(base_weight(model), before)
+
+
 @pytest.mark.parametrize("safe", [False, True])
 def test_unmerging_restores_the_base_bit_for_bit(base, x, exact, safe):
     model = adapted(base).eval()

@@ -415,6 +415,30 @@ def test_columns_take_values_of_the_same_scales_only(model):
     assert torch.equal(weight.w_int8[:, 3:9], before.w_int8[:, 13:19])
 
 
+def test_a_part_of_a_part_is_written_to_with_all_that_it_is_a_part_of_or_not_at_all(model):
+    weight = int8fx.quantize_(model).up.weight
+    columns = weight[:, :16]
+    before = weight.clone(), columns.clone()
+    with pytest.raises(RuntimeError, match="cannot take values with other scales"):
+        columns[:4].copy_(torch.full((4, 16), 7.0))
+    assert torch.equal(weight, before[0]) and torch.equal(columns, before[1])
+
+
+def test_a_row_is_a_float_copy(model):
+    weight = int8fx.quantize_(model).up.weight
+    before = weight.clone()
+    row = weight[3]
+    assert type(row) is torch.Tensor and torch.equal(row, before.dequantize()[3])
+    row.zero_()
+    assert torch.equal(weight, before)
+
+
+def test_zeros_of_another_shape_are_no_int8_weight(model):
+    weight = int8fx.quantize_(model).up.weight
+    assert type(weight.new_zeros(N, 8)) is torch.Tensor
+    assert type(weight.new_zeros(2 * N, K)) is torch.Tensor
+
+
 def test_a_part_does_not_keep_the_weight(model):
     weight = weight_of(model.up)
     # Autograd keeps what a view is a view of; what writes to it does not.

@@ -1,5 +1,6 @@
 """suggest: it finds the linear that is planted to be sensitive, keeps its budget, and says why."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from support import compile_once
 from torch import nn
 
 import int8fx
+from int8fx.errors import BudgetError
 from int8fx.evaluate import token_kl
 from int8fx.mixture import Mixtures
 from int8fx.suggest import FASTEST, FLOAT, WAYS, Sensitivity, _within_kl
@@ -163,12 +165,20 @@ def test_experts_have_no_product_with_weights_alone(x):
     routed, head = loose.linears
     assert routed.kl.keys() == {"llm.int8", "llm.int8 at 3", "float"} < head.kl.keys()
     assert 0 < routed.kl["llm.int8"] < 0.1 and loose.options == {}
+    assert loose.uniform_kl.keys() == {"llm.int8", "llm.int8 at 3"}
     assert loose.kl == pytest.approx(
         token_kl(model(x, experts), compile_once(model, x, experts)[0]).mean().item(), rel=0.05
     )
     none = int8fx.suggest(model, (x, experts), budget={"kl": 1e-12})
     assert {each.chosen for each in none.linears} == {"float"} and none.kl <= 1e-12
     assert str(loose)
+
+
+def test_answers_that_are_not_finite_keep_no_budget(model, x):
+    broken = copy.deepcopy(model)
+    next(broken.parameters())[0] = float("nan")
+    with pytest.raises(BudgetError, match="with every linear in float the KL is nan"):
+        int8fx.suggest(broken, x, budget={"kl": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 
 import int8fx
@@ -297,6 +299,12 @@ def test_a_damaged_checkpoint_names_the_tensor(model, tmp_path, caplog, spoil):
     with pytest.raises((RuntimeError, CheckpointError)) as raised:
         load(tmp_path)
     assert IN_A_TENSOR[spoil] in caplog.text + str(raised.value)
+
+
+def test_files_of_another_class_lack_its_head(saved):
+    model = LlamaForSequenceClassification.from_pretrained(saved, num_labels=64)
+    assert type(model.get_parameter(UP)) is Int8Weight
+    assert type(model.score.weight) is nn.Parameter
 
 
 @pytest.mark.parametrize("quantised", [False, True])

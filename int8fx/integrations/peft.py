@@ -3,8 +3,9 @@
 Nothing from here is needed to train, save, load or merge an adapter. Merging adds it to the weight and
 quantises the sum; taking it away again would leave a base that was rounded twice. So a layer keeps the
 int8 weight that it had for as long as it is merged, and puts it back. That takes the memory of a second
-int8 weight, which ``merge_and_unload`` gives back with the layer. A merged weight that was changed in
-between (``load_state_dict``) is left to peft, which takes the adapter away from what is there.
+int8 weight, which ``merge_and_unload`` gives back with the layer. A merged weight that was changed
+(``load_state_dict``), moved or copied in between is left to peft, which takes the adapter away from
+what is there.
 """
 
 import functools
@@ -39,9 +40,11 @@ def _keeps(merge: Callable[..., None]) -> Callable[..., None]:
         before: Any = None if self.merged else weight.detach().clone()
         if kept is not None and self.merged and _state(weight) == kept.merged:
             before = kept.weight
-        merge(self, *args, **kwargs)
-        if before is not None and self.merged:
-            self.__dict__[BEFORE] = _Before(before, _state(weight))
+        try:
+            merge(self, *args, **kwargs)
+        finally:  # safe_merge may refuse one adapter when others are merged already
+            if before is not None and self.merged:
+                self.__dict__[BEFORE] = _Before(before, _state(weight))
         return None
 
     return call

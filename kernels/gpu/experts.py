@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from int8fx.kernels.experts import setup_context
+from int8fx.kernels.experts import check_routing, setup_context, sorted_rows
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.columns import compact_columns, mark_columns
 from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_reference
@@ -58,13 +58,10 @@ def expert_linear_reference(
 ) -> Tensor:
     """The formula above in plain PyTorch, for sorted rows; the arguments are ``expert_linear``'s."""
     y = x.new_zeros((x.shape[0], w_scale.shape[1]))
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        rows, start = slice(start, end), end
-        if rows.start < end:
-            y[rows] = quantized_linear_reference(
-                x[rows], threshold, decomposition, weight[expert], w_scale[expert], None
-            )
+    for expert, rows in sorted_rows(ends):
+        y[rows] = quantized_linear_reference(
+            x[rows], threshold, decomposition, weight[expert], w_scale[expert], None
+        )
     return y
 
 
@@ -205,7 +202,8 @@ def expert_linear(
 
     Raises:
         TypeError: x is of another dtype.
-        ValueError: a weight of another dtype, width or device; not one of ``experts`` and ``ends``.
+        ValueError: a weight of another dtype, width or device, or not contiguous; not one of
+            ``experts`` and ``ends``, or not an end for each expert.
     """
     _check(x, weight, experts, ends)
     S, (E, N, K) = x.shape[0], weight.shape
@@ -252,8 +250,9 @@ def _check(x: Tensor, weight: Tensor, experts: Tensor | None, ends: Tensor | Non
         )
     if weight.device != x.device:
         raise ValueError(f"x is on {x.device}, and the weight on {weight.device}")
-    if (experts is None) == (ends is None):
-        raise ValueError("rows have either their experts or, sorted, the ends of each expert's rows")
+    if not weight.is_contiguous():
+        raise ValueError(f"the weight's strides are {list(weight.stride())}; it has to be contiguous")
+    check_routing(experts, ends, weight.shape[0])
 
 
 def in_order(
