@@ -231,12 +231,10 @@ def _new_zeros(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _is_shard(form: tuple[int, ...], whole: tuple[int, int]) -> bool:
-    """Whether it is some rows of a matrix; or some columns, which only several processes ask for."""
-    if len(form) != 2:
-        return False
-    (rows, columns), (N, K) = form, whole
+    """Whether it is rows of a matrix; or columns, which only several processes ask for. A process that
+    holds none asks for as many as the others hold."""
     in_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (columns == K and rows <= N) or (in_processes and rows == N and columns <= K)
+    return len(form) == 2 and (form[1] == whole[1] or (in_processes and form[0] == whole[0]))
 
 
 @_on(aten.is_pinned.default)

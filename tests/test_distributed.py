@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+import time
 from datetime import timedelta
 
 import pytest
@@ -410,10 +411,24 @@ def outcomes(tmp_path_factory):
     processes = [context.Process(target=_run, args=(rank, path, results)) for rank in range(RANKS)]
     for process in processes:
         process.start()
-    found = [results.get() for _ in range(RANKS * len(CASES))]
+    found = list(collected(results, processes, RANKS * len(CASES)))
     for process in processes:
         process.join(60)
     return found
+
+
+def collected(results, processes, count):
+    """As many results as are expected; a process that dies is an error, and leaves nobody waiting."""
+    while count:
+        if not results.empty():
+            yield results.get()
+            count -= 1
+        elif any(process.exitcode for process in processes):
+            for process in processes:
+                process.terminate()
+            pytest.fail(f"a process died: exit codes {[process.exitcode for process in processes]}")
+        else:
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
