@@ -38,8 +38,7 @@ from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_refe
 from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
 from int8fx.kernels.gpu.gather import launch_shape, quantize_without_columns
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
-from int8fx.kernels.gpu.linear import DTYPES, _empty, _launch, _precision
-from int8fx.kernels.gpu.rounding import quantize_rows
+from int8fx.kernels.gpu.linear import DTYPES, _empty, _launch, _precision, _rows
 from int8fx.kernels.gpu.routing import (
     block_of_experts,
     experts_of_rows,
@@ -271,12 +270,7 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the product reads: ``x_int8, x_scale, x, columns, count``."""
     (S, K), E = x.shape, ends.shape[0]
-    fused = threshold == 0 or decomposition == "token"
-    if fused:
-        x_int8, x_scale, source = quantize_rows(x, threshold)
-    else:
-        x_int8, x_scale = _empty(x, (S, K), torch.int8), _empty(x, (S,), torch.float32)
-        source = x
+    x_int8, x_scale, source, fused = _rows(x, threshold, decomposition)
     if threshold == 0:
         return x_int8, x_scale, x_int8, x_int8, x_int8  # the last three are not read
     taken, columns = _empty(x, (E, K), torch.int8), _empty(x, (E, K), torch.int32)

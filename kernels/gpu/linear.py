@@ -289,17 +289,21 @@ def _empty(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
+def _rows(x: Tensor, threshold: float, decomposition: str) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """``x_int8, x_scale``, where outliers are read, and whether Inductor quantises; else our kernel
+    fills the first two."""
+    if threshold == 0 or decomposition == "token":
+        return *quantize_rows(x, threshold), True
+    M, K = x.shape
+    return _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32), x, False
+
+
 def _quantize(
     x: Tensor, threshold: float, decomposition: str, linears: _Linears
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the product reads: ``x_int8, x_scale, x_gathered, w_gathered, count``."""
     M, K = x.shape
-    fused = threshold == 0 or decomposition == "token"
-    if fused:
-        x_int8, x_scale, source = quantize_rows(x, threshold)
-    else:
-        x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
-        source = x
+    x_int8, x_scale, source, fused = _rows(x, threshold, decomposition)
     if threshold == 0:
         return x_int8, x_scale, x, x, x_scale  # the last three are not read
     capacity = -(-K // BLOCK_O) * BLOCK_O
