@@ -6,7 +6,8 @@
 
 A causal model fills a static KV cache with 512 tokens and decodes 64 more; an encoder reads 32
 sequences of 128. Contenders take turns, round by round; medians with quartiles. The models are in bf16,
-but for ``smollm2-fp32``, which is for contenders whose name says no dtype.
+but for ``smollm2-fp32``, which is for contenders whose name says no dtype. Before each turn stands a
+walk over memory (``peaks.py``): the roof over decoding, which reads every weight for one token.
 
 ``--alone`` runs each contender in two processes of its own, with an empty compile cache and then with
 what the first one left there: seconds until both graphs have run, and the largest resident size.
@@ -23,9 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import peaks
 import torch
 import typer
 from figures import choose, plain
@@ -34,18 +37,27 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
+import int8fx
 from int8fx import smollm2
-from int8fx.contenders import Contender, in_bfloat16
+from int8fx.contenders import Contender, in_bfloat16, weight_bytes
 from int8fx.timing import Timing, machine, timing_of
 
 PREFILL, DECODE = 512, 64
+DECODING = f"decode {DECODE}"
 SEQUENCES, LENGTH = 32, 128
 BASELINE = "bf16 inductor"
 
 Build = Callable[[nn.Module], Callable[..., Any]]
 Steps = dict[str, Callable[[], None]]
+Results = dict[str, dict[str, Timing]]
 
 
 def eager(model: nn.Module) -> Callable[..., Any]:
@@ -132,7 +144,7 @@ class CausalSteps:
         self._token = self._prompt[:, :1]
 
     def steps(self) -> Steps:
-        return {f"prefill {PREFILL}": self._prefill, f"decode {DECODE}": self._decode}
+        return {f"prefill {PREFILL}": self._prefill, DECODING: self._decode}
 
     def _prefill(self) -> None:
         self._token = self._contender.prefill(self._prompt)
@@ -167,27 +179,57 @@ def steps_of(name: str, model_name: str, model: nn.Module, batch: int) -> Steps:
     return CausalSteps(name, model, forward, batch).steps()
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What a decode step reads its weights at, beside a plain walk over memory in the same run.
+
+    Attributes:
+        bytes_read: a step's: the weights alone, without embeddings that are not a head as well.
+        per_second, of_walk: those by the median step, and that by the median walk.
+    """
+
+    bytes_read: int
+    per_second: float
+    of_walk: float
+
+
+def bytes_read(model: PreTrainedModel, report: int8fx.Report | None) -> int:
+    modules = list(model.modules())
+    looked_up = {module.weight for module in modules if isinstance(module, nn.Embedding)}
+    looked_up -= {module.weight for module in modules if isinstance(module, nn.Linear)}
+    return weight_bytes(model, report) - sum(weight.nbytes for weight in looked_up)
+
+
 def measure(
-    contenders: Mapping[str, Steps], rounds: int, on_round: Callable[[], None]
-) -> dict[str, dict[str, Timing]]:
-    """Seconds of each step of each contender, all of which have run before; in turns."""
+    contenders: Mapping[str, Steps],
+    rounds: int,
+    walk: Callable[[], float],
+    on_round: Callable[[], None],
+) -> tuple[Results, Timing]:
+    """Seconds of each step of each contender, all of which have run before; in turns.
+
+    And what ``walk`` gave, before each turn.
+    """
     samples: dict[str, dict[str, list[float]]] = {
         name: {step: [] for step in steps} for name, steps in contenders.items()
     }
+    walks = []
     for _ in range(rounds):
         for name, steps in contenders.items():
+            walks.append(walk())
             for step, run in steps.items():
                 start = time.perf_counter()
                 run()
                 samples[name][step].append(time.perf_counter() - start)
         on_round()
-    return {
+    results = {
         name: {step: timing_of(values) for step, values in steps.items()}
         for name, steps in samples.items()
     }
+    return results, timing_of(walks)
 
 
-def show(console: Console, title: str, results: dict[str, dict[str, Timing]]) -> None:
+def show(console: Console, title: str, results: Results) -> None:
     over = BASELINE if BASELINE in results else next(iter(results))
     table = Table(title=title, caption=f"x: speed over {over}, same run; quartiles in brackets")
     table.add_column("contender", no_wrap=True)
@@ -202,7 +244,20 @@ def show(console: Console, title: str, results: dict[str, dict[str, Timing]]) ->
     console.print(table)
 
 
-def draw(results: dict[str, dict[str, dict[str, Timing]]], path: Path) -> None:
+def show_decoding(console: Console, decoding: dict[str, Decoding], walk: Timing) -> None:
+    low, median, high = (f"{value / 1e9:.1f}" for value in (walk.low, walk.median, walk.high))
+    caption = f"a walk over memory, before each turn: {median} GB/s ({low}-{high})"
+    table = Table(title="weights that a decode step reads", caption=caption)
+    table.add_column("contender", no_wrap=True)
+    for column in ("MiB", "GB/s", "of the walk"):
+        table.add_column(column, justify="right")
+    for name, found in decoding.items():
+        speed = f"{found.per_second / 1e9:.1f}"
+        table.add_row(name, f"{found.bytes_read / 2**20:,.0f}", speed, f"{found.of_walk:.0%}")
+    console.print(table)
+
+
+def draw(results: dict[str, Results], path: Path) -> None:
     """Bars of the speed over the baseline, a panel for each model and step."""
     import matplotlib.pyplot as plt
 
@@ -293,8 +348,8 @@ def alone(console: Console, names: list[str], model_name: str, batch: int) -> di
 
 def timed(
     console: Console, names: list[str], model_name: str, batch: int, rounds: int
-) -> dict[str, dict[str, Timing]]:
-    """All contenders in this process, in turns."""
+) -> tuple[Results, dict[str, Any]]:
+    """All contenders in this process, in turns; and the roof over decoding, as plain values."""
     torch.compiler.reset()
     # Every contender compiles the same forward.
     torch._dynamo.config.recompile_limit = 4 * len(CONTENDERS)
@@ -302,24 +357,36 @@ def timed(
         model = load(model_name)
     except Missing as missing:
         console.print(f"not installed, skipped: {missing}")
-        return {}
+        return {}, {}
+    gauges = peaks.Gauges(torch.get_num_threads())
+    reads: dict[str, int] = {}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(names) + rounds)
         contenders: dict[str, Steps] = {}
         for name in names:
             progress.update(task, description=f"{model_name}, batch {batch}: compiling {name}")
-            try:
-                contenders[name] = steps_of(name, model_name, model, batch)
-            except Missing as missing:
-                console.print(f"not installed, skipped: {missing}")
-                continue
-            for run in contenders[name].values():
-                run()
+            with int8fx.collect_reports() as reports:
+                try:
+                    contenders[name] = steps_of(name, model_name, model, batch)
+                except Missing as missing:
+                    console.print(f"not installed, skipped: {missing}")
+                    continue
+                for run in contenders[name].values():
+                    run()
+            if DECODING in contenders[name] and name not in IN_PLACE:
+                # Both graphs read the same packed weights.
+                reads[name] = bytes_read(model, reports[0] if reports else None)
             progress.advance(task)
         progress.update(task, description=f"{model_name}, batch {batch}: timing")
-        results = measure(contenders, rounds, lambda: progress.advance(task))
+        results, walk = measure(contenders, rounds, gauges.bytes_read, lambda: progress.advance(task))
     show(console, f"{model_name}, batch {batch}", results)
-    return results
+    decoding = {}
+    for name, read in reads.items():
+        per_second = DECODE * read / results[name][DECODING].median
+        decoding[name] = Decoding(read, per_second, per_second / walk.median)
+    if decoding:
+        show_decoding(console, decoding, walk)
+    return results, {"walk": plain(walk), "decoding": plain(decoding)}
 
 
 def main(
@@ -348,15 +415,19 @@ def main(
     console = Console()
     console.print(machine())
     results: dict[str, Any] = {}
+    roofs: dict[str, Any] = {}
     for model_name in model_names:
         for batch in sizes if model_name != "encoder" else [SEQUENCES]:
             title = f"{model_name}, batch {batch}"
             if by_itself:
                 results[title] = alone(console, names, model_name, batch)
-            elif found := timed(console, names, model_name, batch, rounds):
-                results[title] = found
+                continue
+            found, roof = timed(console, names, model_name, batch, rounds)
+            if found:
+                results[title], roofs[title] = found, roof
     if output:
-        output.write_text(json.dumps({"machine": machine(), "results": plain(results)}, indent=1))
+        found = {"machine": machine(), "results": plain(results), "memory": roofs}
+        output.write_text(json.dumps(found, indent=1))
     if plot and results and not by_itself:
         draw(results, plot)
 

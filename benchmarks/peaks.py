@@ -11,6 +11,7 @@ import ctypes
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,21 +117,37 @@ class Peaks:
         return f"at most: {int8}, {self.bytes_read / 1e9:.1f} GB/s from memory"
 
 
-def measure(threads: int) -> Peaks:
-    with tempfile.TemporaryDirectory() as directory:
-        source, library = Path(directory) / "peaks.cpp", Path(directory) / "peaks.so"
-        source.write_text(SOURCE)
-        flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
-        subprocess.run([*find_compiler(), *flags, str(source), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
+class Gauges:
+    """Both ceilings, each call one run of it."""
 
-        def median(name: str) -> float:
-            function = getattr(loaded, name)
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        with tempfile.TemporaryDirectory() as directory:
+            source, library = Path(directory) / "peaks.cpp", Path(directory) / "peaks.so"
+            source.write_text(SOURCE)
+            flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+            subprocess.run([*find_compiler(), *flags, str(source), "-o", str(library)], check=True)
+            self._library = ctypes.CDLL(str(library))
+        for function in (self._library.int8_operations_per_second, self._library.bytes_per_second):
             function.restype = ctypes.c_double
-            function(threads)
-            return statistics.median(function(threads) for _ in range(9))
 
-        return Peaks(threads, median("int8_operations_per_second") or None, median("bytes_per_second"))
+    def int8_operations(self) -> float:
+        """Per second; 0 without an instruction for them."""
+        return self._library.int8_operations_per_second(self.threads)
+
+    def bytes_read(self) -> float:
+        """Per second."""
+        return self._library.bytes_per_second(self.threads)
+
+
+def measure(threads: int) -> Peaks:
+    gauges = Gauges(threads)
+
+    def median(run: Callable[[], float]) -> float:
+        run()
+        return statistics.median(run() for _ in range(9))
+
+    return Peaks(threads, median(gauges.int8_operations) or None, median(gauges.bytes_read))
 
 
 if __name__ == "__main__":

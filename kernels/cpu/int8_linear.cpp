@@ -24,8 +24,8 @@ using namespace std::string_literals;
 namespace int8fx {
 namespace {
 
-constexpr int64_t MIN_UNIT_BYTES = 64 << 10;  // of weights: a few microseconds of work
-constexpr int64_t UNITS_PER_THREAD = 8;       // so that a disturbed thread does not hold up all
+constexpr int64_t MIN_UNIT_BYTES = 64 << 10;  // of weights, times tiles: microseconds of work
+constexpr int64_t UNITS_PER_THREAD = 32;      // so that no thread waits long for the last
 
 // The kernels that this machine can execute, best first.
 const std::vector<const Kernel*>& usable_kernels() {
@@ -179,7 +179,8 @@ struct Plan {
     int64_t blocks = 0;
     for (const Weight& weight : weights) blocks += at::divup(weight.N, BLOCK_N);
     const int64_t wanted = at::divup(blocks * row_units, threads * UNITS_PER_THREAD);
-    const int64_t least = at::divup(MIN_UNIT_BYTES, block_bytes(a.K_padded));
+    const int64_t tiles = at::divup(std::min(rows, a.M), a.row_tile);
+    const int64_t least = at::divup(MIN_UNIT_BYTES, block_bytes(a.K_padded) * tiles);
     const int64_t run = round_up(std::max(wanted, least), product.panel);
     for (const Weight& weight : weights) {
       const int64_t end = at::divup(weight.N, BLOCK_N);

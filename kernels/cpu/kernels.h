@@ -268,6 +268,7 @@ constexpr int LANES = 16;
 
 constexpr int ROW_TILE = 32, ROW_STEP = 16, PANEL = 2, OUTLIER_ROWS = 16;
 constexpr int TILE_ROWS = ROW_STEP, TILE_K = 64;
+constexpr int64_t STREAMED_ROWS = 0;
 
 using Activation = int8_t;
 

@@ -90,13 +90,30 @@ constexpr int64_t ATTENTION_SCRATCH =
 
 // Weights come from memory once per call or once per run of rows, and hardware prefetchers stop at
 // each page. So while one panel is multiplied the next is fetched into the L2 cache, in slices:
-// every tile of rows takes some lines at each step of K_MULTIPLE.
+// every tile of rows takes some lines at each step of K_MULTIPLE. A few long rows come to a line before
+// that has helped: they fetch what is NEAR bytes ahead of them, into the L1 cache.
 struct Prefetch {
+  static constexpr int64_t NEAR = 4096;
+
   const int8_t* next;
   int64_t lines;  // per step
+  bool near;
 
   void step() {
     for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+
+  // At step k of B blocks side by side, of which each is followed by the one B blocks later.
+  template <int B>
+  void step(const int8_t* w, int64_t stride, int64_t k) {
+    step();
+    if (!near) return;
+    const int8_t* later = w + NEAR + (k * BLOCK_N + NEAR < stride ? 0 : (B - 1) * stride);
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b, later += stride) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < K_MULTIPLE * BLOCK_N; i += 64) __builtin_prefetch(later + i, 0, 3);
+    }
   }
 };
 

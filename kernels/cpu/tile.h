@@ -3,6 +3,7 @@
 // namespace and under a target pragma of its own, after vectors.h and
 //
 //   ROW_TILE, PANEL        rows x blocks of 16 channels in one tile, at most
+//   STREAMED_ROWS          up to so many rows, weights are fetched shortly before they are multiplied
 //   OUTLIER_ROWS           rows that share one walk over the outlier columns
 //   tile_product           int8 x int8 -> int32 [rows][PANEL * 16], exact
 //   load_half, store_half  fp16
@@ -159,7 +160,14 @@ inline Prefetch next_panel(
   // A single row only streams the weights, which hardware prefetchers see.
   const bool again = rows > 1 && block + panel < weight.blocks();
   const int64_t lines = again ? (panel * BLOCK_N + tiles - 1) / tiles : 0;
-  return {weight.packed + (block + panel) * block_bytes(a.K_padded), lines};
+  return {weight.packed + (block + panel) * block_bytes(a.K_padded), lines, false};
+}
+
+// The same, or what is near, for `rows` rows of integers.
+inline Prefetch ahead_of(
+    const Activations& a, const Weight& weight, int64_t rows, int64_t block, int64_t panel) {
+  if (rows > STREAMED_ROWS || a.K < 2048) return next_panel(a, weight, rows, block, panel);
+  return {nullptr, 0, rows > 2};  // hardware sees two, too
 }
 
 // What the rows of a tile give: LLM.int8()'s, an integer product and an outlier product.
@@ -183,6 +191,14 @@ struct MixedRows {
   }
 };
 
+// The lines of y that a tile writes: by the time it is multiplied they are in the cache.
+template <class T, int B>
+inline void fetch_output(const Weight& weight, int64_t m, int64_t rows, int64_t n) {
+  const T* y = static_cast<const T*>(weight.y) + m * weight.N + n;
+  for (int64_t r = 0; r < rows; ++r, y += weight.N)
+    for (size_t i = 0; i < B * BLOCK_N; i += 64 / sizeof(T)) __builtin_prefetch(y + i, 1, 3);
+}
+
 template <class Rows, class T, int B>
 void multiply_panel(
     const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t block) {
@@ -191,9 +207,10 @@ void multiply_panel(
   const int8_t* w = weight.packed + block * stride;
   const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
   Rows tile{a, w, stride};
-  Prefetch ahead = next_panel(a, weight, m1 - m0, block, B);
+  Prefetch ahead = ahead_of(a, weight, (m1 - m0) * Rows::INT8_ROWS, block, B);
   for (int64_t m = m0; m < m1; m += a.row_tile) {
     const int64_t rows = std::min(a.row_tile, m1 - m);
+    fetch_output<T, B>(weight, m, rows, channels[0].n);
     tile_product<B>(a, m * Rows::INT8_ROWS, rows * Rows::INT8_ROWS, w, stride, acc, ahead);
     ahead.next += a.K_padded * ahead.lines;
     tile.template begin<B>(m, rows);
