@@ -38,13 +38,15 @@ from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_refe
 from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
 from int8fx.kernels.gpu.gather import launch_shape, quantize_without_columns
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
-from int8fx.kernels.gpu.linear import DTYPES, _empty, _launch, _precision, _rows
+from int8fx.kernels.gpu.launch import empty, launch, precision
+from int8fx.kernels.gpu.linear import DTYPES
+from int8fx.kernels.gpu.rounding import int8_rows
 from int8fx.kernels.gpu.routing import (
     block_of_experts,
     experts_of_rows,
+    order_of,
     rows_of_expert,
     rows_of_tile,
-    sort_rows,
     tiles,
 )
 
@@ -206,11 +208,12 @@ def expert_linear(
     """
     _check(x, weight, experts, ends)
     S, (E, N, K) = x.shape[0], weight.shape
-    rows, order, ends = in_order(x, experts, ends, E)
+    order, ends = order_of(experts, ends, E)
+    rows = x.contiguous() if order is None else x[order]
     x_int8, x_scale, source, columns, count = _quantize(rows, threshold, decomposition, ends)
-    y = _empty(x, (S, N), x.dtype)
+    y = empty(x, (S, N), x.dtype)
     arch = configs.architecture(x.device)
-    _launch(
+    launch(
         expert_gemm_kernel,
         configs.expert_configs(arch, S, E, N, x.dtype),
         K,
@@ -234,7 +237,7 @@ def expert_linear(
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
         ORDERED=order is not None,
-        PRECISION=_precision(x.dtype, arch),
+        PRECISION=precision(x.dtype, arch),
     )
     return y
 
@@ -254,27 +257,16 @@ def _check(x: Tensor, weight: Tensor, experts: Tensor | None, ends: Tensor | Non
     check_routing(experts, ends, weight.shape[0])
 
 
-def in_order(
-    x: Tensor, experts: Tensor | None, ends: Tensor | None, E: int
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The rows of x side by side for each expert, the order that they were brought into, their ends."""
-    if ends is not None:
-        return x.contiguous(), None, ends
-    assert experts is not None
-    order, ends = sort_rows(experts, E)
-    return x[order], order, ends
-
-
 def _quantize(
     x: Tensor, threshold: float, decomposition: str, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the product reads: ``x_int8, x_scale, x, columns, count``."""
     (S, K), E = x.shape, ends.shape[0]
-    x_int8, x_scale, source, fused = _rows(x, threshold, decomposition)
+    x_int8, x_scale, source, fused = int8_rows(x, threshold, decomposition)
     if threshold == 0:
         return x_int8, x_scale, x_int8, x_int8, x_int8  # the last three are not read
-    taken, columns = _empty(x, (E, K), torch.int8), _empty(x, (E, K), torch.int32)
-    count = _empty(x, (E,), torch.int32)
+    taken, columns = empty(x, (E, K), torch.int8), empty(x, (E, K), torch.int32)
+    count = empty(x, (E,), torch.int32)
     shape = list_shape(S, K)
     programs = E if fused else E + tiles(S, E, shape["ROWS"])
     wrap_triton(quantize_experts_kernel)[(programs,)](

@@ -14,8 +14,8 @@ from torch.library import triton_op, wrap_triton
 
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.gemm import tile_in_bands
-from int8fx.kernels.gpu.linear import _empty, _precision
-from int8fx.kernels.gpu.routing import block_of_experts, rows_of_tile, sort_rows, tiles
+from int8fx.kernels.gpu.launch import empty, precision
+from int8fx.kernels.gpu.routing import block_of_experts, order_of, rows_of_tile, tiles
 
 # One for all GPUs: a backward pass is not what these kernels are made for.
 SHAPE = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP_M": 8}
@@ -80,11 +80,8 @@ def expert_linear_backward(
         ``[S, K]`` of grad's dtype.
     """
     S, (E, N, K) = grad.shape[0], weight.shape
-    order = None
-    if ends is None:
-        assert experts is not None
-        order, ends = sort_rows(experts, E)
-    grad_x = _empty(grad, (S, K), grad.dtype)
+    order, ends = order_of(experts, ends, E)
+    grad_x = empty(grad, (S, K), grad.dtype)
     blocks = tiles(S, E, SHAPE["BLOCK_M"]) * -(-K // SHAPE["BLOCK_K"])
     wrap_triton(expert_gradient_kernel)[(blocks,)](
         grad.contiguous(),
@@ -99,7 +96,7 @@ def expert_linear_backward(
         E,
         BLOCK_E=block_of_experts(E),
         ORDERED=order is not None,
-        PRECISION=_precision(grad.dtype, configs.architecture(grad.device)),
+        PRECISION=precision(grad.dtype, configs.architecture(grad.device)),
         **SHAPE,
         **LAUNCH,
     )

@@ -19,24 +19,22 @@ Shapes depend on shapes alone, and the number of outliers stays on the device, s
 replays for any input.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from int8fx.kernels import tuning
 from int8fx.kernels.gpu import configs, decode
 from int8fx.kernels.gpu.columns import witness_rows
 from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
 from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
-from int8fx.kernels.gpu.rounding import quantize_rows
+from int8fx.kernels.gpu.launch import empty, launch, precision
+from int8fx.kernels.gpu.rounding import int8_rows, quantize_rows
 from int8fx.kernels.ops import linears_backward, linears_setup
 from int8fx.kernels.quantize import EVERYTHING
 
@@ -127,7 +125,7 @@ class _Linears:
         return {"GROUPED": len(self.weights) > 1, "HAS_BIAS": bool(self.biases)}
 
     def outputs(self, x: Tensor, *shape: Any, dtype: torch.dtype) -> list[Tensor]:
-        return [_empty(x, (*shape, N), dtype) for N in self.widths]
+        return [empty(x, (*shape, N), dtype) for N in self.widths]
 
     def tiles(self, block_n: int) -> int:
         return sum(-(-N // block_n) for N in self.widths)
@@ -165,9 +163,9 @@ def _decode(
     if sums:
         tokens = block_m // (1 + len(rows.digits))
         width = max(linears.tiles(each.block_n) * each.block_n for each in candidates)
-        summing = _empty(x, (parts, tokens, width), torch.float32), decode.zeros_for_counters(x)
+        summing = empty(x, (parts, tokens, width), torch.float32), decode.zeros_for_counters(x)
     warps, lanes = candidates[-1].num_warps, configs.warp_size(arch)
-    _launch(
+    launch(
         decode.decode_kernel,
         candidates,
         K,
@@ -185,7 +183,7 @@ def _decode(
         SUMS=sums,
         DIGITS=len(rows.digits),
         QUANTIZE=rows.quantizes,
-        PRECISION=_precision(dtype, arch),
+        PRECISION=precision(dtype, arch),
         **decode.look_shape(dtype.itemsize, warps, lanes, -(-K // parts)),
         **flags,
     )
@@ -218,8 +216,8 @@ class _DecodeRows:
 def _rows_of_decode(x: Tensor, threshold: float, decomposition: str) -> _DecodeRows:
     M, K = x.shape
     if threshold != 0 and decomposition == "column" and M > 1:
-        x_int8, x_scale = _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32)
-        work = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
+        x_int8, x_scale = empty(x, (M, K), torch.int8), empty(x, (M,), torch.float32)
+        work = empty(x, (K,), torch.int8), empty(x, (K,), torch.int32)
         return _DecodeRows(x, x_int8, x_scale, [], x_scale, work, True)
     x_int8, x_scale, x_outlier = quantize_rows(x, threshold)
     digits, digit_scale = outlier_digits(x_outlier) if threshold != 0 else ([], x_scale)
@@ -232,7 +230,7 @@ def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears)
     arch = configs.architecture(x.device)
     x_int8, x_scale, x_gathered, w_gathered, count = _quantize(x, threshold, decomposition, linears)
     outputs = linears.outputs(x, M, dtype=x.dtype)
-    _launch(
+    launch(
         gemm_kernel,
         configs.gemm_configs(arch, M, sum(linears.widths), x.dtype),
         K,
@@ -251,51 +249,10 @@ def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears)
         BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
-        PRECISION=_precision(x.dtype, arch),
+        PRECISION=precision(x.dtype, arch),
         **linears.flags,
     )
     return outputs
-
-
-def _launch(
-    kernel: Any,
-    candidates: Sequence[configs.GemmConfig] | Sequence[configs.DecodeConfig],
-    K: int,
-    grid: Callable[[dict[str, Any]], tuple[Any, ...]],
-    *args: Any,
-    **constants: Any,
-) -> None:
-    """Launches with the last of the candidates, or, while tuning, with the fastest of them."""
-    if tuning.enabled() and len(candidates) > 1:
-        wrap_triton(_tuned(kernel, tuple(candidates), K))[grid](*args, **constants)
-        return
-    chosen = candidates[-1]
-    constants |= chosen.constants(K)
-    wrap_triton(kernel)[grid(constants)](
-        *args, **constants, num_warps=chosen.num_warps, num_stages=chosen.num_stages
-    )
-
-
-@functools.cache
-def _tuned(kernel: Any, candidates: tuple[Any, ...], K: int) -> Any:
-    tried = [
-        triton.Config(candidate.constants(K), candidate.num_warps, candidate.num_stages)
-        for candidate in candidates
-    ]
-    return triton.autotune(tried, key=[])(kernel)
-
-
-def _empty(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=x.device)
-
-
-def _rows(x: Tensor, threshold: float, decomposition: str) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """``x_int8, x_scale``, where outliers are read, and whether Inductor quantises; else our kernel
-    fills the first two."""
-    if threshold == 0 or decomposition == "token":
-        return *quantize_rows(x, threshold), True
-    M, K = x.shape
-    return _empty(x, (M, K), torch.int8), _empty(x, (M,), torch.float32), x, False
 
 
 def _quantize(
@@ -303,14 +260,14 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the product reads: ``x_int8, x_scale, x_gathered, w_gathered, count``."""
     M, K = x.shape
-    x_int8, x_scale, source, fused = _rows(x, threshold, decomposition)
+    x_int8, x_scale, source, fused = int8_rows(x, threshold, decomposition)
     if threshold == 0:
         return x_int8, x_scale, x, x, x_scale  # the last three are not read
     capacity = -(-K // BLOCK_O) * BLOCK_O
-    x_gathered = _empty(x, (M, capacity), x.dtype)
-    w_gathered = _empty(x, (sum(linears.widths), capacity), x.dtype)
-    taken, columns = _empty(x, (K,), torch.int8), _empty(x, (K,), torch.int32)
-    count = _empty(x, (1,), torch.int32)
+    x_gathered = empty(x, (M, capacity), x.dtype)
+    w_gathered = empty(x, (sum(linears.widths), capacity), x.dtype)
+    taken, columns = empty(x, (K,), torch.int8), empty(x, (K,), torch.int32)
+    count = empty(x, (1,), torch.int32)
     shape = launch_shape(M, K, not fused)
     weight_rows = shape["WEIGHT_ROWS"]
     programs = -(-M // shape["ROWS"]) + linears.tiles(weight_rows)
@@ -334,11 +291,6 @@ def _quantize(
         **shape,
     )
     return x_int8, x_scale, x_gathered, w_gathered, count
-
-
-def _precision(dtype: torch.dtype, arch: str) -> str:
-    """Of the outlier product: three tf32 products are as good as fp32, where there is tf32."""
-    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
 # Gradients are straight-through, as in kernels/ops.py.

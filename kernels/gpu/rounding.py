@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels import quantize as reference
+from int8fx.kernels.gpu.launch import empty
 
 # Written as a decimal: Inductor copies constants into its output as they print.
 MIN_SCALE = tl.constexpr(1.1754943508222875e-38)
@@ -34,6 +35,15 @@ def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     x_scale = (absmax / reference.QMAX).clamp_min(reference.MIN_SCALE)
     quotient = regular * (1.0 / x_scale).unsqueeze(-1)
     return (quotient + _ROUND.value).view(torch.int32).to(torch.int8), x_scale, x_outlier
+
+
+def int8_rows(x: Tensor, threshold: float, decomposition: str) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """``x_int8, x_scale``, where outliers are read, and whether Inductor quantises; else our kernel
+    fills the first two."""
+    if threshold == 0 or decomposition == "token":
+        return *quantize_rows(x, threshold), True
+    M, K = x.shape
+    return empty(x, (M, K), torch.int8), empty(x, (M,), torch.float32), x, False
 
 
 @triton.jit

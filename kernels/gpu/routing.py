@@ -44,6 +44,14 @@ def sort_rows(experts: Tensor, E: int) -> tuple[Tensor, Tensor]:
     return order, up_to.sum(-1, dtype=torch.int32)
 
 
+def order_of(experts: Tensor | None, ends: Tensor | None, E: int) -> tuple[Tensor | None, Tensor]:
+    """``sort_rows``; the order is None where ``ends`` are given, since rows come sorted."""
+    if ends is not None:
+        return None, ends
+    assert experts is not None
+    return sort_rows(experts, E)
+
+
 def experts_of_rows(ends: Tensor, S: int) -> tuple[Tensor, Tensor]:
     """For each of S sorted rows its expert and the first row of that expert, ``[S]`` each.
 

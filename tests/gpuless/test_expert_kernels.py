@@ -22,7 +22,6 @@ from int8fx.kernels.gpu.experts import (
     expert_gemm_kernel,
     expert_linear_reference,
     expert_witness,
-    in_order,
     quantize_experts_kernel,
 )
 from int8fx.kernels.gpu.experts_gradient import expert_gradient_kernel
@@ -105,9 +104,8 @@ class Quantized:
 
 def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
     S, _, K, E = given.sizes
-    rows, order, ends = in_order(
-        given.x, None if given.ends is not None else given.experts, given.ends, E
-    )
+    order, ends = routing.order_of(given.experts, given.ends, E)
+    rows = given.x if order is None else given.x[order]
     rows, ends = poisoned(rows), poisoned(ends)
     x_int8, x_scale, x_outlier, _ = quantize_reference(rows, threshold, decomposition)
     quantizes = decomposition == "column"
@@ -239,7 +237,7 @@ def test_the_gradient_is_that_of_the_int8_weights(given, seed):
     S, N, K, E = given.sizes
     dtype = given.x.dtype
     grad = torch.randn(S, N, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    _, order, ends = in_order(given.x, None if given.ends is not None else given.experts, given.ends, E)
+    order, ends = routing.order_of(given.experts, given.ends, E)
     operands = [poisoned(grad), poisoned(ends), poisoned(ends if order is None else order)]
     grad_x = poisoned_like(torch.empty(S, K, dtype=dtype))
     operands += [given.w_int8, given.w_scale, grad_x]
