@@ -24,7 +24,8 @@ using namespace std::string_literals;
 namespace int8fx {
 namespace {
 
-constexpr int64_t MIN_UNIT_BYTES = 64 << 10;  // of weights, times tiles: microseconds of work
+constexpr int64_t FORK_BYTES = 64 << 10;      // of rows: less is not worth a second thread
+constexpr int64_t MIN_UNIT_BYTES = 16 << 10;  // of weights, times tiles of rows: a microsecond of work
 constexpr int64_t UNITS_PER_THREAD = 32;      // so that no thread waits long for the last
 
 // The kernels that this machine can execute, best first.
@@ -313,7 +314,7 @@ void multiply_rows(
   a.dense = scratch.take<bool>(tiles);
 
   const Kernel& kernel = kernel_for(a.M);
-  const int64_t grain = at::divup(MIN_UNIT_BYTES / (floats ? 4 : 1), a.row_tile * a.K_padded);
+  const int64_t grain = at::divup(FORK_BYTES / (floats ? 4 : 1), a.row_tile * a.K_padded);
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t m = tile * a.row_tile;
@@ -349,7 +350,7 @@ std::vector<int32_t> find_outlier_columns(const Kernel& kernel, const Input& in)
   const int64_t width = round_up(in.K, BLOCK_N);
   std::vector<int32_t> flags(width);
   std::mutex mutex;
-  at::parallel_for(0, in.M, at::divup(MIN_UNIT_BYTES, in.K), [&](int64_t m0, int64_t m1) {
+  at::parallel_for(0, in.M, at::divup(FORK_BYTES, in.K), [&](int64_t m0, int64_t m1) {
     if (m1 - m0 == in.M) return kernel.flag_columns(in, m0, m1, flags.data());
     std::vector<int32_t> found(width);
     kernel.flag_columns(in, m0, m1, found.data());
