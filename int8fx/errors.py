@@ -13,5 +13,17 @@ class BudgetError(UserError, ValueError):
     """A budget that no choice of options keeps."""
 
 
+class ReleasedWeightError(RuntimeError):
+    """A weight that only a compiled graph may read, see ``int8fx/release.py``."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} was released: torch.compile with options={{'release_weights': True}} keeps it in "
+            "int8, for what was compiled alone. int8fx.quantize_(model) lets everything read it in "
+            "int8; int8fx.dequantize_(model) brings back a float weight, rounded as it is; its exact "
+            "values are in the checkpoint, for model.load_state_dict after dequantize_"
+        )
+
+
 # What quantises float weights says of others, behind the model's name.
 QUANTISED = ": its weights are quantised already; give a float model"

@@ -57,7 +57,7 @@ class Options:
         inductor: Inductor config patches, applied over those of ``mode``.
         attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
             in int8, too. Off by default, as in the paper.
-        release_weights: whether modules give up their float weights for the int8 form, once compiled.
+        release_weights: whether modules give up their float weights once compiled (``release.py``).
         skips_by_default: whether a weight that is also an embedding stays in float, and routers of
             experts: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.

@@ -35,7 +35,8 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     compiles with ``backend="llmint8"`` to what the float model would compile to, bit for bit.
 
     Args:
-        model: on any device, "meta" included. Weights that are in int8 already stay.
+        model: on any device, "meta" included. Weights that are in int8 already stay; those that a
+            compile released (``release_weights``) may be read by everything from then on.
         options: ``threshold``, ``decomposition``, ``skip``, ``only``, as for ``torch.compile``
             (``int8fx.Options``). The first two are kept with the weights.
 
@@ -48,7 +49,7 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     """
     checked = Options.parse(options, "quantize_", OPTIONS)
     sites = _sites(model, checked)
-    if not any(site.accepted or site.reason == ALREADY for site in sites):
+    if not _keep_released(model) and not any(site.accepted or site.reason == ALREADY for site in sites):
         reasons = "".join(f"\n  {site.decision}" for site in sites)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
     shards = _shards(model, "quantize_")
@@ -64,6 +65,14 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     for site in sites:
         log.debug("%s", site.decision)
     return model
+
+
+def _keep_released(model: nn.Module) -> int:
+    """Makes released weights ordinary int8 weights; returns how many there were."""
+    released = [p for p in model.parameters() if isinstance(p, Int8Weight) and p.released]
+    for weight in released:
+        weight.released = False
+    return len(released)
 
 
 def decisions(model: nn.Module, **options: Any) -> list[Decision]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from int8fx import sharding
+from int8fx.errors import ReleasedWeightError
 from int8fx.kernels import ops, table
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.quantize import quantize_weight
@@ -47,6 +48,7 @@ class Int8Weight(Tensor):
         threshold, decomposition: of the activations in a product, see ``int8fx.Options``.
         part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
             is written to it is written there as well.
+        released: whether only compiled graphs may read it (``int8fx/release.py``).
     """
 
     packed: Tensor
@@ -56,6 +58,7 @@ class Int8Weight(Tensor):
     threshold: float
     decomposition: str
     part_of: "Part | None" = None
+    released: bool = False
 
     # Torch functions are taken apart into aten operators before they come here.
     __torch_function__ = without_torch_functions
@@ -118,6 +121,13 @@ class Int8Weight(Tensor):
     def int8_bytes(self) -> int:
         """What it takes in memory."""
         return self.packed.nbytes + self.w_scale.nbytes
+
+    def check_readable(self, name: str = "") -> None:
+        """Raises:
+        ReleasedWeightError: only compiled graphs may read it.
+        """
+        if self.released:
+            raise ReleasedWeightError(name or f"a weight of shape {list(self.shape)}")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float tensor that this stands for, contiguous, in its dtype or another."""
@@ -191,11 +201,14 @@ class Int8Weight(Tensor):
     # --- torch's protocols -----------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        return ["packed", "w_scale"], self._attributes()
+        return ["packed", "w_scale"], self._attributes() | {"released": self.released}
 
     @classmethod
     def __tensor_unflatten__(cls, inner, attributes, size, stride) -> "Int8Weight":
-        return cls(inner["packed"], inner["w_scale"], size=size, stride=stride, **attributes)
+        form = {name: value for name, value in attributes.items() if name != "released"}
+        weight = cls(inner["packed"], inner["w_scale"], size=size, stride=stride, **form)
+        weight.released = attributes["released"]
+        return weight
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -206,9 +219,10 @@ class Int8Weight(Tensor):
     def _stable_hash_for_caching(self) -> str:
         """What compile caches tell weights apart by: everything but the values."""
         form = (tuple(self.shape), self.stride(), self.device, tuple(self.packed.shape))
-        return f"Int8Weight{(*form, *self._attributes().values())}"
+        return f"Int8Weight{(*form, *self._attributes().values(), self.released)}"
 
     def __deepcopy__(self, memo):
+        self.check_readable()
         if id(self) not in memo:
             parts = self.packed.clone(), self.w_scale.clone()
             copied = self.with_packed(*parts, size=self.shape, stride=self.stride())
@@ -217,6 +231,7 @@ class Int8Weight(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
+        self.check_readable()
         # Not the packed form: a pickle may be read on a machine with another kernel.
         return _rebuild, (self.w_int8, self.w_scale, self._attributes(), self._extras())
 
@@ -261,7 +276,7 @@ class Int8Weight(Tensor):
 
     def _extras(self) -> dict[str, Any]:
         """What else was set on the tensor: ``_is_param``, and whatever frameworks left."""
-        own = {"packed", "w_scale", "part_of", *self._attributes()}
+        own = {"packed", "w_scale", "part_of", "released", *self._attributes()}
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
 
@@ -352,6 +367,7 @@ def _rebuild_packed(packed: Tensor, w_scale: Tensor, attributes: dict, extras: d
 
 def _share(weight: Int8Weight) -> tuple:
     # Between processes of one machine the packed form itself is handed on, in shared memory.
+    weight.check_readable()
     arguments = weight.packed, weight.w_scale, weight._attributes(), weight._extras()
     return _rebuild_packed, arguments
 

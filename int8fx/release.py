@@ -1,30 +1,31 @@
 """Release: once a graph is compiled, its modules hold int8 weights in place of the float ones.
 
-What ``quantize_`` does to a model before, the option ``release_weights`` does at the compile, with
-what was packed for it. The rule is that whatever reads a released weight afterwards must neither crash
-nor get garbage. Freed memory would have to be guarded: each reader met with an error that says what
-happened and how to get the weight back. Nothing here is freed while something can still read it, so
-most readers get a right answer instead:
+The option ``release_weights`` does at the compile what ``quantize_`` does to a model before, with what
+was packed for the graph, but for one thing: whoever gives the option wants what was compiled and no
+more, and had float weights a moment ago. So nothing else reads a released weight unasked, as if it
+were the float one:
 
 | what reads it | what it gets |
 |---|---|
-| an eager call, another backend | LLM.int8(), on a CPU bit for bit as compiled |
-| ``.to``, ``.half()``, ``copy.deepcopy``, ``pickle`` | the int8 weight, moved or copied |
-| ``state_dict`` | ``weight`` (int8) and ``weight_scale``, as of a model that ``quantize_`` made |
-| a sum, a view, a product in float64 | the values that the int8 form stands for |
-| what writes to it (``init``, ``weight[0] = 0``) or trains it | an error that names the way back |
-| a row (``weight[0]``), a diagonal, ``flatten`` | a float copy: a write to it does not arrive |
-| ``load_state_dict`` of these entries into a float model | torch's error, which names each weight |
+| the compiled graph, and the next one for other shapes | the int8 weight |
+| an eager call, another backend, an operator | ``ReleasedWeightError`` |
+| ``state_dict``, ``copy.deepcopy``, ``pickle``, ``.to``, ``.half()`` | the same |
+| ``int8fx.quantize_(model)`` | a model in int8, which everything may read |
+| ``int8fx.dequantize_(model)`` | a float one, with the values that the int8 weights stand for |
+| ``load_state_dict`` | quantises what it loads; the weight stays released |
+| what tells its shape, dtype, device or size in memory | these |
 
-The exact float values are all that is gone, and the log says so: ``int8fx.dequantize_(model)`` brings a
-float parameter back, with the values that the int8 one stands for.
+The error names both ways back, the log the first time. The memory is not freed but taken over, so that
+there is nothing to crash on.
 
 This happens before Dynamo builds the guards of the graph, so it does not compile again.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,8 +56,9 @@ def release(compilation: Compilation) -> Collection[int]:
             released.add(slot.position)
     if released:
         log.info(
-            "release_weights: %d weights are in int8 now, and their float values are gone; "
-            "int8fx.dequantize_(model) brings float weights back, rounded as they are",
+            "release_weights: %d weights are in int8 now, for what was compiled alone; "
+            "int8fx.quantize_(model) lets everything read them, int8fx.dequantize_(model) brings float "
+            "weights back, rounded as they are",
             len(released),
         )
     if kept:
@@ -86,11 +88,26 @@ def _release(compilation: Compilation, slot: Slot) -> str:
     weight = _int8_weight(compilation, slot, tensor)
     if weight is None:
         return f"it is seen through {slot.expression.recipe}"
+    weight.released = True
     owner.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     state_dict.attach(owner)
     if isinstance(root, nn.Module):
         state_dict.check_on_load(root)
+        # Else ``.to`` would have moved what comes before this weight when it raises.
+        root._apply = functools.partial(_apply, root)  # type: ignore[method-assign]
     return ""
+
+
+def _apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """What ``.to`` and its like go through.
+
+    Raises:
+        ReleasedWeightError: names the first weight that was released; nothing is changed.
+    """
+    for name, weight in module.named_parameters():
+        if isinstance(weight, Int8Weight):
+            weight.check_readable(name)
+    return type(module)._apply(module, *args, **kwargs)
 
 
 def _int8_weight(compilation: Compilation, slot: Slot, tensor: Tensor) -> Int8Weight | None:

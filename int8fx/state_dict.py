@@ -76,6 +76,7 @@ def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, meta
     for name, _ in _int8_parameters(module):
         weight = state.get(prefix + name)
         if isinstance(weight, Int8Weight):
+            weight.check_readable(prefix + name)
             state.update(entries(prefix + name, weight))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from int8fx.kernels import ops, table
 from int8fx.quantized_weight import Int8Weight, Part, drop_weak_references
-from int8fx.torch_private import map_tensors, with_aliasing_of
+from int8fx.torch_private import is_fake, map_tensors, with_aliasing_of
 
 # What LLM.int8() takes the place of; a product in another dtype uses the de-quantised weight.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +20,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 
 Handler = Callable[[Any, tuple, dict], Any]
+# They read no values, and what they return is released as well.
+_ON_RELEASED = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.is_pinned.default,
+}
 _HANDLERS: dict[Any, Handler] = {}
 
 
@@ -27,9 +34,20 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
     """An operator with an ``Int8Weight`` among its arguments.
 
     Raises:
-        RuntimeError: the operator would write to the weight.
+        RuntimeError: the operator would write to the weight, or the weight was released.
     """
+    if func not in _ON_RELEASED:
+        # A copy into a weight does not read it.
+        read = args[1:] if func is aten.copy_.default else args
+        map_tensors(Int8Weight, _check_readable, (read, kwargs))
     return _HANDLERS.get(func, _on_the_float_values)(func, args, kwargs)
+
+
+def _check_readable(weight: Int8Weight) -> Int8Weight:
+    # Dynamo runs what it traces on fakes, before any backend has the graph.
+    if not is_fake(weight.packed):
+        weight.check_readable()
+    return weight
 
 
 def _on(*functions: Any) -> Callable[[Handler], Handler]:
@@ -98,7 +116,7 @@ def _view_of(func: Any, args: tuple, kwargs: dict, size: Any, stride: Any, **cha
     view = weight.with_packed(
         weight.packed.detach(), weight.w_scale.detach(), size=size, stride=stride, **changed
     )
-    view.part_of = weight.part_of
+    view.part_of, view.released = weight.part_of, weight.released
     return with_aliasing_of(func, args, kwargs, view)
 
 
