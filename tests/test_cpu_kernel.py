@@ -24,9 +24,10 @@ each_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
-# Around the kernels' tiles (2, 6, 12 and 32 rows), blocks (16 channels) and steps (4 and 64 k).
+# Around the kernels' tiles (2, 6, 12 and 32 rows), blocks (16 channels) and steps (4 and 64 k); and a K
+# so long that a few rows fetch weights another way.
 ROWS = (0, 1, 2, 5, 12, 13, 16, 17, 25, 33, 40, 70)
-SHAPES = ((1, 1), (63, 15), (64, 16), (65, 17), (130, 48), (576, 100))
+SHAPES = ((1, 1), (63, 15), (64, 16), (65, 17), (130, 48), (576, 100), (2100, 40))
 each_shape = pytest.mark.parametrize(("K", "N"), SHAPES, ids=lambda value: str(value))
 
 
