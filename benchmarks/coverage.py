@@ -51,6 +51,7 @@ from toy_models import Toy, architectures, build  # noqa: E402
 import int8fx  # noqa: E402
 from int8fx.torch_private import compile_counts  # noqa: E402
 
+RESULTS = Path(__file__).with_suffix(".jsonl")  # kept with the code: a sweep takes hours
 LIMIT = 240  # seconds of processor time for one architecture
 INDUCTOR_ONLY = "fails under llmint8 only"
 EXACT = 1e-3  # relative error of a whole output with exact products, in fp32
@@ -409,7 +410,7 @@ def load(results: Path) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", help="fnmatch pattern of architectures, examined again")
     parser.add_argument("--names", type=Path, help="a file of architectures: just these, a line each")
     parser.add_argument("--again", nargs="*", default=[], help="statuses to examine again")

@@ -149,9 +149,10 @@ def _memory(name: str) -> int:
 
 def show(results: list[Measured]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("MiB", "footprint", "linears", "of bf16", "peak", "over footprint", "resident")
+    figures = ("footprint", "linears", "of bf16", "peak", "over footprint", "resident")
+    table = Table(Column("MiB", no_wrap=True), *figures)
     of_bf16 = results[0].linears
     for result in results:
         table.add_row(
