@@ -163,11 +163,12 @@ inline Prefetch next_panel(
   return {weight.packed + (block + panel) * block_bytes(a.K_padded), lines, false};
 }
 
-// The same, or what is near, for `rows` rows of integers.
+// The same, or what is near, for rows that are int8_rows rows of integers.
 inline Prefetch ahead_of(
-    const Activations& a, const Weight& weight, int64_t rows, int64_t block, int64_t panel) {
-  if (rows > STREAMED_ROWS || a.K < 2048) return next_panel(a, weight, rows, block, panel);
-  return {nullptr, 0, rows > 2};  // hardware sees two, too
+    const Activations& a, const Weight& weight, int64_t rows, int64_t int8_rows, int64_t block,
+    int64_t panel) {
+  if (int8_rows > STREAMED_ROWS || a.K < 2048) return next_panel(a, weight, rows, block, panel);
+  return {nullptr, 0, int8_rows > 2};  // hardware sees two, too
 }
 
 // What the rows of a tile give: LLM.int8()'s, an integer product and an outlier product.
@@ -207,7 +208,7 @@ void multiply_panel(
   const int8_t* w = weight.packed + block * stride;
   const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
   Rows tile{a, w, stride};
-  Prefetch ahead = ahead_of(a, weight, (m1 - m0) * Rows::INT8_ROWS, block, B);
+  Prefetch ahead = ahead_of(a, weight, m1 - m0, (m1 - m0) * Rows::INT8_ROWS, block, B);
   for (int64_t m = m0; m < m1; m += a.row_tile) {
     const int64_t rows = std::min(a.row_tile, m1 - m);
     fetch_output<T, B>(weight, m, rows, channels[0].n);
