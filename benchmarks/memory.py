@@ -156,7 +156,7 @@ def show(results: list[Measured]) -> None:
     of_bf16 = results[0].linears
     for result in results:
         table.add_row(
-            result.contender,
+            result.contender.split()[0],  # at 80 columns there is no room for its dtype
             f"{result.footprint / MIB:,.0f}",
             f"{result.linears / MIB:,.0f}",
             f"{result.linears / of_bf16:.3f}x",
