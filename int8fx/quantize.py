@@ -49,10 +49,13 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     """
     checked = Options.parse(options, "quantize_", OPTIONS)
     sites = _sites(model, checked)
-    if not _keep_released(model) and not any(site.accepted or site.reason == ALREADY for site in sites):
+    released = [p for p in model.parameters() if isinstance(p, Int8Weight) and p.released]
+    if not released and not any(site.accepted or site.reason == ALREADY for site in sites):
         reasons = "".join(f"\n  {site.decision}" for site in sites)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
     shards = _shards(model, "quantize_")
+    for kept in released:
+        kept.released = False
     for shared in _by_weight(sites):
         weight = shared[0].weight
         quantized = _quantized(weight, shared[0].transposed, checked)
@@ -65,14 +68,6 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     for site in sites:
         log.debug("%s", site.decision)
     return model
-
-
-def _keep_released(model: nn.Module) -> int:
-    """Makes released weights ordinary int8 weights; returns how many there were."""
-    released = [p for p in model.parameters() if isinstance(p, Int8Weight) and p.released]
-    for weight in released:
-        weight.released = False
-    return len(released)
 
 
 def decisions(model: nn.Module, **options: Any) -> list[Decision]:
