@@ -24,9 +24,9 @@ each_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
-# Around the kernels' tiles (2, 6, 12 and 32 rows), blocks (16 channels) and steps (4 and 64 k); and a K
-# so long that a few rows fetch weights another way.
-ROWS = (0, 1, 2, 5, 12, 13, 16, 17, 25, 33, 40, 70)
+# Around the kernels' tiles (2, 6, 12, 16 and 32 rows), blocks (16 channels) and steps (4 and 64 k); and
+# a K so long that a few rows read weights in another order.
+ROWS = (0, 1, 2, 5, 6, 7, 12, 13, 16, 17, 25, 33, 40, 70)
 SHAPES = ((1, 1), (63, 15), (64, 16), (65, 17), (130, 48), (576, 100), (2100, 40))
 each_shape = pytest.mark.parametrize(("K", "N"), SHAPES, ids=lambda value: str(value))
 
@@ -196,7 +196,7 @@ def test_row_does_not_depend_on_the_batch(isa, flagged):
     columns = torch.arange(100) < flagged
     x_outlier[:, ~columns] = 0
     whole = ops.int8_linear(x_int8, x_scale, x_outlier, columns, packed, w_scale, bias)
-    for M in (1, 2, 12, 17, 32, 47):
+    for M in (1, 2, 7, 12, 16, 17, 32, 47):
         own = columns & (x_outlier[-M:] != 0).any(0)
         part = ops.int8_linear(x_int8[-M:], x_scale[-M:], x_outlier[-M:], own, packed, w_scale, bias)
         assert torch.equal(part, whole[-M:])

@@ -104,5 +104,12 @@ struct DigitRows {
 
 template <class T>
 constexpr Product IN_DIGITS{
-    ROW_TILE / DIGITS<T>, 1,       PANEL,   DIGITS<T> * sizeof(Activation), pack_digits_as<T>,
-    nullptr,              nullptr, multiply_rows<DigitRows<T>, T>};
+    ROW_TILE / DIGITS<T>,
+    ONE_TILE / DIGITS<T>,
+    1,
+    PANEL,
+    DIGITS<T> * sizeof(Activation),
+    pack_digits_as<T>,
+    nullptr,
+    nullptr,
+    multiply_rows<DigitRows<T>, T>};

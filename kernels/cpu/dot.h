@@ -12,11 +12,9 @@
 //
 // A tile of rows is packed [K_padded / 4][rows][4], so that the walk over K reads one stream.
 
-// Zen 5 reads a weight of 4096 x 4096 for 4 rows at 56 GB/s instead of 48, and one of 14336 x 4096 at
-// 63 instead of 51; where memory gives it 50 GB/s at most, nothing is gained, and 4 % lost.
-constexpr int64_t STREAMED_ROWS = 8;
+constexpr bool FETCHES_NEAR = true;
 
-template <int R, int B>
+template <int R, int B, bool NEAR>
 void dot_tile(
     const Activation* x, const int8_t* w, int64_t w_stride, int64_t k_padded, int32_t* acc,
     Prefetch ahead) {
@@ -31,10 +29,15 @@ void dot_tile(
     for (int r = 0; r < R; ++r) sums[0][r][v] = first;
   }
   for (int64_t k = 0; k < k_padded; k += K_MULTIPLE) {
-    ahead.step<B>(w, w_stride, k);
+    ahead.step();
+    const int8_t* later = ahead.later<B>(w, w_stride, k);
     for (int i = 0; i < K_MULTIPLE; i += 4 * CHAINS) {
 #pragma GCC unroll 4
-      for (int c = 0; c < CHAINS; ++c) {
+      for (int c = 0; c < CHAINS; ++c, later += 4 * BLOCK_N) {
+        if constexpr (NEAR) {
+#pragma GCC unroll 2
+          for (int b = 0; b < B; ++b) __builtin_prefetch(later + b * w_stride, 0, 3);
+        }
         W columns[WIDTH];
 #pragma GCC unroll 8
         for (int v = 0; v < WIDTH; ++v)
@@ -63,20 +66,22 @@ void dot_tile(
   }
 }
 
-using DotTile = decltype(&dot_tile<1, 1>);
+using DotTile = decltype(&dot_tile<1, 1, true>);
 
-template <int B, int... R>
-constexpr std::array<DotTile, ROW_TILE> dot_tiles(std::integer_sequence<int, R...>) {
-  return {dot_tile<R + 1, B>...};
+template <int B, bool NEAR, int... R>
+constexpr std::array<DotTile, sizeof...(R)> dot_tiles(std::integer_sequence<int, R...>) {
+  return {dot_tile<R + 1, B, NEAR>...};
 }
 
 template <int B>
 void tile_product(
     const Activations& a, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride,
     int32_t* acc, Prefetch ahead) {
-  static constexpr auto TILES = dot_tiles<B>(std::make_integer_sequence<int, ROW_TILE>());
+  constexpr std::make_integer_sequence<int, B == 1 ? ONE_TILE : ROW_TILE> ROWS;
+  static constexpr auto TILES = dot_tiles<B, false>(ROWS), NEAR_TILES = dot_tiles<B, true>(ROWS);
   const auto* x = static_cast<const Activation*>(a.packed) + m * a.K_padded;
-  TILES[rows - 1](x, w, w_stride, a.K_padded, acc, ahead);
+  const auto& tiles = ahead.near ? NEAR_TILES : TILES;
+  tiles[rows - 1](x, w, w_stride, a.K_padded, acc, ahead);
 }
 
 void pack_tile(const Activations& a, int64_t tile) {

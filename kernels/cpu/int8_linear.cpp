@@ -154,7 +154,8 @@ struct Blocks {
 
 // Rows a tile: as many as the product likes, or fewer, so that the last tile is not much shorter.
 int64_t even_tiles(const Product& product, int64_t M) {
-  return round_up(at::divup(M, at::divup(M, product.row_tile)), product.row_step);
+  const int64_t tiles = M <= product.one_tile ? 1 : at::divup(M, product.row_tile);
+  return round_up(at::divup(M, tiles), product.row_step);
 }
 
 // What dense outliers take in the cache, for each row on average.

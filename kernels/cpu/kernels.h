@@ -71,7 +71,7 @@ namespace avx512_vnni {
 constexpr int LANES = 16;
 #include "vectors.h"
 
-constexpr int ROW_TILE = 12, ROW_STEP = 1, PANEL = 2, VECTORS = 1, OUTLIER_ROWS = 12;
+constexpr int ROW_TILE = 12, ONE_TILE = 16, ROW_STEP = 1, PANEL = 2, VECTORS = 1, OUTLIER_ROWS = 12;
 
 using Activation = uint8_t;
 using X = __m512i;
@@ -266,9 +266,9 @@ namespace amx_int8 {
 constexpr int LANES = 16;
 #include "vectors.h"
 
-constexpr int ROW_TILE = 32, ROW_STEP = 16, PANEL = 2, OUTLIER_ROWS = 16;
+constexpr int ROW_TILE = 32, ONE_TILE = 32, ROW_STEP = 16, PANEL = 2, OUTLIER_ROWS = 16;
 constexpr int TILE_ROWS = ROW_STEP, TILE_K = 64;
-constexpr int64_t STREAMED_ROWS = 0;
+constexpr bool FETCHES_NEAR = false;
 
 using Activation = int8_t;
 
@@ -385,7 +385,7 @@ namespace avx2 {
 constexpr int LANES = 8;
 #include "vectors.h"
 
-constexpr int ROW_TILE = 2, ROW_STEP = 1, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
+constexpr int ROW_TILE = 2, ONE_TILE = 2, ROW_STEP = 1, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
 
 using Activation = int16_t;
 using X = __m256i;
@@ -461,7 +461,7 @@ namespace avx_vnni {
 constexpr int LANES = 8;
 #include "vectors.h"
 
-constexpr int ROW_TILE = 6, ROW_STEP = 1, PANEL = 1, VECTORS = 2, OUTLIER_ROWS = 4;
+constexpr int ROW_TILE = 6, ONE_TILE = 6, ROW_STEP = 1, PANEL = 1, VECTORS = 2, OUTLIER_ROWS = 4;
 
 using Activation = uint8_t;
 using X = __m256i;
@@ -504,7 +504,7 @@ namespace portable {
 constexpr int LANES = 4;
 #include "vectors.h"
 
-constexpr int ROW_TILE = 4, ROW_STEP = 1, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
+constexpr int ROW_TILE = 4, ONE_TILE = 4, ROW_STEP = 1, PANEL = 1, VECTORS = 4, OUTLIER_ROWS = 4;
 
 using Activation = int8_t;
 struct X {
@@ -562,8 +562,8 @@ bool supported() { return true; }
 #define INT8FX_KERNEL(isa, min_rows, enter, leave, weight_only)                                \
   Kernel {                                                                                     \
     #isa, isa::supported, min_rows, isa::flag_columns, isa::quantize_rows,                      \
-        Product{isa::ROW_TILE,  isa::ROW_STEP, isa::PANEL, sizeof(isa::Activation),             \
-                isa::pack_tile, enter,         leave,      isa::multiply},                      \
+        Product{isa::ROW_TILE, isa::ONE_TILE, isa::ROW_STEP, isa::PANEL,                        \
+                sizeof(isa::Activation), isa::pack_tile, enter, leave, isa::multiply},          \
         weight_only, isa::QUERIES, isa::attend                                                 \
   }
 

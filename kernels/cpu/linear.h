@@ -90,37 +90,30 @@ constexpr int64_t ATTENTION_SCRATCH =
 
 // Weights come from memory once per call or once per run of rows, and hardware prefetchers stop at
 // each page. So while one panel is multiplied the next is fetched into the L2 cache, in slices:
-// every tile of rows takes some lines at each step of K_MULTIPLE. A few long rows come to a line before
-// that has helped: they fetch what is NEAR bytes ahead of them, into the L1 cache.
+// every tile of rows takes some lines at each step of K_MULTIPLE. A single tile comes to a line before
+// that has helped: with each line that it multiplies it fetches the one `near` bytes on, into the L1
+// cache. (One by one: 16 at a time keep the loads waiting that the product wants now.)
 struct Prefetch {
-  static constexpr int64_t NEAR = 4096;
-
   const int8_t* next;
   int64_t lines;  // per step
-  bool near;
+  int64_t near;   // or 0
 
   void step() {
     for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
   }
 
-  // At step k of B blocks side by side, of which each is followed by the one B blocks later.
+  // What is fetched near step k of B blocks side by side, of which each is followed by the one B later.
   template <int B>
-  void step(const int8_t* w, int64_t stride, int64_t k) {
-    step();
-    if (!near) return;
-    const int8_t* later = w + NEAR + (k * BLOCK_N + NEAR < stride ? 0 : (B - 1) * stride);
-#pragma GCC unroll 2
-    for (int b = 0; b < B; ++b, later += stride) {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < K_MULTIPLE * BLOCK_N; i += 64) __builtin_prefetch(later + i, 0, 3);
-    }
+  const int8_t* later(const int8_t* w, int64_t stride, int64_t k) const {
+    return w + near + (k * BLOCK_N + near < stride ? 0 : (B - 1) * stride);
   }
 };
 
 // Rows in one form, and how they are multiplied with weights. `multiply` computes rows [m0, m1) x
 // blocks [b0, b1) of y; m0 is a multiple of the row tile.
 struct Product {
-  int64_t row_tile;        // at most so many rows at once
+  int64_t row_tile;        // at most so many rows at once,
+  int64_t one_tile;        // or so many where no others follow
   int64_t row_step;        // in multiples of so many
   int64_t panel;           // blocks that are multiplied at once
   int64_t element_bytes;   // of a packed activation
