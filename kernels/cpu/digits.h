@@ -14,7 +14,6 @@
 //
 // Included after dot.h, tile.h and quantize.h, with
 //
-//   to_ints                rounds to nearest
 //   digit_quads            of LANES integers, 4 by 4: the lowest bytes of a quad, the next higher, ...
 
 constexpr int BASE_BITS = 8;

@@ -87,6 +87,9 @@ inline void dot(Sums& sums, X x, W w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { store(out, *sums); }
 
+inline Words load_words(const void* p) {
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+}
 inline Floats load_half(const void* p) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -275,7 +278,9 @@ using Activation = int8_t;
 using avx512_vnni::fma;
 using avx512_vnni::fnma;
 using avx512_vnni::load_half;
+using avx512_vnni::load_words;
 using avx512_vnni::store_half;
+using avx512_vnni::to_ints;
 
 // Fewer than 16 rows make shorter tiles; otherwise the last tile is padded with rows of zeros.
 inline int64_t tile_rows(const Activations& a) { return std::min<int64_t>(TILE_ROWS, a.M); }
@@ -413,6 +418,9 @@ inline void store_sums(int32_t* out, const Sums* sums) {
   }
 }
 
+inline Words load_words(const void* p) {
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+}
 inline Floats load_half(const void* p) {
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
@@ -431,6 +439,7 @@ inline Floats to_floats(const int8_t* p) {
   return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline Floats repeat_quad(const float* p) { return (Floats)_mm256_broadcast_ps((const __m128*)p); }
+inline Ints to_ints(Floats v) { return (Ints)_mm256_cvtps_epi32((__m256)v); }
 
 #include "dot.h"
 #include "tile.h"
@@ -482,7 +491,9 @@ inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 
 using avx2::fma;
 using avx2::fnma;
 using avx2::load_half;
+using avx2::load_words;
 using avx2::store_half;
+using avx2::to_ints;
 
 #include "dot.h"
 #include "tile.h"
@@ -528,6 +539,7 @@ inline void dot(Sums& sums, const X& x, const W& w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
+inline Words load_words(const void* p) { return __builtin_convertvector(load<Halves>(p), Words); }
 inline Floats load_half(const void* p) {
   Floats v;
   for (int i = 0; i < LANES; ++i) v[i] = static_cast<const c10::Half*>(p)[i];
@@ -541,6 +553,11 @@ inline Floats to_floats(const int8_t* p) {
   return __builtin_convertvector(load<Bytes>(p), Floats);
 }
 inline Floats repeat_quad(const float* p) { return load<Floats>(p); }
+inline Ints to_ints(Floats v) {
+  // Adding 1.5 · 2^23 rounds to the nearest even integer, up to 2^22.
+  constexpr float ROUND = 12582912.0f;
+  return __builtin_convertvector((v + ROUND) - ROUND, Ints);
+}
 
 #include "dot.h"
 #include "tile.h"

@@ -1,5 +1,9 @@
 // Quantise: rows of floats to int8 with their outliers taken out, as kernels/quantize.py states it.
-// No include guard: included once per instruction set, as tile.h is.
+// No include guard: included once per instruction set, as tile.h is, after
+//
+//   load_words             LANES uint16, as uint32
+//   load_half              LANES fp16
+//   to_ints                rounds to nearest even
 //
 // Two passes, because in the column decomposition a row's scale needs every row's outliers:
 //
@@ -15,7 +19,7 @@ inline Floats load_row(const T* x) {
   if constexpr (std::is_same_v<T, float>) {
     return load<Floats>(x);
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    return (Floats)(__builtin_convertvector(load<Halves>(x), Words) << 16);
+    return (Floats)(load_words(x) << 16);
   } else {
     return load_half(x);
   }
@@ -46,14 +50,24 @@ inline void for_vectors(int64_t K, const F& f) {
   if (k < K) f(k, K - k);
 }
 
-template <class T>
-void flag_columns_of(const Input& in, int64_t m0, int64_t m1, int32_t* flags) {
-  for (int64_t m = m0; m < m1; ++m) {
+// R rows at once: flags are read and written once for them.
+template <int R, class T>
+void flag_rows(const Input& in, int64_t& m, int64_t m1, int32_t* flags) {
+  for (; m + R <= m1; m += R) {
     const T* x = static_cast<const T*>(in.x) + m * in.K;
     for_vectors(in.K, [&](int64_t k, auto count) {
-      store(flags + k, load<Ints>(flags + k) | is_outlier(load_row(x + k, count), in.threshold));
+      Ints found = load<Ints>(flags + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) found |= is_outlier(load_row(x + r * in.K + k, count), in.threshold);
+      store(flags + k, found);
     });
   }
+}
+
+template <class T>
+void flag_columns_of(const Input& in, int64_t m0, int64_t m1, int32_t* flags) {
+  flag_rows<4, T>(in, m0, m1, flags);
+  flag_rows<1, T>(in, m0, m1, flags);
 }
 
 // What stays in int8: 0 where an outlier is taken out.
@@ -112,13 +126,10 @@ void quantize_row(const Input& in, int64_t m) {
   const float scale = step < MIN_SCALE ? MIN_SCALE : step;  // a NaN stays
   in.x_scale[m] = scale;
 
-  // Adding and taking away 1.5 · 2^23 rounds to the nearest even integer.
-  constexpr float ROUND = 12582912.0f;
   int8_t* out = in.x_int8 + m * in.K;
   const auto write = [&](auto divide) {
     for_vectors(in.K, [&](int64_t k, auto count) {
-      const Floats rounded = (divide(value(k, count)) + ROUND) - ROUND;
-      const Bytes quantized = __builtin_convertvector(__builtin_convertvector(rounded, Ints), Bytes);
+      const Bytes quantized = __builtin_convertvector(to_ints(divide(value(k, count))), Bytes);
       __builtin_memcpy(out + k, &quantized, count);
     });
   };

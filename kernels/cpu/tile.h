@@ -67,37 +67,21 @@ inline Floats weight_column(const int8_t* block, int part, uint32_t k) {
   return __builtin_convertvector((Ints)top >> 24, Floats);
 }
 
-// Outliers of one row, or of rows that hold the same columns.
-struct SparseRow {
-  const Outlier* outliers;
-  uint32_t k(int64_t i) const { return outliers[i].k; }
-  float value(int64_t i, int) const { return outliers[i].value; }
-};
-struct DenseRows {
-  const int32_t* columns;
-  const float* values;  // [column][row]
-  int64_t rows;
-  uint32_t k(int64_t i) const { return columns[i]; }
-  float value(int64_t i, int r) const { return values[i * rows + r]; }
-};
-
-// R rows x B blocks of the outlier product.
-template <int R, int B, class Outliers>
-inline void outlier_product(
-    Outliers outliers, int64_t count, const int8_t* w, int64_t w_stride, float* out) {
+// R rows x B blocks of the outlier product: column(i, v) is vector v of the panel's i-th column, and
+// value(i, r) a row's.
+template <int R, int B, class Column, class Value>
+inline void outlier_product(int64_t count, const Column& column, const Value& value, float* out) {
   constexpr int WIDTH = B * PARTS;
   Floats sums[R][WIDTH] = {};
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t k = outliers.k(i);
     Floats columns[WIDTH];
 #pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v)
-      columns[v] = weight_column(w + v / PARTS * w_stride, v % PARTS, k);
+    for (int v = 0; v < WIDTH; ++v) columns[v] = column(i, v);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const float value = outliers.value(i, r);
+      const float factor = value(i, r);
 #pragma GCC unroll 8
-      for (int v = 0; v < WIDTH; ++v) sums[r][v] += columns[v] * value;
+      for (int v = 0; v < WIDTH; ++v) sums[r][v] += columns[v] * factor;
     }
   }
 #pragma GCC unroll 16
@@ -107,35 +91,65 @@ inline void outlier_product(
   }
 }
 
-// The same for as many rows as come in groups of R.
+// The outlier columns of a panel's weights.
+struct PanelColumns {
+  const Activations& a;
+  const int8_t* w;
+  int64_t w_stride;
+  int64_t converted = 0;
+  alignas(64) float floats[64 * PANEL * BLOCK_N];
+
+  PanelColumns(const Activations& a, const int8_t* w, int64_t w_stride)
+      : a(a), w(w), w_stride(w_stride) {}
+
+  Floats vector(int64_t k, int v) const {
+    return weight_column(w + v / PARTS * w_stride, v % PARTS, k);
+  }
+  // The first of them as floats, once for all tiles: as many as the L1 cache has room for.
+  template <int B>
+  void convert() {
+    constexpr int64_t MOST = sizeof floats / sizeof(float) / (PANEL * BLOCK_N);
+    for (const int64_t end = std::min(MOST, a.column_count); converted < end; ++converted)
+      for (int v = 0; v < B * PARTS; ++v)
+        store(floats + converted * PANEL * BLOCK_N + v * LANES, vector(a.columns[converted], v));
+  }
+};
+
+// R rows at a time, of a tile whose outliers are [column][row], for as many as there are.
 template <int R, int B>
 inline void dense_rows(
-    const Activations& a, DenseRows outliers, int64_t& r, const int8_t* w, int64_t w_stride,
-    float* out) {
-  for (; r + R <= outliers.rows; r += R) {
-    const DenseRows group{outliers.columns, outliers.values + r, outliers.rows};
-    for (int b = 0; b < B; ++b)
-      outlier_product<R, 1>(
-          group, a.column_count, w + b * w_stride, 0, out + (r * PANEL + b) * BLOCK_N);
+    const PanelColumns& panel, const float* values, int64_t rows, int64_t& r, float* out) {
+  for (; r + R <= rows; r += R) {
+    const auto value = [=](int64_t i, int row) { return values[i * rows + r + row]; };
+    for (int b = 0; b < B; ++b) {
+      const auto column = [&](int64_t i, int v) {
+        if (i < panel.converted)
+          return load<Floats>(panel.floats + (i * PANEL + b) * BLOCK_N + v * LANES);
+        return panel.vector(panel.a.columns[i], b * PARTS + v);
+      };
+      outlier_product<R, 1>(panel.a.column_count, column, value, out + (r * PANEL + b) * BLOCK_N);
+    }
   }
 }
 
 // out [rows][PANEL * 16] = the outlier product of the tile of rows that begins at m.
 template <int B>
-void outlier_tile(
-    const Activations& a, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride, float* out) {
+void outlier_tile(PanelColumns& panel, int64_t m, int64_t rows, float* out) {
+  const Activations& a = panel.a;
   const Outlier* outliers = a.outliers + m * a.column_count;
   int64_t r = 0;
   if (a.dense[m / a.row_tile]) {
-    const DenseRows all{a.columns, reinterpret_cast<const float*>(outliers), rows};
-    dense_rows<OUTLIER_ROWS, B>(a, all, r, w, w_stride, out);
-    dense_rows<4, B>(a, all, r, w, w_stride, out);
-    dense_rows<2, B>(a, all, r, w, w_stride, out);
-    dense_rows<1, B>(a, all, r, w, w_stride, out);
+    panel.convert<B>();
+    const auto* values = reinterpret_cast<const float*>(outliers);
+    dense_rows<OUTLIER_ROWS, B>(panel, values, rows, r, out);
+    dense_rows<4, B>(panel, values, rows, r, out);
+    dense_rows<1, B>(panel, values, rows, r, out);
   }
   for (; r < rows; ++r) {
     const int64_t count = a.outlier_count[m + r];
-    outlier_product<1, B>(SparseRow{outliers}, count, w, w_stride, out + r * PANEL * BLOCK_N);
+    const auto column = [&](int64_t i, int v) { return panel.vector(outliers[i].k, v); };
+    const auto value = [&](int64_t i, int) { return outliers[i].value; };
+    outlier_product<1, B>(count, column, value, out + r * PANEL * BLOCK_N);
     outliers += count;
   }
 }
@@ -185,13 +199,14 @@ inline Reading reading(const Activations& a, int64_t int8_rows) {
 struct MixedRows {
   static constexpr int INT8_ROWS = 1;  // in the integer product, for a row of x
   const Activations& a;
-  const int8_t* w;
-  int64_t w_stride;
+  PanelColumns columns;
   alignas(64) float outlier[ONE_TILE * PANEL * BLOCK_N];
+
+  MixedRows(const Activations& a, const int8_t* w, int64_t w_stride) : a(a), columns(a, w, w_stride) {}
 
   template <int B>
   void begin(int64_t m, int64_t rows) {
-    if (a.column_count) outlier_tile<B>(a, m, rows, w, w_stride, outlier);
+    if (a.column_count) outlier_tile<B>(columns, m, rows, outlier);
   }
   // Vector p of block b: of row m + r, whose integer sums are in acc.
   Floats product(const int32_t* acc, int64_t m, int64_t r, int b, int p) const {
