@@ -36,6 +36,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ import int8fx  # noqa: E402
 from int8fx.torch_private import compile_counts  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".jsonl")  # kept with the code: a sweep takes hours
-LIMIT = 240  # seconds of processor time for one architecture
+LIMIT = 240  # seconds of processor time for one architecture, unless told otherwise
 INDUCTOR_ONLY = "fails under llmint8 only"
 EXACT = 1e-3  # relative error of a whole output with exact products, in fp32
 
@@ -334,14 +335,14 @@ def write_table(results: dict[str, dict[str, Any]], path: Path) -> None:
 # --- the sweep ------------------------------------------------------------------------------------
 
 
-def in_process(examine: Callable[[str], dict], name: str) -> dict[str, Any]:
+def in_process(examine: Callable[[str], dict], name: str, limit: int) -> dict[str, Any]:
     """A row from a forked process, which a time limit or a crash cannot take the sweep with it."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         # Not the wall's: a machine may be busy with other things. A hang would use no time, hence both.
-        signal.setitimer(signal.ITIMER_PROF, LIMIT)
-        signal.alarm(10 * LIMIT)
+        signal.setitimer(signal.ITIMER_PROF, limit)
+        signal.alarm(10 * limit)
         warnings.simplefilter("ignore")
         try:
             row = examine(name)
@@ -358,29 +359,41 @@ def in_process(examine: Callable[[str], dict], name: str) -> dict[str, Any]:
         return json.loads(text)
     signal_number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     late = signal_number in (signal.SIGPROF, signal.SIGALRM)
-    why = f"over {LIMIT} s" if late else f"died of signal {signal_number}"
+    why = f"over {limit} s" if late else f"died of signal {signal_number}"
     return {"architecture": name, "status": "died", "why": why}
 
 
-def sweep(names: list[str], results: Path, end: float, compiles: bool) -> None:
-    """Rows of these architectures, appended to the results until a time."""
+@dataclass(frozen=True)
+class How:
+    """What every architecture is examined with.
+
+    Attributes:
+        compiles: whether step 4 is taken.
+        limit: seconds of processor time for one.
+        end: when to stop.
+    """
+
+    compiles: bool
+    limit: int
+    end: float
+
+
+def sweep(names: list[str], results: Path, how: How) -> None:
+    """Rows of these architectures, appended to the results."""
     for position, name in enumerate(names, 1):
-        if time.time() > end:
+        if time.time() > how.end:
             break
-        row = in_process(functools.partial(examine, compiles=compiles), name)
+        row = in_process(functools.partial(examine, compiles=how.compiles), name, how.limit)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{position}/{len(names)} {name}: {row['status']} {row.get('why', '')[:150]}", flush=True)
 
 
-def sweep_in_processes(
-    names: list[str], results: Path, seconds: float, compiles: bool, workers: int
-) -> None:
+def sweep_in_processes(names: list[str], results: Path, how: How, workers: int) -> None:
     torch.set_num_threads(1)  # forked processes and OpenMP's threads do not go together
     torch._inductor.config.compile_threads = 1
-    end = time.time() + seconds
     # What every process would do first is done here, once: imports, Dynamo's tables, kernels, headers.
-    examine("bert", compiles)
+    examine("bert", how.compiles)
     gc.freeze()  # no collector of a forked process writes to these pages
     children = []
     for worker in range(workers):
@@ -388,7 +401,7 @@ def sweep_in_processes(
         if child == 0:
             code = 1
             try:
-                sweep(names[worker::workers], results, end, compiles)
+                sweep(names[worker::workers], results, how)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -415,6 +428,7 @@ def main() -> None:
     parser.add_argument("--names", type=Path, help="a file of architectures: just these, a line each")
     parser.add_argument("--again", nargs="*", default=[], help="statuses to examine again")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="processor seconds for each")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--quick", action="store_true", help="steps 1 to 3 only, no Inductor")
     parser.add_argument("--table", action="store_true", help="write coverage.md from the results")
@@ -429,8 +443,8 @@ def main() -> None:
         names = [
             name for name in names if name not in known or known[name]["status"] in arguments.again
         ]
-    compiles = not arguments.quick
-    sweep_in_processes(names, arguments.results, arguments.seconds, compiles, arguments.workers)
+    how = How(not arguments.quick, arguments.limit, time.time() + arguments.seconds)
+    sweep_in_processes(names, arguments.results, how, arguments.workers)
 
 
 if __name__ == "__main__":

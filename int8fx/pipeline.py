@@ -16,7 +16,7 @@ from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR, OF_BITSANDBYTES
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 from int8fx.options import Options
 from int8fx.passes import bitsandbytes_nodes
-from int8fx.passes.block_attention import block_attention
+from int8fx.passes.attend import attend_few, attend_many
 from int8fx.passes.canonicalize import Candidate, candidates
 from int8fx.passes.compute_once import compute_once
 from int8fx.passes.decision import Decision
@@ -24,7 +24,6 @@ from int8fx.passes.experts import serve_experts
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.fuse_sums import fuse_sums
-from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import lower, lower_matmul
 from int8fx.passes.mutation import written
@@ -296,11 +295,15 @@ def leave_sums(compilation: Compilation) -> None:
 
 # What is left in float gets out of the way: what the log calls it, the pass, and when it applies.
 IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation], bool]], ...] = (
-    ("attentions of decode by key heads", group_heads, lambda compilation: True),
+    (
+        "attentions of few rows",
+        attend_few,
+        lambda compilation: table.attends("cpu", few=True) and not compilation.needs_autograd,
+    ),
     (
         "attentions of many rows by blocks",
-        block_attention,
-        lambda compilation: table.attends("cpu") and not compilation.needs_autograd,
+        attend_many,
+        lambda compilation: table.attends("cpu", few=False) and not compilation.needs_autograd,
     ),
     ("values that every layer reads, once", compute_once, lambda compilation: True),
     (

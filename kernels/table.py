@@ -39,7 +39,8 @@ class Kernel:
             linears of it, and how many at most (``passes/join_linears.py``).
         experts: the operator that takes the place of ``expert_linear``, with its arguments
             (``kernels/experts.py``); None: that one serves.
-        attends: whether its ``attention`` is faster than torch's, too (``kernels/attention.py``).
+        attends: whether its ``attention`` of few rows, or of many, is faster than torch's
+            (``kernels/attention.py``).
     """
 
     name: str
@@ -51,7 +52,7 @@ class Kernel:
     falls_back: bool = True
     joined: Callable[[], tuple[Any, int]] | None = None
     experts: Callable[[], Any] = lambda: None
-    attends: Callable[[], bool] = lambda: False
+    attends: Callable[[bool], bool] = lambda few: False
 
 
 def _as_it_is(w_int8: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ def _cpu_operator() -> tuple[Any, int]:
     return ops.quantized_linears_cpu, 64
 
 
-def _without_amx() -> bool:
-    return cpu.isa() != "amx_int8"  # by AMX torch's attention is faster
+def _cpu_attends(few: bool) -> bool:
+    return few or cpu.isa() != "amx_int8"  # torch's multiplies many rows by AMX
 
 
 REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _same_shape, _still_as_it_is)
@@ -84,7 +85,7 @@ KERNELS: dict[str, Kernel] = {
         cpu.packed_shape,
         cpu.unpack,
         joined=_cpu_operator,
-        attends=_without_amx,
+        attends=_cpu_attends,
     ),
     "cuda": Kernel(
         "Triton",
@@ -142,10 +143,10 @@ def experts(device_type: str) -> Any:
     return None if kernel is None else kernel.experts()
 
 
-def attends(device_type: str) -> bool:
+def attends(device_type: str, few: bool) -> bool:
     """``Kernel.attends`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
-    return kernel is not None and kernel.attends()
+    return kernel is not None and kernel.attends(few)
 
 
 def describe() -> dict[str, str]:

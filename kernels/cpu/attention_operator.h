@@ -21,6 +21,46 @@ void copy_strides(const at::Tensor& tensor, int64_t* strides) {
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
+// Runs unit(i, scratch memory of the thread).
+template <class F>
+void run_units(int64_t units, bool worth_threads, const F& unit) {
+  const bool alone = !worth_threads || at::in_parallel_region();
+  const int64_t threads = alone ? 1 : std::min<int64_t>(units, at::get_num_threads());
+  const at::Tensor scratch(at::detail::empty_cpu({threads, ATTENTION_SCRATCH}, at::kFloat));
+  Queue queue(units, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      float* own = scratch.data_ptr<float>() + thread * ATTENTION_SCRATCH;
+      queue.drain(thread, [&](int64_t i) { unit(i, own); });
+    }
+  });
+}
+
+void attend_many(const Kernel& kernel, const Attention& a) {
+  const int64_t units = a.B * a.KV * at::divup(a.G * a.M, UNIT_TILES * kernel.queries);
+  run_units(units, true, [&](int64_t unit, float* scratch) { kernel.attend(a, unit, scratch); });
+}
+
+// The keys of a head are one part, or several where there are too few heads for all threads.
+void attend_few(const Kernel& kernel, const Attention& a, int64_t key_bytes) {
+  constexpr int64_t PARTS_PER_THREAD = 4, MIN_KEYS = 2 * KEYS;
+  const int64_t heads = a.B * a.KV;
+  const int64_t wanted = at::divup(PARTS_PER_THREAD * at::get_num_threads(), heads);
+  const int64_t keys = std::max(MIN_KEYS, round_up(at::divup(a.L, wanted), KEYS));
+  const int64_t parts = std::max<int64_t>(at::divup(a.L, keys), 1);
+  const int64_t stride = a.G * a.M * (2 + a.DV);
+  const at::Tensor memory(at::detail::empty_cpu({heads * parts, stride}, at::kFloat));
+  float* const all = memory.data_ptr<float>();
+  run_units(heads * parts, key_bytes > FORK_BYTES, [&](int64_t unit, float* scratch) {
+    const int64_t head = unit / parts, l0 = unit % parts * keys;
+    float* const part = all + unit * stride;
+    kernel.attend_part(a, head, l0, std::min(l0 + keys, a.L), part, scratch);
+    if (parts == 1) kernel.join_parts(a, head, part, 1, stride);
+  });
+  for (int64_t head = 0; parts > 1 && head < heads; ++head)
+    kernel.join_parts(a, head, all + head * parts * stride, parts, stride);
+}
+
 at::Tensor attention(
     const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any,
     const std::optional<at::Tensor>& mask_any, bool causal, double scale) {
@@ -49,15 +89,10 @@ at::Tensor attention(
   if (y.numel() == 0) return y;
 
   const Kernel& kernel = kernel_for(a.M);
-  const int64_t units = a.B * a.KV * at::divup(a.G * a.M, UNIT_TILES * kernel.queries);
-  const int64_t threads = std::min<int64_t>(units, at::in_parallel_region() ? 1 : at::get_num_threads());
-  const at::Tensor scratch(at::detail::empty_cpu({threads, ATTENTION_SCRATCH}, at::kFloat));
-  Queue queue(units, threads);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      float* own = scratch.data_ptr<float>() + thread * ATTENTION_SCRATCH;
-      queue.drain(thread, [&](int64_t unit) { kernel.attend(a, unit, own); });
-    }
-  });
+  if (a.G * a.M <= FEW_QUERIES) {
+    attend_few(kernel, a, k.nbytes() + v.nbytes());
+  } else {
+    attend_many(kernel, a);
+  }
   return y;
 }

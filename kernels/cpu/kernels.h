@@ -114,6 +114,23 @@ inline Words digit_quads(Words integers) {
   return (Words)_mm512_shuffle_epi8((__m512i)integers, _mm512_broadcast_i32x4(transpose));
 }
 
+inline Floats add_lanes(const Floats* v) {
+  const auto shuffled = [](Floats a, Floats b) {
+    const auto x = (__m512)a, y = (__m512)b;
+    return (Floats)_mm512_shuffle_f32x4(x, y, 0x88) + (Floats)_mm512_shuffle_f32x4(x, y, 0xdd);
+  };
+  Floats fours[4];  // of each quarter of a vector, the sums of 4 vectors
+  for (int i = 0; i < 4; ++i, v += 4) {
+    const auto pairs = [v](int j) {
+      const auto x = (__m512)v[j], y = (__m512)v[j + 1];
+      return (__m512d)((Floats)_mm512_unpacklo_ps(x, y) + (Floats)_mm512_unpackhi_ps(x, y));
+    };
+    const __m512d low = pairs(0), high = pairs(2);
+    fours[i] = (Floats)_mm512_unpacklo_pd(low, high) + (Floats)_mm512_unpackhi_pd(low, high);
+  }
+  return shuffled(shuffled(fours[0], fours[1]), shuffled(fours[2], fours[3]));
+}
+
 // 16 quads of up to 16 rows: a transpose of 16 x 16 int32.
 inline void pack_block(const int8_t* x, int64_t stride, int64_t rows, Activation* out) {
   __m512i r[16], t[16];
@@ -157,6 +174,7 @@ inline int64_t pack_blocks(const int8_t* x, int64_t K, int64_t rows, Activation*
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
+#include "few_queries.h"
 #include "digits.h"
 
 #undef INT8FX_PACK_BLOCKS
@@ -275,6 +293,7 @@ constexpr bool FETCHES_NEAR = false;
 
 using Activation = int8_t;
 
+using avx512_vnni::add_lanes;
 using avx512_vnni::fma;
 using avx512_vnni::fnma;
 using avx512_vnni::load_half;
@@ -370,6 +389,7 @@ inline void tile_product(
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
+#include "few_queries.h"
 
 }  // namespace amx_int8
 INT8FX_END_TARGET
@@ -440,11 +460,20 @@ inline Floats to_floats(const int8_t* p) {
 }
 inline Floats repeat_quad(const float* p) { return (Floats)_mm256_broadcast_ps((const __m128*)p); }
 inline Ints to_ints(Floats v) { return (Ints)_mm256_cvtps_epi32((__m256)v); }
+inline Floats add_lanes(const Floats* v) {
+  const auto fours = [v](int i) {  // of each half of a vector, the sums of 4 vectors
+    const __m256 low = _mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]);
+    return _mm256_hadd_ps(low, _mm256_hadd_ps((__m256)v[i + 2], (__m256)v[i + 3]));
+  };
+  const __m256 x = fours(0), y = fours(4);
+  return (Floats)_mm256_permute2f128_ps(x, y, 0x20) + (Floats)_mm256_permute2f128_ps(x, y, 0x31);
+}
 
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
+#include "few_queries.h"
 
 namespace in_fp32 {
 constexpr int ROW_TILE = 2;
@@ -488,6 +517,7 @@ inline void dot(Sums& sums, X x, W w) {
 }
 inline void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
 
+using avx2::add_lanes;
 using avx2::fma;
 using avx2::fnma;
 using avx2::load_half;
@@ -499,6 +529,7 @@ using avx2::to_ints;
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
+#include "few_queries.h"
 
 }  // namespace avx_vnni
 INT8FX_END_TARGET
@@ -558,11 +589,17 @@ inline Ints to_ints(Floats v) {
   constexpr float ROUND = 12582912.0f;
   return __builtin_convertvector((v + ROUND) - ROUND, Ints);
 }
+inline Floats add_lanes(const Floats* v) {
+  Floats sums;
+  for (int i = 0; i < LANES; ++i) sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+  return sums;
+}
 
 #include "dot.h"
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
+#include "few_queries.h"
 
 namespace in_fp32 {
 constexpr int ROW_TILE = 2;
@@ -581,7 +618,7 @@ bool supported() { return true; }
     #isa, isa::supported, min_rows, isa::flag_columns, isa::quantize_rows,                      \
         Product{isa::ROW_TILE, isa::ONE_TILE, isa::ROW_STEP, isa::PANEL,                        \
                 sizeof(isa::Activation), isa::pack_tile, enter, leave, isa::multiply},          \
-        weight_only, isa::QUERIES, isa::attend                                                 \
+        weight_only, isa::QUERIES, isa::attend, isa::attend_part, isa::join_parts               \
   }
 
 inline constexpr Kernel KERNELS[] = {

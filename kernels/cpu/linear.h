@@ -83,6 +83,7 @@ constexpr int64_t KEYS = 64;         // in a block
 constexpr int64_t UNIT_TILES = 4;    // of queries that share a block of keys, in one unit of work
 constexpr int64_t MAX_QUERIES = 48;  // in a tile, whatever the instruction set
 constexpr int64_t MAX_HEAD = 256;    // D and DV, at most
+constexpr int64_t FEW_QUERIES = 16;  // rows of a key head: no more are worth a tile
 
 // Floats of scratch memory that one unit takes.
 constexpr int64_t ATTENTION_SCRATCH =
@@ -136,6 +137,11 @@ struct Kernel {
   int64_t queries;         // rows of an attention's tile
   // Unit `unit` of the B * KV * ceil(G * M / (UNIT_TILES * queries)) of an attention.
   void (*attend)(const Attention&, int64_t unit, float* scratch);
+  // Few rows: keys [l0, l1) of a key head, and y from the parts of all its keys (few_queries.h).
+  void (*attend_part)(
+      const Attention&, int64_t head, int64_t l0, int64_t l1, float* part, float* scratch);
+  void (*join_parts)(
+      const Attention&, int64_t head, const float* parts, int64_t count, int64_t stride);
 };
 
 }  // namespace int8fx

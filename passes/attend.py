@@ -1,4 +1,4 @@
-"""Block attention: attentions of many rows become one operator that skips what their mask hides.
+"""Attend: attentions of many query rows, and of few, become an operator of our own.
 
 Before::
 
@@ -13,25 +13,38 @@ After::
 for: the operator has none.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from int8fx.kernels.attention import WIDEST_HEAD, attention
+from int8fx.kernels.attention import FEW_ROWS, MANY_ROWS, WIDEST_HEAD, attention
 from int8fx.passes.emit import Emitter
 from int8fx.passes.sdpa import Attention, attentions
 from int8fx.passes.select import DTYPES
 from int8fx.passes.values import shape_of, tensor_of
 
-# With fewer rows reading the keys is most of the time, and torch's attention is as fast.
-FEWEST_ROWS = 32
+
+def attend(graph: fx.Graph, fake_mode: Any, few: bool) -> int:
+    """Replaces the attentions of one graph, of few rows or of many; returns how many that were."""
+    wanted = _few_rows if few else _many_rows
+    found = [each for each in attentions(graph) if wanted(each) and _serves(each)]
+    return sum(_replace(each, fake_mode) for each in found)
 
 
-def block_attention(graph: fx.Graph, fake_mode: Any) -> int:
-    """Replaces every such attention of one graph; returns how many that were."""
-    return sum(_replace(each, fake_mode) for each in attentions(graph) if _serves(each))
+attend_few = functools.partial(attend, few=True)
+attend_many = functools.partial(attend, few=False)
+
+
+def _few_rows(call: Attention) -> bool:
+    _, H, M, _ = shape_of(call.q)
+    return isinstance(M, int) and H // shape_of(call.k)[1] * M <= FEW_ROWS
+
+
+def _many_rows(call: Attention) -> bool:
+    return call.q.meta["example_value"].shape[2] >= MANY_ROWS
 
 
 def _serves(call: Attention) -> bool:
@@ -42,7 +55,7 @@ def _serves(call: Attention) -> bool:
     mask = tensor_of(call.mask)
     mask_fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
     fits = alike and mask_fits and q.shape[3] <= WIDEST_HEAD and v.shape[3] <= WIDEST_HEAD
-    return call.on_cpu and fits and q.shape[2] >= FEWEST_ROWS
+    return call.on_cpu and fits
 
 
 def _replace(call: Attention, fake_mode: Any) -> bool:
@@ -60,5 +73,6 @@ def _replace(call: Attention, fake_mode: Any) -> bool:
 
 
 def _strides(node: fx.Node) -> list[str]:
-    """As text: comparing symbols would add guards."""
-    return [str(stride) for stride in node.meta["example_value"].stride()]
+    """Of the dimensions that have one, as text: comparing symbols would add guards."""
+    y = node.meta["example_value"]
+    return [str(stride) for size, stride in zip(y.shape, y.stride(), strict=True) if str(size) != "1"]

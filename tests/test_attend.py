@@ -1,11 +1,11 @@
-"""The attention of many rows: against float64 on every instruction set, and where the pass puts it."""
+"""Attention of many rows and of few: against float64 on every instruction set, and the pass."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attentions import Attention, causal, compare, inputs, native, repeat, repeated
+from attentions import GROUP, HEADS, Attention, causal, compare, inputs, native, repeat, repeated
 from bounds import attention_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,11 +58,33 @@ def check(B, KV, G, M, L, D, DV, dtype, kind):
 def test_every_instruction_set_against_float64(isa, dtype, kind):
     torch.manual_seed(0)
     check(2, 2, 3, 70, 150, 20, 12, dtype, kind)
+    # Few rows: keys of one head shared among threads, or many heads, and widths of every tail.
+    for G, M in ((3, 1), (8, 2), (5, 1), (1, 16)):
+        check(1, 2, G, M, 700, 64, 72, dtype, kind)
+        check(2, 5, G, M, 150, 20, 12, dtype, kind)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_few_rows_much(threads):
+    """Threads share a head's keys in parts, which changes the order of sums and nothing else."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(1, 1, 4, 1, 3000, 64, 64, torch.float32, "float")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("M", [1, 40])
+def test_no_keys_are_zeros(M):
+    q, k = torch.randn(1, 2, M, 8), torch.empty(1, 2, 0, 8)
+    assert torch.equal(attention(q, k, k, None, False, 1.0), torch.zeros(1, 2, M, 8))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.tuples(*(st.integers(1, most) for most in (2, 3, 3, 230, 200, 70, 70))),
+    sizes=st.tuples(*(st.integers(1, most) for most in (2, 3, 3, 230, 200, 70, 70)))
+    | st.tuples(*(st.integers(1, most) for most in (3, 3, 4, 4, 600, 140, 140))),
     dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(KINDS),
 )
@@ -77,17 +99,19 @@ def test_wide_heads(D):
     check(1, 1, 1, 50, 70, D, D, torch.float32, "band")
 
 
-def test_a_nan_stays_in_its_row():
-    q, k, v = (torch.randn(1, 1, 60, 16) for _ in range(3))
+@pytest.mark.parametrize("M", [9, 60])
+def test_a_nan_stays_in_its_row(M):
+    q, k, v = (torch.randn(1, 1, rows, 16) for rows in (M, 300, 300))
     q[0, 0, 7, 3] = math.nan
     y = attention(q, k, v, None, False, 0.25)
     assert y[0, 0, 7].isnan().all()
     assert y.isnan().sum() == 16
 
 
-def test_large_scores_do_not_overflow():
-    q = torch.full((1, 1, 40, 16), 100.0)
-    k, v = q.clone(), torch.randn(1, 1, 40, 16)
+@pytest.mark.parametrize("M", [1, 40])
+def test_large_scores_do_not_overflow(M):
+    q = torch.full((1, 1, M, 16), 100.0)
+    k, v = torch.full((1, 1, 300, 16), 100.0), torch.randn(1, 1, 300, 16)
     k[0, 0, 5] *= 2
     y = attention(q, k, v, None, False, 1.0)
     torch.testing.assert_close(y, v[:, :, 5:6].expand_as(y))
@@ -118,6 +142,13 @@ def dropped(q, k, v, mask):
     return F.scaled_dot_product_attention(q, repeat(k), repeat(v), mask, dropout_p=1e-9)
 
 
+def cache_written_after_the_repeat(q, k, v, mask):
+    k = k.clone()
+    key, value = repeat(k), repeat(v)
+    k.zero_()
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=mask) + k.sum()
+
+
 def cast(q, k, v, mask):
     with torch.autocast("cpu", torch.bfloat16):
         return F.scaled_dot_product_attention(q, repeat(k), repeat(v), mask)
@@ -130,12 +161,13 @@ def run(attend, L=S, dtype=torch.float32):
 @pytest.fixture
 def attends(monkeypatch):
     """As on a machine without AMX."""
-    monkeypatch.setattr(table, "attends", lambda device: True)
+    monkeypatch.setattr(table, "attends", lambda device, few: True)
 
 
+@pytest.mark.parametrize("L", [1, 5, S])
 @pytest.mark.parametrize("attend", [repeated, native, causal], ids=lambda attend: attend.__name__)
-def test_an_attention_of_many_rows_is_replaced(attends, attend):
-    y, expected, graph = run(attend)
+def test_an_attention_of_many_rows_or_few_is_replaced(attends, attend, L):
+    y, expected, graph = run(attend, L)
     assert "int8fx.attention" in graph
     assert "expand" not in graph
     torch.testing.assert_close(y, expected)
@@ -143,8 +175,14 @@ def test_an_attention_of_many_rows_is_replaced(attends, attend):
 
 @pytest.mark.parametrize(
     ("attend", "given"),
-    [(repeated, {"L": 31}), (dropped, {}), (cast, {}), (repeated, {"dtype": torch.float64})],
-    ids=["few rows", "dropout", "autocast", "float64"],
+    [
+        (repeated, {"L": 6}),
+        (repeated, {"L": 31}),
+        (dropped, {}),
+        (cast, {"L": 1}),
+        (repeated, {"dtype": torch.float64}),
+    ],
+    ids=["neither few", "nor many", "dropout", "autocast", "float64"],
 )
 def test_other_attentions_are_left_alone(attends, attend, given):
     y, expected, graph = run(attend, **given)
@@ -152,9 +190,23 @@ def test_other_attentions_are_left_alone(attends, attend, given):
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_with_amx_torch_attends(monkeypatch):
-    monkeypatch.setattr(table, "attends", lambda device: False)
+@pytest.mark.parametrize("L", [1, S])
+def test_a_key_written_after_it_was_repeated_is_not_read_again(attends, L):
+    y, expected, _ = run(cache_written_after_the_repeat, L)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("given", [{"mask_heads": HEADS * GROUP}, {"heads": HEADS * GROUP}], ids=str)
+def test_masks_of_each_head_and_heads_that_share_nothing(attends, given):
+    y, expected, graph = compare(native, *inputs(1, S, **given))
+    assert "int8fx.attention" in graph
+    torch.testing.assert_close(y, expected)
+
+
+def test_with_amx_torch_attends_to_many_rows(monkeypatch):
+    monkeypatch.setattr(cpu, "isa", lambda: "amx_int8")
     assert "int8fx.attention" not in run(repeated)[2]
+    assert "int8fx.attention" in run(repeated, L=1)[2]
 
 
 def test_gradients_of_the_inputs_flow(attends):
