@@ -146,6 +146,7 @@ ALTERNATIVES: tuple[dict[str, Maker], ...] = (
         "input_values": lambda model: torch.randn(1, 1, 4000),
         "input_features": lambda model: _frames(model).unsqueeze(1),
     },
+    {"pixel_values": _video},  # beside texts and their masks
 )
 
 
