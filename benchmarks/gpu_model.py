@@ -284,7 +284,7 @@ def decode(
             around += times * (loop * share + waves * latencies * L2_LATENCY)
     if parts > 1:
         around += waves * SUM_LATENCIES * L2_LATENCY
-    sums = 4 * (2 * parts - 1) * M * N if parts > 1 else 0
+    sums = 2 * 4 * parts * M * N if parts > 1 else 0
     limits = {
         "memory": (N * K + 2 * M * (N + K)) / (gpu.dram * DRAM_SHARE),
         "issue": issue / (gpu.clock * 1e9),

@@ -69,8 +69,8 @@ def find_columns(
     block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, NEIGHBOURS)[None, :]
     for start in range(0, K, NEIGHBOURS * BLOCKS):
         k = start + NEIGHBOURS * block + within
-        taken = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold)
-        count = _append(columns_ptr, count, taken, k)
+        flag = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold).to(tl.int32)
+        count = _append(columns_ptr, count, flag, k)
     tl.debug_barrier()
     return count
 
@@ -82,23 +82,22 @@ def list_columns(taken_ptr, columns_ptr, K, BLOCKS: tl.constexpr):
     block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 16)[None, :]
     for start in range(0, K, 16 * BLOCKS):
         k = start + 16 * block + within
-        taken = tl.load(taken_ptr + k, mask=k < K, other=0) != 0
-        count = _append(columns_ptr, count, taken, k)
+        flag = tl.load(taken_ptr + k, mask=k < K, other=0).to(tl.int32)
+        count = _append(columns_ptr, count, flag, k)
     tl.debug_barrier()
     return count
 
 
 @triton.jit
-def _append(columns_ptr, count, taken, k):
-    """Adds the columns ``k`` that are taken to a list of ``count``; returns its new length.
+def _append(columns_ptr, count, flag, k):
+    """Adds the columns ``k`` whose flag is 1 to a list of ``count``; returns its new length.
 
     Args:
-        k, taken: ``[blocks, neighbours]``, the neighbours in one thread: a sum along threads costs an
-            addition a warp for each of its terms.
+        flag, k: ``[blocks, neighbours]`` int32, the neighbours in one thread: a sum along threads costs
+            an addition a warp for each of its terms.
     """
-    flag = taken.to(tl.int32)
     total = tl.sum(flag, 1)
     before = count + tl.cumsum(total, 0) - total
     position = before[:, None] + tl.cumsum(flag, 1) - flag
-    tl.store(columns_ptr + position, k, mask=taken)
+    tl.store(columns_ptr + position, k, mask=flag != 0)
     return count + tl.sum(total, 0)

@@ -189,8 +189,8 @@ def gemm_parts(config: GemmConfig, tiles: int, K: int, processors: int) -> int:
     """In how many parts a product splits K: two where all processors have room for them, and more in
     three quarters of them.
 
-    Each part is written and read in fp32, except that of two only one is (``split.py``). The sum of
-    more than two takes registers that a tile wider than 128 has not.
+    Each part is written and read in fp32, except that of two only one is (``split.py``): three of a
+    tile wider than 128 are more traffic than its operands.
     """
     most = 1 if 2 * tiles > COUNTERS else 2 if config.block_n > 128 else _MAX_PARTS
     enough = min(most, K // (4 * config.block_k * config.unroll))

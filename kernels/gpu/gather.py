@@ -103,7 +103,7 @@ def _regular(source, witness_ptr, x_ptr, k, M, K, threshold):
     # Of a number and NaN minimum and maximum are the number. Two of fp16 are one instruction, where
     # tl.where takes them apart.
     limit = tl.where(taken, 0.0, float("nan")).to(x.dtype)[None, :]
-    return tl.maximum(tl.minimum(x, limit), -limit)
+    return tl.maximum(tl.minimum(x, limit), limit)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels.gpu.groups import pick
-from int8fx.kernels.gpu.split import sum_of_tile, sum_of_two
+from int8fx.kernels.gpu.split import sum_of_large_tile
 
 
 def gemm_reference(
@@ -174,11 +174,8 @@ def gemm_kernel(
             PRECISION,
         )
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    if SPLIT_K == 2:
-        y, is_last = sum_of_two(y, parts_ptr, counters_ptr)
-        inside &= is_last
-    elif SPLIT_K > 2:
-        y, is_last = sum_of_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
+    if SPLIT_K > 1:
+        y, is_last = sum_of_large_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
         inside &= is_last
     y *= tl.load(w_scale_ptr + n)[None, :]
     if HAS_BIAS:

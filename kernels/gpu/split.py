@@ -12,7 +12,7 @@ _STORED = tl.constexpr(256)
 
 @triton.jit
 def sum_of_tile(part_of_tile, part, parts_ptr, counters_ptr, SPLIT_K: tl.constexpr):
-    """The sum of a tile's parts, for the program that comes last; anything for the others.
+    """The sum of a small tile's parts, for the program that comes last; zeros for the others.
 
     Args:
         part_of_tile: ``[TOKENS, BLOCK_N]``, the part of this program.
@@ -33,39 +33,46 @@ def sum_of_tile(part_of_tile, part, parts_ptr, counters_ptr, SPLIT_K: tl.constex
     counter = counters_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tile
     is_last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1
     total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
-    for index in range(SPLIT_K):  # a loop: unrolled, all parts would be in registers at once
-        other = tl.load(here + index * distance, mask=is_last & (index != part), other=0.0)
-        total += tl.where(index == part, part_of_tile, other)
+    for index in tl.static_range(SPLIT_K):
+        total += tl.load(here + index * distance, mask=is_last, other=0.0)
     tl.store(counter, 0, mask=is_last)
     return total, is_last
 
 
 @triton.jit
-def sum_of_two(part_of_tile, parts_ptr, counters_ptr):
-    """The same of two parts, whose sum has no order: who comes first stores, who comes last adds.
+def sum_of_large_tile(part_of_tile, part, parts_ptr, counters_ptr, SPLIT_K: tl.constexpr):
+    """The same for a tile that fills the registers: it is stored, and summed, in pieces.
 
-    A tile of 128 x 256 leaves no registers for a sum beside the part, nor for all of the other at once,
-    which is stored and read in pieces; and this is half the traffic. Who comes last waits for a program
-    that has nothing left to do but to store.
+    Of two parts, whose sum has no order, who comes first stores and who comes last adds: half the
+    traffic. Who comes last waits for a program that has nothing left to do but to store.
 
     Args:
-        parts_ptr: fp32 of the tiles' size, to work with.
+        parts_ptr: as above; of two parts, one is stored.
+
+    Returns:
+        the sum, anything for the others; and whether this program came last.
     """
-    tile = tl.program_id(0)
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
     size: tl.constexpr = part_of_tile.shape[0] * part_of_tile.shape[1]
     PIECES: tl.constexpr = (part_of_tile.shape[1] + 63) // 64
     here = parts_ptr + tile * size
+    distance = tiles * size
     counter = counters_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tile
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel") % _STORED == 1
-    # Every piece ends in a barrier: the count below says that all threads have stored.
-    _store_pieces(part_of_tile, here, not is_last, PIECES)
-    if is_last:
-        while tl.atomic_add(counter, 0, sem="acquire") < _STORED:
-            pass
-        tl.store(counter, 0)
+    # Every piece ends in a barrier: the count after it says that all threads have stored.
+    if SPLIT_K == 2:
+        is_last = tl.atomic_add(counter, 1, sem="acq_rel") % _STORED == 1
+        _store_pieces(part_of_tile, here, not is_last, PIECES)
+        if is_last:
+            while tl.atomic_add(counter, 0, sem="acquire") < _STORED:
+                pass
+        else:
+            tl.atomic_add(counter, _STORED, sem="release")
     else:
-        tl.atomic_add(counter, _STORED, sem="release")
-    return _plus_pieces(part_of_tile, here, is_last, PIECES), is_last
+        _store_pieces(part_of_tile, here + part * distance, True, PIECES)
+        is_last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1
+    tl.store(counter, 0, mask=is_last)
+    total = _sum_of_pieces(part_of_tile, part, here, distance, is_last, SPLIT_K, PIECES)
+    return total, is_last
 
 
 @triton.jit
@@ -96,16 +103,26 @@ def _store_pieces(tile, pointer, mask, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _plus_pieces(tile, pointer, mask, PIECES: tl.constexpr):
-    """The tile plus one that ``_store_pieces`` stored, one piece after another."""
+def _sum_of_pieces(
+    tile, part, pointer, distance, is_last, SPLIT_K: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """The sum of this part and of those that ``_store_pieces`` stored, one piece after another."""
     if PIECES == 1:
-        other = tl.load(_places(pointer, tile), mask=mask, other=0.0)
+        places = _places(pointer, tile)
+        if SPLIT_K == 2:
+            total = tile + tl.load(places, mask=is_last, other=0.0)
+        else:
+            total = tl.zeros(tile.shape, tl.float32)
+            for index in range(SPLIT_K):  # unrolled, all of them would be in registers at once
+                wanted = is_last & (index != part)
+                other = tl.load(places + index * distance, mask=wanted, other=0.0)
+                total += tl.where(index == part, tile, other)
         tl.debug_barrier()
-        return tile + other
+        return total
     else:
         left, right = _halves(tile)
         size: tl.constexpr = left.shape[0] * left.shape[1]
-        left = _plus_pieces(left, pointer, mask, PIECES // 2)
-        right = _plus_pieces(right, pointer + size, mask, PIECES // 2)
+        left = _sum_of_pieces(left, part, pointer, distance, is_last, SPLIT_K, PIECES // 2)
+        right = _sum_of_pieces(right, part, pointer + size, distance, is_last, SPLIT_K, PIECES // 2)
         both = tl.permute(tl.join(left, right), (0, 2, 1))
         return tl.reshape(both, (tile.shape[0], tile.shape[1]))
