@@ -61,9 +61,10 @@ compiled for each GPU (`tests/gpuless/norm_kernels.py`); AMD's are not modelled.
 FEW = """
 ## Where the time goes at few tokens on {gpu}
 
-The launches of the two decompositions, and what limits each, in microseconds. At 128 tokens a product
-reads its weight at the speed of memory, and what is left is three gaps between launches, and loads that
-wait for one another. At 512 it is the traffic of L2, as at many tokens.
+The launches of the two decompositions, and what limits each, in microseconds. At 128 tokens most
+products read their weight at the speed of memory; what is left is three gaps between launches, and
+loads that wait for one another. At 512 it is the traffic of L2, or tiles of 128 x 256 that do not fill
+the last round of processors.
 
 | tokens | linears | | norm | gather | product |
 |---|---|---|---|---|---|
