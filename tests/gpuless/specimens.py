@@ -216,7 +216,7 @@ def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
         constants | {"QUANTIZE": True, "BLOCK_E": 256},
         num_warps,
         3,
-        blocks=2,
+        blocks=2 if num_warps <= 8 else 1,
         multiplies=False,
     )
 
