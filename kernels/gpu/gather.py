@@ -183,23 +183,22 @@ def launch_shape(M: int, K: int, N: int, itemsize: int) -> dict[str, int | bool]
 
     Every program that gathers lists the outlier columns for itself, and every one that quantises asks
     for each whether it is one: few and large programs, as long as there are enough for all processors.
-    Only M's class is looked at, as in ``configs.gemm_configs``. As many warps as leave a thread 64
-    elements of x. Narrow blocks take fewer: with 48 registers a thread, as eight warps leave at
+    Only M's class is looked at, as in ``configs.gemm_configs``. Eight rows would take all registers of
+    an A100. Narrow blocks take fewer warps: with 48 registers a thread, as eight warps leave at
     K = 512, ptxas spills around the slow path of the division on sm_90.
     """
     few = M <= _FEW_ROWS
     row = max(32, triton.next_power_of_2(K))
     block = min(row, _ROW_BYTES // itemsize)
-    rows = 2 if few else 8 if row * itemsize <= _ROW_BYTES // 4 else 4
     return {
-        "ROWS": rows,
+        "ROWS": 2 if few else 4,
         "GATHER_ROWS": 64 if few and N <= 4096 else 128 if N <= 8192 else 256,
         "BLOCK_K": block,
         "ONE_BLOCK": row == block,
         "NEIGHBOURS": _NEIGHBOURS,
         "LIST_BLOCK": min(block, _LIST) // _NEIGHBOURS,
         "BLOCK_O": BLOCK_O,
-        "num_warps": 4 if block <= 512 else 8 if max(4, rows) * block <= 16384 else 16,
+        "num_warps": 4 if block <= 512 else 8 if block <= 4096 else 16,
     }
 
 
