@@ -49,12 +49,26 @@ as speed.
 128 x 256 reads 384 bytes for every 32,768 products, and Triton 3.9 has no multicast to share them
 between processors: with `num_ctas=2` and 256 x 256 for two of them, by pointers as by TMA descriptors,
 there is none in the PTX, and each keeps the whole of one operand in its shared memory. *Quantising* is
-what each program of the decode kernel does for itself at 2 to 16 tokens. The instructions of Inductor's
-kernel of the norm are those of the code that it generates for an H100, compiled for each GPU
-(`tests/gpuless/norm_kernels.py`); AMD's are not modelled.
+what each program of the decode kernel does for itself at 2 to 16 tokens. Loads that wait for one
+another are counted in full on top of everything else: in what gathers (the witness of a column, the
+outlier that it names, the list, what it lists), and at the end of a product that is split. The
+instructions of Inductor's kernel of the norm are those of the code that it generates for an H100,
+compiled for each GPU (`tests/gpuless/norm_kernels.py`); AMD's are not modelled.
 
 | GPU | linears | tokens | fp16 | column | ratio | token | ratio | configuration | limited by |
 |---|---|---|---|---|---|---|---|---|---|
+"""
+FEW = """
+## Where the time goes at few tokens on {gpu}
+
+The launches of the two decompositions, and what limits each, in microseconds. At 128 tokens most
+products read their weight at the speed of memory; what is left is three gaps between launches, and
+loads that wait for one another. At 512 it is the traffic of L2, or tiles of 128 x 256 that do not fill
+the last round of processors.
+
+| tokens | linears | | norm | gather | product |
+|---|---|---|---|---|---|
+{launches}
 """
 FLOORS = """
 ## Where the time goes at {tokens} tokens on {gpu}
@@ -92,9 +106,12 @@ def modelled_report() -> str:
     import gpu_model
 
     text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
-    gpu, M = gpu_model.GPUS[0], TOKENS[-1]
+    gpu = gpu_model.GPUS[0]
     kernels = norm_kernels()[gpu.arch]
+    few = (f"| {M} {row}" for M in (128, 512) for row in launches(gpu, M))
+    text += FEW.format(gpu=gpu.name, launches="\n".join(few))
     more = kernels["scattered"][4096][0] - kernels["marked"][4096][0]
+    M = TOKENS[-1]
     text += FLOORS.format(
         tokens=M, gpu=gpu.name, launches="\n".join(launches(gpu, M)), store=more / 2 / _PER_LANE
     )
@@ -109,7 +126,7 @@ def modelled() -> Iterator[str]:
         for name, widths, K in LAYERS:
             for M in TOKENS:
                 fp16 = _fp16(gpu, M, widths, K)
-                column, token = (_fastest(gpu, M, sum(widths), K, way) for way in ("column", "token"))
+                column, token = (_fastest(gpu, M, widths, K, way) for way in ("column", "token"))
                 yield (
                     f"| {gpu.name} | {name} | {M} | {1e6 * fp16:.1f} "
                     f"| {1e6 * column.seconds:.1f} | {fp16 / column.seconds:.2f} "
@@ -122,7 +139,7 @@ def launches(gpu: Any, M: int) -> Iterator[str]:
     """Rows of the second modelled table."""
     for name, widths, K in LAYERS:
         for way in ("column", "token"):
-            times = *_around(gpu, M, sum(widths), K, way), _product(gpu, M, sum(widths), K)[0]
+            times = *_around(gpu, M, widths, K, way), _product(gpu, M, sum(widths), K)[0]
             cells = " | ".join(f"{1e6 * time.seconds:.1f}, {time.limit}" for time in times)
             yield f"| {name} | {way} | {cells} |"
 
@@ -136,10 +153,10 @@ def floors(gpu: Any, M: int) -> Iterator[str]:
         product, _ = _product(gpu, M, N, K)
         scattered = gpu_model.scattered_gather(gpu, M, N, K, OUTLIERS) + product.seconds
         times = (
-            _fastest(gpu, M, N, K, "column").seconds,
-            _fastest(gpu, M, N, K, "token").seconds,
+            _fastest(gpu, M, widths, K, "column").seconds,
+            _fastest(gpu, M, widths, K, "token").seconds,
             _norm(gpu, M, K, "none").seconds + product.seconds,
-            sum(time.seconds for time in _around(gpu, M, N, K, "column"))
+            sum(time.seconds for time in _around(gpu, M, widths, K, "column"))
             + gpu_model.matmul_int8(gpu, M, N, K),
             _norm(gpu, M, K, "scattered").seconds + scattered,
             gpu_model.streaming(gpu, gpu_model.MOVES["scattered"][0] * M * K) + scattered,
@@ -172,17 +189,27 @@ def _norm(gpu: Any, M: int, K: int, kind: str) -> Any:
     return gpu_model.norm(gpu, M, K, kind, *issued)
 
 
-def _around(gpu: Any, M: int, N: int, K: int, decomposition: str) -> tuple[Any, Any]:
+def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str) -> tuple[Any, Any]:
     """The launches before a product: the norm's, and what gathers."""
     import gpu_model
     import specimens
 
     from int8fx.kernels.gpu.gather import launch_shape
 
-    quantizes = decomposition == "column"
-    seen = specimens.quantize_gather(gpu.arch, M, K, "fp16", quantizes).inspection
-    shape = launch_shape(M, K, quantizes)
-    gather = gpu_model.quantize_gather(gpu, seen, shape, M, N, K, OUTLIERS, quantizes)
+    N = sum(widths)
+    gathers, quantizes = (
+        specimens.quantize_gather(gpu.arch, M, K, "fp16", also, N).inspection for also in (False, True)
+    )
+    gather = gpu_model.quantize_gather(
+        gpu,
+        gathers,
+        quantizes if decomposition == "column" else None,
+        launch_shape(M, K, N, 2),
+        M,
+        widths,
+        K,
+        OUTLIERS,
+    )
     return _norm(gpu, M, K, decomposition), gather
 
 
@@ -203,11 +230,12 @@ class Fastest:
     limit: str
 
 
-def _fastest(gpu: Any, M: int, N: int, K: int, decomposition: str) -> Fastest:
+def _fastest(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str) -> Fastest:
+    N = sum(widths)
     if M <= 16:
         before, (product, label) = _decode(gpu, M, N, K, decomposition)
     else:
-        before = sum(time.seconds for time in _around(gpu, M, N, K, decomposition))
+        before = sum(time.seconds for time in _around(gpu, M, widths, K, decomposition))
         product, label = _product(gpu, M, N, K)
     return Fastest(before + product.seconds, label, product.limit)
 
@@ -220,11 +248,15 @@ def _product(gpu: Any, M: int, N: int, K: int) -> tuple[Any, str]:
     from int8fx.kernels.gpu import configs
 
     times = []
-    for config in configs.gemm_configs(gpu.arch, M, N, torch.float16):
+    for config in configs.gemm_configs(gpu.arch, M, N, K, torch.float16, gpu.processors):
         seen = specimens.gemm(gpu.arch, config).inspection
         time = gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS)
-        times.append((time, f"{config.block_m}x{config.block_n}"))
+        times.append((time, _label(config.block_m, config.block_n, config.parts)))
     return min(times, key=lambda pair: pair[0].seconds)
+
+
+def _label(block_m: int, block_n: int, parts: int) -> str:
+    return f"{block_m}x{block_n}" + f", split {parts}" * (parts > 1)
 
 
 def _decode(gpu: Any, M: int, N: int, K: int, decomposition: str) -> tuple[float, tuple[Any, str]]:
@@ -243,7 +275,7 @@ def _decode(gpu: Any, M: int, N: int, K: int, decomposition: str) -> tuple[float
         parts = configs.split_k(kind, config, N, K, gpu.processors)
         seen = specimens.decode(gpu.arch, kind, config, columns=K // parts).inspection
         time = gpu_model.decode(gpu, config, seen, M, N, K, parts, rows, outliers)
-        times.append((time, f"{rows}x{config.block_n}" + f", split {parts}" * (parts > 1)))
+        times.append((time, _label(rows, config.block_n, parts)))
     before = _norm(gpu, M, K, "fp16" if quantizes else "digits").seconds
     return before, min(times, key=lambda pair: pair[0].seconds)
 

@@ -1,12 +1,14 @@
 """A cost model of the GPU kernels: from compiled code and data sheets to microseconds.
 
     time of a launch = gap + max(memory, L2, tensor cores, instruction issue, operand traffic)
+                           + loads that wait for one another, where a kernel starts or ends with such
 
 It ranks configurations and shows what limits them. It is not a measurement: within 30 % at best, and
 blind to everything that it does not name. Every constant is in this file.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ TILE_CYCLES = 1500
 L2_LATENCY = 600
 # What the last program of a tile waits for: its own part to be written, its count, all the parts.
 SUM_LATENCIES = 3
+# Of two parts: the count that tells first from last, then the other's part and its count, and the part.
+PAIR_LATENCIES = 4
 # Bytes of a gathered int8 weight: a whole sector comes for each.
 SECTOR = 32
 
@@ -87,7 +91,8 @@ def matmul_int8(gpu: Gpu, M: int, N: int, K: int) -> float:
 
 
 def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: int) -> Time:
-    """``gemm.py`` with one row of its table.
+    """``gemm.py`` with one row of its table; K in parts, they are written, and read by whoever comes
+    last to a tile.
 
     Args:
         config: a ``GemmConfig``.
@@ -95,9 +100,10 @@ def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: 
     """
     c = config
     tiles = math.ceil(M / c.block_m) * math.ceil(N / c.block_n)
+    programs = tiles * c.parts
     blocks = seen.blocks_per_multiprocessor
-    waves = math.ceil(tiles / (gpu.processors * blocks))
-    together = min(blocks, math.ceil(tiles / gpu.processors))
+    waves = math.ceil(programs / (gpu.processors * blocks))
+    together = min(blocks, math.ceil(programs / gpu.processors))
     step_k = c.block_k * c.unroll
     step = {
         "tensor cores": 2 * c.block_m * c.block_n * step_k / (gpu.int8 * TENSOR_SHARE),
@@ -106,15 +112,21 @@ def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: 
     }
     slowest = max(step, key=lambda name: step[name])
     tail = 2 * c.block_m * c.block_n * outliers / (gpu.fp16 * TENSOR_SHARE)
-    cycles = waves * together * (math.ceil(K / step_k) * step[slowest] + tail + TILE_CYCLES)
+    steps = math.ceil(math.ceil(K / step_k) / c.parts)
+    cycles = waves * together * (steps * step[slowest] + tail + TILE_CYCLES)
     nbytes = (M + N) * K + 2 * M * N + 2 * outliers * (M + N)
+    operands = tiles * (c.block_m + c.block_n) * K
+    # Written and read; who comes last does not read its own, and of two does not write it either.
+    crossing = {1: 0, 2: 2}.get(c.parts, 2 * c.parts - 1)
+    sums = 4 * crossing * tiles * c.block_m * c.block_n
     limits = {
         slowest: cycles / (gpu.clock * 1e9),
         "memory": nbytes / (gpu.dram * DRAM_SHARE),
-        "L2": tiles * (c.block_m + c.block_n) * K / gpu.l2,
+        "L2": (operands + sums) / gpu.l2,
     }
     limit = max(limits, key=lambda name: limits[name])
-    return Time(gpu.gap + limits[limit], limit)
+    waits = waves * {1: 0, 2: PAIR_LATENCIES}.get(c.parts, SUM_LATENCIES)
+    return Time(gpu.gap + limits[limit] + waits * L2_LATENCY / (gpu.clock * 1e9), limit)
 
 
 def _loop_instructions(seen: Any) -> int:
@@ -124,52 +136,76 @@ def _loop_instructions(seen: Any) -> int:
 
 
 def quantize_gather(
-    gpu: Gpu, seen: Any, shape: dict[str, int], M: int, N: int, K: int, outliers: int, quantizes: bool
+    gpu: Gpu,
+    gathers: Any,
+    quantizes: Any,
+    shape: dict[str, int],
+    M: int,
+    widths: Sequence[int],
+    K: int,
+    outliers: int,
 ) -> Time:
     """``gather.py``; every row has an outlier in each of its columns.
 
-    Quantising, x is read twice (once from L2) and int8 written. Else x comes in sectors, one for each
-    outlier. Outliers are written, and weights gathered.
+    Quantising, x is read once and int8 written. Else x comes in sectors, one for each outlier. Outliers
+    are written, and weights gathered. The launch takes as long as its busiest processor, the programs
+    dealt out in order: what they issue, or memory, and what loads that wait for one another take.
 
     Args:
-        seen: its ``sass.Inspection``.
+        gathers: the ``sass.Inspection`` of the kernel that gathers alone.
+        quantizes: that of the kernel that quantises as well; or None, it does not.
         shape: its ``launch_shape``.
+        widths: N of each weight.
     """
     rows = (3 * M * K + 4 * M) if quantizes else M * min(SECTOR * outliers, 2 * K)
-    nbytes = rows + 4 * outliers * M + N * outliers * (SECTOR + 2)
-    x_programs, w_programs = math.ceil(M / shape["ROWS"]), math.ceil(N / shape["WEIGHT_ROWS"])
-    of_x, of_w = _gather_instructions(seen, shape, K, outliers, quantizes)
-    issued = of_x * math.ceil(x_programs / gpu.processors)
-    issued += of_w * math.ceil(w_programs / gpu.processors)
-    limits = {
-        "memory": nbytes / (gpu.dram * DRAM_SHARE),
-        "issue": _issue(gpu, issued * shape["num_warps"]),
-    }
-    return _slowest(gpu, limits)
+    nbytes = rows + 4 * outliers * M + sum(widths) * outliers * (SECTOR + 2)
+    memory = nbytes / (gpu.dram * DRAM_SHARE)
+    of_w, of_x, of_rows = _gather_instructions(gathers, quantizes, shape, K, outliers)
+    # The witness and what it names, for each part of the list; the list and what it lists, for each
+    # block of outliers. Who quantises waits for the first two.
+    listing = math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"]))
+    waits = 2 * listing + 2 * math.ceil(outliers / shape["BLOCK_O"])
+    programs = [(of_w, waits)] * sum(math.ceil(N / shape["GATHER_ROWS"]) for N in widths)
+    programs += [(of_x, waits)] * math.ceil(M / shape["GATHER_ROWS"])
+    if quantizes:
+        programs += [(of_rows, 2)] * math.ceil(M / shape["ROWS"])
+    blocks = (quantizes or gathers).blocks_per_multiprocessor
+
+    def time(processor: int) -> Time:
+        its = programs[processor :: gpu.processors]
+        issue = _issue(gpu, sum(issued for issued, _ in its) * shape["num_warps"])
+        waits = sum(max(wait for _, wait in its[i : i + blocks]) for i in range(0, len(its), blocks))
+        latency = waits * L2_LATENCY / (gpu.clock * 1e9)
+        limit = _slowest(gpu, {"memory": memory, "issue": issue, "latency": latency}).limit
+        return Time(gpu.gap + max(memory, issue) + latency, limit)
+
+    return max((time(each) for each in range(gpu.processors)), key=lambda each: each.seconds)
 
 
 def _gather_instructions(
-    seen: Any, shape: dict[str, int], K: int, outliers: int, quantizes: bool
-) -> tuple[int, int]:
-    """Of a warp that takes rows of x, and of one that takes rows of a weight; 0 on AMD."""
-    if not seen.loops:
-        return 0, 0
-    loops = [loop for loop in seen.loops if sum(loop.values()) > 1]
-    once = sum(seen.opcodes.values()) - seen.opcodes.get("NOP", 0) - sum(map(_size, loops))
-    kinds = {"SHFL": 16 * shape["LIST_BLOCK"]}  # the list
-    if quantizes:
-        kinds |= {"HMNMX": shape["BLOCK_K"], "FFMA": shape["BLOCK_K"]}  # absmax, then int8
-    kinds |= {"FSETP": shape["LOOK_BLOCK"]}  # the witness
-    for name, block in kinds.items():
-        loop = next(loop for loop in loops if any(n.startswith(name) for n in loop))
-        loops.remove(loop)
-        passes = math.ceil(K / block) * _size(loop)
-        kinds[name] = passes
-    of_x, of_w = sorted(map(_size, loops))  # what gathers; a program has more rows of a weight
+    gathers: Any, quantizes: Any, shape: dict[str, int], K: int, outliers: int
+) -> tuple[int, int, int]:
+    """Of a warp that gathers from a weight, from x, and of one that quantises rows; 0 on AMD."""
+    if not gathers.loops:
+        return 0, 0, 0
+    *gathering, listing = [loop for loop in gathers.loops if _size(loop) > 1]
+    (of_w,) = [loop for loop in gathering if any(name.startswith("I2F") for name in loop)]
+    (of_x,) = [loop for loop in gathering if loop is not of_w]
+    once = _straight(gathers) - _size(of_w) - _size(of_x) - _size(listing)
+    listed = once + math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"])) * _size(listing)
     steps = math.ceil(outliers / shape["BLOCK_O"])
-    listing = once + kinds["SHFL"] + kinds["FSETP"]
-    rows = kinds.get("HMNMX", 0) + kinds.get("FFMA", 0)
-    return listing + rows + steps * of_x, listing + steps * of_w
+    rows = 0
+    if quantizes:
+        if not shape["ONE_BLOCK"]:
+            raise ValueError(f"rows of {K} elements are quantised in loops, which are not counted")
+        # What quantising adds to the kernel; to be sure, what is before it and after it once more.
+        rows = once + _straight(quantizes) - _straight(gathers)
+    return listed + steps * _size(of_w), listed + steps * _size(of_x), rows
+
+
+def _straight(seen: Any) -> int:
+    """All instructions of a kernel, each once."""
+    return sum(seen.opcodes.values()) - seen.opcodes.get("NOP", 0)
 
 
 def _size(loop: dict[str, int]) -> int:

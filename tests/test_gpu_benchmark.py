@@ -75,17 +75,48 @@ def test_a_norm_is_limited_by_memory_or_by_its_instructions():
     assert twice.seconds - H100.gap == pytest.approx(2 * (issue.seconds - H100.gap))
 
 
-@pytest.mark.parametrize("quantizes", [True, False])
-def test_what_gathers_is_its_loops_as_often_as_they_run(quantizes):
-    shape = launch_shape(4096, 4096, quantizes)
-    seen = specimens.quantize_gather("sm_90", 4096, 4096, "fp16", quantizes).inspection
-    count = functools.partial(gpu_model._gather_instructions, seen, shape)
-    of_x, of_w = count(4096, 32, quantizes)
-    wider, more = count(8192, 32, quantizes), count(4096, 64, quantizes)
-    assert 200 < of_w < 2000
-    assert (of_x > 2 * of_w) == quantizes  # rows are quantised, weights are not
-    assert wider[0] - of_x > wider[1] - of_w if quantizes else wider[0] - of_x == wider[1] - of_w
-    assert 0 < more[0] - of_x <= more[1] - of_w  # more rows of a weight in a step
+def gathering(M, K, N, quantizes=True):
+    kernels = (specimens.quantize_gather("sm_90", M, K, "fp16", also, N) for also in (False, True))
+    gathers, both = (kernel.inspection for kernel in kernels)
+    return gathers, both if quantizes else None, launch_shape(M, K, N, 2)
+
+
+def test_what_gathers_is_its_loops_as_often_as_they_run():
+    count = functools.partial(gpu_model._gather_instructions, *gathering(128, 4096, 4096))
+    of_w, of_x, of_rows = count(4096, 32)
+    wider, more = count(8192, 32), count(4096, 64)
+    assert 500 < of_x <= of_w < 2000 and 500 < of_rows < 2000
+    assert wider[0] - of_w == wider[1] - of_x > 200  # the list
+    assert more[0] - of_w >= more[1] - of_x > 0
+    assert wider[2] == more[2] == of_rows  # a row is one block, and lists nothing
+    alone = gpu_model._gather_instructions(*gathering(128, 4096, 4096, False), 4096, 32)
+    assert alone == (of_w, of_x, 0)
+
+
+def test_programs_that_share_a_processor_take_longer_than_those_that_do_not():
+    gathers, both, shape = gathering(128, 4096, 4096)
+
+    def seconds(gpu_, *operands):
+        return gpu_model.quantize_gather(gpu_, *operands, shape, 128, [4096], 4096, 0).seconds
+
+    # 64 programs quantise, 66 gather; without outliers it is not memory that takes the time.
+    each_its_own, more, half = (
+        seconds(dataclasses.replace(H100, processors=n, dram=1e15), gathers, both)
+        for n in (130, 1000, 65)
+    )
+    assert half > each_its_own == more
+
+
+def test_parts_of_a_product_share_its_work_and_pay_for_the_sum():
+    config = specimens.configs.GEMM["sm_90"][2]
+    seen = specimens.gemm("sm_90", config).inspection
+
+    def time(parts, K):
+        split = dataclasses.replace(config, parts=parts)
+        return gpu_model.product(H100, split, seen, 128, 4096, K, 32)
+
+    assert time(2, 14336).seconds < time(1, 14336).seconds
+    assert time(2, 512).seconds > time(1, 512).seconds
 
 
 def test_no_product_is_faster_than_the_perfect_one(norms, monkeypatch):
@@ -108,5 +139,5 @@ def test_no_product_is_faster_than_the_perfect_one(norms, monkeypatch):
     ]
     for (name, way, *times), (_, widths, K) in zip(parts[::2], gpu.LAYERS, strict=True):
         seconds = sum(float(time.split(",")[0]) for time in times)
-        fastest = gpu._fastest(H100, 4096, sum(widths), K, way)
+        fastest = gpu._fastest(H100, 4096, widths, K, way)
         assert seconds == pytest.approx(1e6 * fastest.seconds, abs=0.2), name

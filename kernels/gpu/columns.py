@@ -57,44 +57,47 @@ def is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold):
 
 
 @triton.jit
-def compact_columns(
-    witness_ptr, x_ptr, taken_ptr, columns_ptr, M, K, threshold,
-    BLOCK_K: tl.constexpr, LIST_BLOCK: tl.constexpr,
+def find_columns(
+    witness_ptr, x_ptr, columns_ptr, M, K, threshold, NEIGHBOURS: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """Writes which columns hold outliers to ``taken [K]``, and their list; returns their number."""
-    mark_columns(witness_ptr, x_ptr, taken_ptr, M, K, threshold, BLOCK_K)
-    return list_columns(taken_ptr, columns_ptr, K, LIST_BLOCK)
+    """Writes the list of the columns that hold an outlier, in order; returns their number.
 
-
-@triton.jit
-def mark_columns(witness_ptr, x_ptr, taken_ptr, M, K, threshold, BLOCK_K: tl.constexpr):
-    """Writes which columns hold outliers to ``taken [K]``.
-
-    Every program that calls this, or lists columns, writes the same to the same places and reads back
-    what it wrote itself, or the same written by another.
+    Every program that calls this, or ``list_columns``, writes the same to the same places and reads
+    back what it wrote itself, or the same written by another.
     """
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        taken = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold)
-        tl.store(taken_ptr + k, taken.to(tl.int8), mask=k < K)
+    count = tl.full((), 0, tl.int32)
+    block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, NEIGHBOURS)[None, :]
+    for start in range(0, K, NEIGHBOURS * BLOCKS):
+        k = start + NEIGHBOURS * block + within
+        flag = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold).to(tl.int32)
+        count = _append(columns_ptr, count, flag, k)
     tl.debug_barrier()
+    return count
 
 
 @triton.jit
 def list_columns(taken_ptr, columns_ptr, K, BLOCKS: tl.constexpr):
-    """Writes the list of the columns that are taken, in order; returns their number.
-
-    Sixteen columns a thread: a sum along threads costs an addition a warp for each of its terms.
-    """
+    """The same of columns that are marked in ``taken [K]``."""
     count = tl.full((), 0, tl.int32)
     block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 16)[None, :]
     for start in range(0, K, 16 * BLOCKS):
         k = start + 16 * block + within
         flag = tl.load(taken_ptr + k, mask=k < K, other=0).to(tl.int32)
-        total = tl.sum(flag, 1)
-        before = count + tl.cumsum(total, 0) - total
-        position = before[:, None] + tl.cumsum(flag, 1) - flag
-        tl.store(columns_ptr + position, k, mask=flag != 0)
-        count += tl.sum(total, 0)
+        count = _append(columns_ptr, count, flag, k)
     tl.debug_barrier()
     return count
+
+
+@triton.jit
+def _append(columns_ptr, count, flag, k):
+    """Adds the columns ``k`` whose flag is 1 to a list of ``count``; returns its new length.
+
+    Args:
+        flag, k: ``[blocks, neighbours]`` int32, the neighbours in one thread: a sum along threads costs
+            an addition a warp for each of its terms.
+    """
+    total = tl.sum(flag, 1)
+    before = count + tl.cumsum(total, 0) - total
+    position = before[:, None] + tl.cumsum(flag, 1) - flag
+    tl.store(columns_ptr + position, k, mask=flag != 0)
+    return count + tl.sum(total, 0)

@@ -18,6 +18,7 @@ class GemmConfig:
         unroll: of the int8 loop. On sm_80, 86 and 89 Triton's prefetch pass makes int8 fragments
             loop-carried and doubles the registers; it gives up on a loop with two products.
         blocks: how many blocks are meant to run at once on one multiprocessor.
+        parts: in how many K is split, which a shape decides; None where the kernel cannot.
     """
 
     block_m: int
@@ -27,16 +28,18 @@ class GemmConfig:
     num_stages: int
     unroll: int = 1
     blocks: int = 1
+    parts: int | None = 1
 
     def constants(self, K: int) -> dict[str, int | bool]:
         """The kernel's constants, for rows of K elements."""
-        return {
+        constants: dict[str, int | bool] = {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "UNROLL": self.unroll,
             "EVEN_K": K % (self.block_k * self.unroll) == 0,
         }
+        return constants if self.parts is None else constants | {"SPLIT_K": self.parts}
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,14 @@ GEMM: dict[str, tuple[GemmConfig, ...]] = {
 
 # Of experts.py. An expert may have few rows, and then reading its weight is what takes the time; and
 # outlier columns, which are gathered inside the product, want registers of their own.
-_EXPERTS_16 = GemmConfig(16, 64, 128, 4, 4, blocks=3)
-_CDNA_EXPERTS_16 = GemmConfig(16, 32, 128, 4, 2, blocks=2)
+_EXPERTS_16 = GemmConfig(16, 64, 128, 4, 4, blocks=3, parts=None)
+_CDNA_EXPERTS_16 = GemmConfig(16, 32, 128, 4, 2, blocks=2, parts=None)
 
 
 def _for_experts(arch: str) -> tuple[GemmConfig, ...]:
     few = _CDNA_EXPERTS_16 if arch.startswith("gfx") else _EXPERTS_16
     many = [
-        dataclasses.replace(row, blocks=min(row.blocks, 128 // row.block_m))
+        dataclasses.replace(row, blocks=min(row.blocks, 128 // row.block_m), parts=None)
         for row in GEMM[arch]
         if row.block_n <= 128
     ]
@@ -109,6 +112,11 @@ def _for_experts(arch: str) -> tuple[GemmConfig, ...]:
 EXPERTS: dict[str, tuple[GemmConfig, ...]] = {arch: _for_experts(arch) for arch in GEMM}
 
 _MAX_PARTS = 8
+# Rows of a product, by class: up to an entry, or more than the last.
+_CLASSES = (64, 128, 256, 512, 1024)
+COUNTERS = 256  # of the tiles whose K is split
+# What share of the processors wide tiles have to fill, by the parts of each, whose sum takes time.
+_MANY = {1: 0.7, 2: 0.75}
 # One token in a tile of 16 rows; then tokens with their outliers' digits in one of 64; then 2 to 16
 # rows that each program quantises, which wants few and large programs.
 _ROWS_16 = (DecodeConfig(32, 256, 4, 4, blocks=2), DecodeConfig(64, 128, 4, 4, blocks=3))
@@ -155,20 +163,39 @@ def gemm_rows(arch: str, dtype: torch.dtype) -> list[GemmConfig]:
     return [config for config in GEMM[arch] if config.block_n <= limit]
 
 
-def gemm_configs(arch: str, M: int, N: int, dtype: torch.dtype) -> list[GemmConfig]:
-    """The rows worth trying for a shape, smallest tiles first.
+def gemm_configs(
+    arch: str, M: int, N: int, K: int, dtype: torch.dtype, processors: int
+) -> list[GemmConfig]:
+    """The rows worth trying for a shape, smallest tiles first, the best guess last.
 
-    Only M's class is looked at, 17-64, 65-1024 or more, so that a graph with dynamic shapes is
-    compiled at most once for each.
+    Only M's class is looked at, so that a graph with dynamic shapes is compiled at most once for each.
+    Tiles wider than 128 halve the traffic of x, and the programs: where enough are left, or M is large
+    anyway.
     """
-    rows = gemm_rows(arch, dtype)
-    if M <= 64:
-        fits = [config for config in rows if config.block_m <= 64]
-    elif M <= 1024:
-        fits = [config for config in rows if config.block_n <= 128]
-    else:
-        fits = [config for config in rows if config.block_m > 64]
-    return [config for config in fits if config.block_n <= max(64, N)] or fits[:1]
+    passed = sum(each < M for each in _CLASSES)
+    is_last = passed == len(_CLASSES)
+    most = _CLASSES[min(passed, len(_CLASSES) - 1)]
+    chosen = []
+    for config in gemm_rows(arch, dtype):
+        tiles = -(-most // config.block_m) * -(-N // config.block_n)
+        parts = 1 if is_last else gemm_parts(config, tiles, K, processors)
+        enough = config.block_n <= 128 or is_last or tiles * parts >= _MANY[parts] * processors
+        if enough and (config.block_m > 64 if is_last else config.block_m <= most):
+            chosen.append(dataclasses.replace(config, parts=parts))
+    return [config for config in chosen if config.block_n <= max(64, N)] or chosen[:1]
+
+
+def gemm_parts(config: GemmConfig, tiles: int, K: int, processors: int) -> int:
+    """In how many parts a product splits K: two where all processors have room for them, and more in
+    three quarters of them.
+
+    Each part is written and read in fp32, except that of two only one is (``split.py``): three of a
+    tile wider than 128 are more traffic than its operands.
+    """
+    most = 1 if 2 * tiles > COUNTERS else 2 if config.block_n > 128 else _MAX_PARTS
+    enough = min(most, K // (4 * config.block_k * config.unroll))
+    fits = [parts for parts in range(3, enough + 1) if 4 * tiles * parts <= 3 * processors]
+    return max(fits, default=2 if enough >= 2 and 2 * tiles <= processors else 1)
 
 
 def expert_rows(arch: str, dtype: torch.dtype) -> list[GemmConfig]:

@@ -37,7 +37,8 @@ from torch import Tensor
 from int8fx.kernels.gpu.columns import list_columns
 from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
-from int8fx.kernels.gpu.rounding import quantize, scale_of_rows
+from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
+from int8fx.kernels.gpu.split import sum_of_tile
 from int8fx.kernels.linear import linear_reference
 from int8fx.kernels.quantize import quantize_reference
 
@@ -113,22 +114,6 @@ def sum_of_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 @triton.jit
-def _folded(x, VECTOR: tl.constexpr):
-    """The largest of each VECTOR neighbours of a row, in the thread that has them; NaN stays NaN."""
-    if VECTOR == 1:
-        return x
-    else:
-        ROWS: tl.constexpr = x.shape[0]
-        COLUMNS: tl.constexpr = x.shape[1]
-        HALF: tl.constexpr = VECTOR // 2
-        # Halves of a vector, not neighbours: two of 16 bits share a register.
-        halves = tl.permute(tl.reshape(x, (ROWS, COLUMNS // VECTOR, 2, HALF)), (0, 1, 3, 2))
-        left, right = tl.split(halves)
-        larger = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-        return _folded(tl.reshape(larger, (ROWS, COLUMNS // 2)), HALF)
-
-
-@triton.jit
 def _look_at_all(
     x_ptr, x_scale_ptr, taken_ptr, M, K, threshold,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
@@ -150,7 +135,7 @@ def _look_at_all(
         tl.store(taken_ptr + k, taken.to(tl.int8), mask=k < K)
         limit = tl.where(taken, 0.0, float("inf")).to(x_ptr.dtype.element_ty)
         regular = tl.minimum(x, limit[None, :], propagate_nan=tl.PropagateNan.ALL)
-        absmax = tl.maximum(absmax, _folded(regular, VECTOR), propagate_nan=tl.PropagateNan.ALL)
+        absmax = tl.maximum(absmax, folded(regular, VECTOR), propagate_nan=tl.PropagateNan.ALL)
     tl.store(x_scale_ptr + row, scale_of_rows(absmax.to(tl.float32)), mask=row < M)
     tl.debug_barrier()
 
@@ -198,41 +183,12 @@ def add_outlier_columns(
 
 
 @triton.jit
-def _sum_of_tile(part_of_tile, part, parts_ptr, counters_ptr, SPLIT_K: tl.constexpr):
-    """The sum of a tile's parts, for the program that comes last; zeros for the others.
-
-    Args:
-        part_of_tile: ``[TOKENS, BLOCK_N]``, the part of this program.
-        parts_ptr: ``[SPLIT_K, tiles, TOKENS, BLOCK_N]`` fp32, to work with.
-        counters_ptr: ``[tiles]`` int32, zero; left zero, for whoever launches again with them.
-
-    Returns:
-        the sum, and whether this program came last.
-    """
-    TOKENS: tl.constexpr = part_of_tile.shape[0]
-    BLOCK_N: tl.constexpr = part_of_tile.shape[1]
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
-    within = tl.arange(0, TOKENS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    here = parts_ptr + tile * TOKENS * BLOCK_N + within
-    distance = tiles * TOKENS * BLOCK_N
-    tl.store(here + part * distance, part_of_tile)
-    tl.debug_barrier()  # the count below says that all threads have stored
-    counter = counters_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tile
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1
-    total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
-    for index in tl.static_range(SPLIT_K):
-        total += tl.load(here + index * distance, mask=is_last, other=0.0)
-    tl.store(counter, 0, mask=is_last)
-    return total, is_last
-
-
-@triton.jit
 def decode_kernel(
     x_ptr,  # [M, K], where QUANTIZE
     x_int8_ptr, x_scale_ptr,  # [M, K] int8 and [M] fp32; where QUANTIZE they are written
     digit0_ptr, digit1_ptr, digit2_ptr, digit_scale_ptr,  # [M, K] int8 and [M] fp32, where DIGITS
     taken_ptr, columns_ptr,  # [K] int8 and int32, to work with, where QUANTIZE
-    parts_ptr, counters_ptr,  # see _sum_of_tile, where SUMS
+    parts_ptr, counters_ptr,  # see sum_of_tile, where SUMS
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
@@ -331,7 +287,7 @@ def decode_kernel(
     m = tl.arange(0, TOKENS)
     inside = (m < M)[:, None] & (columns < N)[None, :]
     if SUMS:
-        y, is_last = _sum_of_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
+        y, is_last = sum_of_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
         inside &= is_last
         part = 0  # of one result
     y *= tl.load(w_scale_ptr + n)[None, :]

@@ -33,7 +33,7 @@ from torch.library import triton_op, wrap_triton
 
 from int8fx.kernels.experts import check_routing, setup_context, sorted_rows
 from int8fx.kernels.gpu import configs
-from int8fx.kernels.gpu.columns import compact_columns, mark_columns
+from int8fx.kernels.gpu.columns import find_columns
 from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_reference
 from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
 from int8fx.kernels.gpu.gather import launch_shape, quantize_without_columns
@@ -73,14 +73,15 @@ def quantize_experts_kernel(
     ends_ptr,  # [E]
     x_int8_ptr,  # [S, K]
     x_scale_ptr,  # [S] fp32
-    taken_ptr, columns_ptr,  # [E, K] int8, to work with, and int32
+    columns_ptr,  # [E, K] int32
     count_ptr,  # [E] int32
     S, K, E,
     threshold,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOOK_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -92,23 +93,19 @@ def quantize_experts_kernel(
         first, last = rows_of_expert(ends_ptr, program, S)
         here = program.to(tl.int64) * K
         if first < last:
-            count = compact_columns(
-                witness_ptr + here, x_ptr + first.to(tl.int64) * K, taken_ptr + here,
-                columns_ptr + here, last - first, K, limit, LOOK_BLOCK, LIST_BLOCK,
+            count = find_columns(
+                witness_ptr + here, x_ptr + first.to(tl.int64) * K, columns_ptr + here,
+                last - first, K, limit, NEIGHBOURS, LIST_BLOCK,
             )  # fmt: skip
             tl.store(count_ptr + program, count)
     elif QUANTIZE:
         expert, start, first, last = rows_of_tile(program - E, ends_ptr, S, E, ROWS, BLOCK_E)
         if expert < E:
             rows = first - start + tl.arange(0, ROWS)
-            here, of_expert = start.to(tl.int64) * K, expert.to(tl.int64) * K
-            taken_ptr += of_expert
-            mark_columns(
-                witness_ptr + of_expert, x_ptr + here, taken_ptr, last - start, K, limit, LOOK_BLOCK
-            )
+            here = start.to(tl.int64) * K
             quantize_without_columns(
-                x_ptr + here, taken_ptr, x_int8_ptr + here, x_scale_ptr + start, rows,
-                last - start, K, BLOCK_K,
+                x_ptr + here, witness_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
+                x_scale_ptr + start, rows, last - start, K, limit, BLOCK_K, ONE_BLOCK,
             )  # fmt: skip
 
 
@@ -163,7 +160,9 @@ def expert_gemm_kernel(
         _store(y, y_ptr, order_ptr, rows, m, last, columns, N, ORDERED)
         return
     w_ptr += expert.to(tl.int64) * N * K
-    acc_int32 = int8_product(x_int8_ptr, w_ptr, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL)
+    acc_int32 = int8_product(
+        x_int8_ptr, w_ptr, m, n, 0, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
+    )
     y = acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
     if HAS_OUTLIERS:
         x_row = x_ptr + m.to(tl.int64)[:, None] * K
@@ -265,9 +264,8 @@ def _quantize(
     x_int8, x_scale, source, fused = int8_rows(x, threshold, decomposition)
     if threshold == 0:
         return x_int8, x_scale, x_int8, x_int8, x_int8  # the last three are not read
-    taken, columns = empty(x, (E, K), torch.int8), empty(x, (E, K), torch.int32)
-    count = empty(x, (E,), torch.int32)
-    shape = list_shape(S, K)
+    columns, count = empty(x, (E, K), torch.int32), empty(x, (E,), torch.int32)
+    shape = list_shape(S, K, x.dtype.itemsize)
     programs = E if fused else E + tiles(S, E, shape["ROWS"])
     wrap_triton(quantize_experts_kernel)[(programs,)](
         source,
@@ -275,7 +273,6 @@ def _quantize(
         ends,
         x_int8,
         x_scale,
-        taken,
         columns,
         count,
         S,
@@ -289,11 +286,11 @@ def _quantize(
     return x_int8, x_scale, source, columns, count
 
 
-def list_shape(S: int, K: int) -> dict[str, int]:
+def list_shape(S: int, K: int, itemsize: int) -> dict[str, int | bool]:
     """Block sizes of the kernel that quantises and lists, for S rows of K elements."""
-    shape = launch_shape(S, K, quantizes=True)
-    names = ("ROWS", "BLOCK_K", "LOOK_BLOCK", "LIST_BLOCK", "num_warps")
-    return {name: shape[name] for name in names}
+    shape = launch_shape(S, K, 0, itemsize)
+    del shape["GATHER_ROWS"], shape["BLOCK_O"]
+    return shape
 
 
 def expert_witness(x: Tensor, threshold: float, ends: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ One launch between the kernel that computes ``x`` (and its witness, ``columns.py
     w_gathered[n, j]        = w_int8[n, C[j]]
     count                   = |C|
 
+Some programs list C and gather, the others quantise: those ask which columns are outliers, and never
+in what order, which is what takes the instructions. Neither waits for the other.
+
 The outlier product then runs over contiguous operands that need no mask: both are zero from ``count``
 up to the next multiple of ``BLOCK_O``. Their capacity is all of K, so nothing is ever dropped; memory
 beyond what is written is not touched. Plain gathering inside the product costs it 60 registers a
@@ -16,21 +19,27 @@ thread, and its pipelining.
 Source: Dettmers et al. 2022, "LLM.int8()", section 3.2.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8fx.kernels.gpu.columns import compact_columns, outlier_columns_reference
+from int8fx.kernels.gpu.columns import (
+    find_columns,
+    is_outlier_column,
+    outlier_columns_reference,
+)
 from int8fx.kernels.gpu.groups import pick
-from int8fx.kernels.gpu.rounding import quantize, scale_of_rows
+from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
 from int8fx.kernels.quantize import quantize_reference
 
 BLOCK_O = 32
-_ROWS, _FEW_ROWS = 4, 1024
-_WEIGHT_ROWS = 64
-_ELEMENTS = 8192  # of x, in one step of a program
-_LOOK = 2048  # columns of the witness, in one step
+_FEW_ROWS = 256
+_ROW_BYTES = 32768  # of x, of the longest row that a program keeps in registers
+_LIST = 8192  # columns of the witness, in one step
+_NEIGHBOURS = 8  # columns of the witness, in one load of a thread
 
 
 def quantize_gather_reference(
@@ -51,34 +60,50 @@ def quantize_gather_reference(
 
 @triton.jit
 def quantize_without_columns(
-    x_ptr, taken_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, BLOCK_K: tl.constexpr
-):
-    ROWS: tl.constexpr = rows.shape[0]
-    # Rows past the end look at others again. Outlier columns are loaded as well: under their mask a
-    # load would be one of two bytes.
-    source = (rows % M).to(tl.int64)[:, None] * K
-    dtype = x_ptr.dtype.element_ty
-    absmax = tl.zeros((ROWS, BLOCK_K), dtype)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + source + k[None, :], mask=(k < K)[None, :], other=0.0)
-        taken = tl.load(taken_ptr + k, mask=k < K, other=1) != 0
-        # Extremes need no conversion: two of fp16 are one instruction. Of a number and NaN the minimum
-        # is the number, so that what is not taken is its own, and a NaN that is taken is zero.
-        limit = tl.where(taken, 0.0, float("nan")).to(dtype)
-        regular = tl.minimum(tl.abs(x), limit[None, :])
-        absmax = tl.maximum(absmax, regular, propagate_nan=tl.PropagateNan.ALL)
+    x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, threshold,
+    BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes ``x_int8`` and ``x_scale`` of ``rows``; with ONE_BLOCK they stay in registers between."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // dtype.primitive_bitwidth
+    # Rows past the end look at others again.
+    source = x_ptr + (rows % M).to(tl.int64)[:, None] * K
+    target = x_int8_ptr + rows.to(tl.int64)[:, None] * K
+    inside = (rows < M)[:, None]
+    k = tl.arange(0, BLOCK_K)
+    # Maxima need no conversion: two of fp16 are one instruction.
+    x = _regular(source, witness_ptr, x_ptr, k, M, K, threshold)
+    absmax = folded(tl.abs(x), VECTOR)
+    if not ONE_BLOCK:
+        for start in range(BLOCK_K, K, BLOCK_K):
+            more = _regular(source, witness_ptr, x_ptr, start + k, M, K, threshold)
+            more = folded(tl.abs(more), VECTOR)
+            absmax = tl.maximum(absmax, more, propagate_nan=tl.PropagateNan.ALL)
     x_scale = scale_of_rows(absmax.to(tl.float32))
     tl.store(x_scale_ptr + rows, x_scale, mask=rows < M)
-    target = rows.to(tl.int64)[:, None] * K
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + source + k[None, :], mask=(k < K)[None, :], other=0.0)
-        taken = tl.load(taken_ptr + k, mask=k < K, other=1) != 0
-        regular = tl.where(taken[None, :], 0.0, x.to(tl.float32))
-        x_int8 = quantize(regular, x_scale[:, None], dtype != tl.float32)
-        inside = (rows < M)[:, None] & (k < K)[None, :]
-        tl.store(x_int8_ptr + target + k[None, :], x_int8, mask=inside)
+    IS_16_BIT: tl.constexpr = dtype != tl.float32
+    if ONE_BLOCK:
+        x_int8 = quantize(x.to(tl.float32), x_scale[:, None], IS_16_BIT)
+        tl.store(target + k[None, :], x_int8, mask=inside & (k < K)[None, :])
+    else:
+        for start in range(0, K, BLOCK_K):
+            again = _regular(source, witness_ptr, x_ptr, start + k, M, K, threshold)
+            x_int8 = quantize(again.to(tl.float32), x_scale[:, None], IS_16_BIT)
+            tl.store(target + start + k[None, :], x_int8, mask=inside & (start + k < K)[None, :])
+
+
+@triton.jit
+def _regular(source, witness_ptr, x_ptr, k, M, K, threshold):
+    """``x [ROWS, k]``, zero in outlier columns, whatever they hold: NaN and infinity as well.
+
+    Outlier columns are loaded too: under their mask a load would be one of two bytes.
+    """
+    x = tl.load(source + k[None, :], mask=(k < K)[None, :], other=0.0)
+    taken = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold)
+    # Of a number and NaN minimum and maximum are the number. Two of fp16 are one instruction, where
+    # tl.where takes them apart.
+    limit = tl.where(taken, 0.0, float("nan")).to(x.dtype)[None, :]
+    return tl.maximum(tl.minimum(x, limit), limit)
 
 
 @triton.jit
@@ -105,64 +130,79 @@ def quantize_gather_kernel(
     x_scale_ptr,  # [M]
     x_gathered_ptr,  # [M, CAPACITY]
     w_gathered_ptr,  # [N0 + N1 + N2, CAPACITY]
-    taken_ptr, columns_ptr,  # [K] int8 and int32, to work with
-    count_ptr,  # [1]
+    columns_ptr,  # [K] int32, to work with
+    count_ptr,  # [1] int32
+    counters_ptr,  # [COUNTERS] int32, which this makes zeros
     M, N0, N1, N2, K, CAPACITY,
     threshold,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    WEIGHT_ROWS: tl.constexpr,
+    GATHER_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOOK_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """The first programs take ``ROWS`` rows of x each, the others ``WEIGHT_ROWS`` rows of a weight."""
+    """The first programs gather from ``GATHER_ROWS`` rows of a weight or of x each, the others quantise
+    ``ROWS`` rows of x."""
     # Inductor passes Python floats as fp64, eager Triton as fp32.
     limit = tl.full((), threshold, tl.float32)
     program = tl.program_id(0)
-    count = compact_columns(
-        witness_ptr, x_ptr, taken_ptr, columns_ptr, M, K, limit, LOOK_BLOCK, LIST_BLOCK
-    )
-    if program == 0:
-        tl.store(count_ptr, count)
-    x_programs = tl.cdiv(M, ROWS)
-    if program < x_programs:
-        rows = program * ROWS + tl.arange(0, ROWS)
-        if QUANTIZE:
-            quantize_without_columns(x_ptr, taken_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, BLOCK_K)
-        _gather(x_ptr, x_gathered_ptr, rows, rows, rows < M, columns_ptr, count,
-                K, CAPACITY, BLOCK_O)  # fmt: skip
-    else:
-        block = program - x_programs
-        first0 = tl.cdiv(N0, WEIGHT_ROWS)
-        first1 = first0 + tl.cdiv(N1, WEIGHT_ROWS)
-        group = (block >= first0).to(tl.int32) + (block >= first1).to(tl.int32)
-        block -= pick(group, 0, first0, first1)
-        n = block * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
-        inside = n < pick(group, N0, N1, N2)
-        w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
-        target_rows = n + pick(group, 0, N0, N0 + N1)
-        _gather(w_ptr, w_gathered_ptr, target_rows, n, inside, columns_ptr, count,
-                K, CAPACITY, BLOCK_O)  # fmt: skip
+    first0 = tl.cdiv(N0, GATHER_ROWS)
+    first1 = first0 + tl.cdiv(N1, GATHER_ROWS)
+    of_x = first1 + tl.cdiv(N2, GATHER_ROWS)
+    of_rows = of_x + tl.cdiv(M, GATHER_ROWS)
+    if program < of_rows:
+        count = find_columns(witness_ptr, x_ptr, columns_ptr, M, K, limit, NEIGHBOURS, LIST_BLOCK)
+        if program == 0:
+            tl.store(count_ptr, count)
+            tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32))
+        if program < of_x:
+            group = (program >= first0).to(tl.int32) + (program >= first1).to(tl.int32)
+            block = program - pick(group, 0, first0, first1)
+            n = block * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
+            inside = n < pick(group, N0, N1, N2)
+            w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
+            _gather(w_ptr, w_gathered_ptr, n + pick(group, 0, N0, N0 + N1), n, inside, columns_ptr,
+                    count, K, CAPACITY, BLOCK_O)  # fmt: skip
+        else:
+            m = (program - of_x) * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
+            _gather(x_ptr, x_gathered_ptr, m, m, m < M, columns_ptr,
+                    count, K, CAPACITY, BLOCK_O)  # fmt: skip
+    elif QUANTIZE:
+        rows = (program - of_rows) * ROWS + tl.arange(0, ROWS)
+        quantize_without_columns(
+            x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, rows, M, K, limit, BLOCK_K, ONE_BLOCK
+        )
 
 
-def launch_shape(M: int, K: int, quantizes: bool) -> dict[str, int]:
-    """The kernel's block sizes for M rows of K elements.
+def launch_shape(M: int, K: int, N: int, itemsize: int) -> dict[str, int | bool]:
+    """The kernel's block sizes for M rows of K elements, and weights of N channels together.
 
-    Every program lists the outlier columns for itself, so that many rows want few programs, and few
-    rows many. Only M's class is looked at, as in ``configs.gemm_configs``. Narrow blocks take fewer
-    warps: with 48 registers a thread, as eight warps leave at K = 512, ptxas spills around the slow
-    path of the division on sm_90.
+    Every program that gathers lists the outlier columns for itself, and every one that quantises asks
+    for each whether it is one: few and large programs, as long as there are enough for all processors.
+    Only M's class is looked at, as in ``configs.gemm_configs``. Eight rows would take all registers of
+    an A100. Narrow blocks take fewer warps: with 48 registers a thread, as eight warps leave at
+    K = 512, ptxas spills around the slow path of the division on sm_90.
     """
-    rows = _ROWS if M <= _FEW_ROWS else 2 * _ROWS
-    look = max(32, min(_LOOK, triton.next_power_of_2(K)))
+    few = M <= _FEW_ROWS
+    row = max(32, triton.next_power_of_2(K))
+    block = min(row, _ROW_BYTES // itemsize)
     return {
-        "ROWS": rows if quantizes else 4 * rows,
-        "WEIGHT_ROWS": _WEIGHT_ROWS,
-        "BLOCK_K": min(look, _ELEMENTS // rows),
-        "LOOK_BLOCK": look,
-        "LIST_BLOCK": min(256, max(16, look // 8)),
+        "ROWS": 2 if few else 4,
+        "GATHER_ROWS": 64 if few and N <= 4096 else 128 if N <= 8192 else 256,
+        "BLOCK_K": block,
+        "ONE_BLOCK": row == block,
+        "NEIGHBOURS": _NEIGHBOURS,
+        "LIST_BLOCK": min(block, _LIST) // _NEIGHBOURS,
         "BLOCK_O": BLOCK_O,
-        "num_warps": 4 if look <= 512 else 8,
+        "num_warps": 4 if block <= 512 else 8 if block <= 4096 else 16,
     }
+
+
+def programs(shape: dict[str, int | bool], M: int, widths: Sequence[int], quantizes: bool) -> int:
+    """How many programs the kernel takes."""
+    gather = sum(-(-rows // shape["GATHER_ROWS"]) for rows in (M, *widths))
+    return gather + (-(-M // shape["ROWS"]) if quantizes else 0)

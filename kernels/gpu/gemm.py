@@ -7,6 +7,8 @@ is for the registers' sake: the int8 loop first, its int32 accumulator converted
 outlier product accumulated into the same registers. With the outliers first, two accumulators are
 alive at once, and spill.
 
+With few tiles, SPLIT_K programs share one, each with its part of K and of the outliers (``split.py``).
+
 Source: Dettmers et al. 2022, "LLM.int8()", equation 8. Reference: ``kernels/linear.py``.
 """
 
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels.gpu.groups import pick
+from int8fx.kernels.gpu.split import sum_of_large_tile
 
 
 def gemm_reference(
@@ -56,21 +59,21 @@ def tile_in_bands(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def int8_product(
-    x_ptr, w_ptr, m, n, K,
+    x_ptr, w_ptr, m, n, first, last, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """``x_int8[m] @ w_int8[n]ᵀ`` in int32."""
-    k = tl.arange(0, BLOCK_K)
+    """``x_int8[m] @ w_int8[n]ᵀ`` in int32, of columns ``first`` to ``last``."""
+    k = first + tl.arange(0, BLOCK_K)
     x_tile = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
     w_tile = w_ptr + n.to(tl.int64)[None, :] * K + k[:, None]
     acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(0, K, BLOCK_K * UNROLL):
+    for start in range(first, last, BLOCK_K * UNROLL):
         for step in tl.static_range(UNROLL):
             if EVEN_K:
                 x, w = tl.load(x_tile), tl.load(w_tile)
             else:
-                inside = start + step * BLOCK_K + k < K
+                inside = start + step * BLOCK_K + tl.arange(0, BLOCK_K) < K
                 x = tl.load(x_tile, mask=inside[None, :], other=0)
                 w = tl.load(w_tile, mask=inside[:, None], other=0)
             acc_int32 = tl.dot(x, w, acc_int32, out_dtype=tl.int32)
@@ -81,14 +84,14 @@ def int8_product(
 
 @triton.jit
 def _add_outliers(
-    acc, x_ptr, w_ptr, m, w_rows, count, CAPACITY,
+    acc, x_ptr, w_ptr, m, w_rows, first, last, CAPACITY,
     BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + x_gathered[m] @ w_gathered[w_rows]ᵀ``."""
-    j = tl.arange(0, BLOCK_O)
+    """``acc + x_gathered[m] @ w_gathered[w_rows]ᵀ``, of gathered columns ``first`` to ``last``."""
+    j = first + tl.arange(0, BLOCK_O)
     x_tile = x_ptr + m.to(tl.int64)[:, None] * CAPACITY + j[None, :]
     w_tile = w_ptr + w_rows.to(tl.int64)[None, :] * CAPACITY + j[:, None]
-    for _ in range(0, count, BLOCK_O):
+    for _ in range(first, last, BLOCK_O):
         acc = tl.dot(tl.load(x_tile), tl.load(w_tile), acc, input_precision=PRECISION)
         x_tile += BLOCK_O
         w_tile += BLOCK_O
@@ -102,6 +105,7 @@ def gemm_kernel(
     x_gathered_ptr,  # [M, CAPACITY]
     w_gathered_ptr,  # [N0 + N1 + N2, CAPACITY]
     count_ptr,  # [1] int32
+    parts_ptr, counters_ptr,  # see split.py, where SPLIT_K > 1
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
@@ -111,6 +115,7 @@ def gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     UNROLL: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -140,16 +145,40 @@ def gemm_kernel(
     # Rows past the end read other rows, and are not stored: loads without masks pipeline.
     m = tl.max_contiguous(tl.multiple_of(rows % M, BLOCK_M), BLOCK_M)
     n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
-    acc_int32 = int8_product(x_int8_ptr, w_ptr, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL)
+    part, first, last = 0, 0, K
+    if SPLIT_K > 1:
+        part = tl.program_id(1)
+        length = tl.cdiv(tl.cdiv(K, BLOCK_K * UNROLL), SPLIT_K) * (BLOCK_K * UNROLL)
+        first = part * length
+        last = tl.minimum(first + length, K)
+    acc_int32 = int8_product(
+        x_int8_ptr, w_ptr, m, n, first, last, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
+    )
     y = acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
     if HAS_OUTLIERS:
-        count = tl.load(count_ptr)
+        first, last = 0, tl.load(count_ptr)
+        if SPLIT_K > 1:
+            share = tl.cdiv(tl.cdiv(last, BLOCK_O), SPLIT_K) * BLOCK_O
+            first = part * share
+            last = tl.minimum(first + share, last)
         y = _add_outliers(
-            y, x_gathered_ptr, w_gathered_ptr, m, w_offset + n, count, CAPACITY, BLOCK_O, PRECISION
+            y,
+            x_gathered_ptr,
+            w_gathered_ptr,
+            m,
+            w_offset + n,
+            first,
+            last,
+            CAPACITY,
+            BLOCK_O,
+            PRECISION,
         )
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    if SPLIT_K > 1:
+        y, is_last = sum_of_large_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
+        inside &= is_last
     y *= tl.load(w_scale_ptr + n)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
     target = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)

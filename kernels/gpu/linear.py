@@ -19,6 +19,7 @@ Shapes depend on shapes alone, and the number of outliers stays on the device, s
 replays for any input.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,12 @@ from torch.library import triton_op, wrap_triton
 from int8fx.kernels.gpu import configs, decode
 from int8fx.kernels.gpu.columns import witness_rows
 from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
-from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, quantize_gather_kernel
+from int8fx.kernels.gpu.gather import (
+    BLOCK_O,
+    launch_shape,
+    programs,
+    quantize_gather_kernel,
+)
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
 from int8fx.kernels.gpu.launch import empty, launch, precision
@@ -227,25 +233,29 @@ def _rows_of_decode(x: Tensor, threshold: float, decomposition: str) -> _DecodeR
 
 def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
     M, K = x.shape
-    arch = configs.architecture(x.device)
-    x_int8, x_scale, x_gathered, w_gathered, count = _quantize(x, threshold, decomposition, linears)
+    arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
+    candidates = configs.gemm_configs(arch, M, sum(linears.widths), K, x.dtype, processors)
+    if threshold == 0:
+        # What counts the parts of a tile is made where outliers are gathered.
+        candidates = [dataclasses.replace(each, parts=1) for each in candidates]
+    x_int8, x_scale, *gathered, counters = _quantize(x, threshold, decomposition, linears)
     outputs = linears.outputs(x, M, dtype=x.dtype)
     launch(
         gemm_kernel,
-        configs.gemm_configs(arch, M, sum(linears.widths), x.dtype),
+        candidates,
         K,
-        lambda meta: (-(-M // meta["BLOCK_M"]) * linears.tiles(meta["BLOCK_N"]),),
+        lambda meta: (_tiles(M, linears, meta["BLOCK_M"], meta["BLOCK_N"]), meta["SPLIT_K"]),
         x_int8,
         x_scale,
-        x_gathered,
-        w_gathered,
-        count,
+        *gathered,
+        _memory_of_parts(x, linears, candidates),
+        counters,
         *linears.pointers,
         *_output_pointers(outputs),
         M,
         *linears.N,
         K,
-        x_gathered.shape[-1],
+        gathered[0].shape[-1],
         BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
@@ -255,23 +265,38 @@ def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears)
     return outputs
 
 
+def _tiles(M: int, linears: _Linears, block_m: int, block_n: int) -> int:
+    return -(-M // block_m) * linears.tiles(block_n)
+
+
+def _memory_of_parts(x: Tensor, linears: _Linears, candidates: list[configs.GemmConfig]) -> Tensor:
+    """What the programs that share a tile write to, enough for any of the candidates."""
+    sizes = [
+        each.parts
+        * _tiles(x.shape[0], linears, each.block_m, each.block_n)
+        * each.block_m
+        * each.block_n
+        for each in candidates
+        if each.parts > 1
+    ]
+    return empty(x, (max(sizes, default=1),), torch.float32)
+
+
 def _quantize(
     x: Tensor, threshold: float, decomposition: str, linears: _Linears
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the product reads: ``x_int8, x_scale, x_gathered, w_gathered, count``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the product reads: ``x_int8, x_scale, x_gathered, w_gathered, count``; and counters."""
     M, K = x.shape
     x_int8, x_scale, source, fused = int8_rows(x, threshold, decomposition)
     if threshold == 0:
-        return x_int8, x_scale, x, x, x_scale  # the last three are not read
+        return x_int8, x_scale, x, x, x_scale, x_scale  # the last four are not read
     capacity = -(-K // BLOCK_O) * BLOCK_O
     x_gathered = empty(x, (M, capacity), x.dtype)
     w_gathered = empty(x, (sum(linears.widths), capacity), x.dtype)
-    taken, columns = empty(x, (K,), torch.int8), empty(x, (K,), torch.int32)
-    count = empty(x, (1,), torch.int32)
-    shape = launch_shape(M, K, not fused)
-    weight_rows = shape["WEIGHT_ROWS"]
-    programs = -(-M // shape["ROWS"]) + linears.tiles(weight_rows)
-    wrap_triton(quantize_gather_kernel)[(programs,)](
+    columns, count = empty(x, (K,), torch.int32), empty(x, (1,), torch.int32)
+    counters = empty(x, (configs.COUNTERS,), torch.int32)
+    shape = launch_shape(M, K, sum(linears.widths), x.dtype.itemsize)
+    wrap_triton(quantize_gather_kernel)[(programs(shape, M, linears.widths, not fused),)](
         source,
         witness_rows(x, threshold),
         *padded(linears.weights),
@@ -279,18 +304,19 @@ def _quantize(
         x_scale,
         x_gathered,
         w_gathered,
-        taken,
         columns,
         count,
+        counters,
         M,
         *linears.N,
         K,
         capacity,
         threshold,
         QUANTIZE=not fused,
+        COUNTERS=configs.COUNTERS,
         **shape,
     )
-    return x_int8, x_scale, x_gathered, w_gathered, count
+    return x_int8, x_scale, x_gathered, w_gathered, count, counters
 
 
 # Gradients are straight-through, as in kernels/ops.py.

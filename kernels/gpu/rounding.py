@@ -47,6 +47,22 @@ def int8_rows(x: Tensor, threshold: float, decomposition: str) -> tuple[Tensor, 
 
 
 @triton.jit
+def folded(x, VECTOR: tl.constexpr):
+    """The largest of each VECTOR neighbours of a row, in the thread that has them; NaN stays NaN."""
+    if VECTOR == 1:
+        return x
+    else:
+        ROWS: tl.constexpr = x.shape[0]
+        COLUMNS: tl.constexpr = x.shape[1]
+        HALF: tl.constexpr = VECTOR // 2
+        # Halves of a vector, not neighbours: two of 16 bits share a register.
+        halves = tl.permute(tl.reshape(x, (ROWS, COLUMNS // VECTOR, 2, HALF)), (0, 1, 3, 2))
+        left, right = tl.split(halves)
+        larger = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+        return folded(tl.reshape(larger, (ROWS, COLUMNS // 2)), HALF)
+
+
+@triton.jit
 def scale_of_rows(absmax):
     """``x_scale [M]`` of partial maxima ``[M, any]``.
 

@@ -1,5 +1,6 @@
 """Every kernel in every configuration of its table, as arguments for ``nogpu.offline``."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,14 @@ from int8fx.kernels.gpu.gemm import gemm_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # M and K, which the blocks of the gather kernel follow, and whether it quantises as well.
-GATHERS = ((512, 512, True), (512, 4096, True), (4096, 4096, True), (4096, 4096, False))
+GATHERS = (
+    (128, 512, True),
+    (128, 4096, True),
+    (4096, 4096, True),
+    (128, 14336, True),
+    (128, 32768, True),
+    (128, 4096, False),
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     for kind, rows in configs.DECODE[arch].items():
         for decode_config in rows:
             yield decode(arch, kind, decode_config, dtype)
+    for config in configs.gemm_rows(arch, DTYPES[dtype]):
+        for parts in (2, 3):
+            if config.block_m == 128 and (parts == 2 or config.block_n <= 128):
+                yield gemm(arch, dataclasses.replace(config, parts=parts), dtype)
     for M, K, quantizes in GATHERS:
         yield quantize_gather(arch, M, K, dtype, quantizes)
     for K in (512, 4096):
@@ -81,12 +93,13 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
 def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants: Any) -> Specimen:
     c = config
     return Specimen(
-        f"product {c.block_m}x{c.block_n}x{c.block_k}, {dtype}",
+        f"product {c.block_m}x{c.block_n}x{c.block_k}, {f'{c.parts} parts, ' * (c.parts > 1)}{dtype}",
         arch,
         gemm_kernel,
         _linears(dtype)
         | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "count_ptr": "*i32"}
-        | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}", "CAPACITY": "i32"},
+        | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}", "CAPACITY": "i32"}
+        | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
         {
             "BLOCK_O": 32,
             "GROUP_M": 8,
@@ -99,7 +112,7 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
         | constants,
         c.num_warps,
         c.num_stages,
-        c.blocks if dtype != "fp32" else 1,
+        c.blocks if dtype != "fp32" and c.parts == 1 else 1,
     )
 
 
@@ -138,22 +151,24 @@ def decode(
 
 
 @functools.cache
-def quantize_gather(arch: str, M: int, K: int, dtype: str = "fp16", quantizes: bool = True) -> Specimen:
-    constants = launch_shape(M, K, quantizes)
+def quantize_gather(
+    arch: str, M: int, K: int, dtype: str = "fp16", quantizes: bool = True, N: int = 4096
+) -> Specimen:
+    constants = launch_shape(M, K, N, DTYPES[dtype].itemsize)
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
     pointers |= dict.fromkeys(("x_ptr", "x_gathered_ptr", "w_gathered_ptr"), f"*{dtype}")
-    pointers |= {"taken_ptr": "*i8", "columns_ptr": "*i32", "count_ptr": "*i32"}
+    pointers |= dict.fromkeys(("columns_ptr", "count_ptr", "counters_ptr"), "*i32")
     return Specimen(
         f"{'quantise and gather' if quantizes else 'gather'}, M = {M}, K = {K}, {dtype}",
         arch,
         quantize_gather_kernel,
         pointers | _sizes() | {"CAPACITY": "i32", "threshold": "fp64"},
-        constants | {"QUANTIZE": quantizes},
+        constants | {"QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
         num_warps,
         3,
-        blocks=2,
+        blocks=2 if num_warps <= 8 else 1,
         multiplies=False,
     )
 
@@ -191,17 +206,17 @@ def experts(arch: str, config: configs.GemmConfig, dtype: str = "fp16") -> Speci
 
 @functools.cache
 def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
-    constants = list_shape(4096, K)
+    constants = list_shape(4096, K, DTYPES[dtype].itemsize)
     num_warps = constants.pop("num_warps")
     return Specimen(
         f"quantise and list, experts, K = {K}, {dtype}",
         arch,
         quantize_experts_kernel,
-        _of_experts(dtype) | {"witness_ptr": "*i16", "taken_ptr": "*i8", "threshold": "fp64"},
+        _of_experts(dtype) | {"witness_ptr": "*i16", "threshold": "fp64"},
         constants | {"QUANTIZE": True, "BLOCK_E": 256},
         num_warps,
         3,
-        blocks=2,
+        blocks=2 if num_warps <= 8 else 1,
         multiplies=False,
     )
 

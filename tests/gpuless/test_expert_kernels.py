@@ -127,7 +127,6 @@ def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
         ends,
         done.x_int8,
         done.x_scale,
-        poisoned_like(torch.empty(E, K, dtype=torch.int8)),  # which columns are taken, to work with
         done.columns,
         done.count,
     ]
@@ -141,7 +140,8 @@ def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
         QUANTIZE=quantizes,
         ROWS=4,
         BLOCK_K=32,
-        LOOK_BLOCK=64,
+        ONE_BLOCK=K <= 32,
+        NEIGHBOURS=8,
         LIST_BLOCK=4,
         BLOCK_E=routing.block_of_experts(E),
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from where import launchable
 
 from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
+from int8fx.kernels.gpu.configs import COUNTERS
 from int8fx.kernels.gpu.decode import (
     MAX_M,
     decode_kernel,
@@ -29,6 +30,7 @@ from int8fx.kernels.gpu.decode import (
 from int8fx.kernels.gpu.digits import DIGITS, digits_reference, outlier_digits
 from int8fx.kernels.gpu.gather import (
     launch_shape,
+    programs,
     quantize_gather_kernel,
     quantize_gather_reference,
 )
@@ -121,10 +123,13 @@ def test_witness_rows_name_an_outlier_of_each_column_that_has_one():
     assert (x[rows[columns], columns.nonzero().squeeze(1)].abs() >= 2.0).all()
 
 
-def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: bool = True):
+def run_quantize_gather(
+    case: Case, threshold: float = THRESHOLD, quantizes: bool = True, **blocks: int
+) -> dict[str, Tensor]:
     x = case.x
     M, K = x.shape
-    shape = launch_shape(M, K, quantizes)
+    widths = [weight.shape[0] for weight in case.weights]
+    shape = launch_shape(M, K, sum(widths), x.dtype.itemsize) | blocks
     shape.pop("num_warps")
     capacity = -(-K // shape["BLOCK_O"]) * shape["BLOCK_O"]
     outputs = {
@@ -132,13 +137,12 @@ def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: boo
         "x_scale": torch.empty(M),
         "x_gathered": torch.empty(M, capacity, dtype=x.dtype),
         "w_gathered": torch.empty(sum(case.N), capacity, dtype=x.dtype),
-        "taken": torch.empty(K, dtype=torch.int8),
         "columns": torch.empty(K, dtype=torch.int32),
         "count": torch.empty(1, dtype=torch.int32),
+        "counters": torch.empty(COUNTERS, dtype=torch.int32),
     }
     outputs = {name: poisoned_like(tensor) for name, tensor in outputs.items()}
-    programs = -(-M // shape["ROWS"]) + sum(-(-N // shape["WEIGHT_ROWS"]) for N in case.N)
-    launchable(quantize_gather_kernel)[(programs,)](
+    launchable(quantize_gather_kernel)[(programs(shape, M, widths, quantizes),)](
         x,
         claims(x, threshold),
         *padded(case.weights),
@@ -149,16 +153,22 @@ def run_quantize_gather(case: Case, threshold: float = THRESHOLD, quantizes: boo
         capacity,
         threshold,
         QUANTIZE=quantizes,
+        COUNTERS=COUNTERS,
         **shape,
     )
     assert_intact(*outputs.values(), *case.inputs)
+    assert not outputs["counters"].any()
     return outputs
 
 
+# Of rows that do not fit in one block, and of gathered rows in more than one.
+NARROW = {"BLOCK_K": 32, "ONE_BLOCK": False, "LIST_BLOCK": 4, "GATHER_ROWS": 16}
+
+
 @THOROUGH
-@given(cases(st.integers(1, 40)))
-def test_quantize_gather(case):
-    done = run_quantize_gather(case)
+@given(cases(st.integers(1, 40)), st.sampled_from([{}, NARROW]))
+def test_quantize_gather(case, blocks):
+    done = run_quantize_gather(case, **blocks)
     expected = quantize_gather_reference(case.x.clone(), case.weights, THRESHOLD)
     count = int(done["count"])
     assert count == int(expected[-1])
@@ -196,16 +206,20 @@ def test_rows_with_nan_or_infinity_quantise_as_the_reference_does(value, beside)
 
 
 @THOROUGH
-@given(cases(st.integers(1, 90)), st.sampled_from([1, 2]))
-def test_product(case, unroll):
+@given(cases(st.integers(1, 90)), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
+def test_product(case, unroll, parts):
     M, K = case.x.shape
     outputs = [poisoned_like(torch.empty(M, N, dtype=case.x.dtype)) for N in case.N if N]
     operands = run_quantize_gather(case)
-    del operands["taken"], operands["columns"]
+    del operands["columns"]
+    counters = operands.pop("counters")
     block = 32
     tiles = -(-M // block) * sum(-(-N // block) for N in case.N)
-    launchable(gemm_kernel)[(tiles,)](
+    partial = poisoned_like(torch.empty(parts, tiles, block, block))
+    launchable(gemm_kernel)[(tiles, parts)](
         *operands.values(),
+        partial,
+        counters,
         *case.pointers,
         *padded(outputs),
         M,
@@ -216,6 +230,7 @@ def test_product(case, unroll):
         BLOCK_N=block,
         BLOCK_K=block,
         BLOCK_O=32,
+        SPLIT_K=parts,
         GROUP_M=2,
         UNROLL=unroll,
         GROUPED=len(outputs) > 1,
@@ -224,7 +239,8 @@ def test_product(case, unroll):
         HAS_OUTLIERS=True,
         PRECISION="ieee",
     )
-    assert_intact(*outputs, *case.inputs, *operands.values())
+    assert_intact(*outputs, *case.inputs, *operands.values(), partial, counters)
+    assert not counters.any()  # as whoever replays the launch needs them
     x_int8, x_scale, x_gathered, _, _ = quantize_gather_reference(
         case.x.clone(), case.weights, THRESHOLD
     )

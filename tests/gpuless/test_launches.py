@@ -143,7 +143,7 @@ def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
     if M == 16:
         candidates = configs.decode_configs("sm_90", "quantises", 16384, 1024, 132)
     else:
-        candidates = configs.gemm_configs("sm_90", M, 16384, torch.float16)
+        candidates = configs.gemm_configs("sm_90", M, 16384, 1024, torch.float16, 132)
     expected = of_table(candidates, 1024)
     assert len(expected) > 1
     assert launched_with(M, kernel, "max-autotune-no-cudagraphs") == expected
