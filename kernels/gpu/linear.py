@@ -31,12 +31,7 @@ from torch.library import triton_op, wrap_triton
 from int8fx.kernels.gpu import configs, decode
 from int8fx.kernels.gpu.columns import witness_rows
 from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
-from int8fx.kernels.gpu.gather import (
-    BLOCK_O,
-    launch_shape,
-    programs,
-    quantize_gather_kernel,
-)
+from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, programs, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
 from int8fx.kernels.gpu.launch import empty, launch, precision
@@ -272,12 +267,9 @@ def _tiles(M: int, linears: _Linears, block_m: int, block_n: int) -> int:
 def _memory_of_parts(x: Tensor, linears: _Linears, candidates: list[configs.GemmConfig]) -> Tensor:
     """What the programs that share a tile write to, enough for any of the candidates."""
     sizes = [
-        each.parts
-        * _tiles(x.shape[0], linears, each.block_m, each.block_n)
-        * each.block_m
-        * each.block_n
+        parts * _tiles(x.shape[0], linears, each.block_m, each.block_n) * each.block_m * each.block_n
         for each in candidates
-        if each.parts > 1
+        if (parts := each.parts or 1) > 1
     ]
     return empty(x, (max(sizes, default=1),), torch.float32)
 
