@@ -24,6 +24,7 @@ from int8fx.passes.experts import serve_experts
 from int8fx.passes.fuse_epilogue import fuse_epilogue
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.fuse_sums import fuse_sums
+from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import lower, lower_matmul
 from int8fx.passes.mutation import written
@@ -300,6 +301,7 @@ IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation
         attend_few,
         lambda compilation: table.attends("cpu", few=True) and not compilation.needs_autograd,
     ),
+    ("attentions of decode by key heads", group_heads, lambda compilation: True),
     (
         "attentions of many rows by blocks",
         attend_many,
