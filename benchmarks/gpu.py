@@ -33,7 +33,7 @@ LAYERS = (
 )
 TOKENS = (1, 16, 128, 512, 4096)
 OUTLIERS = 32
-_PER_LANE = 8  # elements of a row, at 4096 of them, in Inductor's kernel of a norm
+_NORM = "rms"
 
 MODELLED = """\
 # LLM.int8() on a GPU: a model, not a measurement
@@ -80,15 +80,10 @@ The launches of the two decompositions, and what limits each, in microseconds:
 {launches}
 
 And over fp16: both; without outliers (threshold 0); the column decomposition with a product as fast as
-the tensor cores are (no tile effects, no L2); and the token decomposition if the norm's kernel did not
-write its result in 16-bit, but marks in x_int8 and the outliers alone, scattered by column. That moves
-3 bytes an element instead of 5, and loses all the same: Inductor stores something for every element,
-where nothing is to be said to a place that nobody reads, and each such store takes {store:.0f}
-instructions an element, its address and its way through shared memory among them, where writing the
-result takes one. *By bytes alone* is the same with no limit but memory.
+the tensor cores are (no tile effects, no L2).
 
-| linears | column | token | no outliers | a perfect product | outliers scattered | by bytes alone |
-|---|---|---|---|---|---|---|
+| linears | column | token | no outliers | a perfect product |
+|---|---|---|---|---|
 """
 MEASURED = """\
 # LLM.int8() on a GPU: measured on {device}
@@ -107,14 +102,10 @@ def modelled_report() -> str:
 
     text = MODELLED.format(outliers=OUTLIERS) + "\n".join(modelled()) + "\n"
     gpu = gpu_model.GPUS[0]
-    kernels = norm_kernels()[gpu.arch]
     few = (f"| {M} {row}" for M in (128, 512) for row in launches(gpu, M))
     text += FEW.format(gpu=gpu.name, launches="\n".join(few))
-    more = kernels["scattered"][4096][0] - kernels["marked"][4096][0]
     M = TOKENS[-1]
-    text += FLOORS.format(
-        tokens=M, gpu=gpu.name, launches="\n".join(launches(gpu, M)), store=more / 2 / _PER_LANE
-    )
+    text += FLOORS.format(tokens=M, gpu=gpu.name, launches="\n".join(launches(gpu, M)))
     return text + "\n".join(floors(gpu, M)) + "\n"
 
 
@@ -151,15 +142,12 @@ def floors(gpu: Any, M: int) -> Iterator[str]:
     for name, widths, K in LAYERS:
         N = sum(widths)
         product, _ = _product(gpu, M, N, K)
-        scattered = gpu_model.scattered_gather(gpu, M, N, K, OUTLIERS) + product.seconds
         times = (
             _fastest(gpu, M, widths, K, "column").seconds,
             _fastest(gpu, M, widths, K, "token").seconds,
             _norm(gpu, M, K, "none").seconds + product.seconds,
             sum(time.seconds for time in _around(gpu, M, widths, K, "column"))
             + gpu_model.matmul_int8(gpu, M, N, K),
-            _norm(gpu, M, K, "scattered").seconds + scattered,
-            gpu_model.streaming(gpu, gpu_model.MOVES["scattered"][0] * M * K) + scattered,
         )
         fp16 = _fp16(gpu, M, widths, K)
         yield f"| {name} | " + " | ".join(f"{fp16 / time:.2f}" for time in times) + " |"
@@ -184,27 +172,47 @@ def norm_kernels() -> dict[str, Any]:
 
 def _norm(gpu: Any, M: int, K: int, kind: str) -> Any:
     import gpu_model
+    import specimens
 
-    issued = norm_kernels()[gpu.arch][kind][K] if gpu.arch.startswith("sm_") else (0, 0)
+    issued = (0, 0)
+    if kind in ("column", "token") and _is_ours(K, kind):
+        ours = specimens.norm(gpu.arch, K, "fp16", _NORM, quantizes=kind == "token", adds=False)
+        if ours.inspection.loops:
+            issued = gpu_model.instructions(ours.inspection), ours.num_warps
+    else:
+        kind = "column, Inductor's" if kind == "column" else kind
+        if gpu.arch.startswith("sm_"):
+            issued = norm_kernels()[gpu.arch][kind][K]
     return gpu_model.norm(gpu, M, K, kind, *issued)
+
+
+def _is_ours(K: int, decomposition: str) -> bool:
+    """Whether the norm of rows of K is taken by our kernel."""
+    import torch
+
+    from int8fx.kernels.gpu.norm import serves
+
+    return serves(torch.empty(1, K, dtype=torch.float16, device="meta"), decomposition)
 
 
 def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str) -> tuple[Any, Any]:
     """The launches before a product: the norm's, and what gathers."""
     import gpu_model
     import specimens
+    import torch
 
     from int8fx.kernels.gpu.gather import launch_shape
 
-    N = sum(widths)
+    N, normed = sum(widths), _NORM if _is_ours(K, decomposition) else ""
     gathers, quantizes = (
-        specimens.quantize_gather(gpu.arch, M, K, "fp16", also, N).inspection for also in (False, True)
+        specimens.quantize_gather(gpu.arch, M, K, "fp16", also, N, normed).inspection
+        for also in (False, True)
     )
     gather = gpu_model.quantize_gather(
         gpu,
         gathers,
         quantizes if decomposition == "column" else None,
-        launch_shape(M, K, N, 2),
+        launch_shape(M, K, N, torch.float16, normed),
         M,
         widths,
         K,

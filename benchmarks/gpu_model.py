@@ -162,13 +162,14 @@ def quantize_gather(
     memory = nbytes / (gpu.dram * DRAM_SHARE)
     of_w, of_x, of_rows = _gather_instructions(gathers, quantizes, shape, K, outliers)
     # The witness and what it names, for each part of the list; the list and what it lists, for each
-    # block of outliers. Who quantises waits for the first two.
+    # block of outliers. Who quantises waits for the first two, and for the rows of each later step.
     listing = math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"]))
     waits = 2 * listing + 2 * math.ceil(outliers / shape["BLOCK_O"])
     programs = [(of_w, waits)] * sum(math.ceil(N / shape["GATHER_ROWS"]) for N in widths)
     programs += [(of_x, waits)] * math.ceil(M / shape["GATHER_ROWS"])
     if quantizes:
-        programs += [(of_rows, 2)] * math.ceil(M / shape["ROWS"])
+        steps = shape["STEPS"]
+        programs += [(of_rows, 1 + steps)] * math.ceil(M / (shape["ROWS"] * steps))
     blocks = (quantizes or gathers).blocks_per_multiprocessor
 
     def time(processor: int) -> Time:
@@ -191,7 +192,7 @@ def _gather_instructions(
     *gathering, listing = [loop for loop in gathers.loops if _size(loop) > 1]
     (of_w,) = [loop for loop in gathering if any(name.startswith("I2F") for name in loop)]
     (of_x,) = [loop for loop in gathering if loop is not of_w]
-    once = _straight(gathers) - _size(of_w) - _size(of_x) - _size(listing)
+    once = instructions(gathers) - _size(of_w) - _size(of_x) - _size(listing)
     listed = once + math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"])) * _size(listing)
     steps = math.ceil(outliers / shape["BLOCK_O"])
     rows = 0
@@ -199,12 +200,15 @@ def _gather_instructions(
         if not shape["ONE_BLOCK"]:
             raise ValueError(f"rows of {K} elements are quantised in loops, which are not counted")
         # What quantising adds to the kernel; to be sure, what is before it and after it once more.
-        rows = once + _straight(quantizes) - _straight(gathers)
+        rows = once + instructions(quantizes) - instructions(gathers)
+        if shape["STEPS"] > 1:
+            (step,) = [loop for loop in quantizes.loops if any(n.startswith("HMNMX2") for n in loop)]
+            rows += (shape["STEPS"] - 1) * _size(step)
     return listed + steps * _size(of_w), listed + steps * _size(of_x), rows
 
 
-def _straight(seen: Any) -> int:
-    """All instructions of a kernel, each once."""
+def instructions(seen: Any) -> int:
+    """All of a kernel, each once."""
     return sum(seen.opcodes.values()) - seen.opcodes.get("NOP", 0)
 
 
@@ -223,20 +227,20 @@ def _slowest(gpu: Gpu, limits: dict[str, float]) -> Time:
 
 
 # What the kernel of a norm moves, bytes an element: through memory, x in and results out, and what it
-# stores for outliers alone (the witness, and the dump of `scattered`), which stays in L2. It reads x up
-# to three times; again is from a processor's own cache.
+# stores for outliers alone (the witness), which stays in L2: Inductor's for every element, ours a
+# sector for an outlier. It reads x up to three times; again is from a processor's own cache.
 MOVES = {
     "fp16": (4, 0),  # h
-    "column": (4, 2),  # h
-    "token": (5, 2),  # h, x_int8
-    "scattered": (3, 4),  # x_int8
+    "column": (2, 1),
+    "column, Inductor's": (4, 2),  # h
+    "token": (3, 1),  # x_int8
     "none": (3, 0),  # x_int8
     "digits": (6, 0),  # x_int8 and three digits
 }
 
 
 def norm(gpu: Gpu, M: int, K: int, kind: str, instructions: int, warps: int) -> Time:
-    """Inductor's norm, and what it fuses with it.
+    """Inductor's norm and what it fuses with it, or ours (``norm.py``).
 
     Args:
         kind: a key of ``MOVES``.
@@ -250,13 +254,6 @@ def norm(gpu: Gpu, M: int, K: int, kind: str, instructions: int, warps: int) -> 
         "issue": _issue(gpu, math.ceil(M / gpu.processors) * instructions * warps),
     }
     return _slowest(gpu, limits)
-
-
-def scattered_gather(gpu: Gpu, M: int, N: int, K: int, outliers: int) -> float:
-    """What would gather if a norm left marks in x_int8, and its outliers by column: a sector of x_int8
-    comes for each outlier."""
-    nbytes = M * min(SECTOR * outliers, K) + 4 * outliers * M + N * outliers * (SECTOR + 2)
-    return streaming(gpu, nbytes)
 
 
 def decode(

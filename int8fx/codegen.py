@@ -26,7 +26,9 @@ DECOMPOSITIONS = {
 }
 
 
-_ON_A_GPU = {"int8fx.quantized_linears.default", "int8fx.expert_linear_gpu.default"}
+_ON_A_GPU = {
+    f"int8fx.{name}.default" for name in ("quantized_linears", "normed_linears", "expert_linear_gpu")
+}
 WHOLE_ROW = 8192  # elements that Inductor reduces in one launch, however few rows there are
 
 

@@ -22,6 +22,7 @@ from int8fx.passes.compute_once import compute_once
 from int8fx.passes.decision import Decision
 from int8fx.passes.experts import serve_experts
 from int8fx.passes.fuse_epilogue import fuse_epilogue
+from int8fx.passes.fuse_norms import fuse_norms
 from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.fuse_sums import fuse_sums
 from int8fx.passes.group_heads import group_heads
@@ -111,6 +112,7 @@ def rewrite(compilation: Compilation) -> None:
     join_quantized_linears(compilation)
     serve_expert_linears(compilation)
     leave_sums(compilation)
+    move_norms(compilation)
 
 
 def canonicalize(compilation: Compilation) -> None:
@@ -292,6 +294,20 @@ def leave_sums(compilation: Compilation) -> None:
     """fuse_sums on every graph."""
     for scope in compilation.root.walk():
         fuse_sums(scope.graph)
+
+
+def move_norms(compilation: Compilation) -> None:
+    """fuse_norms on every graph, where a kernel has an operator for it, which has no gradient."""
+    if compilation.needs_autograd:
+        return
+    devices = {value.device.type for value in compilation.inputs if isinstance(value, Tensor)}
+    for device in devices:
+        joined, normed = table.joined(device), table.normed(device)
+        if joined is None or normed is None:
+            continue
+        graphs = (scope.graph for scope in compilation.root.walk())
+        moved = sum(fuse_norms(graph, compilation.fake_mode, joined[0], normed) for graph in graphs)
+        log.debug("%d norms into the operator of their linears", moved)
 
 
 # What is left in float gets out of the way: what the log calls it, the pass, and when it applies.

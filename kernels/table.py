@@ -37,6 +37,8 @@ class Kernel:
         falls_back: whether the reference serves where this kernel cannot be loaded.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
             linears of it, and how many at most (``passes/join_linears.py``).
+        normed: the operator that takes the place of ``joined``'s and of the norm that it reads
+            (``passes/fuse_norms.py``); None: there is none.
         experts: the operator that takes the place of ``expert_linear``, with its arguments
             (``kernels/experts.py``); None: that one serves.
         attends: whether its ``attention`` of few rows, or of many, is faster than torch's
@@ -51,6 +53,7 @@ class Kernel:
     reason: str = ""
     falls_back: bool = True
     joined: Callable[[], tuple[Any, int]] | None = None
+    normed: Callable[[], Any] = lambda: None
     experts: Callable[[], Any] = lambda: None
     attends: Callable[[bool], bool] = lambda few: False
 
@@ -95,6 +98,7 @@ KERNELS: dict[str, Kernel] = {
         _still_as_it_is,
         falls_back=False,
         joined=gpu.operator,
+        normed=gpu.norm_operator,
         experts=gpu.expert_operator,
     ),
 }
@@ -135,6 +139,12 @@ def joined(device_type: str) -> tuple[Any, int] | None:
     """``Kernel.joined`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
     return None if kernel is None or kernel.joined is None else kernel.joined()
+
+
+def normed(device_type: str) -> Any:
+    """``Kernel.normed`` of the kernel that serves a device."""
+    kernel = kernel_for(device_type)
+    return None if kernel is None else kernel.normed()
 
 
 def experts(device_type: str) -> Any:

@@ -57,9 +57,8 @@ def test_a_contender_that_is_not_installed_is_left_out(monkeypatch, capsys):
 
 @pytest.fixture
 def norms(monkeypatch):
-    """Norms as if compiled: 15 instructions an element, 30 with rows quantised, 60 with more."""
-    counts = dict.fromkeys(gpu_model.MOVES, 120) | {"token": 240, "scattered": 480}
-    row = {kind: {K: (count, K // 256) for K in (4096, 14336)} for kind, count in counts.items()}
+    """Inductor's norms as if compiled: 15 instructions an element."""
+    row = {kind: dict.fromkeys((4096, 14336), (120, 16)) for kind in gpu_model.MOVES}
     monkeypatch.setattr(gpu, "norm_kernels", lambda: {gpu_.arch: row for gpu_ in gpu_model.GPUS})
 
 
@@ -78,7 +77,24 @@ def test_a_norm_is_limited_by_memory_or_by_its_instructions():
 def gathering(M, K, N, quantizes=True):
     kernels = (specimens.quantize_gather("sm_90", M, K, "fp16", also, N) for also in (False, True))
     gathers, both = (kernel.inspection for kernel in kernels)
-    return gathers, both if quantizes else None, launch_shape(M, K, N, 2)
+    return gathers, both if quantizes else None, launch_shape(M, K, N, torch.float16)
+
+
+def test_a_norm_of_ours_is_counted_as_compiled_and_a_row_too_long_for_it_is_inductors(norms):
+    ours = specimens.norm("sm_90", 4096, "fp16", "rms", quantizes=False, adds=False)
+    issued = gpu_model.instructions(ours.inspection), ours.num_warps
+    expected = gpu_model.norm(H100, 4096, 4096, "column", *issued)
+    assert gpu._norm(H100, 4096, 4096, "column") == expected
+    longer = gpu._norm(H100, 4096, 14336, "column")
+    assert longer == gpu_model.norm(H100, 4096, 14336, "column, Inductor's", 120, 16)
+
+
+def test_later_steps_of_a_program_are_counted_with_their_loads():
+    gathers, both, shape = gathering(4096, 4096, 4096)
+    assert shape["STEPS"] == 4
+    *_, once = gpu_model._gather_instructions(gathers, both, shape | {"STEPS": 1}, 4096, 32)
+    *_, all_four = gpu_model._gather_instructions(gathers, both, shape, 4096, 32)
+    assert 2 * once < all_four < 4 * once  # which columns are outliers is asked once
 
 
 def test_what_gathers_is_its_loops_as_often_as_they_run():
@@ -129,10 +145,9 @@ def test_no_product_is_faster_than_the_perfect_one(norms, monkeypatch):
     rows = [row.strip("| ").split(" | ") for row in gpu.floors(H100, 4096)]
     assert [name for name, *_ in rows] == [name for name, _, _ in gpu.LAYERS]
     for _, *ratios in rows:
-        column, token, none, perfect, scattered, by_bytes = map(float, ratios)
+        column, token, none, perfect = map(float, ratios)
         assert column < perfect < 2 * column
         assert max(column, token) < none
-        assert scattered < by_bytes
     parts = [row.strip("| ").split(" | ") for row in gpu.launches(H100, 4096)]
     assert [(name, way) for name, way, *_ in parts] == [
         (name, way) for name, _, _ in gpu.LAYERS for way in ("column", "token")

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int8fx.kernels.gpu.norm import normalized_at
+
 
 def outlier_columns_reference(x: Tensor, threshold: float) -> Tensor:
     """``[K]`` bool: the columns of ``x [M, K]`` that hold an outlier."""
@@ -48,17 +50,34 @@ def witness_rows(x: Tensor, threshold: float) -> Tensor:
 
 
 @triton.jit
-def is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold):
-    """Which of the columns ``k`` hold an outlier; ``x_ptr`` is ``[M, K]``, rows side by side."""
-    row = tl.load(witness_ptr + k, mask=k < K, other=-1).to(tl.int64)
-    claimed = (row >= 0) & (row < M)
-    x = tl.load(x_ptr + row * K + k, mask=claimed, other=0.0).to(tl.float32)
-    return claimed & (tl.abs(x) >= threshold)
+def _claims(witness_ptr, k, M, K, SHORT: tl.constexpr):
+    """The row that is named for each of the columns ``k``, whether it is one, and the distance of the
+    element that it names: in 32 bits with SHORT, which is a third of the instructions."""
+    row = tl.load(witness_ptr + k, mask=k < K, other=-1).to(tl.int32)
+    return row, (row >= 0) & (row < M), row * K + k if SHORT else row.to(tl.int64) * K + k
+
+
+@triton.jit
+def is_outlier_column(
+    witness_ptr, x_ptr, k, M, K, threshold,
+    SHORT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
+):  # fmt: skip
+    """Which of the columns ``k`` hold an outlier.
+
+    Args:
+        x_ptr: ``[M, K]``, rows side by side, and read as ``normalized_at`` has it.
+        SHORT: whether any element is less than 2**31 elements away.
+    """
+    row, claimed, distance = _claims(witness_ptr, k, M, K, SHORT)
+    x = tl.load(x_ptr + distance, mask=claimed, other=0.0)
+    x = normalized_at(x, row, claimed, k, k < K, M, norm, NORM)
+    return claimed & (tl.abs(x.to(tl.float32)) >= threshold)
 
 
 @triton.jit
 def find_columns(
-    witness_ptr, x_ptr, columns_ptr, M, K, threshold, NEIGHBOURS: tl.constexpr, BLOCKS: tl.constexpr
+    witness_ptr, x_ptr, columns_ptr, M, K, threshold, NEIGHBOURS: tl.constexpr, BLOCKS: tl.constexpr,
+    SHORT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
 ):  # fmt: skip
     """Writes the list of the columns that hold an outlier, in order; returns their number.
 
@@ -69,8 +88,13 @@ def find_columns(
     block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, NEIGHBOURS)[None, :]
     for start in range(0, K, NEIGHBOURS * BLOCKS):
         k = start + NEIGHBOURS * block + within
-        flag = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold).to(tl.int32)
-        count = _append(columns_ptr, count, flag, k)
+        # As is_outlier_column, but x is loaded here: torch takes all that a call is given for written
+        # to, if the address of a store depends on what it returns, and would copy x.
+        row, claimed, distance = _claims(witness_ptr, k, M, K, SHORT)
+        x = tl.load(x_ptr + distance, mask=claimed, other=0.0)
+        x = normalized_at(x, row, claimed, k, k < K, M, norm, NORM)
+        flag = claimed & (tl.abs(x.to(tl.float32)) >= threshold)
+        count = _append(columns_ptr, count, flag.to(tl.int32), k)
     tl.debug_barrier()
     return count
 
@@ -99,5 +123,23 @@ def _append(columns_ptr, count, flag, k):
     total = tl.sum(flag, 1)
     before = count + tl.cumsum(total, 0) - total
     position = before[:, None] + tl.cumsum(flag, 1) - flag
-    tl.store(columns_ptr + position, k, mask=flag != 0)
+    _store_each(columns_ptr + position, k, flag)
     return count + tl.sum(total, 0)
+
+
+@triton.jit
+def _store_each(pointers, values, flag):
+    """Stores neighbours one after another: all at once Triton would deal out to other threads, and send
+    64 bits of address through shared memory for each."""
+    BLOCKS: tl.constexpr = flag.shape[0]
+    NEIGHBOURS: tl.constexpr = flag.shape[1]
+    if NEIGHBOURS == 1:
+        one: tl.constexpr = (BLOCKS,)
+        tl.store(tl.reshape(pointers, one), tl.reshape(values, one), mask=tl.reshape(flag, one) != 0)
+    else:
+        half: tl.constexpr = (BLOCKS, NEIGHBOURS // 2, 2)
+        pointers, other_pointers = tl.split(tl.reshape(pointers, half))
+        values, other_values = tl.split(tl.reshape(values, half))
+        flag, other_flag = tl.split(tl.reshape(flag, half))
+        _store_each(pointers, values, flag)
+        _store_each(other_pointers, other_values, other_flag)

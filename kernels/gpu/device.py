@@ -11,8 +11,7 @@ _AMD = ("gfx90a", "gfx942")
 
 
 def load() -> str | None:
-    """Registers ``int8fx::quantized_linears`` and ``expert_linear_gpu``; or the reason why this GPU
-    cannot run them."""
+    """Registers the operators of this folder; or the reason why this GPU cannot run them."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available():
@@ -20,7 +19,7 @@ def load() -> str | None:
     reason = _unsupported(torch.cuda.get_device_properties(0))
     if reason is None:
         import int8fx.kernels.gpu.experts
-        import int8fx.kernels.gpu.linear  # noqa: F401
+        import int8fx.kernels.gpu.normed  # noqa: F401
     return reason
 
 
@@ -41,6 +40,11 @@ def operator() -> tuple[Any, int]:
     from int8fx.kernels.gpu.groups import MAX_GROUP
 
     return torch.ops.int8fx.quantized_linears.default, MAX_GROUP
+
+
+def norm_operator() -> Any:
+    """The operator that takes the place of a norm and of that which reads it."""
+    return torch.ops.int8fx.normed_linears.default
 
 
 def expert_operator() -> Any:

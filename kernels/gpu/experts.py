@@ -101,11 +101,11 @@ def quantize_experts_kernel(
     elif QUANTIZE:
         expert, start, first, last = rows_of_tile(program - E, ends_ptr, S, E, ROWS, BLOCK_E)
         if expert < E:
-            rows = first - start + tl.arange(0, ROWS)
             here = start.to(tl.int64) * K
             quantize_without_columns(
                 x_ptr + here, witness_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
-                x_scale_ptr + start, rows, last - start, K, limit, BLOCK_K, ONE_BLOCK,
+                x_scale_ptr + start, first - start, last - start, K, limit,
+                ROWS, 1, BLOCK_K, ONE_BLOCK,
             )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def _quantize(
     if threshold == 0:
         return x_int8, x_scale, x_int8, x_int8, x_int8  # the last three are not read
     columns, count = empty(x, (E, K), torch.int32), empty(x, (E,), torch.int32)
-    shape = list_shape(S, K, x.dtype.itemsize)
+    shape = list_shape(S, K, x.dtype)
     programs = E if fused else E + tiles(S, E, shape["ROWS"])
     wrap_triton(quantize_experts_kernel)[(programs,)](
         source,
@@ -286,10 +286,10 @@ def _quantize(
     return x_int8, x_scale, source, columns, count
 
 
-def list_shape(S: int, K: int, itemsize: int) -> dict[str, int | bool]:
+def list_shape(S: int, K: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """Block sizes of the kernel that quantises and lists, for S rows of K elements."""
-    shape = launch_shape(S, K, 0, itemsize)
-    del shape["GATHER_ROWS"], shape["BLOCK_O"]
+    shape = launch_shape(S, K, 0, dtype)
+    del shape["GATHER_ROWS"], shape["BLOCK_O"], shape["STEPS"]
     return shape
 
 

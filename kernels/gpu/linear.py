@@ -74,19 +74,19 @@ def quantized_linears(
         ValueError: more linears than a group takes, or only some with a bias; a weight of another
             dtype, width or device.
     """
-    _check(x, weights, biases)
+    check(x, weights, biases)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    linears = _Linears(list(weights), list(w_scales), list(biases))
+    linears = Linears(list(weights), list(w_scales), list(biases))
     if decomposition == "all":
         threshold, decomposition = EVERYTHING, "column"
     if rows.shape[0] <= decode.MAX_M:
-        outputs = _decode(rows, threshold, decomposition, linears, sums)
+        outputs = decoded(rows, threshold, decomposition, linears, sums)
     else:
-        outputs = _product(rows, threshold, decomposition, linears)
+        outputs = product(Source.of(rows, threshold, decomposition), threshold, linears)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+def check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     if not 1 <= len(weights) <= MAX_GROUP or len(biases) not in (0, len(weights)):
         raise ValueError(
             f"1 to {MAX_GROUP} linears, all with a bias or none; given {len(weights)} weights "
@@ -104,7 +104,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> No
             raise ValueError(f"x is on {x.device}, and a weight on {weight.device}")
 
 
-class _Linears:
+class Linears:
     """The operands of a group, and what its kernels are told about them."""
 
     def __init__(self, weights: list[Tensor], w_scales: list[Tensor], biases: list[Tensor]) -> None:
@@ -132,6 +132,36 @@ class _Linears:
         return sum(-(-N // block_n) for N in self.widths)
 
 
+@dataclass(frozen=True)
+class Source:
+    """An activation of 17 rows and more, as it is gathered from.
+
+    Attributes:
+        x: ``[M, K]``; what is no outlier may be zero in it, or, with a norm, what is normalised.
+        dtype: of the linears' input.
+        quantized: whether ``x_int8`` and ``x_scale`` are filled; else whoever gathers fills them.
+        norm: one of ``norm.NORMS``, or empty.
+        norm_operands: its statistics, weight and bias.
+    """
+
+    x: Tensor
+    dtype: torch.dtype
+    witness: Tensor
+    x_int8: Tensor
+    x_scale: Tensor
+    quantized: bool
+    norm: str = ""
+    norm_operands: tuple[Tensor | None, ...] = (None, None, None)
+
+    @classmethod
+    def of(cls, x: Tensor, threshold: float, decomposition: str) -> "Source":
+        """Of an activation that Inductor computes."""
+        x_int8, x_scale, source, quantized = int8_rows(x, threshold, decomposition)
+        if threshold == 0:
+            return cls(x, x.dtype, x_scale, x_int8, x_scale, quantized)  # no witness is read
+        return cls(source, x.dtype, witness_rows(x, threshold), x_int8, x_scale, quantized)
+
+
 def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Three pointers for one to three outputs.
 
@@ -142,8 +172,8 @@ def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, third
 
 
-def _decode(
-    x: Tensor, threshold: float, decomposition: str, linears: _Linears, sums: bool
+def decoded(
+    x: Tensor, threshold: float, decomposition: str, linears: Linears, sums: bool
 ) -> list[Tensor]:
     M, K = x.shape
     N, dtype = sum(linears.widths), x.dtype
@@ -226,22 +256,24 @@ def _rows_of_decode(x: Tensor, threshold: float, decomposition: str) -> _DecodeR
     return _DecodeRows(x_int8, x_int8, x_scale, digits, digit_scale, (x_int8, x_int8), False)
 
 
-def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears) -> list[Tensor]:
+def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
+    """17 rows and more."""
+    x = source.x
     M, K = x.shape
     arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
-    candidates = configs.gemm_configs(arch, M, sum(linears.widths), K, x.dtype, processors)
+    candidates = configs.gemm_configs(arch, M, sum(linears.widths), K, source.dtype, processors)
     if threshold == 0:
         # What counts the parts of a tile is made where outliers are gathered.
         candidates = [dataclasses.replace(each, parts=1) for each in candidates]
-    x_int8, x_scale, *gathered, counters = _quantize(x, threshold, decomposition, linears)
-    outputs = linears.outputs(x, M, dtype=x.dtype)
+    *gathered, counters = _gather(source, threshold, linears)
+    outputs = linears.outputs(x, M, dtype=source.dtype)
     launch(
         gemm_kernel,
         candidates,
         K,
         lambda meta: (_tiles(M, linears, meta["BLOCK_M"], meta["BLOCK_N"]), meta["SPLIT_K"]),
-        x_int8,
-        x_scale,
+        source.x_int8,
+        source.x_scale,
         *gathered,
         _memory_of_parts(x, linears, candidates),
         counters,
@@ -254,17 +286,17 @@ def _product(x: Tensor, threshold: float, decomposition: str, linears: _Linears)
         BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
-        PRECISION=precision(x.dtype, arch),
+        PRECISION=precision(source.dtype, arch),
         **linears.flags,
     )
     return outputs
 
 
-def _tiles(M: int, linears: _Linears, block_m: int, block_n: int) -> int:
+def _tiles(M: int, linears: Linears, block_m: int, block_n: int) -> int:
     return -(-M // block_m) * linears.tiles(block_n)
 
 
-def _memory_of_parts(x: Tensor, linears: _Linears, candidates: list[configs.GemmConfig]) -> Tensor:
+def _memory_of_parts(x: Tensor, linears: Linears, candidates: list[configs.GemmConfig]) -> Tensor:
     """What the programs that share a tile write to, enough for any of the candidates."""
     sizes = [
         parts * _tiles(x.shape[0], linears, each.block_m, each.block_n) * each.block_m * each.block_n
@@ -274,26 +306,26 @@ def _memory_of_parts(x: Tensor, linears: _Linears, candidates: list[configs.Gemm
     return empty(x, (max(sizes, default=1),), torch.float32)
 
 
-def _quantize(
-    x: Tensor, threshold: float, decomposition: str, linears: _Linears
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the product reads: ``x_int8, x_scale, x_gathered, w_gathered, count``; and counters."""
+def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor, ...]:
+    """What the product reads of outliers: ``x_gathered, w_gathered, count``; and counters."""
+    x, dtype = source.x, source.dtype
     M, K = x.shape
-    x_int8, x_scale, source, fused = int8_rows(x, threshold, decomposition)
     if threshold == 0:
-        return x_int8, x_scale, x, x, x_scale, x_scale  # the last four are not read
+        return x, x, source.x_scale, source.x_scale  # not read
     capacity = -(-K // BLOCK_O) * BLOCK_O
-    x_gathered = empty(x, (M, capacity), x.dtype)
-    w_gathered = empty(x, (sum(linears.widths), capacity), x.dtype)
+    x_gathered = empty(x, (M, capacity), dtype)
+    w_gathered = empty(x, (sum(linears.widths), capacity), dtype)
     columns, count = empty(x, (K,), torch.int32), empty(x, (1,), torch.int32)
     counters = empty(x, (configs.COUNTERS,), torch.int32)
-    shape = launch_shape(M, K, sum(linears.widths), x.dtype.itemsize)
-    wrap_triton(quantize_gather_kernel)[(programs(shape, M, linears.widths, not fused),)](
-        source,
-        witness_rows(x, threshold),
+    shape = launch_shape(M, K, sum(linears.widths), dtype, source.norm)
+    grid = programs(shape, M, linears.widths, not source.quantized)
+    wrap_triton(quantize_gather_kernel)[(grid,)](
+        x,
+        source.witness,
+        *source.norm_operands,
         *padded(linears.weights),
-        x_int8,
-        x_scale,
+        source.x_int8,
+        source.x_scale,
         x_gathered,
         w_gathered,
         columns,
@@ -304,11 +336,12 @@ def _quantize(
         K,
         capacity,
         threshold,
-        QUANTIZE=not fused,
+        NORM=source.norm,
+        QUANTIZE=not source.quantized,
         COUNTERS=configs.COUNTERS,
         **shape,
     )
-    return x_int8, x_scale, x_gathered, w_gathered, count, counters
+    return x_gathered, w_gathered, count, counters
 
 
 # Gradients are straight-through, as in kernels/ops.py.

@@ -75,6 +75,13 @@ def scale_of_rows(absmax):
 
 
 @triton.jit
+def reciprocal_int8(regular, x_scale):
+    """``round(regular · fl(1 / x_scale))`` as int8, as ``quantize_rows`` has it."""
+    quotient = regular * tl.div_rn(1.0, x_scale)
+    return (quotient + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def quantize(regular, x_scale, IS_16_BIT: tl.constexpr):
     """``round(regular / x_scale)`` as int8, bit for bit as the reference does it.
 

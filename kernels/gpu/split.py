@@ -84,16 +84,16 @@ def _halves(tile):
 
 
 @triton.jit
-def _places(pointer, tile):
-    row, column = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
-    return pointer + row * tile.shape[1] + column
+def _places(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    # Given a tile, torch would take whatever it was computed from for written to, the weight as well.
+    return pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
 def _store_pieces(tile, pointer, mask, PIECES: tl.constexpr):
     """Stores a tile, one piece after another."""
     if PIECES == 1:
-        tl.store(_places(pointer, tile), tile, mask=mask)
+        tl.store(_places(pointer, tile.shape[0], tile.shape[1]), tile, mask=mask)
         tl.debug_barrier()
     else:
         left, right = _halves(tile)
@@ -108,7 +108,7 @@ def _sum_of_pieces(
 ):  # fmt: skip
     """The sum of this part and of those that ``_store_pieces`` stored, one piece after another."""
     if PIECES == 1:
-        places = _places(pointer, tile)
+        places = _places(pointer, tile.shape[0], tile.shape[1])
         if SPLIT_K == 2:
             total = tile + tl.load(places, mask=is_last, other=0.0)
         else:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from int8fx.kernels.gpu.digits import digits_reference
 from int8fx.kernels.gpu.gemm import gemm_reference
+from int8fx.kernels.gpu.norm import norm_statistics, normalized_reference
+from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.quantize import quantize_reference
 
 
@@ -22,19 +24,22 @@ class LinearCheck:
         errors: relative, one for each int8 linear that ran.
         without_outliers: the same for a run whose outlier product is left out; a check of the check.
         outliers: how many columns or elements left the int8 product, in all.
+        norms: how many were computed by our kernel.
     """
 
     def __init__(self, threshold: float, decomposition: str) -> None:
         self.threshold, self.decomposition = threshold, decomposition
         self.errors: list[float] = []
         self.without_outliers: list[float] = []
-        self.outliers = 0
+        self.outliers = self.norms = 0
         self._source: dict[str, Any] = {}
 
     def __call__(self, launch: Launch) -> None:
         if launch.name in ("quantize_gather_kernel", "quantize_experts_kernel"):
             # A copy: the generated wrapper may give x's memory to the product's result.
             self._source = launch.arguments | {"x_ptr": launch.arguments["x_ptr"].clone()}
+        elif launch.name == "norm_kernel":
+            self._check_norm(launch.arguments)
         elif launch.name == "gemm_kernel":
             self._check(launch, *self._product_operands(launch), HAS_OUTLIERS=False)
         elif launch.name == "decode_kernel" and launch.arguments["QUANTIZE"]:
@@ -47,6 +52,24 @@ class LinearCheck:
         elif launch.name == "expert_gemm_kernel":
             self._check_experts(launch)
 
+    def _check_norm(self, given: dict[str, Any]) -> None:
+        """The statistics to fp32's rounding; what follows from them to the last bit."""
+        self.norms += 1
+        x = given["x_ptr"]
+        if given["ADDS"]:
+            x = x + given["addend_ptr"]
+            assert torch.equal(given["sum_ptr"], x)
+        mean, rstd = norm_statistics(x, given["NORM"], given["eps"])
+        statistics = given["statistics_ptr"]
+        torch.testing.assert_close(statistics[0], rstd[:, 0], rtol=1e-5, atol=0)
+        if given["NORM"].startswith("layer"):
+            torch.testing.assert_close(statistics[1], mean[:, 0], rtol=1e-5, atol=1e-6)
+        if given["QUANTIZE"]:
+            h = _normalized(x, statistics, given["weight_ptr"], given["bias_ptr"], given["NORM"])
+            x_int8, x_scale, _ = quantize_rows(h, self.threshold)
+            assert torch.equal(given["x_int8_ptr"], x_int8)
+            assert torch.equal(given["x_scale_ptr"], x_scale)
+
     def _product_operands(self, launch: Launch) -> tuple[Tensor, ...]:
         """What the product should have been given, made from what the launch before it read."""
         given = launch.arguments
@@ -55,6 +78,11 @@ class LinearCheck:
             return given["x_int8_ptr"], given["x_scale_ptr"], empty
         source = self._source
         x = source["x_ptr"]
+        if source["NORM"]:
+            norm = source["statistics_ptr"], source["norm_weight_ptr"], source["norm_bias_ptr"]
+            x = _normalized(x, *norm, source["NORM"])
+            if not source["QUANTIZE"]:
+                x = torch.where(x.float().abs() >= self.threshold, x, 0.0)
         if source["QUANTIZE"]:
             x_int8, x_scale, x_outlier, _ = quantize_reference(x, self.threshold, "column")
             assert torch.equal(given["x_int8_ptr"], x_int8)
@@ -143,6 +171,13 @@ class LinearCheck:
         assert torch.equal(x_int8, expected[0])
         assert torch.equal(x_scale, expected[1])
         return expected[:3]
+
+
+def _normalized(
+    x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor | None, norm: str
+) -> Tensor:
+    rstd, mean = statistics.unsqueeze(-1)
+    return normalized_reference(x, mean, rstd, weight, bias, norm)
 
 
 def _summed(y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from int8fx.kernels import table
 
 LAYER_WIDTH = 512
 OF_EXPERTS = ("quantize_experts_kernel", "expert_gemm_kernel")
-OURS = ("decode_kernel", "quantize_gather_kernel", "gemm_kernel", *OF_EXPERTS)
+OURS = ("decode_kernel", "norm_kernel", "quantize_gather_kernel", "gemm_kernel", *OF_EXPERTS)
 
 
 def serve_cpu_tensors_with_gpu_kernels() -> None:

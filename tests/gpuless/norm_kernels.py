@@ -19,9 +19,6 @@ from nogpu import fake_cuda, offline, sass
 from nogpu.inductor import Kernel
 from torch import nn
 
-from int8fx.kernels.gpu.columns import witness_rows
-from int8fx.kernels.gpu.rounding import quantize_rows
-
 WIDTHS = (4096, 14336)
 
 
@@ -34,61 +31,23 @@ class NormLinear(nn.Module):
         return self.linear(self.norm(x))
 
 
-class Marked(nn.Module):
-    """A norm whose result is not written, which was tried, and is not used: int8 with -128 in the place
-    of an outlier. Without ``values`` it lacks what else the product needs: the witness of columns, and
-    the outliers, each at its place of an uninitialised ``[K, M]``; what is no outlier goes to one of
-    many places that nobody reads, the same for the lanes of a warp."""
-
-    values = False
-
-    def __init__(self, K: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(K)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        h = self.norm(x)
-        is_outlier = h.to(torch.float32).abs() >= 6.0
-        x_int8, x_scale, _ = quantize_rows(h, 6.0)
-        marked = torch.where(is_outlier, -128, x_int8), x_scale
-        if not self.values:
-            return marked
-        (M, K), warp = h.shape, 256
-        row, column = torch.arange(M, device=h.device).unsqueeze(1), torch.arange(K, device=h.device)
-        elsewhere = M * K + 16 * (row % 64 * (K // warp) + column // warp)
-        memory = torch.empty(M * K + 16 * 64 * (K // warp), dtype=h.dtype, device=h.device)
-        target = torch.where(is_outlier, column * M + row, elsewhere)
-        return *marked, torch.index_put(memory, (target,), h), witness_rows(h, 6.0)
-
-
-class Scattered(Marked):
-    """All of it."""
-
-    values = True
-
-
-# What is in the norm's kernel: a module, its backend, M and options.
-KINDS: dict[str, tuple[type[nn.Module], str, int, dict[str, Any]]] = {
-    "fp16": (NormLinear, "inductor", 4096, {}),
-    "digits": (NormLinear, "llmint8", 16, {"decomposition": "token"}),  # as one row in either
-    "column": (NormLinear, "llmint8", 4096, {"decomposition": "column"}),
-    "token": (NormLinear, "llmint8", 4096, {"decomposition": "token"}),
-    "none": (NormLinear, "llmint8", 4096, {"threshold": 0.0}),
-    "marked": (Marked, "inductor", 4096, {}),
-    "scattered": (Scattered, "inductor", 4096, {}),
+# What is in the norm's kernel: a backend, M and options; and for which K it is Inductor's.
+KINDS: dict[str, tuple[str, int, dict[str, Any], tuple[int, ...]]] = {
+    "fp16": ("inductor", 4096, {}, WIDTHS),
+    "digits": ("llmint8", 16, {"decomposition": "token"}, WIDTHS),  # as one row in either
+    "column, Inductor's": ("llmint8", 4096, {"decomposition": "column"}, WIDTHS[1:]),
+    "none": ("llmint8", 4096, {"threshold": 0.0}, WIDTHS),
 }
-
-
 # What is compared on one GPU alone.
-ONLY_FIRST = ("none", "marked", "scattered")
+ONLY_FIRST = ("none",)
 
 
 def kernel(kind: str, K: int) -> Kernel:
     """The generated kernel."""
-    module, backend, M, options = KINDS[kind]
+    backend, M, options, _ = KINDS[kind]
     # As int8fx has it: a row is not split, so that a norm is one kernel.
     options = options if backend == "llmint8" else {**options, "split_reductions": False}
-    model = module(K).to(torch.float16).requires_grad_(False)
+    model = NormLinear(K).to(torch.float16).requires_grad_(False)
     x = torch.empty(M, K, dtype=torch.float16)
     (first,) = inductors_own(generated(model, x, backend, **options).kernels).values()
     return first
@@ -111,8 +70,8 @@ def main(architectures: list[str]) -> None:
     fake_cuda.install("H100")
     serve_cpu_tensors_with_gpu_kernels()
     table: dict[str, dict[str, dict[int, tuple[int, int]]]] = {arch: {} for arch in architectures}
-    for kind in KINDS:
-        for K in WIDTHS:
+    for kind, (_, _, _, widths) in KINDS.items():
+        for K in widths:
             norm = kernel(kind, K)
             for arch in architectures[:1] if kind in ONLY_FIRST else architectures:
                 table[arch].setdefault(kind, {})[K] = issued(norm, arch, K)

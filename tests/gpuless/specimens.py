@@ -17,16 +17,28 @@ from int8fx.kernels.gpu.experts import expert_gemm_kernel, list_shape, quantize_
 from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_kernel
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
+from int8fx.kernels.gpu.norm import norm_kernel, norm_shape, serves
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# M and K, which the blocks of the gather kernel follow, and whether it quantises as well.
+_NORMS = "rms, rounded", "layer, bias"  # the simplest, and the one that takes most
+# M and K, which the blocks of the gather kernel follow, whether it quantises as well, and a norm.
 GATHERS = (
-    (128, 512, True),
-    (128, 4096, True),
-    (4096, 4096, True),
-    (128, 14336, True),
-    (128, 32768, True),
-    (128, 4096, False),
+    (128, 512, True, ""),
+    (128, 4096, True, ""),
+    (4096, 4096, True, ""),
+    (128, 14336, True, ""),
+    (128, 32768, True, ""),
+    (128, 4096, False, ""),
+    *(
+        (M, 4096, quantizes, norm)
+        for M in (128, 4096)
+        for quantizes in (True, False)
+        for norm in _NORMS
+    ),
+    (4096, 8192, True, ""),
+    (4096, 8192, True, _NORMS[1]),
+    (4096, 14336, True, ""),
+    (4096, 14336, False, _NORMS[1]),
 )
 
 
@@ -80,8 +92,13 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
         for parts in (2, 3):
             if config.block_m == 128 and (parts == 2 or config.block_n <= 128):
                 yield gemm(arch, dataclasses.replace(config, parts=parts), dtype)
-    for M, K, quantizes in GATHERS:
-        yield quantize_gather(arch, M, K, dtype, quantizes)
+    for M, K, quantizes, normed in GATHERS:
+        if not normed or takes_rows(K, dtype, quantizes):
+            yield quantize_gather(arch, M, K, dtype, quantizes, norm=normed)
+    for K in (512, 4096, 14336):
+        for kind in _NORMS:
+            if takes_rows(K, dtype, False):
+                yield norm(arch, K, dtype, kind)
     for K in (512, 4096):
         yield quantize_experts(arch, dtype, K)
     for config in configs.expert_rows(arch, DTYPES[dtype]):
@@ -150,25 +167,72 @@ def decode(
     )
 
 
+def takes_rows(K: int, dtype: str, later: bool) -> bool:
+    """Whether rows have their norm taken by a kernel of ours; ``later``: and are quantised later."""
+    x = torch.empty(1, K, dtype=DTYPES[dtype], device="meta")
+    return serves(x, "column" if later else "token")
+
+
+@functools.cache
+def norm(
+    arch: str, K: int, dtype: str = "fp16", kind: str = "rms", quantizes: bool = True, adds: bool = True
+) -> Specimen:
+    constants = norm_shape(torch.empty(1, K, device="meta"))
+    num_warps = constants.pop("num_warps")
+    pointers = {"witness_ptr": "*i16", "statistics_ptr": "*fp32", "weight_ptr": f"*{dtype}"}
+    pointers |= {"x_ptr": f"*{dtype}"}
+    absent = {} if adds else {"addend_ptr": None, "sum_ptr": None}
+    pointers |= dict.fromkeys(("addend_ptr", "sum_ptr"), f"*{dtype}") if adds else {}
+    pointers |= {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32"} if quantizes else {}
+    absent |= {} if quantizes else {"x_int8_ptr": None, "x_scale_ptr": None}
+    pointers |= {"bias_ptr": f"*{dtype}"} if kind.endswith("bias") else {}
+    absent |= {} if kind.endswith("bias") else {"bias_ptr": None}
+    return Specimen(
+        f"norm ({kind}), K = {K}, {dtype}",
+        arch,
+        norm_kernel,
+        pointers | {"M": "i32", "K": "i32", "eps": "fp64", "threshold": "fp64"},
+        constants | absent | {"NORM": kind, "ADDS": adds, "QUANTIZE": quantizes},
+        num_warps,
+        3,
+        blocks=1 if num_warps > 8 else 2,
+        multiplies=False,
+    )
+
+
 @functools.cache
 def quantize_gather(
-    arch: str, M: int, K: int, dtype: str = "fp16", quantizes: bool = True, N: int = 4096
+    arch: str,
+    M: int,
+    K: int,
+    dtype: str = "fp16",
+    quantizes: bool = True,
+    N: int = 4096,
+    norm: str = "",
 ) -> Specimen:
-    constants = launch_shape(M, K, N, DTYPES[dtype].itemsize)
+    constants = launch_shape(M, K, N, DTYPES[dtype], norm)
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
     pointers |= dict.fromkeys(("x_ptr", "x_gathered_ptr", "w_gathered_ptr"), f"*{dtype}")
     pointers |= dict.fromkeys(("columns_ptr", "count_ptr", "counters_ptr"), "*i32")
+    operands = {
+        "statistics_ptr": "*fp32" if norm else None,
+        "norm_weight_ptr": f"*{dtype}" if norm else None,
+        "norm_bias_ptr": f"*{dtype}" if norm.endswith("bias") else None,
+    }
+    pointers |= {name: kind for name, kind in operands.items() if kind is not None}
+    constants |= {name: None for name, kind in operands.items() if kind is None}
+    what = "quantise and gather" if quantizes else "gather"
     return Specimen(
-        f"{'quantise and gather' if quantizes else 'gather'}, M = {M}, K = {K}, {dtype}",
+        f"{what}{f' ({norm})' if norm else ''}, M = {M}, K = {K}, {dtype}",
         arch,
         quantize_gather_kernel,
         pointers | _sizes() | {"CAPACITY": "i32", "threshold": "fp64"},
-        constants | {"QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
+        constants | {"NORM": norm, "QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
         num_warps,
         3,
-        blocks=2 if num_warps <= 8 else 1,
+        blocks=2 if num_warps <= 8 and dtype != "fp32" else 1,
         multiplies=False,
     )
 
@@ -206,7 +270,7 @@ def experts(arch: str, config: configs.GemmConfig, dtype: str = "fp16") -> Speci
 
 @functools.cache
 def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
-    constants = list_shape(4096, K, DTYPES[dtype].itemsize)
+    constants = list_shape(4096, K, DTYPES[dtype])
     num_warps = constants.pop("num_warps")
     return Specimen(
         f"quantise and list, experts, K = {K}, {dtype}",

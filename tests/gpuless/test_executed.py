@@ -124,8 +124,9 @@ def test_what_quantises_in_a_block_compiles(name, shape, decomposition):
     wrapper = run(name, shape, torch.float16, decomposition=decomposition).wrapper  # executed above
     kernels = inductors_own(wrapper.kernels).values()
     quantising = [kernel for kernel in kernels if "_ge_" in kernel.name]  # |x| >= threshold
-    # Of experts the norm's and the activation's: all of them share one, and the router is in float.
-    assert len(quantising) >= (2 if name in ("moe", "mixtral", "gpt_oss") else 3)
+    # Of experts the norm's and the activation's: all of them share one, and the router is in float. Of
+    # the others what reads attention and the activation, and, for few rows, the norms.
+    assert len(quantising) >= (3 if shape == EIGHT and name == "gpt2" else 2)
     for index, kernel in enumerate(quantising):
         for targets in (offline.NVIDIA, offline.AMD):
             assert_compile_without_spills([kernel], targets[(index + len(name)) % len(targets)])

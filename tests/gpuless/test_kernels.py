@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from int8_launches import relative_error
 from nogpu.guard import assert_intact, poisoned, poisoned_like
 from torch import Tensor
-from where import launchable
+from where import is_on_a_gpu, launchable
 
 from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
 from int8fx.kernels.gpu.configs import COUNTERS
@@ -36,6 +36,14 @@ from int8fx.kernels.gpu.gather import (
 )
 from int8fx.kernels.gpu.gemm import gemm_kernel, gemm_reference
 from int8fx.kernels.gpu.groups import padded
+from int8fx.kernels.gpu.norm import (
+    NORMS,
+    norm_kernel,
+    norm_shape,
+    norm_statistics,
+    normalized_reference,
+)
+from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.quantize import quantize_reference, quantize_weight
 
 THRESHOLD = 6.0
@@ -124,12 +132,17 @@ def test_witness_rows_name_an_outlier_of_each_column_that_has_one():
 
 
 def run_quantize_gather(
-    case: Case, threshold: float = THRESHOLD, quantizes: bool = True, **blocks: int
+    case: Case,
+    threshold: float = THRESHOLD,
+    quantizes: bool = True,
+    norm: "Normed | None" = None,
+    **blocks: int,
 ) -> dict[str, Tensor]:
     x = case.x
     M, K = x.shape
+    kind = norm.kind if norm else ""
     widths = [weight.shape[0] for weight in case.weights]
-    shape = launch_shape(M, K, sum(widths), x.dtype.itemsize) | blocks
+    shape = launch_shape(M, K, sum(widths), x.dtype, kind) | blocks
     shape.pop("num_warps")
     capacity = -(-K // shape["BLOCK_O"]) * shape["BLOCK_O"]
     outputs = {
@@ -144,7 +157,8 @@ def run_quantize_gather(
     outputs = {name: poisoned_like(tensor) for name, tensor in outputs.items()}
     launchable(quantize_gather_kernel)[(programs(shape, M, widths, quantizes),)](
         x,
-        claims(x, threshold),
+        claims(norm.h if norm else x, threshold),
+        *(norm.operands if norm else (None, None, None)),
         *padded(case.weights),
         *outputs.values(),
         M,
@@ -152,6 +166,7 @@ def run_quantize_gather(
         K,
         capacity,
         threshold,
+        NORM=kind,
         QUANTIZE=quantizes,
         COUNTERS=COUNTERS,
         **shape,
@@ -163,10 +178,11 @@ def run_quantize_gather(
 
 # Of rows that do not fit in one block, and of gathered rows in more than one.
 NARROW = {"BLOCK_K": 32, "ONE_BLOCK": False, "LIST_BLOCK": 4, "GATHER_ROWS": 16}
+STEPS = {"ROWS": 2, "STEPS": 3}
 
 
 @THOROUGH
-@given(cases(st.integers(1, 40)), st.sampled_from([{}, NARROW]))
+@given(cases(st.integers(1, 40)), st.sampled_from([{}, NARROW, STEPS]))
 def test_quantize_gather(case, blocks):
     done = run_quantize_gather(case, **blocks)
     expected = quantize_gather_reference(case.x.clone(), case.weights, THRESHOLD)
@@ -177,6 +193,106 @@ def test_quantize_gather(case, blocks):
     for name, gathered in zip(("x_gathered", "w_gathered"), expected[2:4], strict=True):
         assert torch.equal(done[name][:, :count], gathered)
         assert not done[name][:, count : -(-count // 32) * 32].any()
+
+
+@dataclass
+class Normed:
+    """A norm of a case's x, and its result.
+
+    Attributes:
+        operands: as the kernel that gathers takes them.
+    """
+
+    kind: str
+    statistics: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    h: Tensor
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return self.statistics, self.weight, self.bias
+
+
+EPS = 1e-5
+
+
+def normed(case: Case, kind: str) -> Normed:
+    """Weights of some channels are large, so that there are outliers where x has none, too. All are
+    powers of two: a product is exact, and a fused addition to it is what an addition is."""
+    K, dtype = case.x.shape[1], case.x.dtype
+    generator = torch.Generator().manual_seed(K)
+    weight = poisoned(2.0 ** torch.randint(-2, 4, (K,), generator=generator).to(dtype))
+    bias = poisoned(torch.randn(K, generator=generator).to(dtype)) if kind.endswith("bias") else None
+    mean, rstd = norm_statistics(case.x.clone(), kind, EPS)
+    h = normalized_reference(case.x.clone(), mean, rstd, weight, bias, kind)
+    return Normed(kind, poisoned(torch.cat([rstd.t(), mean.t()])), weight, bias, h)
+
+
+def sifted(x: Tensor) -> Tensor:
+    return torch.where(x.float().abs() >= THRESHOLD, x, 0.0)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@THOROUGH
+@given(cases(st.integers(1, 40)), st.sampled_from([{}, NARROW, STEPS]))
+def test_quantize_gather_of_a_norm(kind, case, blocks):
+    norm = normed(case, kind)
+    expected = quantize_gather_reference(norm.h, case.weights, THRESHOLD)
+    columns, count = outlier_columns_reference(norm.h, THRESHOLD), int(expected[-1])
+    for quantizes in (True, False):
+        done = run_quantize_gather(case, quantizes=quantizes, norm=norm, **blocks)
+        assert int(done["count"]) == count
+        gathered = norm.h[:, columns]
+        assert torch.equal(done["x_gathered"][:, :count], gathered if quantizes else sifted(gathered))
+        assert torch.equal(done["w_gathered"][:, :count], expected[3])
+        if quantizes:
+            assert torch.equal(done["x_int8"], expected[0])
+            assert torch.equal(done["x_scale"], expected[1])
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@THOROUGH
+@given(cases(st.integers(1, 40)), st.booleans(), st.booleans())
+def test_norm(kind, case, adds, quantizes):
+    x, (M, K) = case.x, case.x.shape
+    norm = normed(case, kind)
+    made = {
+        "sum": torch.empty_like(x) if adds else None,
+        "statistics": torch.empty(2, M),
+        "witness": torch.full((K,), -1, dtype=torch.int16),
+        "x_int8": torch.empty(M, K, dtype=torch.int8) if quantizes else None,
+        "x_scale": torch.empty(M) if quantizes else None,
+    }
+    made = {name: None if one is None else poisoned_like(one) for name, one in made.items()}
+    made["witness"].fill_(-1)
+    # Halves are exact, and so is their sum.
+    addend = poisoned(x / 2) if adds else None
+    rows = poisoned(x - x / 2) if adds else x
+    launchable(norm_kernel)[(M,)](
+        rows, addend, made["sum"], norm.weight, norm.bias, made["statistics"], made["witness"],
+        made["x_int8"], made["x_scale"], M, K, EPS, THRESHOLD,
+        NORM=kind, ADDS=adds, QUANTIZE=quantizes, BLOCK_K=norm_shape(x)["BLOCK_K"],
+    )  # fmt: skip
+    assert_intact(*(one for one in made.values() if one is not None), *case.inputs)
+    if adds:
+        assert torch.equal(made["sum"], rows + addend)
+        x = made["sum"].clone()
+    mean, rstd = norm_statistics(x, kind, EPS)
+    torch.testing.assert_close(made["statistics"][0], rstd[:, 0], rtol=1e-5, atol=0)
+    if kind.startswith("layer"):
+        torch.testing.assert_close(made["statistics"][1], mean[:, 0], rtol=1e-5, atol=1e-5)
+        mean = made["statistics"][1].unsqueeze(1)
+    h = normalized_reference(x, mean, made["statistics"][0].unsqueeze(1), norm.weight, norm.bias, kind)
+    columns = outlier_columns_reference(h, THRESHOLD)
+    witness = made["witness"].long()
+    assert torch.equal(witness >= 0, columns)
+    assert (h[witness[columns], columns.nonzero()[:, 0]].float().abs() >= THRESHOLD).all()
+    if quantizes:
+        x_int8, x_scale, _ = quantize_rows(h, THRESHOLD)
+        assert torch.equal(made["x_scale"], x_scale)
+        # A GPU rounds the product and the sum that rounds it at once.
+        assert (made["x_int8"].int() - x_int8.int()).abs().max() <= (1 if is_on_a_gpu() else 0)
 
 
 def test_gather_alone_leaves_the_quantised_rows_as_they_are():

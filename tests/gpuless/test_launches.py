@@ -151,12 +151,13 @@ def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
     assert alone["num_stages"] == candidates[-1].num_stages
 
 
-@pytest.mark.parametrize(("M", "ours"), [(1, 1), (16, 1), (64, 2)])
-def test_llama_decoder_layer(M, ours):
-    """Seven linears read four activations, so there are four groups."""
+@pytest.mark.parametrize(("M", "ours", "norms"), [(1, 1, 0), (16, 1, 0), (64, 2, 2)])
+def test_llama_decoder_layer(M, ours, norms):
+    """Seven linears read four activations, so there are four groups; two of them follow a norm."""
     wrapper = generated_layer(M, torch.float16)
     launched = [name for name in wrapper.triton_launches if name.startswith(OURS)]
-    assert len(launched) == 4 * ours, launched
+    assert len(launched) == 4 * ours + norms, launched
+    assert sum(name.startswith("norm_kernel") for name in launched) == norms
     plain = generated_layer(M, torch.float16, "inductor")
     # Never more launches than in 16-bit: groups save what quantisation adds.
     added = len(wrapper.launches) - len(plain.launches)

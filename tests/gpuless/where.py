@@ -9,9 +9,13 @@ from nogpu.interpreter import interpret
 from torch import Tensor
 
 
+def is_on_a_gpu() -> bool:
+    return torch.cuda.is_available() and not fake_cuda.is_installed()
+
+
 def launchable(kernel: Any) -> Any:
     """What ``[grid](...)`` launches on CPU tensors, wherever that is."""
-    if torch.cuda.is_available() and not fake_cuda.is_installed():
+    if is_on_a_gpu():
         return Carried(kernel, torch.device("cuda"))
     return interpret(kernel)
 

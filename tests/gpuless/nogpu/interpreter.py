@@ -17,7 +17,7 @@ What the stock interpreter (triton 3.8 and 3.9) lacks for that, and ``install`` 
 5. bf16 lives in the interpreter as its 16 bits. Casts between it and other types than fp32 give the
    bits' value as an integer, the cast from fp32 truncates, and ``tl.dot`` multiplies the bits. Casts
    go through fp32, rounding to nearest even, and so does ``tl.dot``, which is also given a BLAS for
-   integers. Minima and maxima compare the bits, which is wrong below zero: they go through fp32.
+   integers. So do ``+ - * /``, which compute with the bits, and minima and maxima, which compare them.
 6. The result of a comparison carries the type of what was compared: made a block of, a scalar turns
    into integers, which no mask may be. It stays boolean.
 """
@@ -100,7 +100,7 @@ def install() -> None:
     builder.create_splat = _with_booleans(builder.create_splat)
     builder.cast_impl = _with_bf16(builder.cast_impl)
     builder.create_fp_to_fp = _with_bf16(builder.create_fp_to_fp)
-    for name in ("minimumf", "minnumf", "maximumf", "maxnumf"):
+    for name in ("fadd", "fsub", "fmul", "fdiv", "minimumf", "minnumf", "maximumf", "maxnumf"):
         setattr(builder, f"create_{name}", _in_fp32(getattr(builder, f"create_{name}")))
     JITFunction.__call__ = _nested_call
 

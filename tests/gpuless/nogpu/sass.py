@@ -44,7 +44,8 @@ class Inspection:
         arch: 80, 90, ... or "gfx942".
         threads: of a block.
         registers: of a thread (AMD: vector and accumulation registers together).
-        spill_bytes: of a thread's stack; a kernel without local arrays has one only for spills.
+        spill_bytes: of a thread's stack, where any instruction reads or writes it; in a kernel without
+            local arrays these are spills. ptxas may reserve a stack, around a call, that none does.
         shared_bytes: of a block.
         mma: matrix instructions, with their numbers of occurrences.
         opcodes: all instructions without their modifiers.
@@ -103,11 +104,12 @@ def _nvidia(arch: int, cubin: bytes, threads: int, shared: int) -> Inspection:
         raise RuntimeError(f"cuobjdump said {usage!r}")
     registers, stack, _, local = map(int, match.groups())
     names = _OPCODE.findall(listing)
+    spills = any(name.split(".")[0] in ("LDL", "STL") for name in names)
     return Inspection(
         arch=arch,
         threads=threads,
         registers=registers,
-        spill_bytes=stack + local,
+        spill_bytes=stack + local if spills else 0,
         shared_bytes=shared,
         mma=_count(name for name in names if "MMA" in name.split(".")[0]),
         opcodes=_count(name.split(".")[0] for name in names),
