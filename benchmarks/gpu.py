@@ -259,7 +259,7 @@ def _product(gpu: Any, M: int, N: int, K: int) -> tuple[Any, str]:
     for config in configs.gemm_configs(gpu.arch, M, N, K, torch.float16, gpu.processors):
         seen = specimens.gemm(gpu.arch, config).inspection
         time = gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS)
-        times.append((time, _label(config.block_m, config.block_n, config.parts)))
+        times.append((time, _label(config.block_m + config.extra_m, config.block_n, config.parts)))
     return min(times, key=lambda pair: pair[0].seconds)
 
 

@@ -7,6 +7,7 @@ It ranks configurations and shows what limits them. It is not a measurement: wit
 blind to everything that it does not name. Every constant is in this file.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,48 +91,108 @@ def matmul_int8(gpu: Gpu, M: int, N: int, K: int) -> float:
     return gpu.gap + max(operations, (M * K + N * K + 2 * M * N) / (gpu.dram * DRAM_SHARE))
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """Of a product, those of one height.
+
+    Attributes:
+        rows: of a tile.
+        instructions: of a warp, in a step of the int8 loop.
+        waits: loads that wait for one another at the end of a tile.
+    """
+
+    programs: int
+    rows: int
+    instructions: int
+    waits: int = 0
+
+
 def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: int) -> Time:
     """``gemm.py`` with one row of its table; K in parts, they are written, and read by whoever comes
-    last to a tile.
+    last to a tile. Short tiles start when tall ones have, each on the first processor that is free.
 
     Args:
         config: a ``GemmConfig``.
         seen: its ``sass.Inspection``.
     """
     c = config
-    tiles = math.ceil(M / c.block_m) * math.ceil(N / c.block_n)
-    programs = tiles * c.parts
-    blocks = seen.blocks_per_multiprocessor
-    waves = math.ceil(programs / (gpu.processors * blocks))
-    together = min(blocks, math.ceil(programs / gpu.processors))
+    kinds = _kinds(gpu, c, seen, M, N, outliers)
     step_k = c.block_k * c.unroll
-    step = {
-        "tensor cores": 2 * c.block_m * c.block_n * step_k / (gpu.int8 * TENSOR_SHARE),
-        "operand traffic": (c.block_m + c.block_n) * step_k / gpu.port,
-        "issue": _loop_instructions(seen) * c.num_warps / (gpu.issue * ISSUE_SHARE),
-    }
-    slowest = max(step, key=lambda name: step[name])
-    tail = 2 * c.block_m * c.block_n * outliers / (gpu.fp16 * TENSOR_SHARE)
     steps = math.ceil(math.ceil(K / step_k) / c.parts)
-    cycles = waves * together * (steps * step[slowest] + tail + TILE_CYCLES)
+    slowest, cycles = [], []
+    for kind in kinds:
+        step = {
+            "tensor cores": 2 * kind.rows * c.block_n * step_k / (gpu.int8 * TENSOR_SHARE),
+            "operand traffic": (kind.rows + c.block_n) * step_k / gpu.port,
+            "issue": kind.instructions * c.num_warps / (gpu.issue * ISSUE_SHARE),
+        }
+        slowest.append(max(step, key=lambda name: step[name]))
+        tail = 2 * kind.rows * c.block_n * outliers / (gpu.fp16 * TENSOR_SHARE)
+        tail += kind.waits * L2_LATENCY
+        cycles.append(steps * step[slowest[-1]] + tail + TILE_CYCLES)
+    blocks = seen.blocks_per_multiprocessor
+    programs = [kind.programs * c.parts for kind in kinds]
     nbytes = (M + N) * K + 2 * M * N + 2 * outliers * (M + N)
-    operands = tiles * (c.block_m + c.block_n) * K
+    operands = sum(kind.programs * (kind.rows + c.block_n) for kind in kinds) * K
     # Written and read; who comes last does not read its own, and of two does not write it either.
     crossing = {1: 0, 2: 2}.get(c.parts, 2 * c.parts - 1)
-    sums = 4 * crossing * tiles * c.block_m * c.block_n
+    sums = 4 * crossing * kinds[-1].programs * c.block_m * c.block_n
     limits = {
-        slowest: cycles / (gpu.clock * 1e9),
+        slowest[0]: _busiest(gpu, blocks, programs, cycles) / (gpu.clock * 1e9),
         "memory": nbytes / (gpu.dram * DRAM_SHARE),
         "L2": (operands + sums) / gpu.l2,
     }
     limit = max(limits, key=lambda name: limits[name])
+    waves = math.ceil(sum(programs) / (gpu.processors * blocks))
     waits = waves * {1: 0, 2: PAIR_LATENCIES}.get(c.parts, SUM_LATENCIES)
     return Time(gpu.gap + limits[limit] + waits * L2_LATENCY / (gpu.clock * 1e9), limit)
 
 
+def _kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> list[_Tiles]:
+    """The tall tiles of a product, if there are such, and the short ones, in the order of programs."""
+    from int8fx.kernels.gpu.configs import product_tiles
+    from int8fx.kernels.gpu.gather import BLOCK_O
+
+    c = config
+    tiles_n = math.ceil(N / c.block_n)
+    tall, short = product_tiles(M, tiles_n, gpu.processors, c.block_m, c.extra_m)
+    if not c.extra_m:
+        return [_Tiles(short, c.block_m, _loop_instructions(seen))]
+    of_short, of_tall = (sum(loop.values()) for loop in _int8_loops(seen))
+    # Of the loop over outliers, which loads nothing ahead, the first loads are among TILE_CYCLES.
+    waits = max(0, math.ceil(outliers / BLOCK_O) - 1)
+    kinds = [_Tiles(tall, c.block_m + c.extra_m, of_tall, waits), _Tiles(short, c.block_m, of_short)]
+    return [kind for kind in kinds if kind.programs]
+
+
+def _busiest(gpu: Gpu, blocks: int, programs: Sequence[int], cycles: Sequence[float]) -> float:
+    """Cycles of the processor that ends last.
+
+    Args:
+        blocks: that a processor runs at once.
+        programs: how many there are of each kind, in the order in which they are dealt out.
+        cycles: that one of each kind takes alone.
+    """
+    if len(programs) == 1:
+        waves = math.ceil(programs[0] / (gpu.processors * blocks))
+        return waves * min(blocks, math.ceil(programs[0] / gpu.processors)) * cycles[0]
+    if blocks != 1:
+        raise ValueError("tiles of two heights are modelled one at a time on a processor")
+    ends = [0.0] * gpu.processors
+    for count, each in zip(programs, cycles, strict=True):
+        for _ in range(count):
+            heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def _int8_loops(seen: Any) -> list[dict[str, int]]:
+    """The int8 loops, short ones first; none on AMD, whose code is not split into loops."""
+    return [loop for loop in seen.loops if any("IMMA" in n or "IGMMA" in n for n in loop)]
+
+
 def _loop_instructions(seen: Any) -> int:
-    """Of the int8 loop; AMD's code is not split into loops, and its issue is not modelled."""
-    loops = [loop for loop in seen.loops if any("IMMA" in n or "IGMMA" in n for n in loop)]
+    """Of the int8 loop; AMD's issue is not modelled."""
+    loops = _int8_loops(seen)
     return sum(loops[-1].values()) if loops else 0
 
 

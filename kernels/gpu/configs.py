@@ -19,6 +19,7 @@ class GemmConfig:
             loop-carried and doubles the registers; it gives up on a loop with two products.
         blocks: how many blocks are meant to run at once on one multiprocessor.
         parts: in how many K is split, which a shape decides; None where the kernel cannot.
+        extra_m: rows that a tall tile has more, half of ``block_m``; 0, none is tall (``tall_tiles``).
     """
 
     block_m: int
@@ -29,6 +30,7 @@ class GemmConfig:
     unroll: int = 1
     blocks: int = 1
     parts: int | None = 1
+    extra_m: int = 0
 
     def constants(self, K: int) -> dict[str, int | bool]:
         """The kernel's constants, for rows of K elements."""
@@ -39,7 +41,9 @@ class GemmConfig:
             "UNROLL": self.unroll,
             "EVEN_K": K % (self.block_k * self.unroll) == 0,
         }
-        return constants if self.parts is None else constants | {"SPLIT_K": self.parts}
+        if self.parts is None:
+            return constants
+        return constants | {"SPLIT_K": self.parts, "EXTRA_M": self.extra_m}
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ _HOPPER = (
     GemmConfig(64, 128, 128, 4, 4, blocks=2),
     GemmConfig(128, 128, 128, 8, 3, blocks=2),
     GemmConfig(128, 256, 128, 8, 3, blocks=1),
+    GemmConfig(128, 256, 128, 8, 3, blocks=1, extra_m=64),
 )
 _BLACKWELL = (
     GemmConfig(64, 64, 128, 4, 4, blocks=2),
@@ -170,7 +175,7 @@ def gemm_configs(
 
     Only M's class is looked at, so that a graph with dynamic shapes is compiled at most once for each.
     Tiles wider than 128 halve the traffic of x, and the programs: where enough are left, or M is large
-    anyway.
+    anyway. Only then there are tall ones.
     """
     passed = sum(each < M for each in _CLASSES)
     is_last = passed == len(_CLASSES)
@@ -180,9 +185,36 @@ def gemm_configs(
         tiles = -(-most // config.block_m) * -(-N // config.block_n)
         parts = 1 if is_last else gemm_parts(config, tiles, K, processors)
         enough = config.block_n <= 128 or is_last or tiles * parts >= _MANY[parts] * processors
-        if enough and (config.block_m > 64 if is_last else config.block_m <= most):
+        served = is_last or config.extra_m == 0
+        if served and enough and (config.block_m > 64 if is_last else config.block_m <= most):
             chosen.append(dataclasses.replace(config, parts=parts))
     return [config for config in chosen if config.block_n <= max(64, N)] or chosen[:1]
+
+
+def tall_tiles(M: int, tiles_n: int, processors: int, block_m: int, extra_m: int) -> int:
+    """How many tiles in each column of tiles are tall: as many as let all processors end together.
+
+    A tall tile takes as long as three halves of a short one. What a processor has to do, in halves, it
+    does in threes and, where those do not fit, in one or two twos. Tall tiles are whole.
+
+    Args:
+        M: rows; a SymInt gives a SymInt.
+        tiles_n: columns of tiles.
+        block_m: rows of a short tile.
+        extra_m: how many rows more a tall one has; 0, there are none.
+    """
+    if extra_m == 0:
+        return 0
+    halves = -(-(-(-M // extra_m) * tiles_n) // processors)
+    tall = (halves // 3 - halves % 3 % 2) * processors // tiles_n
+    return torch.sym_min(torch.sym_max(tall, 0), M // (block_m + extra_m))
+
+
+def product_tiles(M: int, tiles_n: int, processors: int, block_m: int, extra_m: int) -> tuple[int, int]:
+    """Of the tiles of a product, as in ``tall_tiles``: how many are tall, and how many are short."""
+    tall = tall_tiles(M, tiles_n, processors, block_m, extra_m)
+    rows = M - tall * (block_m + extra_m)
+    return tall * tiles_n, -(-rows // block_m) * tiles_n
 
 
 def gemm_parts(config: GemmConfig, tiles: int, K: int, processors: int) -> int:

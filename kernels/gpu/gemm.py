@@ -8,6 +8,7 @@ outlier product accumulated into the same registers. With the outliers first, tw
 alive at once, and spill.
 
 With few tiles, SPLIT_K programs share one, each with its part of K and of the outliers (``split.py``).
+With many, some have EXTRA_M rows more (``tall.py``).
 
 Source: Dettmers et al. 2022, "LLM.int8()", equation 8. Reference: ``kernels/linear.py``.
 """
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.split import sum_of_large_tile
+from int8fx.kernels.gpu.tall import tall_tile
+from int8fx.kernels.gpu.tiles import scaled, store, wrapped
 
 
 def gemm_reference(
@@ -55,6 +58,27 @@ def tile_in_bands(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     within = program % (GROUP_M * tiles_n)
     return band * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def _place(
+    tall, M, tiles_n, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """Of this program's tile: its first row, its column of tiles, and whether it is tall.
+
+    Tall tiles are the upper ones. They come first, so that short ones fill what is left at the end.
+    """
+    program, first_row, is_tall = tl.program_id(0), 0, False
+    height, tiles_m = BLOCK_M, tl.cdiv(M, BLOCK_M)
+    if EXTRA_M:
+        is_tall = program < tall * tiles_n
+        end = tall * (BLOCK_M + EXTRA_M)
+        program = tl.where(is_tall, program, program - tall * tiles_n)
+        first_row = tl.where(is_tall, 0, end)
+        height = tl.where(is_tall, BLOCK_M + EXTRA_M, BLOCK_M)
+        tiles_m = tl.where(is_tall, tall, tl.cdiv(M - end, BLOCK_M))
+    tile_m, tile_n = tile_in_bands(program, tiles_m, tiles_n, GROUP_M)
+    return first_row + tile_m * height, tile_n, is_tall
 
 
 @triton.jit
@@ -99,6 +123,42 @@ def _add_outliers(
 
 
 @triton.jit
+def _tile(
+    start_m, start_n, x_int8_ptr, x_scale_ptr, x_gathered_ptr, w_gathered_ptr, count_ptr,
+    parts_ptr, counters_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, w_offset, M, N, K, CAPACITY,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+    SPLIT_K: tl.constexpr, UNROLL: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows and BLOCK_N columns of one linear, or a part of their sum."""
+    m, n = wrapped(start_m, M, BLOCK_M), wrapped(start_n, N, BLOCK_N)
+    part, first, last = 0, 0, K
+    if SPLIT_K > 1:
+        part = tl.program_id(1)
+        length = tl.cdiv(tl.cdiv(K, BLOCK_K * UNROLL), SPLIT_K) * (BLOCK_K * UNROLL)
+        first = part * length
+        last = tl.minimum(first + length, K)
+    acc_int32 = int8_product(
+        x_int8_ptr, w_ptr, m, n, first, last, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
+    )
+    y = scaled(acc_int32, x_scale_ptr, m)
+    if HAS_OUTLIERS:
+        first, last = 0, tl.load(count_ptr)
+        if SPLIT_K > 1:
+            share = tl.cdiv(tl.cdiv(last, BLOCK_O), SPLIT_K) * BLOCK_O
+            first = part * share
+            last = tl.minimum(first + share, last)
+        y = _add_outliers(
+            y, x_gathered_ptr, w_gathered_ptr, m, w_offset + n, first, last, CAPACITY,
+            BLOCK_O, PRECISION,
+        )  # fmt: skip
+    wanted = True
+    if SPLIT_K > 1:
+        y, wanted = sum_of_large_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
+    store(y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, BLOCK_N)
+
+
+@triton.jit
 def gemm_kernel(
     x_int8_ptr,  # [M, K] int8
     x_scale_ptr,  # [M] fp32
@@ -111,10 +171,12 @@ def gemm_kernel(
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
     y0_ptr, y1_ptr, y2_ptr,  # [M, N]
     M, N0, N1, N2, K, CAPACITY,
+    tall,  # tiles of BLOCK_M + EXTRA_M rows in each column of tiles, where EXTRA_M
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    EXTRA_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -127,7 +189,7 @@ def gemm_kernel(
     first0 = tl.cdiv(N0, BLOCK_N)
     first1 = first0 + tl.cdiv(N1, BLOCK_N)
     tiles_n = first1 + tl.cdiv(N2, BLOCK_N)
-    tile_m, tile_n = tile_in_bands(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    start_m, tile_n, is_tall = _place(tall, M, tiles_n, BLOCK_M, EXTRA_M, GROUP_M)
     N, w_ptr, w_scale_ptr, bias_ptr, y_ptr = N0, w0_ptr, w_scale0_ptr, bias0_ptr, y0_ptr
     w_offset = 0
     if GROUPED:
@@ -140,45 +202,17 @@ def gemm_kernel(
         y_ptr = pick(group, y0_ptr, y1_ptr, y2_ptr)
         if HAS_BIAS:
             bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the end read other rows, and are not stored: loads without masks pipeline.
-    m = tl.max_contiguous(tl.multiple_of(rows % M, BLOCK_M), BLOCK_M)
-    n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
-    part, first, last = 0, 0, K
-    if SPLIT_K > 1:
-        part = tl.program_id(1)
-        length = tl.cdiv(tl.cdiv(K, BLOCK_K * UNROLL), SPLIT_K) * (BLOCK_K * UNROLL)
-        first = part * length
-        last = tl.minimum(first + length, K)
-    acc_int32 = int8_product(
-        x_int8_ptr, w_ptr, m, n, first, last, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
-    )
-    y = acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
-    if HAS_OUTLIERS:
-        first, last = 0, tl.load(count_ptr)
-        if SPLIT_K > 1:
-            share = tl.cdiv(tl.cdiv(last, BLOCK_O), SPLIT_K) * BLOCK_O
-            first = part * share
-            last = tl.minimum(first + share, last)
-        y = _add_outliers(
-            y,
-            x_gathered_ptr,
-            w_gathered_ptr,
-            m,
-            w_offset + n,
-            first,
-            last,
-            CAPACITY,
-            BLOCK_O,
+    start_n = tile_n * BLOCK_N
+    if EXTRA_M and is_tall:
+        tall_tile(
+            start_m, start_n, x_int8_ptr, x_scale_ptr, x_gathered_ptr, w_gathered_ptr, count_ptr,
+            w_ptr, w_scale_ptr, bias_ptr, y_ptr, w_offset, M, N, K, CAPACITY,
+            BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, BLOCK_O, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
+        )  # fmt: skip
+    else:
+        _tile(
+            start_m, start_n, x_int8_ptr, x_scale_ptr, x_gathered_ptr, w_gathered_ptr, count_ptr,
+            parts_ptr, counters_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, w_offset, M, N, K, CAPACITY,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_O, SPLIT_K, UNROLL, EVEN_K, HAS_BIAS, HAS_OUTLIERS,
             PRECISION,
-        )
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    if SPLIT_K > 1:
-        y, is_last = sum_of_large_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
-        inside &= is_last
-    y *= tl.load(w_scale_ptr + n)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
-    target = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)
+        )  # fmt: skip

@@ -271,7 +271,7 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
         gemm_kernel,
         candidates,
         K,
-        lambda meta: (_tiles(M, linears, meta["BLOCK_M"], meta["BLOCK_N"]), meta["SPLIT_K"]),
+        lambda meta: (_programs(M, linears, processors, meta), meta["SPLIT_K"]),
         source.x_int8,
         source.x_scale,
         *gathered,
@@ -283,6 +283,7 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
         *linears.N,
         K,
         gathered[0].shape[-1],
+        _tall(M, linears, processors, candidates),
         BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
@@ -290,6 +291,23 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
         **linears.flags,
     )
     return outputs
+
+
+def _tall(M: int, linears: Linears, processors: int, candidates: list[configs.GemmConfig]) -> int:
+    """What the candidate with tall tiles is told: how many there are in each column."""
+    return next(
+        (
+            configs.tall_tiles(M, linears.tiles(c.block_n), processors, c.block_m, c.extra_m)
+            for c in candidates
+            if c.extra_m
+        ),
+        0,
+    )
+
+
+def _programs(M: int, linears: Linears, processors: int, meta: dict[str, Any]) -> int:
+    tiles_n = linears.tiles(meta["BLOCK_N"])
+    return sum(configs.product_tiles(M, tiles_n, processors, meta["BLOCK_M"], meta["EXTRA_M"]))
 
 
 def _tiles(M: int, linears: Linears, block_m: int, block_n: int) -> int:

@@ -76,7 +76,7 @@ def sum_of_large_tile(part_of_tile, part, parts_ptr, counters_ptr, SPLIT_K: tl.c
 
 
 @triton.jit
-def _halves(tile):
+def halves(tile):
     """Its left and its right columns."""
     ROWS: tl.constexpr = tile.shape[0]
     HALF: tl.constexpr = tile.shape[1] // 2
@@ -96,7 +96,7 @@ def _store_pieces(tile, pointer, mask, PIECES: tl.constexpr):
         tl.store(_places(pointer, tile.shape[0], tile.shape[1]), tile, mask=mask)
         tl.debug_barrier()
     else:
-        left, right = _halves(tile)
+        left, right = halves(tile)
         size: tl.constexpr = left.shape[0] * left.shape[1]
         _store_pieces(left, pointer, mask, PIECES // 2)
         _store_pieces(right, pointer + size, mask, PIECES // 2)
@@ -120,7 +120,7 @@ def _sum_of_pieces(
         tl.debug_barrier()
         return total
     else:
-        left, right = _halves(tile)
+        left, right = halves(tile)
         size: tl.constexpr = left.shape[0] * left.shape[1]
         left = _sum_of_pieces(left, part, pointer, distance, is_last, SPLIT_K, PIECES // 2)
         right = _sum_of_pieces(right, part, pointer + size, distance, is_last, SPLIT_K, PIECES // 2)

@@ -73,7 +73,7 @@ class Specimen:
             self.constants,
             self.num_warps,
             self.num_stages,
-            unaligned=("M", "S"),
+            unaligned=("M", "S", "tall"),
         )
         return sass.inspect(compiled)
 
@@ -90,7 +90,8 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
             yield decode(arch, kind, decode_config, dtype)
     for config in configs.gemm_rows(arch, DTYPES[dtype]):
         for parts in (2, 3):
-            if config.block_m == 128 and (parts == 2 or config.block_n <= 128):
+            splits = config.block_m == 128 and config.extra_m == 0
+            if splits and (parts == 2 or config.block_n <= 128):
                 yield gemm(arch, dataclasses.replace(config, parts=parts), dtype)
     for M, K, quantizes, normed in GATHERS:
         if not normed or takes_rows(K, dtype, quantizes):
@@ -110,13 +111,14 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
 def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants: Any) -> Specimen:
     c = config
     return Specimen(
-        f"product {c.block_m}x{c.block_n}x{c.block_k}, {f'{c.parts} parts, ' * (c.parts > 1)}{dtype}",
+        f"product {c.block_m + c.extra_m}x{c.block_n}x{c.block_k}, "
+        f"{f'{c.parts} parts, ' * (c.parts > 1)}{dtype}",
         arch,
         gemm_kernel,
         _linears(dtype)
         | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "count_ptr": "*i32"}
         | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}", "CAPACITY": "i32"}
-        | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
+        | {"parts_ptr": "*fp32", "counters_ptr": "*i32", "tall": "i32"},
         {
             "BLOCK_O": 32,
             "GROUP_M": 8,

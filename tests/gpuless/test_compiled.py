@@ -54,10 +54,44 @@ def test_operands_arrive_by_asynchronous_copies(arch):
         # These gather their outlier columns byte by byte, at the end.
         if specimen.constants.get("QUANTIZE") or specimen.label.startswith("experts"):
             loops = [loop for loop in loops if {"IMMA", "IGMMA"} & loop.keys()]
-        assert len(loops) == (2 if specimen.label.startswith("product") else 1)
+        if specimen.constants.get("EXTRA_M"):
+            # A tall tile has two more, of which that over outliers has no registers to load ahead.
+            (outliers,) = [loop for loop in loops if "LDGSTS" not in loop]
+            assert "HGMMA" in outliers
+            loops.remove(outliers)
+            assert len(loops) == 3
+        else:
+            assert len(loops) == (2 if specimen.label.startswith("product") else 1)
         for loop in loops:
             assert loop.get("LDGSTS", 0) > 0, str(specimen)
             assert loop.get("LDG", 0) == 0, str(specimen)
+
+
+(TALL,) = (config for config in specimens.configs.GEMM["sm_90"] if config.extra_m)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "constants"),
+    [
+        ("bf16", {}),
+        ("bf16", {"HAS_BIAS": False}),
+        ("fp16", {"HAS_OUTLIERS": False}),
+        *(
+            ("fp16", {"GROUPED": grouped, "HAS_BIAS": has_bias, "EVEN_K": even})
+            for grouped in (True, False)
+            for has_bias in (True, False)
+            for even in (True, False)
+        ),
+    ],
+    ids=str,
+)
+def test_sm_90_has_registers_for_both_accumulators_of_a_tall_tile(dtype, constants):
+    """Whatever is asked of it: 192 of 255 registers are taken by the accumulators alone."""
+    seen = specimens.gemm("sm_90", TALL, dtype, **constants).inspection
+    assert seen.spill_bytes == 0
+    assert seen.blocks_per_multiprocessor == 1
+    short, tall = [loop["IGMMA"] for loop in seen.loops if "IGMMA" in loop]
+    assert 2 * tall == 3 * short
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from where import is_on_a_gpu, launchable
 
 from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
-from int8fx.kernels.gpu.configs import COUNTERS
+from int8fx.kernels.gpu.configs import COUNTERS, product_tiles, tall_tiles
 from int8fx.kernels.gpu.decode import (
     MAX_M,
     decode_kernel,
@@ -321,18 +321,25 @@ def test_rows_with_nan_or_infinity_quantise_as_the_reference_does(value, beside)
     assert torch.equal(done["x_int8"][finite], x_int8[finite])
 
 
-@THOROUGH
-@given(cases(st.integers(1, 90)), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
-def test_product(case, unroll, parts):
+def check_product(
+    case: Case,
+    unroll: int = 1,
+    parts: int = 1,
+    extra_m: int = 0,
+    processors: int = 1,
+    block_n: int = 32,
+) -> tuple[int, int]:
+    """How many of its tiles were tall, and how many were short."""
     M, K = case.x.shape
     outputs = [poisoned_like(torch.empty(M, N, dtype=case.x.dtype)) for N in case.N if N]
     operands = run_quantize_gather(case)
     del operands["columns"]
     counters = operands.pop("counters")
     block = 32
-    tiles = -(-M // block) * sum(-(-N // block) for N in case.N)
-    partial = poisoned_like(torch.empty(parts, tiles, block, block))
-    launchable(gemm_kernel)[(tiles, parts)](
+    shape = M, sum(-(-N // block_n) for N in case.N), processors, block, extra_m
+    tiles = product_tiles(*shape)
+    partial = poisoned_like(torch.empty(parts, sum(tiles), block, block_n))
+    launchable(gemm_kernel)[(sum(tiles), parts)](
         *operands.values(),
         partial,
         counters,
@@ -342,10 +349,12 @@ def test_product(case, unroll, parts):
         *case.N,
         K,
         operands["x_gathered"].shape[1],
+        tall_tiles(*shape),
         BLOCK_M=block,
-        BLOCK_N=block,
+        BLOCK_N=block_n,
         BLOCK_K=block,
         BLOCK_O=32,
+        EXTRA_M=extra_m,
         SPLIT_K=parts,
         GROUP_M=2,
         UNROLL=unroll,
@@ -366,6 +375,42 @@ def test_product(case, unroll, parts):
         w_gathered = w_int8[:, columns]
         expected = gemm_reference(x_int8, x_scale, x_gathered, w_gathered, w_int8, w_scale, bias)
         assert relative_error(y, expected) < TOLERANCE[y.dtype]
+    return tiles
+
+
+@THOROUGH
+@given(cases(st.integers(1, 90)), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
+def test_product(case, unroll, parts):
+    check_product(case, unroll, parts)
+
+
+@THOROUGH
+@given(cases(st.integers(1, 200)), st.integers(1, 12), st.sampled_from([32, 128]))
+def test_product_in_tall_tiles(case, processors, block_n):
+    check_product(case, extra_m=16, processors=processors, block_n=block_n)
+
+
+@pytest.mark.parametrize(
+    ("M", "processors", "tiles"),
+    [
+        (40, 2, (0, 4)),  # fewer rows than a tall tile
+        (48, 2, (2, 0)),
+        (49, 2, (0, 4)),  # two halves more are two short tiles instead
+        (81, 2, (2, 4)),
+        (96, 4, (4, 0)),
+        (128, 2, (4, 2)),
+        (130, 4, (4, 4)),  # of the last two rows, a tile
+    ],
+)
+@pytest.mark.parametrize("outliers", [0, 1, 33, 70], ids="{} outliers".format)
+def test_tall_tiles_are_whole_and_short_ones_follow(M, processors, tiles, outliers):
+    generator = torch.Generator().manual_seed(M)
+    x = torch.randn(M, 70, generator=generator).clamp(-3, 3)
+    x[M - 1, :outliers] = 20.0
+    w_int8, w_scale = quantize_weight(torch.randn(140, 70, generator=generator))
+    bias = poisoned(torch.randn(140, generator=generator).half())
+    case = Case(poisoned(x.half()), [poisoned(w_int8)], [poisoned(w_scale)], [bias])
+    assert check_product(case, extra_m=16, processors=processors, block_n=128) == tiles
 
 
 def run_decode(

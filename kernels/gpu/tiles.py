@@ -1,0 +1,41 @@
+"""What all tiles of the product have in common (``gemm.py``, ``tall.py``)."""
+
+import triton
+import triton.language as tl
+
+from int8fx.kernels.gpu.split import halves
+
+
+@triton.jit
+def wrapped(start, limit, BLOCK: tl.constexpr):
+    """BLOCK numbers from ``start``. Past the limit they are others: loads without masks pipeline."""
+    return tl.max_contiguous(tl.multiple_of((start + tl.arange(0, BLOCK)) % limit, BLOCK), BLOCK)
+
+
+@triton.jit
+def scaled(acc_int32, x_scale_ptr, m):
+    """``acc_int32 · x_scale[m]``"""
+    return acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
+
+
+@triton.jit
+def store(
+    y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N,
+    HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What of ``y · w_scale + bias`` is inside the result, WIDTH columns after one another: of each, a
+    thread keeps the scale and the bias in registers."""
+    if y.shape[1] > WIDTH:
+        left, right = halves(y)
+        middle = start_n + left.shape[1]
+        store(left, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
+        store(right, start_m, middle, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
+    else:
+        rows, columns = start_m + tl.arange(0, y.shape[0]), start_n + tl.arange(0, y.shape[1])
+        n = wrapped(start_n, N, y.shape[1])
+        y *= tl.load(w_scale_ptr + n)[None, :]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+        target = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        inside = (rows < M)[:, None] & (columns < N)[None, :] & wanted
+        tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)
