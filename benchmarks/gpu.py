@@ -48,7 +48,8 @@ as speed.
 *Limited by* names what most of the time of the column decomposition's product goes into. L2: a tile of
 128 x 256 reads 384 bytes for every 32,768 products, and Triton 3.9 has no multicast to share them
 between processors: with `num_ctas=2` and 256 x 256 for two of them, by pointers as by TMA descriptors,
-there is none in the PTX, and each keeps the whole of one operand in its shared memory. *Quantising* is
+there is none in the PTX, and each keeps the whole of one operand in its shared memory. *192x256* is a
+mix of tall tiles and of 128 x 256 (`kernels/gpu/tall.py`): 448 bytes for every 49,152. *Quantising* is
 what each program of the decode kernel does for itself at 2 to 16 tokens. Loads that wait for one
 another are counted in full on top of everything else: in what gathers (the witness of a column, the
 outlier that it names, the list, what it lists), and at the end of a product that is split. The

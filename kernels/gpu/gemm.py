@@ -20,7 +20,7 @@ from torch import Tensor
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.split import sum_of_large_tile
 from int8fx.kernels.gpu.tall import tall_tile
-from int8fx.kernels.gpu.tiles import scaled, store, wrapped
+from int8fx.kernels.gpu.tiles import scaled_rows, store_tile, wrapped_range
 
 
 def gemm_reference(
@@ -131,7 +131,7 @@ def _tile(
     HAS_OUTLIERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows and BLOCK_N columns of one linear, or a part of their sum."""
-    m, n = wrapped(start_m, M, BLOCK_M), wrapped(start_n, N, BLOCK_N)
+    m, n = wrapped_range(start_m, M, BLOCK_M), wrapped_range(start_n, N, BLOCK_N)
     part, first, last = 0, 0, K
     if SPLIT_K > 1:
         part = tl.program_id(1)
@@ -141,7 +141,7 @@ def _tile(
     acc_int32 = int8_product(
         x_int8_ptr, w_ptr, m, n, first, last, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
     )
-    y = scaled(acc_int32, x_scale_ptr, m)
+    y = scaled_rows(acc_int32, x_scale_ptr, m)
     if HAS_OUTLIERS:
         first, last = 0, tl.load(count_ptr)
         if SPLIT_K > 1:
@@ -155,7 +155,7 @@ def _tile(
     wanted = True
     if SPLIT_K > 1:
         y, wanted = sum_of_large_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
-    store(y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, BLOCK_N)
+    store_tile(y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, BLOCK_N)
 
 
 @triton.jit

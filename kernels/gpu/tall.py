@@ -7,13 +7,16 @@ but one of 128 and one of 64, whose 192 registers of a thread leave 63 for every
 - places in operands are 32-bit distances from a tile's first element, not pointers;
 - a tall tile is whole (``configs.tall_tiles``), so that none of its rows is out of bounds;
 - the outliers' loop is not pipelined: loads ahead of it would take registers beside both accumulators;
-- the larger accumulator is stored in pieces (``tiles.store``).
+- the larger accumulator is stored in pieces (``tiles.store_tile``).
+
+The two products do not overlap: Triton leaves no WGMMA with an int32 accumulator in flight, but waits
+for each before whatever is next, here as in a short tile.
 """
 
 import triton
 import triton.language as tl
 
-from int8fx.kernels.gpu.tiles import scaled, store
+from int8fx.kernels.gpu.tiles import scaled_rows, store_tile
 
 _PIECE = tl.constexpr(64)
 
@@ -30,24 +33,24 @@ def tall_tile(
     m, extra = tl.arange(0, BLOCK_M), BLOCK_M + tl.arange(0, EXTRA_M)
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - start_n)
     row, column = start_m.to(tl.int64), start_n.to(tl.int64)
-    acc_int32, extra_int32 = _int8_products(
+    acc_int32, extra_int32 = _tall_int8_products(
         x_int8_ptr + row * K, w_ptr + column * K, m, extra, n, K, BLOCK_K, EVEN_K
     )
-    y = scaled(acc_int32, x_scale_ptr + start_m, m)
-    y_extra = scaled(extra_int32, x_scale_ptr + start_m, extra)
+    y = scaled_rows(acc_int32, x_scale_ptr + start_m, m)
+    y_extra = scaled_rows(extra_int32, x_scale_ptr + start_m, extra)
     if HAS_OUTLIERS:
         w_gathered_ptr += (w_offset + column) * CAPACITY
-        y, y_extra = _add_outliers(
+        y, y_extra = _add_tall_outliers(
             y, y_extra, x_gathered_ptr + row * CAPACITY, w_gathered_ptr, m, extra, n,
             tl.load(count_ptr), CAPACITY, BLOCK_O, PRECISION,
         )  # fmt: skip
-    start_extra = start_m + BLOCK_M
-    store(y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, True, M, N, HAS_BIAS, _PIECE)
-    store(y_extra, start_extra, start_n, w_scale_ptr, bias_ptr, y_ptr, True, M, N, HAS_BIAS, BLOCK_N)
+    below = start_m + BLOCK_M
+    store_tile(y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, True, M, N, HAS_BIAS, _PIECE)
+    store_tile(y_extra, below, start_n, w_scale_ptr, bias_ptr, y_ptr, True, M, N, HAS_BIAS, BLOCK_N)
 
 
 @triton.jit
-def _int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+def _tall_int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
     """``x_int8[m] @ w_int8[n]ᵀ`` and ``x_int8[extra] @ w_int8[n]ᵀ`` in int32."""
     k = tl.arange(0, BLOCK_K)
     x_tile, extra_tile = m[:, None] * K + k[None, :], extra[:, None] * K + k[None, :]
@@ -71,7 +74,7 @@ def _int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr, EVEN_K: 
 
 
 @triton.jit
-def _add_outliers(
+def _add_tall_outliers(
     acc, acc_extra, x_ptr, w_ptr, m, extra, n, count, CAPACITY,
     BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -7,19 +7,19 @@ from int8fx.kernels.gpu.split import halves
 
 
 @triton.jit
-def wrapped(start, limit, BLOCK: tl.constexpr):
+def wrapped_range(start, limit, BLOCK: tl.constexpr):
     """BLOCK numbers from ``start``. Past the limit they are others: loads without masks pipeline."""
     return tl.max_contiguous(tl.multiple_of((start + tl.arange(0, BLOCK)) % limit, BLOCK), BLOCK)
 
 
 @triton.jit
-def scaled(acc_int32, x_scale_ptr, m):
+def scaled_rows(acc_int32, x_scale_ptr, m):
     """``acc_int32 · x_scale[m]``"""
     return acc_int32.to(tl.float32) * tl.load(x_scale_ptr + m)[:, None]
 
 
 @triton.jit
-def store(
+def store_tile(
     y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N,
     HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -28,11 +28,11 @@ def store(
     if y.shape[1] > WIDTH:
         left, right = halves(y)
         middle = start_n + left.shape[1]
-        store(left, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
-        store(right, start_m, middle, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
+        store_tile(left, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
+        store_tile(right, start_m, middle, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
     else:
         rows, columns = start_m + tl.arange(0, y.shape[0]), start_n + tl.arange(0, y.shape[1])
-        n = wrapped(start_n, N, y.shape[1])
+        n = wrapped_range(start_n, N, y.shape[1])
         y *= tl.load(w_scale_ptr + n)[None, :]
         if HAS_BIAS:
             y += tl.load(bias_ptr + n).to(tl.float32)[None, :]

@@ -172,6 +172,25 @@ def test_one_compile_serves_several_lengths():
     assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
 
 
+def test_one_compile_serves_any_mix_of_tall_and_short_tiles(monkeypatch):
+    """How many there are of either is arithmetic on the number of rows, in the wrapper."""
+    monkeypatch.setattr(gpu.configs, "multiprocessors", lambda device: 8)
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(64, 512).half().requires_grad_(False)
+    with checked({}) as (check, wrappers):
+        call = compiled(model, {}, dynamic=True)
+        for rows in (1030, 2000):
+            x = torch.randn(rows, 64, generator=generator).half()
+            x[rows // 2, 5] = 20.0
+            call(x)
+    assert len(wrappers) == 1
+    assert len(check.errors) == 2 and check.outliers >= 2
+    assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
+    mixes = [gpu.configs.product_tiles(rows, 2, 8, 128, 64) for rows in (1030, 2000)]
+    assert mixes == [(8, 6), (16, 8)]
+
+
 class Indexed(torch.nn.Module):
     """More experts than Inductor unrolls a sum over."""
 

@@ -5,6 +5,7 @@ around them alone (``nogpu/guard.py``). Here in the interpreter; ``tests/test_gp
 a GPU.
 """
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -19,7 +20,14 @@ from torch import Tensor
 from where import is_on_a_gpu, launchable
 
 from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
-from int8fx.kernels.gpu.configs import COUNTERS, product_tiles, tall_tiles
+from int8fx.kernels.gpu.configs import (
+    COUNTERS,
+    EXPERTS,
+    GEMM,
+    gemm_configs,
+    product_tiles,
+    tall_tiles,
+)
 from int8fx.kernels.gpu.decode import (
     MAX_M,
     decode_kernel,
@@ -411,6 +419,30 @@ def test_tall_tiles_are_whole_and_short_ones_follow(M, processors, tiles, outlie
     bias = poisoned(torch.randn(140, generator=generator).half())
     case = Case(poisoned(x.half()), [poisoned(w_int8)], [poisoned(w_scale)], [bias])
     assert check_product(case, extra_m=16, processors=processors, block_n=128) == tiles
+
+
+def test_tall_tiles_are_the_best_guess_for_many_rows_on_sm_90_and_nothing_else():
+    def chosen(M, N=4096, dtype=torch.float16, arch="sm_90"):
+        return [config.extra_m for config in gemm_configs(arch, M, N, 4096, dtype, 132)]
+
+    assert chosen(1025) == chosen(4096, dtype=torch.bfloat16) == [0, 0, 64]
+    others = chosen(1024), chosen(4096, N=128), chosen(4096, dtype=torch.float32)
+    others += tuple(chosen(4096, arch=arch) for arch in GEMM if arch != "sm_90")
+    others += tuple([config.extra_m for config in rows] for rows in EXPERTS.values())
+    assert not any(map(any, others))
+
+
+@pytest.mark.parametrize("M", [1025, 1536, 3000, 4096, 8192])
+@pytest.mark.parametrize("tiles_n", [1, 4, 16, 24, 112])
+def test_no_processor_has_much_more_to_do_with_tall_tiles(M, tiles_n):
+    """In halves of a short tile: at most one more than with short tiles alone."""
+    tall, short = product_tiles(M, tiles_n, 132, 128, 64)
+    assert 192 * tall + 128 * short >= M * tiles_n > 192 * tall + 128 * (short - tiles_n)
+    ends = [0] * 132
+    for halves in [3] * tall + [2] * short:
+        heapq.heapreplace(ends, ends[0] + halves)
+    alone = sum(product_tiles(M, tiles_n, 132, 128, 0))
+    assert max(ends) <= 2 * -(-alone // 132) + 1
 
 
 def run_decode(

@@ -137,7 +137,9 @@ def launched_with(M: int, kernel: str, mode: str | None) -> list[dict]:
     return tried(found)
 
 
-@pytest.mark.parametrize(("M", "kernel"), [(16, "decode_kernel"), (64, "gemm_kernel")])
+@pytest.mark.parametrize(
+    ("M", "kernel"), [(16, "decode_kernel"), (64, "gemm_kernel"), (2048, "gemm_kernel")]
+)
 def test_max_autotune_tries_what_the_table_has_for_the_shape(M, kernel):
     """And the default takes one. That each of them compiles is the compiled tier's to show."""
     if M == 16:
