@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent / "gpuless"))
 
-from linear_bound import CASES, assert_within_the_derived_bound
+from linear_bound import BF16, CASES, FP16, assert_within_the_derived_bound
 from test_expert_kernels import *  # noqa: F403
 from test_kernels import *  # noqa: F403
 
@@ -25,6 +25,13 @@ pytestmark = [
 @pytest.mark.parametrize(("M", "dtype", "decomposition", "threshold"), CASES)
 def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition, threshold):
     assert_within_the_derived_bound(M, dtype, decomposition, threshold, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("M", [1536, 2999])
+def test_so_is_one_in_tall_tiles_and_short_ones(M, dtype):
+    """On an H100: elsewhere there are none that are tall (``configs.tall_tiles``)."""
+    assert_within_the_derived_bound(M, dtype, "column", 6.0, torch.device("cuda"), N=4096)
 
 
 def test_a_captured_graph_serves_inputs_with_other_outliers():

@@ -117,6 +117,7 @@ def _for_experts(arch: str) -> tuple[GemmConfig, ...]:
 EXPERTS: dict[str, tuple[GemmConfig, ...]] = {arch: _for_experts(arch) for arch in GEMM}
 
 _MAX_PARTS = 8
+_ALIGNED = 16  # what Triton takes for aligned, in elements
 # Rows of a product, by class: up to an entry, or more than the last.
 _CLASSES = (64, 128, 256, 512, 1024)
 COUNTERS = 256  # of the tiles whose K is split
@@ -175,7 +176,8 @@ def gemm_configs(
 
     Only M's class is looked at, so that a graph with dynamic shapes is compiled at most once for each.
     Tiles wider than 128 halve the traffic of x, and the programs: where enough are left, or M is large
-    anyway. Only then there are tall ones.
+    anyway. Only then there are tall ones, if rows of the result are aligned: elements that are stored
+    one by one have an address each, for which tall tiles have no registers.
     """
     passed = sum(each < M for each in _CLASSES)
     is_last = passed == len(_CLASSES)
@@ -185,7 +187,7 @@ def gemm_configs(
         tiles = -(-most // config.block_m) * -(-N // config.block_n)
         parts = 1 if is_last else gemm_parts(config, tiles, K, processors)
         enough = config.block_n <= 128 or is_last or tiles * parts >= _MANY[parts] * processors
-        served = is_last or config.extra_m == 0
+        served = config.extra_m == 0 or (is_last and N % _ALIGNED == 0)
         if served and enough and (config.block_m > 64 if is_last else config.block_m <= most):
             chosen.append(dataclasses.replace(config, parts=parts))
     return [config for config in chosen if config.block_n <= max(64, N)] or chosen[:1]

@@ -426,9 +426,14 @@ def test_tall_tiles_are_the_best_guess_for_many_rows_on_sm_90_and_nothing_else()
         return [config.extra_m for config in gemm_configs(arch, M, N, 4096, dtype, 132)]
 
     assert chosen(1025) == chosen(4096, dtype=torch.bfloat16) == [0, 0, 64]
-    others = chosen(1024), chosen(4096, N=128), chosen(4096, dtype=torch.float32)
-    others += tuple(chosen(4096, arch=arch) for arch in GEMM if arch != "sm_90")
-    others += tuple([config.extra_m for config in rows] for rows in EXPERTS.values())
+    others = [
+        chosen(1024),
+        chosen(4096, N=128),
+        chosen(4096, N=50257),
+        chosen(4096, dtype=torch.float32),
+        *(chosen(4096, arch=arch) for arch in GEMM if arch != "sm_90"),
+        *([config.extra_m for config in rows] for rows in EXPERTS.values()),
+    ]
     assert not any(map(any, others))
 
 
