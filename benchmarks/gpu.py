@@ -53,8 +53,14 @@ mix of tall tiles and of 128 x 256 (`kernels/gpu/tall.py`): 448 bytes for every 
 what each program of the decode kernel does for itself at 2 to 16 tokens. Loads that wait for one
 another are counted in full on top of everything else: in what gathers (the witness of a column, the
 outlier that it names, the list, what it lists), and at the end of a product that is split. The
-instructions of Inductor's kernel of the norm are those of the code that it generates for an H100,
-compiled for each GPU (`tests/gpuless/norm_kernels.py`); AMD's are not modelled.
+instructions of a norm are those of our kernel (`kernels/gpu/norm.py`), compiled for each GPU. Of fp16,
+of up to 16 tokens, without outliers, and of rows of 14336 in the column decomposition they are those of
+the code that Inductor generates for an H100 (`tests/gpuless/norm_kernels.py`). AMD's are not modelled.
+
+Not in the model, either: Triton leaves no int8 product in flight on an H100. It waits once in a step
+of a short tile, and twice in one of a tall tile, which is 1.5 times as much work. By an estimate, 70 to
+100 cycles for each wait, beyond the share of the tensor cores' rate that all products get, would undo
+what tall tiles gain for q/k/v and o. `mode="max-autotune"` tries both.
 
 | GPU | linears | tokens | fp16 | column | ratio | token | ratio | configuration | limited by |
 |---|---|---|---|---|---|---|---|---|---|
@@ -63,9 +69,9 @@ FEW = """
 ## Where the time goes at few tokens on {gpu}
 
 The launches of the two decompositions, and what limits each, in microseconds. At 128 tokens most
-products read their weight at the speed of memory; what is left is three gaps between launches, and
-loads that wait for one another. At 512 it is the traffic of L2, or tiles of 128 x 256 that do not fill
-the last round of processors.
+products read their weight at the speed of memory; what is left is three gaps between launches, loads
+that wait for one another, and the list of the columns that each program makes. At 512 it is the traffic
+of L2, or tiles of 128 x 256 that do not fill the last round of processors.
 
 | tokens | linears | | norm | gather | product |
 |---|---|---|---|---|---|
@@ -82,6 +88,12 @@ The launches of the two decompositions, and what limits each, in microseconds:
 
 And over fp16: both; without outliers (threshold 0); the column decomposition with a product as fast as
 the tensor cores are (no tile effects, no L2).
+
+What limits the column decomposition where it is below 1.6: every row has a say in which columns are
+outliers, so that x is read twice, 5 bytes an element before the product instead of 3. At o, N is small,
+and there are the fewest products for each of these bytes. At down, rows of 14336 do not stay in the
+registers of a program that normalises and quantises them: h is written, and read again, 7 bytes, and
+Inductor's norm is limited by its instructions.
 
 | linears | column | token | no outliers | a perfect product |
 |---|---|---|---|---|
@@ -193,7 +205,7 @@ def _is_ours(K: int, decomposition: str) -> bool:
 
     from int8fx.kernels.gpu.norm import serves
 
-    return serves(torch.empty(1, K, dtype=torch.float16, device="meta"), decomposition)
+    return serves(torch.empty(1, K, dtype=torch.float16, device="meta"), decomposition, _NORM)
 
 
 def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str) -> tuple[Any, Any]:
@@ -205,15 +217,16 @@ def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str)
     from int8fx.kernels.gpu.gather import launch_shape
 
     N, normed = sum(widths), _NORM if _is_ours(K, decomposition) else ""
+    also = decomposition == "column"
     gathers, quantizes = (
-        specimens.quantize_gather(gpu.arch, M, K, "fp16", also, N, normed).inspection
-        for also in (False, True)
+        specimens.quantize_gather(gpu.arch, M, K, "fp16", each, N, normed, also).inspection
+        for each in (False, True)
     )
     gather = gpu_model.quantize_gather(
         gpu,
         gathers,
         quantizes if decomposition == "column" else None,
-        launch_shape(M, K, N, torch.float16, normed),
+        launch_shape(M, K, N, torch.float16, normed, decomposition == "column"),
         M,
         widths,
         K,

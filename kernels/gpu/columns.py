@@ -94,7 +94,7 @@ def find_columns(
         x = tl.load(x_ptr + distance, mask=claimed, other=0.0)
         x = normalized_at(x, row, claimed, k, k < K, M, norm, NORM)
         flag = claimed & (tl.abs(x.to(tl.float32)) >= threshold)
-        count = _append(columns_ptr, count, flag.to(tl.int32), k)
+        count = _append(columns_ptr, count, flag.to(tl.int32), k, True)
     tl.debug_barrier()
     return count
 
@@ -107,30 +107,33 @@ def list_columns(taken_ptr, columns_ptr, K, BLOCKS: tl.constexpr):
     for start in range(0, K, 16 * BLOCKS):
         k = start + 16 * block + within
         flag = tl.load(taken_ptr + k, mask=k < K, other=0).to(tl.int32)
-        count = _append(columns_ptr, count, flag, k)
+        count = _append(columns_ptr, count, flag, k, False)
     tl.debug_barrier()
     return count
 
 
 @triton.jit
-def _append(columns_ptr, count, flag, k):
+def _append(columns_ptr, count, flag, k, EACH: tl.constexpr):
     """Adds the columns ``k`` whose flag is 1 to a list of ``count``; returns its new length.
 
     Args:
         flag, k: ``[blocks, neighbours]`` int32, the neighbours in one thread: a sum along threads costs
             an addition a warp for each of its terms.
+        EACH: whether they are stored one after another: all at once Triton would deal out to other
+            threads, and send 64 bits of address through shared memory for each. It takes registers.
     """
     total = tl.sum(flag, 1)
     before = count + tl.cumsum(total, 0) - total
     position = before[:, None] + tl.cumsum(flag, 1) - flag
-    _store_each(columns_ptr + position, k, flag)
+    if EACH:
+        _store_each(columns_ptr + position, k, flag)
+    else:
+        tl.store(columns_ptr + position, k, mask=flag != 0)
     return count + tl.sum(total, 0)
 
 
 @triton.jit
 def _store_each(pointers, values, flag):
-    """Stores neighbours one after another: all at once Triton would deal out to other threads, and send
-    64 bits of address through shared memory for each."""
     BLOCKS: tl.constexpr = flag.shape[0]
     NEIGHBOURS: tl.constexpr = flag.shape[1]
     if NEIGHBOURS == 1:

@@ -39,7 +39,7 @@ from int8fx.kernels.quantize import quantize_reference
 BLOCK_O = 32
 _FEW_ROWS, _MANY_ROWS = 256, 1024
 _ROW_BYTES = 32768  # of x, of the longest row that a program keeps in registers
-_LONG = 8192  # elements of a row, of which four at once do not stay in registers
+_LONG = 16384  # bytes: of longer rows four at once do not stay in registers
 _LIST = 8192  # columns of the witness, in one step
 _NEIGHBOURS = 8  # columns of the witness, in one load of a thread
 
@@ -231,23 +231,27 @@ def quantize_gather_kernel(
         )  # fmt: skip
 
 
-def launch_shape(M: int, K: int, N: int, dtype: torch.dtype, norm: str = "") -> dict[str, int | bool]:
+def launch_shape(
+    M: int, K: int, N: int, dtype: torch.dtype, norm: str = "", quantizes: bool = True
+) -> dict[str, int | bool]:
     """The kernel's block sizes for M rows of K elements, and weights of N channels together.
 
     Every program that gathers lists the outlier columns for itself, and every one that quantises asks
     for each whether it is one: few and large programs, as long as there are enough for all processors.
     Only M's class is looked at, as in ``configs.gemm_configs``. Eight rows at once would take all
-    registers of an A100, and long ones, or four with their norm in bf16, too many of an H100. Long ones
-    that one program takes many of are all that it keeps, with the registers of 16 warps for 8. Narrow
-    blocks take fewer warps: with 48 registers a thread, as eight warps leave at K = 512, ptxas spills
-    around the slow path of the division on sm_90.
+    registers of an A100, and four long ones, or four with their norm in bf16, too many of an H100. A
+    program that quantises long ones has a processor for itself: 8 warps with the registers of 16, which
+    reduce fewer partial results. Narrow blocks take fewer warps: with 48 registers a thread, as eight
+    warps leave at K = 512, ptxas spills around the slow path of the division on sm_90.
     """
     few, many = M <= _FEW_ROWS, M > _MANY_ROWS
     together = 2 if few else 16 if many else 8
     row = max(32, triton.next_power_of_2(K))
     block = min(row, _ROW_BYTES // dtype.itemsize)
-    is_whole, is_long = row == block, block > _LONG
-    rows = 2 if few or is_long or (norm and dtype != torch.float16) else 4
+    is_whole, is_long = row == block, block * dtype.itemsize > _LONG
+    with_norm = norm != "" and (dtype != torch.float16 or block > 4096)
+    rows = 2 if few or is_long or with_norm else 4
+    alone = is_long and is_whole and quantizes
     return {
         "ROWS": rows,
         "STEPS": together // rows if is_whole else 1,
@@ -257,7 +261,7 @@ def launch_shape(M: int, K: int, N: int, dtype: torch.dtype, norm: str = "") -> 
         "NEIGHBOURS": _NEIGHBOURS,
         "LIST_BLOCK": min(block, _LIST) // _NEIGHBOURS,
         "BLOCK_O": BLOCK_O,
-        "num_warps": 4 if block <= 512 else 8 if block <= 4096 or (is_long and many) else 16,
+        "num_warps": 4 if block <= 512 else 8 if block <= 4096 or alone else 16,
     }
 
 

@@ -25,10 +25,11 @@ NORMS = ("rms", "rms, rounded", "layer", "layer, bias")
 _ROW_BYTES = 32768  # of x, of the longest row that a program keeps in registers
 
 
-def serves(x: Tensor, decomposition: str) -> bool:
-    """Whether rows as long as those of ``x [*, K]`` stay in registers, here and where they are
-    quantised in the column decomposition, four of them."""
-    most = _ROW_BYTES if decomposition == "token" else _ROW_BYTES // 2
+def serves(x: Tensor, decomposition: str, norm: str) -> bool:
+    """Whether rows as long as those of ``x [*, K]`` stay in registers, here and where they are gathered
+    from or, in the column decomposition, quantised, two or four of them."""
+    is_light = decomposition == "token" and norm.startswith("rms")
+    most = _ROW_BYTES if is_light else _ROW_BYTES // 2
     return triton.next_power_of_2(x.shape[-1]) * x.dtype.itemsize <= most
 
 

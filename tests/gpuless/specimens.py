@@ -29,16 +29,13 @@ GATHERS = (
     (128, 14336, True, ""),
     (128, 32768, True, ""),
     (128, 4096, False, ""),
-    *(
-        (M, 4096, quantizes, norm)
-        for M in (128, 4096)
-        for quantizes in (True, False)
-        for norm in _NORMS
-    ),
+    (128, 4096, True, _NORMS[1]),
+    (128, 4096, False, _NORMS[1]),
+    *((4096, 4096, later, norm) for later in (True, False) for norm in _NORMS),
     (4096, 8192, True, ""),
     (4096, 8192, True, _NORMS[1]),
     (4096, 14336, True, ""),
-    (4096, 14336, False, _NORMS[1]),
+    (4096, 14336, False, _NORMS[0]),
 )
 
 
@@ -94,11 +91,11 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
             if splits and (parts == 2 or config.block_n <= 128):
                 yield gemm(arch, dataclasses.replace(config, parts=parts), dtype)
     for M, K, quantizes, normed in GATHERS:
-        if not normed or takes_rows(K, dtype, quantizes):
+        if not normed or takes_rows(K, dtype, quantizes, normed):
             yield quantize_gather(arch, M, K, dtype, quantizes, norm=normed)
     for K in (512, 4096, 14336):
         for kind in _NORMS:
-            if takes_rows(K, dtype, False):
+            if takes_rows(K, dtype, False, kind):
                 yield norm(arch, K, dtype, kind)
     for K in (512, 4096):
         yield quantize_experts(arch, dtype, K)
@@ -169,10 +166,10 @@ def decode(
     )
 
 
-def takes_rows(K: int, dtype: str, later: bool) -> bool:
+def takes_rows(K: int, dtype: str, later: bool, norm: str) -> bool:
     """Whether rows have their norm taken by a kernel of ours; ``later``: and are quantised later."""
     x = torch.empty(1, K, dtype=DTYPES[dtype], device="meta")
-    return serves(x, "column" if later else "token")
+    return serves(x, "column" if later else "token", norm)
 
 
 @functools.cache
@@ -211,8 +208,12 @@ def quantize_gather(
     quantizes: bool = True,
     N: int = 4096,
     norm: str = "",
+    shaped: bool | None = None,
 ) -> Specimen:
-    constants = launch_shape(M, K, N, DTYPES[dtype], norm)
+    """``shaped``: whether its shape is that of one that quantises; None: if it does."""
+    shaped = quantizes if shaped is None else shaped
+    constants = launch_shape(M, K, N, DTYPES[dtype], norm, shaped)
+    is_long = constants["BLOCK_K"] * DTYPES[dtype].itemsize > 16384
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
@@ -234,7 +235,7 @@ def quantize_gather(
         constants | {"NORM": norm, "QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
         num_warps,
         3,
-        blocks=2 if num_warps <= 8 and dtype != "fp32" else 1,
+        blocks=2 if num_warps <= 8 and dtype != "fp32" and not is_long else 1,
         multiplies=False,
     )
 
