@@ -74,7 +74,9 @@ def _pays(norm: Norm, call: Any) -> bool:
         return False
     if any(writes_in_place(user) for user in norm.x.users):
         return False
-    return _addends(norm) is not None if _is_sum(norm.x) else _is_stored(norm.x, norm.nodes)
+    if _is_sum(_below_dropout(norm.x)):
+        return _addends(norm) is not None
+    return _is_stored(norm.x, norm.nodes)
 
 
 def _is_sum(x: fx.Node) -> bool:
@@ -103,15 +105,16 @@ def _is_stored(x: Any, readers: frozenset[fx.Node]) -> bool:
     if x.op == "placeholder" or is_result or x.users.keys() - readers:
         return True
     is_view = x.op == "call_method" and x.target in _VIEWS
-    return (is_view or _is_idle(x)) and _is_stored(x.args[0], frozenset({x}))
+    below = x.args[0] if is_view else _below_dropout(x)
+    return below is not x and _is_stored(below, frozenset({x}))
 
 
-def _is_idle(x: fx.Node) -> bool:
-    """A dropout that drops nothing."""
+def _below_dropout(x: Any) -> Any:
+    """What a node drops nothing from, or the node."""
     if x.target is not F.dropout:
-        return False
+        return x
     given = dict(zip(("input", "p", "training"), x.args, strict=False)) | x.kwargs
-    return given.get("training", True) is False
+    return given["input"] if given.get("training", True) is False else x
 
 
 def _move(

@@ -194,6 +194,14 @@ class SumOfComputed(Base):
         return self.read(self.llama(total))[0], total
 
 
+class DroppedSum(Base):
+    """GPT-2's first: with positions, before a dropout."""
+
+    def forward(self, x, y):
+        total = F.dropout(x + torch.sigmoid(y), 0.1, False)
+        return self.read(self.llama(total))[0], total
+
+
 class Broadcast(Base):
     def forward(self, x, y):
         total = x + self.bias
@@ -224,6 +232,7 @@ LEFT = [
     Gemma,
     Computed,
     SumOfComputed,
+    DroppedSum,
     Broadcast,
     Overwritten,
     TwoDimensions,

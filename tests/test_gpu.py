@@ -34,12 +34,14 @@ def test_so_is_one_in_tall_tiles_and_short_ones(M, dtype):
     assert_within_the_derived_bound(M, dtype, "column", 6.0, torch.device("cuda"), N=4096)
 
 
-def test_a_captured_graph_serves_inputs_with_other_outliers():
+@pytest.mark.parametrize("norm", [torch.nn.Identity, torch.nn.RMSNorm, torch.nn.LayerNorm])
+def test_a_captured_graph_serves_inputs_with_other_outliers(norm):
     """No synchronisation and no shape that depends on data, or capture and replay could not be."""
-    model = torch.nn.Linear(256, 128, device="cuda", dtype=torch.float16).requires_grad_(False)
+    model = torch.nn.Sequential(norm(256), torch.nn.Linear(256, 128))
+    model = model.to("cuda", torch.float16).requires_grad_(False)
     compiled = torch.compile(model, backend="llmint8", fullgraph=True)
     for M in (1, 8, 64):
-        static = torch.zeros(M, 256, device="cuda", dtype=torch.float16)
+        static = torch.ones(M, 256, device="cuda", dtype=torch.float16)
         for _ in range(3):
             compiled(static)
         graph = torch.cuda.CUDAGraph()

@@ -108,6 +108,23 @@ def test_every_linear_of_a_block_agrees_with_the_reference(name, shape, decompos
 
 
 @pytest.mark.parametrize(
+    ("name", "shape", "decomposition", "norms"),
+    [
+        ("llama", FORTY, "column", 2),
+        ("gpt2", FORTY, "column", 1),  # the first is of a sum that Inductor computes on the way
+        ("t5", FORTY, "token", 2),
+        ("moe", FORTY, "column", 0),  # a router reads it, too
+        ("llama", EIGHT, "column", 0),
+    ],
+    ids=str,
+)
+def test_norms_that_only_int8_linears_read_are_taken_by_our_kernel(name, shape, decomposition, norms):
+    """And checked, each of them (``int8_launches.py``)."""
+    done = run(name, shape, torch.float16, decomposition=decomposition)  # executed above
+    assert done.check.norms == norms
+
+
+@pytest.mark.parametrize(
     ("name", "shape", "decomposition"),
     [
         ("gpt2", EIGHT, "token"),
