@@ -45,7 +45,7 @@ def fuse_norms(graph: fx.Graph, fake_mode: Any, reader: Any, normed: Any) -> int
         h, lead = _below_view(call.args[0])
         norm = norm_of(h)
         if norm is not None and _is_alone(h, call) and _pays(norm, call):
-            _move(graph, fake_mode, call, norm, lead, normed)
+            _move(graph, fake_mode, call, h, norm, lead, normed)
             moved += 1
     return moved
 
@@ -118,12 +118,18 @@ def _below_dropout(x: Any) -> Any:
 
 
 def _move(
-    graph: fx.Graph, fake_mode: Any, call: Any, norm: Norm, lead: tuple | None, normed: Any
+    graph: fx.Graph,
+    fake_mode: Any,
+    call: Any,
+    h: fx.Node,
+    norm: Norm,
+    lead: tuple | None,
+    normed: Any,
 ) -> None:
     addends = _addends(norm)
     x, addend = addends or (norm.x, None)
-    # A sum is made where it was made: others may read it before the linears.
-    with graph.inserting_before(norm.x.next if addends else call):
+    # What was read is read no later. A sum is made where it was: others may read it before the linears.
+    with graph.inserting_before(norm.x.next if addends else h):
         emit = Emitter(graph, fake_mode, call)
         given = (x, addend, norm.kind, norm.weight, norm.bias, norm.eps, *call.args[1:])
         made = emit.call(normed, *given)

@@ -259,39 +259,48 @@ def test_quantize_gather_of_a_norm(kind, case, blocks):
             assert torch.equal(done["x_scale"], expected[1])
 
 
-@pytest.mark.parametrize("kind", NORMS)
-@THOROUGH
-@given(cases(st.integers(1, 40)), st.booleans(), st.booleans())
-def test_norm(kind, case, adds, quantizes):
-    x, (M, K) = case.x, case.x.shape
-    norm = normed(case, kind)
+def run_norm(
+    x: Tensor, norm: Normed, addend: Tensor | None = None, quantizes: bool = True
+) -> dict[str, Tensor]:
+    """The witness is -1 where nothing was written."""
+    M, K = x.shape
     made = {
-        "sum": torch.empty_like(x) if adds else None,
+        "sum": torch.empty_like(x) if addend is not None else None,
         "statistics": torch.empty(2, M),
-        "witness": torch.full((K,), -1, dtype=torch.int16),
+        "witness": torch.empty(K, dtype=torch.int16),
         "x_int8": torch.empty(M, K, dtype=torch.int8) if quantizes else None,
         "x_scale": torch.empty(M) if quantizes else None,
     }
     made = {name: None if one is None else poisoned_like(one) for name, one in made.items()}
     made["witness"].fill_(-1)
-    # Halves are exact, and so is their sum.
-    addend = poisoned(x / 2) if adds else None
-    rows = poisoned(x - x / 2) if adds else x
     launchable(norm_kernel)[(M,)](
-        rows, addend, made["sum"], norm.weight, norm.bias, made["statistics"], made["witness"],
+        x, addend, made["sum"], norm.weight, norm.bias, made["statistics"], made["witness"],
         made["x_int8"], made["x_scale"], M, K, EPS, THRESHOLD,
-        NORM=kind, ADDS=adds, QUANTIZE=quantizes, BLOCK_K=norm_shape(x)["BLOCK_K"],
+        NORM=norm.kind, ADDS=addend is not None, QUANTIZE=quantizes, BLOCK_K=norm_shape(x)["BLOCK_K"],
     )  # fmt: skip
-    assert_intact(*(one for one in made.values() if one is not None), *case.inputs)
+    made = {name: one for name, one in made.items() if one is not None}
+    assert_intact(x, *made.values(), *(one for one in (addend, *norm.operands) if one is not None))
+    return made
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@THOROUGH
+@given(cases(st.integers(1, 40)), st.booleans(), st.booleans())
+def test_norm(kind, case, adds, quantizes):
+    norm, x = normed(case, kind), case.x
     if adds:
-        assert torch.equal(made["sum"], rows + addend)
+        addend, x = poisoned(x / 2), poisoned(x - x / 2)
+        made = run_norm(x, norm, addend, quantizes)
+        assert torch.equal(made["sum"], x + addend)
         x = made["sum"].clone()
+    else:
+        made = run_norm(x, norm, None, quantizes)
     mean, rstd = norm_statistics(x, kind, EPS)
     torch.testing.assert_close(made["statistics"][0], rstd[:, 0], rtol=1e-5, atol=0)
     if kind.startswith("layer"):
         torch.testing.assert_close(made["statistics"][1], mean[:, 0], rtol=1e-5, atol=1e-5)
         mean = made["statistics"][1].unsqueeze(1)
-    h = normalized_reference(x, mean, made["statistics"][0].unsqueeze(1), norm.weight, norm.bias, kind)
+    h = normalized_reference(x, mean, made["statistics"][0].unsqueeze(1), *norm.operands[1:], kind)
     columns = outlier_columns_reference(h, THRESHOLD)
     witness = made["witness"].long()
     assert torch.equal(witness >= 0, columns)
@@ -301,6 +310,19 @@ def test_norm(kind, case, adds, quantizes):
         assert torch.equal(made["x_scale"], x_scale)
         # A GPU rounds the product and the sum that rounds it at once.
         assert (made["x_int8"].int() - x_int8.int()).abs().max() <= (1 if is_on_a_gpu() else 0)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_with_nan_or_infinity_has_a_norm_of_nan_and_the_others_are_what_they_were(kind, value):
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    plain = run_norm(poisoned(x), normed(Case(x, [], [], []), kind))
+    x[2, 7] = value
+    done = run_norm(poisoned(x), normed(Case(x, [], [], []), kind))
+    assert torch.equal(done["x_scale"].isnan(), torch.arange(5) == 2)
+    others = torch.arange(5) != 2
+    for name in ("x_int8", "x_scale"):
+        assert torch.equal(done[name][others], plain[name][others])
 
 
 def test_gather_alone_leaves_the_quantised_rows_as_they_are():

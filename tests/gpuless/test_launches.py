@@ -1,10 +1,13 @@
 """How many kernels Inductor's wrapper launches, and which: read from the generated code."""
 
 import functools
+import importlib
+import pkgutil
 
 import blocks
 import pytest
 import torch
+import triton
 from layers import (
     OF_EXPERTS,
     OURS,
@@ -18,6 +21,7 @@ from nogpu import fake_cuda, offline
 from nogpu.inductor import Kernel, Wrapper
 from torch import nn
 
+from int8fx.kernels import gpu as gpu_kernels
 from int8fx.kernels.gpu import configs
 
 fake_cuda.install("H100")
@@ -164,6 +168,22 @@ def test_llama_decoder_layer(M, ours, norms):
     # Never more launches than in 16-bit: groups save what quantisation adds.
     added = len(wrapper.launches) - len(plain.launches)
     assert added <= (0 if M <= 16 else 2), (wrapper.launches, plain.launches)
+
+
+def test_no_two_triton_functions_have_one_name():
+    """Inductor writes all that a kernel calls into one module, whatever they come from."""
+    modules = [
+        importlib.import_module(f"int8fx.kernels.gpu.{module.name}")
+        for module in pkgutil.iter_modules(gpu_kernels.__path__)
+    ]
+    names = [
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__
+    ]
+    assert len(names) > 30
+    assert len(names) == len(set(names))
 
 
 def test_nothing_waits_for_the_device_and_no_shape_depends_on_data():
