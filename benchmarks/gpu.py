@@ -54,8 +54,8 @@ what each program of the decode kernel does for itself at 2 to 16 tokens. Loads 
 another are counted in full on top of everything else: in what gathers (the witness of a column, the
 outlier that it names, the list, what it lists), and at the end of a product that is split. The
 instructions of a norm are those of our kernel (`kernels/gpu/norm.py`), compiled for each GPU. Of fp16,
-of up to 16 tokens, without outliers, and of rows of 14336 in the column decomposition they are those of
-the code that Inductor generates for an H100 (`tests/gpuless/norm_kernels.py`). AMD's are not modelled.
+of up to 16 tokens, and without outliers they are those of the code that Inductor generates for an H100
+(`tests/gpuless/norm_kernels.py`). AMD's are not modelled.
 
 Not in the model, either: Triton leaves no int8 product in flight on an H100. It waits once in a step
 of a short tile, and twice in one of a tall tile, which is 1.5 times as much work. By an estimate, 70 to
@@ -89,11 +89,10 @@ The launches of the two decompositions, and what limits each, in microseconds:
 And over fp16: both; without outliers (threshold 0); the column decomposition with a product as fast as
 the tensor cores are (no tile effects, no L2).
 
-What limits the column decomposition where it is below 1.6: every row has a say in which columns are
-outliers, so that x is read twice, 5 bytes an element before the product instead of 3. At o, N is small,
-and there are the fewest products for each of these bytes. At down, rows of 14336 do not stay in the
-registers of a program that normalises and quantises them: h is written, and read again, 7 bytes, and
-Inductor's norm is limited by its instructions.
+What limits the column decomposition at o: every row has a say in which columns are outliers, so that
+x is read twice, 5 bytes an element before the product instead of 3, and N is small: there are few
+products for each of these bytes. They take 30 us with what is gathered, and tiles of these two heights
+101, by the tensor cores' rate. 1.6 would be 133 for all, with three gaps and what waits for loads.
 
 | linears | column | token | no outliers | a perfect product |
 |---|---|---|---|---|
@@ -188,24 +187,13 @@ def _norm(gpu: Any, M: int, K: int, kind: str) -> Any:
     import specimens
 
     issued = (0, 0)
-    if kind in ("column", "token") and _is_ours(K, kind):
+    if kind in ("column", "token"):
         ours = specimens.norm(gpu.arch, K, "fp16", _NORM, quantizes=kind == "token", adds=False)
         if ours.inspection.loops:
             issued = gpu_model.instructions(ours.inspection), ours.num_warps
-    else:
-        kind = "column, Inductor's" if kind == "column" else kind
-        if gpu.arch.startswith("sm_"):
-            issued = norm_kernels()[gpu.arch][kind][K]
+    elif gpu.arch.startswith("sm_"):
+        issued = norm_kernels()[gpu.arch][kind][K]
     return gpu_model.norm(gpu, M, K, kind, *issued)
-
-
-def _is_ours(K: int, decomposition: str) -> bool:
-    """Whether the norm of rows of K is taken by our kernel."""
-    import torch
-
-    from int8fx.kernels.gpu.norm import serves
-
-    return serves(torch.empty(1, K, dtype=torch.float16, device="meta"), decomposition, _NORM)
 
 
 def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str) -> tuple[Any, Any]:
@@ -216,17 +204,16 @@ def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str)
 
     from int8fx.kernels.gpu.gather import launch_shape
 
-    N, normed = sum(widths), _NORM if _is_ours(K, decomposition) else ""
-    also = decomposition == "column"
+    N = sum(widths)
     gathers, quantizes = (
-        specimens.quantize_gather(gpu.arch, M, K, "fp16", each, N, normed, also).inspection
-        for each in (False, True)
+        specimens.quantize_gather(gpu.arch, M, K, "fp16", also, N, _NORM).inspection
+        for also in (False, True)
     )
     gather = gpu_model.quantize_gather(
         gpu,
         gathers,
         quantizes if decomposition == "column" else None,
-        launch_shape(M, K, N, torch.float16, normed, decomposition == "column"),
+        launch_shape(M, K, N, torch.float16, _NORM),
         M,
         widths,
         K,

@@ -223,14 +223,16 @@ def quantize_gather(
     memory = nbytes / (gpu.dram * DRAM_SHARE)
     of_w, of_x, of_rows = _gather_instructions(gathers, quantizes, shape, K, outliers)
     # The witness and what it names, for each part of the list; the list and what it lists, for each
-    # block of outliers. Who quantises waits for the first two, and for the rows of each later step.
+    # block of outliers. Who quantises waits for the first two, those of each chunk beside the second of
+    # the one before, and for the rows of each later step.
     listing = math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"]))
     waits = 2 * listing + 2 * math.ceil(outliers / shape["BLOCK_O"])
     programs = [(of_w, waits)] * sum(math.ceil(N / shape["GATHER_ROWS"]) for N in widths)
     programs += [(of_x, waits)] * math.ceil(M / shape["GATHER_ROWS"])
     if quantizes:
         steps = shape["STEPS"]
-        programs += [(of_rows, 1 + steps)] * math.ceil(M / (shape["ROWS"] * steps))
+        waits_of_rows = 1 + shape["CHUNKS"] + steps - 1
+        programs += [(of_rows, waits_of_rows)] * math.ceil(M / (shape["ROWS"] * steps))
     blocks = (quantizes or gathers).blocks_per_multiprocessor
 
     def time(processor: int) -> Time:
@@ -258,7 +260,7 @@ def _gather_instructions(
     steps = math.ceil(outliers / shape["BLOCK_O"])
     rows = 0
     if quantizes:
-        if not shape["ONE_BLOCK"]:
+        if not shape["CHUNKS"]:
             raise ValueError(f"rows of {K} elements are quantised in loops, which are not counted")
         # What quantising adds to the kernel; to be sure, what is before it and after it once more.
         rows = once + instructions(quantizes) - instructions(gathers)
@@ -288,12 +290,11 @@ def _slowest(gpu: Gpu, limits: dict[str, float]) -> Time:
 
 
 # What the kernel of a norm moves, bytes an element: through memory, x in and results out, and what it
-# stores for outliers alone (the witness), which stays in L2: Inductor's for every element, ours a
-# sector for an outlier. It reads x up to three times; again is from a processor's own cache.
+# stores for outliers alone (the witness), a sector for each, which stays in L2. Inductor's reads x up
+# to three times; again is from a processor's own cache.
 MOVES = {
     "fp16": (4, 0),  # h
     "column": (2, 1),
-    "column, Inductor's": (4, 2),  # h
     "token": (3, 1),  # x_int8
     "none": (3, 0),  # x_int8
     "digits": (6, 0),  # x_int8 and three digits

@@ -50,26 +50,18 @@ def witness_rows(x: Tensor, threshold: float) -> Tensor:
 
 
 @triton.jit
-def _claims(witness_ptr, k, M, K, SHORT: tl.constexpr):
-    """The row that is named for each of the columns ``k``, whether it is one, and the distance of the
-    element that it names: in 32 bits with SHORT, which is a third of the instructions."""
+def claims(witness_ptr, k, M, K, SHORT: tl.constexpr):
+    """For each of the columns ``k``: the row that is named, whether it is one, and how far away its
+    element is; in 32 bits with SHORT, if no element is 2**31 away, which is a third of the
+    instructions."""
     row = tl.load(witness_ptr + k, mask=k < K, other=-1).to(tl.int32)
     return row, (row >= 0) & (row < M), row * K + k if SHORT else row.to(tl.int64) * K + k
 
 
 @triton.jit
-def is_outlier_column(
-    witness_ptr, x_ptr, k, M, K, threshold,
-    SHORT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
-):  # fmt: skip
-    """Which of the columns ``k`` hold an outlier.
-
-    Args:
-        x_ptr: ``[M, K]``, rows side by side, and read as ``normalized_at`` has it.
-        SHORT: whether any element is less than 2**31 elements away.
-    """
-    row, claimed, distance = _claims(witness_ptr, k, M, K, SHORT)
-    x = tl.load(x_ptr + distance, mask=claimed, other=0.0)
+def are_outliers(x, row, claimed, k, M, K, threshold, norm, NORM: tl.constexpr):
+    """Which of the elements that are claimed to be outliers are; ``x`` is read as ``normalized_at``
+    has it."""
     x = normalized_at(x, row, claimed, k, k < K, M, norm, NORM)
     return claimed & (tl.abs(x.to(tl.float32)) >= threshold)
 
@@ -88,12 +80,11 @@ def find_columns(
     block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, NEIGHBOURS)[None, :]
     for start in range(0, K, NEIGHBOURS * BLOCKS):
         k = start + NEIGHBOURS * block + within
-        # As is_outlier_column, but x is loaded here: torch takes all that a call is given for written
-        # to, if the address of a store depends on what it returns, and would copy x.
-        row, claimed, distance = _claims(witness_ptr, k, M, K, SHORT)
+        row, claimed, distance = claims(witness_ptr, k, M, K, SHORT)
+        # Loaded here: torch takes all that a call is given for written to, if the address of a store
+        # depends on what it returns, and would copy x.
         x = tl.load(x_ptr + distance, mask=claimed, other=0.0)
-        x = normalized_at(x, row, claimed, k, k < K, M, norm, NORM)
-        flag = claimed & (tl.abs(x.to(tl.float32)) >= threshold)
+        flag = are_outliers(x, row, claimed, k, M, K, threshold, norm, NORM)
         count = _append(columns_ptr, count, flag.to(tl.int32), k, True)
     tl.debug_barrier()
     return count

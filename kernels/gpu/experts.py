@@ -79,8 +79,9 @@ def quantize_experts_kernel(
     threshold,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -105,7 +106,7 @@ def quantize_experts_kernel(
             quantize_without_columns(
                 x_ptr + here, witness_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
                 x_scale_ptr + start, first - start, last - start, K, limit,
-                ROWS, 1, BLOCK_K, ONE_BLOCK,
+                ROWS, 1, CHUNK, CHUNKS, EVEN_K,
             )  # fmt: skip
 
 

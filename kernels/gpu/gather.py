@@ -27,20 +27,25 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels.gpu.columns import (
+    are_outliers,
+    claims,
     find_columns,
-    is_outlier_column,
     outlier_columns_reference,
 )
 from int8fx.kernels.gpu.groups import pick
-from int8fx.kernels.gpu.norm import neighbours, normalized_at
+from int8fx.kernels.gpu.norm import (
+    appended,
+    chunk_of_columns,
+    chunks_of_row,
+    load_columns,
+    normalized_at,
+)
 from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
 from int8fx.kernels.quantize import quantize_reference
 
 BLOCK_O = 32
 _FEW_ROWS, _MANY_ROWS = 256, 1024
-_ROW_BYTES = 32768  # of x, of the longest row that a program keeps in registers
-_LONG = 16384  # bytes: of longer rows four at once do not stay in registers
-_LIST = 8192  # columns of the witness, in one step
+_ROW_BYTES = 32768  # of the longest row that a program keeps in registers
 _NEIGHBOURS = 8  # columns of the witness, in one load of a thread
 
 
@@ -63,59 +68,110 @@ def quantize_gather_reference(
 @triton.jit
 def quantize_without_columns(
     x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, first, M, K, threshold,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
     SHORT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
 ):  # fmt: skip
-    """Writes ``x_int8`` and ``x_scale`` of STEPS times ROWS rows from ``first``; with ONE_BLOCK they
-    stay in registers between, and so does what is known of the columns."""
-    k = neighbours(BLOCK_K)
-    if ONE_BLOCK:
-        cap = _cap(x_ptr, witness_ptr, k, M, K, threshold, SHORT, norm, NORM)
+    """Writes ``x_int8`` and ``x_scale`` of STEPS times ROWS rows from ``first``. The CHUNKS of a row
+    stay in registers between, and so does what is known of their columns; 0: it is too long."""
+    if CHUNKS > 0:
+        caps = _caps_of_row(x_ptr, witness_ptr, M, K, threshold, CHUNK, CHUNKS, SHORT, norm, NORM)
         for step in range(STEPS):
             rows = first + step * ROWS + tl.arange(0, ROWS)
-            x = _regular(x_ptr, rows, k, cap, M, K, norm, NORM)
-            x_scale = _scale(x_scale_ptr, rows, _absmax(x).to(tl.float32), M)
-            _store_int8(x_int8_ptr, rows, k, x, x_scale, M, K)
+            _quantize_rows(
+                x_ptr, x_int8_ptr, x_scale_ptr, rows, caps, M, K, CHUNK, CHUNKS, EVEN_K, norm, NORM
+            )
     else:
-        tl.static_assert(STEPS == 1)
+        tl.static_assert(STEPS == 1 and NORM == "")
         rows = first + tl.arange(0, ROWS)
-        cap = _cap(x_ptr, witness_ptr, k, M, K, threshold, SHORT, norm, NORM)
-        absmax = _absmax(_regular(x_ptr, rows, k, cap, M, K, norm, NORM))
-        for start in range(BLOCK_K, K, BLOCK_K):
-            cap = _cap(x_ptr, witness_ptr, start + k, M, K, threshold, SHORT, norm, NORM)
-            more = _absmax(_regular(x_ptr, rows, start + k, cap, M, K, norm, NORM))
+        absmax = _absmax_of_chunk(x_ptr, witness_ptr, rows, 0, M, K, threshold, CHUNK, EVEN_K)
+        for index in range(1, tl.cdiv(K, CHUNK)):
+            more = _absmax_of_chunk(x_ptr, witness_ptr, rows, index, M, K, threshold, CHUNK, EVEN_K)
             absmax = tl.maximum(absmax, more, propagate_nan=tl.PropagateNan.ALL)
         x_scale = _scale(x_scale_ptr, rows, absmax.to(tl.float32), M)
-        for start in range(0, K, BLOCK_K):
-            cap = _cap(x_ptr, witness_ptr, start + k, M, K, threshold, SHORT, norm, NORM)
-            again = _regular(x_ptr, rows, start + k, cap, M, K, norm, NORM)
-            _store_int8(x_int8_ptr, rows, start + k, again, x_scale, M, K)
+        for index in range(0, tl.cdiv(K, CHUNK)):
+            x = _regular_chunk(x_ptr, witness_ptr, rows, index, M, K, threshold, CHUNK, EVEN_K)
+            _store_int8(x_int8_ptr, rows, chunk_of_columns(index, CHUNK), x, x_scale, M, K)
 
 
 @triton.jit
-def _cap(
-    x_ptr, witness_ptr, k, M, K, threshold, SHORT: tl.constexpr, norm, NORM: tl.constexpr
+def _caps_of_row(
+    x_ptr, witness_ptr, M, K, threshold, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    SHORT: tl.constexpr, norm, NORM: tl.constexpr,
 ):  # fmt: skip
-    """0 for the columns ``k`` that hold an outlier, and NaN for the others; see ``_regular``."""
-    taken = is_outlier_column(witness_ptr, x_ptr, k, M, K, threshold, SHORT, norm, NORM)
-    return tl.where(taken, 0.0, float("nan"))
+    caps = ()
+    for index in tl.static_range(CHUNKS):
+        k = chunk_of_columns(index, CHUNK)
+        claimed = claims(witness_ptr, k, M, K, SHORT)
+        caps = appended(caps, _cap(x_ptr, claimed, k, M, K, threshold, norm, NORM))
+    return caps
 
 
 @triton.jit
-def _regular(x_ptr, rows, k, cap, M, K, norm, NORM: tl.constexpr):
+def _cap(x_ptr, claimed, k, M, K, threshold, norm, NORM: tl.constexpr):
+    """0 for the columns ``k`` that hold an outlier, and NaN for the others; see ``_capped``."""
+    row, is_claimed, distance = claimed
+    x = tl.load(x_ptr + distance, mask=is_claimed, other=0.0)
+    taken = are_outliers(x, row, is_claimed, k, M, K, threshold, norm, NORM)
+    cap = tl.where(taken, 0.0, float("nan"))
+    if NORM == "rms, rounded":
+        return cap.to(norm[1].dtype.element_ty)
+    else:
+        return cap.to(x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _quantize_rows(
+    x_ptr, x_int8_ptr, x_scale_ptr, rows, caps, M, K,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr, norm, NORM: tl.constexpr,
+):  # fmt: skip
+    row = (rows % M).to(tl.int64)[:, None, None]  # those past the end look at others again
+    regular = ()
+    for index in tl.static_range(CHUNKS):
+        k = chunk_of_columns(index, CHUNK)
+        x = load_columns(x_ptr + row * K, k[None, :, :], K, EVEN_K)
+        x = _regular(x, row, k, caps[index], M, K, EVEN_K, norm, NORM)
+        if index == 0:
+            absmax = _absmax(x)
+        else:
+            absmax = tl.maximum(absmax, _absmax(x), propagate_nan=tl.PropagateNan.ALL)
+        regular = appended(regular, x)
+    x_scale = _scale(x_scale_ptr, rows, absmax.to(tl.float32), M)
+    for index in tl.static_range(CHUNKS):
+        _store_int8(x_int8_ptr, rows, chunk_of_columns(index, CHUNK), regular[index], x_scale, M, K)
+
+
+@triton.jit
+def _regular(x, row, k, cap, M, K, EVEN_K: tl.constexpr, norm, NORM: tl.constexpr):
     """``x [rows, k]``, zero in outlier columns, whatever they hold: NaN and infinity as well.
 
     As ``k`` has two dimensions, this has three. Outlier columns are loaded too: under their mask a load
     would be one of two bytes.
     """
-    row = (rows % M).to(tl.int64)[:, None, None]  # those past the end look at others again
-    column, inside = k[None, :, :], (k < K)[None, :, :]
-    x = tl.load(x_ptr + row * K + column, mask=inside, other=0.0)
-    x = normalized_at(x, row, True, column, inside, M, norm, NORM)
+    column = k[None, :, :]
+    x = normalized_at(x, row, True, column, True if EVEN_K else column < K, M, norm, NORM)
     # Of a number and NaN minimum and maximum are the number. Two of fp16 are one instruction, where
     # tl.where takes them apart.
-    cap = cap.to(x.dtype)[None, :, :]
-    return tl.maximum(tl.minimum(x, cap), cap)
+    return tl.maximum(tl.minimum(x, cap[None, :, :]), cap[None, :, :])
+
+
+@triton.jit
+def _regular_chunk(
+    x_ptr, witness_ptr, rows, index, M, K, threshold, CHUNK: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
+    """``_regular`` of a row that is too long to stay in registers."""
+    k = chunk_of_columns(index, CHUNK)
+    cap = _cap(x_ptr, claims(witness_ptr, k, M, K, False), k, M, K, threshold, None, "")
+    row = (rows % M).to(tl.int64)[:, None, None]
+    x = load_columns(x_ptr + row * K, k[None, :, :], K, EVEN_K)
+    return _regular(x, row, k, cap, M, K, EVEN_K, None, "")
+
+
+@triton.jit
+def _absmax_of_chunk(
+    x_ptr, witness_ptr, rows, index, M, K, threshold, CHUNK: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
+    return _absmax(_regular_chunk(x_ptr, witness_ptr, rows, index, M, K, threshold, CHUNK, EVEN_K))
 
 
 @triton.jit
@@ -183,8 +239,9 @@ def quantize_gather_kernel(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     GATHER_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -194,7 +251,7 @@ def quantize_gather_kernel(
     STEPS times ``ROWS`` rows of x. With NORM, of the norm of x (``norm.py``)."""
     norm = (statistics_ptr, norm_weight_ptr, norm_bias_ptr)
     # Fewer than 2**15 rows, and a row in registers has no more than 2**14 elements.
-    SHORT: tl.constexpr = ONE_BLOCK and witness_ptr.dtype.element_ty == tl.int16
+    SHORT: tl.constexpr = CHUNKS > 0 and witness_ptr.dtype.element_ty == tl.int16
     # Inductor passes Python floats as fp64, eager Triton as fp32.
     limit = tl.full((), threshold, tl.float32)
     program = tl.program_id(0)
@@ -227,42 +284,55 @@ def quantize_gather_kernel(
         first = (program - of_rows) * ROWS * STEPS
         quantize_without_columns(
             x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, first, M, K, limit,
-            ROWS, STEPS, BLOCK_K, ONE_BLOCK, SHORT, norm, NORM,
+            ROWS, STEPS, CHUNK, CHUNKS, EVEN_K, SHORT, norm, NORM,
         )  # fmt: skip
 
 
-def launch_shape(
-    M: int, K: int, N: int, dtype: torch.dtype, norm: str = "", quantizes: bool = True
-) -> dict[str, int | bool]:
+def launch_shape(M: int, K: int, N: int, dtype: torch.dtype, norm: str = "") -> dict[str, int | bool]:
     """The kernel's block sizes for M rows of K elements, and weights of N channels together.
 
     Every program that gathers lists the outlier columns for itself, and every one that quantises asks
     for each whether it is one: few and large programs, as long as there are enough for all processors.
-    Only M's class is looked at, as in ``configs.gemm_configs``. Eight rows at once would take all
-    registers of an A100, and four long ones, or four with their norm in bf16, too many of an H100. A
-    program that quantises long ones has a processor for itself: 8 warps with the registers of 16, which
-    reduce fewer partial results. Narrow blocks take fewer warps: with 48 registers a thread, as eight
-    warps leave at K = 512, ptxas spills around the slow path of the division on sm_90.
+    Only M's class is looked at, as in ``configs.gemm_configs``.
     """
     few, many = M <= _FEW_ROWS, M > _MANY_ROWS
     together = 2 if few else 16 if many else 8
-    row = max(32, triton.next_power_of_2(K))
-    block = min(row, _ROW_BYTES // dtype.itemsize)
-    is_whole, is_long = row == block, block * dtype.itemsize > _LONG
-    with_norm = norm != "" and (dtype != torch.float16 or block > 4096)
-    rows = 2 if few or is_long or with_norm else 4
-    alone = is_long and is_whole and quantizes
-    return {
+    warps, chunks = _chunks(K, dtype)
+    rows = _rows_at_once(warps, chunks, dtype, norm, together)
+    return chunks | {
         "ROWS": rows,
-        "STEPS": together // rows if is_whole else 1,
+        "STEPS": together // rows if chunks["CHUNKS"] else 1,
         "GATHER_ROWS": 64 if few and N <= 4096 else 128 if N <= 8192 else 256,
-        "BLOCK_K": block,
-        "ONE_BLOCK": is_whole,
         "NEIGHBOURS": _NEIGHBOURS,
-        "LIST_BLOCK": min(block, _LIST) // _NEIGHBOURS,
+        "LIST_BLOCK": min(max(32, triton.next_power_of_2(K)), 1024 * min(warps, 8)) // _NEIGHBOURS,
         "BLOCK_O": BLOCK_O,
-        "num_warps": 4 if block <= 512 else 8 if block <= 4096 or alone else 16,
+        "num_warps": warps,
     }
+
+
+def _chunks(K: int, dtype: torch.dtype) -> tuple[int, dict[str, int | bool]]:
+    """Warps, and the chunks of a row: one, or three to eight where that leaves fewer elements past the
+    end. Of a row too long for registers there is no number of them."""
+    if K * dtype.itemsize > _ROW_BYTES:
+        return 16, chunks_of_row(K, 4096) | {"CHUNKS": 0}
+    row = max(32, triton.next_power_of_2(K))
+    ways = [(min(max(row // 512, 4), 16), chunks_of_row(K, row))] if row <= 8192 else []
+    ways += [(warps, chunks_of_row(K, 256 * warps)) for warps in (8, 4)]
+    fits = [(warps, way) for warps, way in ways if way["CHUNKS"] == 1 or 2 < way["CHUNKS"] <= 8]
+    return min(fits, key=lambda each: each[1]["CHUNK"] * each[1]["CHUNKS"])
+
+
+def _rows_at_once(
+    warps: int, chunks: dict[str, int | bool], dtype: torch.dtype, norm: str, most: int
+) -> int:
+    """As many rows as registers hold for two programs on a processor, or for one of long rows: what a
+    row takes once is then shared by more elements of a lane."""
+    of_lane = chunks["CHUNK"] * max(chunks["CHUNKS"], 1) // (32 * warps)
+    limit = 112 if chunks["CHUNKS"] > 4 else 64
+    is_bf16, is_layer = dtype == torch.bfloat16, norm.startswith("layer")
+    if dtype == torch.float32 or (is_bf16 and norm) or (is_layer and warps == 16):
+        limit //= 2
+    return max(rows for rows in (1, 2, 4) if rows == 1 or (rows <= most and rows * of_lane <= limit))
 
 
 def programs(shape: dict[str, int | bool], M: int, widths: Sequence[int], quantizes: bool) -> int:

@@ -10,7 +10,8 @@ the same h, bit for bit, which ``normalized`` sees to: what is no outlier here a
 lost, or counted twice.
 
 Inductor writes such a kernel as well, where this one does not serve (``serves``). Of RMSNorm in fp16 it
-takes twice the instructions: it has no masked scatter for the witness, and 16 warps for a row.
+takes twice the instructions and more: it has no masked scatter for the witness, 16 warps for a row, and
+blocks that end at powers of two. A row here is in chunks, as many as it takes.
 """
 
 import torch
@@ -22,15 +23,12 @@ from int8fx.kernels.gpu.rounding import MIN_SCALE, reciprocal_int8
 
 # Of x and a weight (and a bias); the weight is applied in fp32, or after rounding, as Llama's is.
 NORMS = ("rms", "rms, rounded", "layer", "layer, bias")
-_ROW_BYTES = 32768  # of x, of the longest row that a program keeps in registers
+_ROW_BYTES = 28672  # of x, of the longest row that a program keeps in registers
 
 
-def serves(x: Tensor, decomposition: str, norm: str) -> bool:
-    """Whether rows as long as those of ``x [*, K]`` stay in registers, here and where they are gathered
-    from or, in the column decomposition, quantised, two or four of them."""
-    is_light = decomposition == "token" and norm.startswith("rms")
-    most = _ROW_BYTES if is_light else _ROW_BYTES // 2
-    return triton.next_power_of_2(x.shape[-1]) * x.dtype.itemsize <= most
+def serves(x: Tensor) -> bool:
+    """Whether rows as long as those of ``x [*, K]`` stay in registers, here and in ``gather.py``."""
+    return x.shape[-1] * x.dtype.itemsize <= _ROW_BYTES
 
 
 def norm_statistics(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -98,15 +96,76 @@ def normalized_at(x, row, has_row, k, has_k, M, norm, NORM: tl.constexpr):
 
 
 @triton.jit
-def neighbours(BLOCK_K: tl.constexpr):
-    """The first BLOCK_K columns, ``[BLOCK_K / 8, 8]``: eight neighbours for a thread, of 16-bit as of
-    int8. Else Triton would deal out 16 of int8, and values change threads on the way."""
-    return 8 * tl.arange(0, BLOCK_K // 8)[:, None] + tl.arange(0, 8)[None, :]
+def chunk_of_columns(index, CHUNK: tl.constexpr):
+    """The columns of a chunk of a row, ``[CHUNK / 8, 8]``: eight neighbours for a thread, of 16-bit as
+    of int8. Else Triton would deal out 16 of int8, and values change threads on the way."""
+    return index * CHUNK + 8 * tl.arange(0, CHUNK // 8)[:, None] + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
-def _sum(x):
-    return tl.sum(tl.sum(x, 1), 0)
+def appended(values, value):
+    return values + (value,)  # noqa: RUF005 - Triton knows no stars
+
+
+@triton.jit
+def load_columns(pointer, k, K, EVEN_K: tl.constexpr):
+    """What is there, and zero past the end of a row."""
+    if EVEN_K:
+        return tl.load(pointer + k)
+    else:
+        return tl.load(pointer + k, mask=k < K, other=0.0)
+
+
+@triton.jit
+def store_columns(pointer, k, values, K, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        tl.store(pointer + k, values)
+    else:
+        tl.store(pointer + k, values, mask=k < K)
+
+
+@triton.jit
+def _load_row(
+    x_ptr, addend_ptr, sum_ptr, here, K,
+    ADDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """The chunks of a row, or of a sum, which is stored as well."""
+    row = ()
+    for index in tl.static_range(CHUNKS):
+        k = chunk_of_columns(index, CHUNK)
+        x = load_columns(x_ptr + here, k, K, EVEN_K)
+        if ADDS:
+            addend = load_columns(addend_ptr + here, k, K, EVEN_K)
+            x = (x.to(tl.float32) + addend.to(tl.float32)).to(x.dtype)
+            store_columns(sum_ptr + here, k, x, K, EVEN_K)
+        row = appended(row, x)
+    return row
+
+
+@triton.jit
+def _statistics(
+    row, M, K, eps, statistics_ptr,
+    NORM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``mean`` and ``rstd`` of a row, which are stored as well; a mean of 0 where the norm has none."""
+    m, mean = tl.program_id(0), 0.0
+    if NORM == "layer" or NORM == "layer, bias":
+        total = tl.zeros((CHUNK // 8, 8), tl.float32)
+        for index in tl.static_range(CHUNKS):
+            total += row[index].to(tl.float32)
+        mean = tl.sum(tl.sum(total, 1), 0) / K
+        tl.store(statistics_ptr + M + m, mean)
+    squares = tl.zeros((CHUNK // 8, 8), tl.float32)
+    for index in tl.static_range(CHUNKS):
+        centered = row[index].to(tl.float32) - mean
+        if not EVEN_K:
+            centered = tl.where(chunk_of_columns(index, CHUNK) < K, centered, 0.0)
+        squares += centered * centered
+    # Inductor passes Python floats as fp64, eager Triton as fp32.
+    mean_square = tl.sum(tl.sum(squares, 1), 0) / K
+    rstd = tl.rsqrt(mean_square + tl.full((), eps, tl.float32))
+    tl.store(statistics_ptr + m, rstd)
+    return mean, rstd
 
 
 @triton.jit
@@ -125,46 +184,50 @@ def norm_kernel(
     NORM: tl.constexpr,
     ADDS: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """A row for each program."""
+    """A row for each program, in chunks that all stay in registers."""
     m = tl.program_id(0)
     here = m.to(tl.int64) * K
-    k = neighbours(BLOCK_K)
-    inside = k < K
-    x = tl.load(x_ptr + here + k, mask=inside, other=0.0)
-    if ADDS:
-        addend = tl.load(addend_ptr + here + k, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + addend.to(tl.float32)).to(x.dtype)
-        tl.store(sum_ptr + here + k, x, mask=inside)
-    centered = x.to(tl.float32)
-    mean = 0.0
-    if NORM == "layer" or NORM == "layer, bias":
-        mean = _sum(centered) / K
-        centered = tl.where(inside, centered - mean, 0.0)
-        tl.store(statistics_ptr + M + m, mean)
-    # Inductor passes Python floats as fp64, eager Triton as fp32.
-    rstd = tl.rsqrt(_sum(centered * centered) / K + tl.full((), eps, tl.float32))
-    tl.store(statistics_ptr + m, rstd)
-    weight = tl.load(weight_ptr + k, mask=inside, other=0.0)
-    bias = weight
-    if NORM == "layer, bias":
-        bias = tl.load(bias_ptr + k, mask=inside, other=0.0)
-    # Past the end of a row weight and bias are zero, and so is h.
-    h = normalized(x, mean, rstd, weight, bias, NORM).to(tl.float32)
-    is_outlier = tl.abs(h) >= tl.full((), threshold, tl.float32)
-    tl.store(witness_ptr + k, m.to(witness_ptr.dtype.element_ty), mask=is_outlier)
+    row = _load_row(x_ptr, addend_ptr, sum_ptr, here, K, ADDS, CHUNK, CHUNKS, EVEN_K)
+    mean, rstd = _statistics(row, M, K, eps, statistics_ptr, NORM, CHUNK, CHUNKS, EVEN_K)
+    regular = ()
+    bits = tl.zeros((CHUNK // 8, 8), tl.int32)
+    for index in tl.static_range(CHUNKS):
+        k = chunk_of_columns(index, CHUNK)
+        weight = load_columns(weight_ptr, k, K, EVEN_K)
+        bias = weight
+        if NORM == "layer, bias":
+            bias = load_columns(bias_ptr, k, K, EVEN_K)
+        # Past the end of a row weight and bias are zero, and so is h.
+        h = normalized(row[index], mean, rstd, weight, bias, NORM)
+        h32 = h.to(tl.float32)
+        is_outlier = tl.abs(h32) >= tl.full((), threshold, tl.float32)
+        tl.store(witness_ptr + k, m.to(witness_ptr.dtype.element_ty), mask=is_outlier)
+        if QUANTIZE:
+            h32 = tl.where(is_outlier, 0.0, h32)
+            # As integers NaN is larger than all others.
+            bits = tl.maximum(bits, tl.abs(h32).to(tl.int32, bitcast=True))
+            regular = appended(regular, h32.to(h.dtype))
     if QUANTIZE:
-        regular = tl.where(is_outlier, 0.0, h)
-        # As integers NaN is larger than all others.
-        bits = tl.abs(regular).to(tl.int32, bitcast=True)
         absmax = tl.max(tl.max(bits, 1), 0).to(tl.float32, bitcast=True)
         x_scale = tl.maximum(tl.div_rn(absmax, 127.0), MIN_SCALE, propagate_nan=tl.PropagateNan.ALL)
         tl.store(x_scale_ptr + m, x_scale)
-        tl.store(x_int8_ptr + here + k, reciprocal_int8(regular, x_scale), mask=inside)
+        for index in tl.static_range(CHUNKS):
+            x_int8 = reciprocal_int8(regular[index].to(tl.float32), x_scale)
+            store_columns(x_int8_ptr + here, chunk_of_columns(index, CHUNK), x_int8, K, EVEN_K)
 
 
-def norm_shape(x: Tensor) -> dict[str, int]:
-    """The kernel's block, and warps that have 32 elements a lane of it."""
-    block = max(32, triton.next_power_of_2(x.shape[-1]))
-    return {"BLOCK_K": block, "num_warps": min(16, max(1, block // 1024))}
+def norm_shape(x: Tensor) -> dict[str, int | bool]:
+    """The kernel's chunks, and warps: 8 elements a lane of each chunk, 32 or more of a long row."""
+    K = x.shape[-1]
+    warps = min(8, max(1, triton.next_power_of_2(K + 1) // 2048))
+    return chunks_of_row(K, 256 * warps) | {"num_warps": warps}
+
+
+def chunks_of_row(K: int, chunk: int) -> dict[str, int | bool]:
+    """A row of K elements in chunks, or in one shorter one."""
+    chunk = min(chunk, max(32, triton.next_power_of_2(K)))
+    return {"CHUNK": chunk, "CHUNKS": -(-K // chunk), "EVEN_K": K % chunk == 0}

@@ -69,7 +69,7 @@ def normed_linears(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     addends = addend.reshape(rows.shape).contiguous() if addend is not None else None
     linears = Linears(list(weights), list(w_scales), list(biases))
-    if rows.shape[0] > decode.MAX_M and serves(rows, decomposition, norm):
+    if rows.shape[0] > decode.MAX_M and serves(rows):
         source, total = _look(
             rows, addends, norm, norm_weight, norm_bias, eps, threshold, decomposition
         )

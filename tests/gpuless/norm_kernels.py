@@ -35,7 +35,6 @@ class NormLinear(nn.Module):
 KINDS: dict[str, tuple[str, int, dict[str, Any], tuple[int, ...]]] = {
     "fp16": ("inductor", 4096, {}, WIDTHS),
     "digits": ("llmint8", 16, {"decomposition": "token"}, WIDTHS),  # as one row in either
-    "column, Inductor's": ("llmint8", 4096, {"decomposition": "column"}, WIDTHS[1:]),
     "none": ("llmint8", 4096, {"threshold": 0.0}, WIDTHS),
 }
 # What is compared on one GPU alone.

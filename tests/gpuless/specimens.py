@@ -34,7 +34,9 @@ GATHERS = (
     *((4096, 4096, later, norm) for later in (True, False) for norm in _NORMS),
     (4096, 8192, True, ""),
     (4096, 8192, True, _NORMS[1]),
+    (4096, 5120, True, _NORMS[1]),
     (4096, 14336, True, ""),
+    (4096, 14336, True, _NORMS[1]),
     (4096, 14336, False, _NORMS[0]),
 )
 
@@ -91,11 +93,11 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
             if splits and (parts == 2 or config.block_n <= 128):
                 yield gemm(arch, dataclasses.replace(config, parts=parts), dtype)
     for M, K, quantizes, normed in GATHERS:
-        if not normed or takes_rows(K, dtype, quantizes, normed):
+        if not normed or takes_rows(K, dtype):
             yield quantize_gather(arch, M, K, dtype, quantizes, norm=normed)
-    for K in (512, 4096, 14336):
+    for K in (768, 4096, 14336):
         for kind in _NORMS:
-            if takes_rows(K, dtype, False, kind):
+            if takes_rows(K, dtype):
                 yield norm(arch, K, dtype, kind)
     for K in (512, 4096):
         yield quantize_experts(arch, dtype, K)
@@ -166,17 +168,16 @@ def decode(
     )
 
 
-def takes_rows(K: int, dtype: str, later: bool, norm: str) -> bool:
-    """Whether rows have their norm taken by a kernel of ours; ``later``: and are quantised later."""
-    x = torch.empty(1, K, dtype=DTYPES[dtype], device="meta")
-    return serves(x, "column" if later else "token", norm)
+def takes_rows(K: int, dtype: str) -> bool:
+    """Whether rows have their norm taken by a kernel of ours."""
+    return serves(torch.empty(1, K, dtype=DTYPES[dtype], device="meta"))
 
 
 @functools.cache
 def norm(
     arch: str, K: int, dtype: str = "fp16", kind: str = "rms", quantizes: bool = True, adds: bool = True
 ) -> Specimen:
-    constants = norm_shape(torch.empty(1, K, device="meta"))
+    constants: dict[str, Any] = norm_shape(torch.empty(1, K, device="meta"))
     num_warps = constants.pop("num_warps")
     pointers = {"witness_ptr": "*i16", "statistics_ptr": "*fp32", "weight_ptr": f"*{dtype}"}
     pointers |= {"x_ptr": f"*{dtype}"}
@@ -208,12 +209,9 @@ def quantize_gather(
     quantizes: bool = True,
     N: int = 4096,
     norm: str = "",
-    shaped: bool | None = None,
 ) -> Specimen:
-    """``shaped``: whether its shape is that of one that quantises; None: if it does."""
-    shaped = quantizes if shaped is None else shaped
-    constants = launch_shape(M, K, N, DTYPES[dtype], norm, shaped)
-    is_long = constants["BLOCK_K"] * DTYPES[dtype].itemsize > 16384
+    constants = launch_shape(M, K, N, DTYPES[dtype], norm)
+    alone = constants["CHUNKS"] != 1 or dtype == "fp32"
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
@@ -235,7 +233,7 @@ def quantize_gather(
         constants | {"NORM": norm, "QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
         num_warps,
         3,
-        blocks=2 if num_warps <= 8 and dtype != "fp32" and not is_long else 1,
+        blocks=1 if num_warps > 8 or alone else 2,
         multiplies=False,
     )
 

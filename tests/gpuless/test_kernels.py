@@ -46,6 +46,7 @@ from int8fx.kernels.gpu.gemm import gemm_kernel, gemm_reference
 from int8fx.kernels.gpu.groups import padded
 from int8fx.kernels.gpu.norm import (
     NORMS,
+    chunks_of_row,
     norm_kernel,
     norm_shape,
     norm_statistics,
@@ -151,6 +152,9 @@ def run_quantize_gather(
     kind = norm.kind if norm else ""
     widths = [weight.shape[0] for weight in case.weights]
     shape = launch_shape(M, K, sum(widths), x.dtype, kind) | blocks
+    if "CHUNK" in blocks:
+        chunks = chunks_of_row(K, shape["CHUNK"])
+        shape |= chunks | ({"CHUNKS": 0} if blocks.get("CHUNKS") == 0 else {})
     shape.pop("num_warps")
     capacity = -(-K // shape["BLOCK_O"]) * shape["BLOCK_O"]
     outputs = {
@@ -184,13 +188,14 @@ def run_quantize_gather(
     return outputs
 
 
-# Of rows that do not fit in one block, and of gathered rows in more than one.
-NARROW = {"BLOCK_K": 32, "ONE_BLOCK": False, "LIST_BLOCK": 4, "GATHER_ROWS": 16}
+# Of rows that do not stay in registers, and of gathered rows in more than one block.
+NARROW = {"CHUNK": 32, "CHUNKS": 0, "LIST_BLOCK": 4, "GATHER_ROWS": 16}
+CHUNKED = {"CHUNK": 32, "LIST_BLOCK": 4}
 STEPS = {"ROWS": 2, "STEPS": 3}
 
 
 @THOROUGH
-@given(cases(st.integers(1, 40)), st.sampled_from([{}, NARROW, STEPS]))
+@given(cases(st.integers(1, 40)), st.sampled_from([{}, NARROW, CHUNKED, STEPS, CHUNKED | STEPS]))
 def test_quantize_gather(case, blocks):
     done = run_quantize_gather(case, **blocks)
     expected = quantize_gather_reference(case.x.clone(), case.weights, THRESHOLD)
@@ -243,7 +248,7 @@ def sifted(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", NORMS)
 @THOROUGH
-@given(cases(st.integers(1, 40)), st.sampled_from([{}, NARROW, STEPS]))
+@given(cases(st.integers(1, 40)), st.sampled_from([{}, CHUNKED, STEPS, CHUNKED | STEPS]))
 def test_quantize_gather_of_a_norm(kind, case, blocks):
     norm = normed(case, kind)
     expected = quantize_gather_reference(norm.h, case.weights, THRESHOLD)
@@ -260,7 +265,11 @@ def test_quantize_gather_of_a_norm(kind, case, blocks):
 
 
 def run_norm(
-    x: Tensor, norm: Normed, addend: Tensor | None = None, quantizes: bool = True
+    x: Tensor,
+    norm: Normed,
+    addend: Tensor | None = None,
+    quantizes: bool = True,
+    chunk: int | None = None,
 ) -> dict[str, Tensor]:
     """The witness is -1 where nothing was written."""
     M, K = x.shape
@@ -273,10 +282,12 @@ def run_norm(
     }
     made = {name: None if one is None else poisoned_like(one) for name, one in made.items()}
     made["witness"].fill_(-1)
+    shape = norm_shape(x) | (chunks_of_row(K, chunk) if chunk else {})
+    shape.pop("num_warps")
     launchable(norm_kernel)[(M,)](
         x, addend, made["sum"], norm.weight, norm.bias, made["statistics"], made["witness"],
         made["x_int8"], made["x_scale"], M, K, EPS, THRESHOLD,
-        NORM=norm.kind, ADDS=addend is not None, QUANTIZE=quantizes, BLOCK_K=norm_shape(x)["BLOCK_K"],
+        NORM=norm.kind, ADDS=addend is not None, QUANTIZE=quantizes, **shape,
     )  # fmt: skip
     made = {name: one for name, one in made.items() if one is not None}
     assert_intact(x, *made.values(), *(one for one in (addend, *norm.operands) if one is not None))
@@ -285,16 +296,16 @@ def run_norm(
 
 @pytest.mark.parametrize("kind", NORMS)
 @THOROUGH
-@given(cases(st.integers(1, 40)), st.booleans(), st.booleans())
-def test_norm(kind, case, adds, quantizes):
+@given(cases(st.integers(1, 40)), st.booleans(), st.booleans(), st.sampled_from([None, 32]))
+def test_norm(kind, case, adds, quantizes, chunk):
     norm, x = normed(case, kind), case.x
     if adds:
         addend, x = poisoned(x / 2), poisoned(x - x / 2)
-        made = run_norm(x, norm, addend, quantizes)
+        made = run_norm(x, norm, addend, quantizes, chunk)
         assert torch.equal(made["sum"], x + addend)
         x = made["sum"].clone()
     else:
-        made = run_norm(x, norm, None, quantizes)
+        made = run_norm(x, norm, None, quantizes, chunk)
     mean, rstd = norm_statistics(x, kind, EPS)
     torch.testing.assert_close(made["statistics"][0], rstd[:, 0], rtol=1e-5, atol=0)
     if kind.startswith("layer"):
