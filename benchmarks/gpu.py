@@ -206,14 +206,16 @@ def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str)
 
     N = sum(widths)
     gathers, quantizes = (
-        specimens.quantize_gather(gpu.arch, M, K, "fp16", also, N, _NORM).inspection
+        specimens.quantize_gather(
+            gpu.arch, M, K, "fp16", also, N, _NORM, decomposition == "column"
+        ).inspection
         for also in (False, True)
     )
     gather = gpu_model.quantize_gather(
         gpu,
         gathers,
         quantizes if decomposition == "column" else None,
-        launch_shape(M, K, N, torch.float16, _NORM),
+        launch_shape(M, K, N, torch.float16, _NORM, decomposition == "column"),
         M,
         widths,
         K,

@@ -288,7 +288,9 @@ def quantize_gather_kernel(
         )  # fmt: skip
 
 
-def launch_shape(M: int, K: int, N: int, dtype: torch.dtype, norm: str = "") -> dict[str, int | bool]:
+def launch_shape(
+    M: int, K: int, N: int, dtype: torch.dtype, norm: str = "", quantizes: bool = True
+) -> dict[str, int | bool]:
     """The kernel's block sizes for M rows of K elements, and weights of N channels together.
 
     Every program that gathers lists the outlier columns for itself, and every one that quantises asks
@@ -298,13 +300,16 @@ def launch_shape(M: int, K: int, N: int, dtype: torch.dtype, norm: str = "") -> 
     few, many = M <= _FEW_ROWS, M > _MANY_ROWS
     together = 2 if few else 16 if many else 8
     warps, chunks = _chunks(K, dtype)
+    # Who quantises as well has the registers to list 32 columns a lane at once.
+    of_lane = 32 if quantizes else 16
+    listed = min(max(32, triton.next_power_of_2(K)), 32 * of_lane * min(warps, 8))
     rows = _rows_at_once(warps, chunks, dtype, norm, together)
     return chunks | {
         "ROWS": rows,
         "STEPS": together // rows if chunks["CHUNKS"] else 1,
         "GATHER_ROWS": 64 if few and N <= 4096 else 128 if N <= 8192 else 256,
         "NEIGHBOURS": _NEIGHBOURS,
-        "LIST_BLOCK": min(max(32, triton.next_power_of_2(K)), 1024 * min(warps, 8)) // _NEIGHBOURS,
+        "LIST_BLOCK": listed // _NEIGHBOURS,
         "BLOCK_O": BLOCK_O,
         "num_warps": warps,
     }

@@ -335,7 +335,7 @@ def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor,
     w_gathered = empty(x, (sum(linears.widths), capacity), dtype)
     columns, count = empty(x, (K,), torch.int32), empty(x, (1,), torch.int32)
     counters = empty(x, (configs.COUNTERS,), torch.int32)
-    shape = launch_shape(M, K, sum(linears.widths), dtype, source.norm)
+    shape = launch_shape(M, K, sum(linears.widths), dtype, source.norm, not source.quantized)
     grid = programs(shape, M, linears.widths, not source.quantized)
     wrap_triton(quantize_gather_kernel)[(grid,)](
         x,

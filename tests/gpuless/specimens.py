@@ -209,8 +209,11 @@ def quantize_gather(
     quantizes: bool = True,
     N: int = 4096,
     norm: str = "",
+    shaped: bool | None = None,
 ) -> Specimen:
-    constants = launch_shape(M, K, N, DTYPES[dtype], norm)
+    """``shaped``: whether its shape is that of one that quantises; None: if it does."""
+    shaped = quantizes if shaped is None else shaped
+    constants = launch_shape(M, K, N, DTYPES[dtype], norm, shaped)
     alone = constants["CHUNKS"] != 1 or dtype == "fp32"
     num_warps = constants.pop("num_warps")
     pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
