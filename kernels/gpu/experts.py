@@ -36,7 +36,7 @@ from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.columns import find_columns
 from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_reference
 from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
-from int8fx.kernels.gpu.gather import launch_shape, quantize_without_columns
+from int8fx.kernels.gpu.gather import launch_shape
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
 from int8fx.kernels.gpu.launch import empty, launch, precision
 from int8fx.kernels.gpu.linear import DTYPES
@@ -49,6 +49,7 @@ from int8fx.kernels.gpu.routing import (
     rows_of_tile,
     tiles,
 )
+from int8fx.kernels.gpu.without_columns import quantize_without_columns
 
 BLOCK_O = 16  # outlier columns a step
 _GROUP_M = 8

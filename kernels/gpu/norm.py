@@ -20,6 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels.gpu.rounding import MIN_SCALE, reciprocal_int8
+from int8fx.kernels.gpu.rows import (
+    appended,
+    chunk_of_columns,
+    chunks_of_row,
+    load_columns,
+    store_columns,
+)
 
 # Of x and a weight (and a bias); the weight is applied in fp32, or after rounding, as Llama's is.
 NORMS = ("rms", "rms, rounded", "layer", "layer, bias")
@@ -93,35 +100,6 @@ def normalized_at(x, row, has_row, k, has_k, M, norm, NORM: tl.constexpr):
         if NORM == "layer, bias":
             bias = tl.load(bias_ptr + k, mask=has_k, other=0.0)
         return normalized(x, mean, rstd, weight, bias, NORM)
-
-
-@triton.jit
-def chunk_of_columns(index, CHUNK: tl.constexpr):
-    """The columns of a chunk of a row, ``[CHUNK / 8, 8]``: eight neighbours for a thread, of 16-bit as
-    of int8. Else Triton would deal out 16 of int8, and values change threads on the way."""
-    return index * CHUNK + 8 * tl.arange(0, CHUNK // 8)[:, None] + tl.arange(0, 8)[None, :]
-
-
-@triton.jit
-def appended(values, value):
-    return values + (value,)  # noqa: RUF005 - Triton knows no stars
-
-
-@triton.jit
-def load_columns(pointer, k, K, EVEN_K: tl.constexpr):
-    """What is there, and zero past the end of a row."""
-    if EVEN_K:
-        return tl.load(pointer + k)
-    else:
-        return tl.load(pointer + k, mask=k < K, other=0.0)
-
-
-@triton.jit
-def store_columns(pointer, k, values, K, EVEN_K: tl.constexpr):
-    if EVEN_K:
-        tl.store(pointer + k, values)
-    else:
-        tl.store(pointer + k, values, mask=k < K)
 
 
 @triton.jit
@@ -225,9 +203,3 @@ def norm_shape(x: Tensor) -> dict[str, int | bool]:
     K = x.shape[-1]
     warps = min(8, max(1, triton.next_power_of_2(K + 1) // 2048))
     return chunks_of_row(K, 256 * warps) | {"num_warps": warps}
-
-
-def chunks_of_row(K: int, chunk: int) -> dict[str, int | bool]:
-    """A row of K elements in chunks, or in one shorter one."""
-    chunk = min(chunk, max(32, triton.next_power_of_2(K)))
-    return {"CHUNK": chunk, "CHUNKS": -(-K // chunk), "EVEN_K": K % chunk == 0}

@@ -46,13 +46,13 @@ from int8fx.kernels.gpu.gemm import gemm_kernel, gemm_reference
 from int8fx.kernels.gpu.groups import padded
 from int8fx.kernels.gpu.norm import (
     NORMS,
-    chunks_of_row,
     norm_kernel,
     norm_shape,
     norm_statistics,
     normalized_reference,
 )
 from int8fx.kernels.gpu.rounding import quantize_rows
+from int8fx.kernels.gpu.rows import chunks_of_row
 from int8fx.kernels.quantize import quantize_reference, quantize_weight
 
 THRESHOLD = 6.0
@@ -334,6 +334,22 @@ def test_a_row_with_nan_or_infinity_has_a_norm_of_nan_and_the_others_are_what_th
     others = torch.arange(5) != 2
     for name in ("x_int8", "x_scale"):
         assert torch.equal(done[name][others], plain[name][others])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_chunks_cover_a_row_and_leave_little_past_its_end(dtype):
+    for K in (1, 33, 576, 768, 3072, 4096, 5120, 7168, 8192, 11008, 14336, 16384, 28672):
+        for M in (40, 500, 4096):
+            shape = launch_shape(M, K, 4096, dtype)
+            covered = shape["CHUNK"] * shape["CHUNKS"]
+            if K * dtype.itemsize > 32768:
+                assert shape["CHUNKS"] == 0 and shape["STEPS"] == 1  # in a loop
+            else:
+                assert K <= covered <= max(1.35 * K, 1024)
+            assert shape["EVEN_K"] == (K % shape["CHUNK"] == 0)
+        x = torch.empty(1, K, dtype=dtype, device="meta")
+        shape = norm_shape(x)
+        assert K <= shape["CHUNK"] * shape["CHUNKS"] <= max(1.35 * K, 256)
 
 
 def test_gather_alone_leaves_the_quantised_rows_as_they_are():
