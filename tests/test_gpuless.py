@@ -9,11 +9,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-# Of a file, which tests; what compiles is dealt out to two processes, and comes first, for both take
-# longest.
+# Of a file, which tests; what compiles takes longest, and is dealt out to three processes.
 TIERS = {
     "compiled, Ampere": ("compiled", "sm_8"),
-    "compiled, others": ("compiled", "not sm_8"),
+    "compiled, AMD": ("compiled", "gfx"),
+    "compiled, others": ("compiled", "not sm_8 and not gfx"),
     "executed": ("executed", ""),
     "launches": ("launches", ""),
     "kernels": ("kernels", ""),

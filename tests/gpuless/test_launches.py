@@ -165,9 +165,9 @@ def test_llama_decoder_layer(M, ours, norms):
     assert len(launched) == 4 * ours + norms, launched
     assert sum(name.startswith("norm_kernel") for name in launched) == norms
     plain = generated_layer(M, torch.float16, "inductor")
-    # Never more launches than in 16-bit: groups save what quantisation adds.
-    added = len(wrapper.launches) - len(plain.launches)
-    assert added <= (0 if M <= 16 else 2), (wrapper.launches, plain.launches)
+    # Never more launches than in 16-bit: groups save what quantisation adds. A copy would be one more,
+    # of what a kernel is taken to write to and something else reads afterwards.
+    assert len(wrapper.launches) <= len(plain.launches), (wrapper.launches, plain.launches)
 
 
 def test_no_two_triton_functions_have_one_name():
