@@ -133,17 +133,18 @@ def _move(
         emit = Emitter(graph, fake_mode, call)
         given = (x, addend, norm.kind, norm.weight, norm.bias, norm.eps, *call.args[1:])
         made = emit.call(normed, *given)
-        outputs = [emit.item(made, index) for index in range(len(call.args[3]) + bool(addends))]
+        # The sum comes after the linears' results.
+        total = emit.item(made, len(call.args[3])) if addends else None
     with graph.inserting_before(call):
         for item in list(call.users):
-            y = outputs[item.args[1]]
+            y = emit.item(made, item.args[1])
             if lead is not None:
                 y = emit.method("view", y, *lead, shape_of(y)[-1])
             item.replace_all_uses_with(y)
             graph.erase_node(item)
     _erase_unread(graph, {call, call.args[0], *norm.nodes})
-    if addends:
-        norm.x.replace_all_uses_with(outputs[-1], delete_user_cb=lambda user: user is not made)
+    if total is not None:
+        norm.x.replace_all_uses_with(total)
         graph.erase_node(norm.x)
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from int8fx.kernels.gpu.experts import expert_linear
 from int8fx.kernels.gpu.linear import quantized_linears
+from int8fx.kernels.gpu.normed import normed_linears
 
 
 def gpu(name: str, major: int, minor: int) -> SimpleNamespace:
@@ -68,6 +69,35 @@ def operands(x_dtype=torch.float16, w_dtype=torch.int8, w_device="cpu", K=16) ->
 def test_operands_that_do_not_go_together(given, error, message):
     with pytest.raises(error, match=message):
         quantized_linears(*operands(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"norm": "batch"}, "norm 'batch'.* allowed: 'rms', 'rms, rounded', 'layer'"),
+        ({"decomposition": "all"}, "decomposition 'all'.*'column' or 'token'"),
+        ({"threshold": 0.0}, "threshold 0.0; .* not 0"),
+        ({"weights": []}, "1 to 3 linears, .* given 0 weights"),
+    ],
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
+def test_a_norm_and_linears_that_the_operator_does_not_take(given, message):
+    x, threshold, decomposition, weights, w_scales, biases = operands()
+    whole = {
+        "x": x,
+        "addend": None,
+        "norm": "rms",
+        "norm_weight": x[0],
+        "norm_bias": None,
+        "eps": 1e-5,
+        "threshold": threshold,
+        "decomposition": decomposition,
+        "weights": weights,
+        "w_scales": w_scales,
+        "biases": biases,
+    }
+    with pytest.raises(ValueError, match=message):
+        normed_linears(**whole | given)
 
 
 def test_groups_that_are_too_large_or_half_with_a_bias():

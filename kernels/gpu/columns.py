@@ -27,6 +27,11 @@ def outlier_columns_reference(x: Tensor, threshold: float) -> Tensor:
     return (x.to(torch.float32).abs() >= threshold).any(0)
 
 
+def witness_dtype(M: int) -> torch.dtype:
+    """What can number M rows."""
+    return torch.int16 if M < 2**15 else torch.int32
+
+
 def witness_rows(x: Tensor, threshold: float) -> Tensor:
     """A row with an outlier for each column that has one, and anything at all for the others.
 
@@ -40,7 +45,7 @@ def witness_rows(x: Tensor, threshold: float) -> Tensor:
         ``[2, K]``, int16 where it can number M rows, else int32; only row 0 is for reading.
     """
     M, K = x.shape
-    dtype = torch.int16 if M < 2**15 else torch.int32
+    dtype = witness_dtype(M)
     is_outlier = x.to(torch.float32).abs() >= threshold
     column = torch.arange(K, device=x.device)
     target = torch.where(is_outlier, column, column + K)

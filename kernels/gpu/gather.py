@@ -29,13 +29,12 @@ from torch import Tensor
 from int8fx.kernels.gpu.columns import find_columns, outlier_columns_reference
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.norm import normalized_at
-from int8fx.kernels.gpu.rows import chunks_of_row
+from int8fx.kernels.gpu.rows import ROW_BYTES, chunks_of_row
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.quantize import quantize_reference
 
 BLOCK_O = 32
 _FEW_ROWS, _MANY_ROWS = 256, 1024
-_ROW_BYTES = 32768  # of the longest row that a program keeps in registers
 _NEIGHBOURS = 8  # columns of the witness, in one load of a thread
 
 
@@ -178,7 +177,7 @@ def launch_shape(
 def _chunks(K: int, dtype: torch.dtype) -> tuple[int, dict[str, int | bool]]:
     """Warps, and the chunks of a row: one, or three to eight where that leaves fewer elements past the
     end. Of a row too long for registers there is no number of them."""
-    if K * dtype.itemsize > _ROW_BYTES:
+    if K * dtype.itemsize > ROW_BYTES:
         return 16, chunks_of_row(K, 4096) | {"CHUNKS": 0}
     row = max(32, triton.next_power_of_2(K))
     ways = [(min(max(row // 512, 4), 16), chunks_of_row(K, row))] if row <= 8192 else []

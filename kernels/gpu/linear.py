@@ -79,10 +79,7 @@ def quantized_linears(
     linears = Linears(list(weights), list(w_scales), list(biases))
     if decomposition == "all":
         threshold, decomposition = EVERYTHING, "column"
-    if rows.shape[0] <= decode.MAX_M:
-        outputs = decoded(rows, threshold, decomposition, linears, sums)
-    else:
-        outputs = product(Source.of(rows, threshold, decomposition), threshold, linears)
+    outputs = quantized(rows, threshold, decomposition, linears, sums)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
@@ -172,7 +169,16 @@ def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, third
 
 
-def decoded(
+def quantized(
+    x: Tensor, threshold: float, decomposition: str, linears: Linears, sums: bool
+) -> list[Tensor]:
+    """``[M, N_i]`` of each linear of ``x [M, K]``, which Inductor computes."""
+    if x.shape[0] <= decode.MAX_M:
+        return _decode(x, threshold, decomposition, linears, sums)
+    return product(Source.of(x, threshold, decomposition), threshold, linears)
+
+
+def _decode(
     x: Tensor, threshold: float, decomposition: str, linears: Linears, sums: bool
 ) -> list[Tensor]:
     M, K = x.shape

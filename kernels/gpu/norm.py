@@ -21,6 +21,7 @@ from torch import Tensor
 
 from int8fx.kernels.gpu.rounding import MIN_SCALE, reciprocal_int8
 from int8fx.kernels.gpu.rows import (
+    ROW_BYTES,
     appended,
     chunk_of_columns,
     chunks_of_row,
@@ -30,7 +31,7 @@ from int8fx.kernels.gpu.rows import (
 
 # Of x and a weight (and a bias); the weight is applied in fp32, or after rounding, as Llama's is.
 NORMS = ("rms", "rms, rounded", "layer", "layer, bias")
-_ROW_BYTES = 28672  # of x, of the longest row that a program keeps in registers
+_ROW_BYTES = ROW_BYTES * 7 // 8  # in eight chunks of 2048, what a norm takes beside them would spill
 
 
 def serves(x: Tensor) -> bool:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from int8fx.kernels.gpu import decode
+from int8fx.kernels.gpu.columns import witness_dtype
 from int8fx.kernels.gpu.launch import empty
-from int8fx.kernels.gpu.linear import Linears, Source, check, decoded, product
+from int8fx.kernels.gpu.linear import Linears, Source, check, product, quantized
 from int8fx.kernels.gpu.norm import (
     NORMS,
     norm_kernel,
@@ -58,7 +59,8 @@ def normed_linears(
         each ``[*, N_i]``, of h's dtype; with an addend ``x + addend`` after them.
 
     Raises:
-        ValueError: a norm or a decomposition of another name, or a threshold of 0.
+        ValueError: a norm or a decomposition of another name, or a threshold of 0; and what
+            ``quantized_linears`` raises.
     """
     if norm not in NORMS or decomposition not in ("column", "token") or threshold == 0:
         raise ValueError(
@@ -79,10 +81,7 @@ def normed_linears(
         h = normalized_reference(
             total, *norm_statistics(total, norm, eps), norm_weight, norm_bias, norm
         )
-        if rows.shape[0] <= decode.MAX_M:
-            outputs = decoded(h, threshold, decomposition, linears, sums)
-        else:
-            outputs = product(Source.of(h, threshold, decomposition), threshold, linears)
+        outputs = quantized(h, threshold, decomposition, linears, sums)
     results = outputs if addend is None else [*outputs, total]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
 
@@ -101,7 +100,7 @@ def _look(
     M, K = x.shape
     total = x if addend is None else torch.empty_like(x)
     statistics, x_scale = empty(x, (2, M), torch.float32), empty(x, (M,), torch.float32)
-    witness = empty(x, (K,), torch.int16 if M < 2**15 else torch.int32)
+    witness = empty(x, (K,), witness_dtype(M))
     x_int8 = empty(x, (M, K), torch.int8)
     quantizes = decomposition == "token"
     wrap_triton(norm_kernel)[(M,)](

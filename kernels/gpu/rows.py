@@ -7,6 +7,8 @@ a tuple, and a loop over them is unrolled.
 import triton
 import triton.language as tl
 
+ROW_BYTES = 32768  # of the longest row that a program keeps in registers
+
 
 def chunks_of_row(K: int, chunk: int) -> dict[str, int | bool]:
     """A row of K elements in chunks, or in one shorter one."""
