@@ -2,7 +2,8 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, fx
 
 from int8fx import torch_private
 from int8fx.compilation import Compilation
-from int8fx.kernels.schemes.table import SCHEMES
+from int8fx.kernels import table
+from int8fx.kernels.scheme import Scheme
+from int8fx.kernels.schemes.table import decompositions
 from int8fx.kernels.tuning import tuning
 from int8fx.passes import bitsandbytes_nodes
 from int8fx.passes.weight_expression import is_view_or_cast
@@ -18,17 +21,6 @@ from int8fx.quantize import local
 from int8fx.quantized_weight import Int8Weight
 from int8fx.weights import WeightSwap
 
-# What Inductor is given to fuse instead of a call; see passes/lower.py.
-DECOMPOSITIONS = {
-    operator: decomposed
-    for scheme in SCHEMES.values()
-    for operator, decomposed in scheme.decompositions.items()
-}
-
-
-_ON_A_GPU = {
-    f"int8fx.{name}.default" for name in ("quantized_linears", "normed_linears", "expert_linear_gpu")
-}
 WHOLE_ROW = 8192  # elements that Inductor reduces in one launch, however few rows there are
 
 
@@ -46,8 +38,8 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
             compilation.root.gm,
             examples,
             _whole_rows(compilation) | patches,
-            DECOMPOSITIONS,
-            cache_identity() + _int8_shards(examples),
+            decompositions(),
+            cache_identity() + _schemes_identity(compilation) + _int8_shards(examples),
         )
     if not compilation.slots:
         return compiled
@@ -64,7 +56,8 @@ def _whole_rows(compilation: Compilation) -> dict[str, Any]:
     setting is for a whole graph, so one with such a row pays for it in its other long reductions.
     """
     nodes = (node for scope in compilation.root.walk() for node in scope.graph.nodes)
-    rows = [node.args[0].meta["example_value"] for node in nodes if str(node.target) in _ON_A_GPU]
+    operators = table.with_whole_rows()
+    rows = [node.args[0].meta["example_value"] for node in nodes if node.target in operators]
     return {"split_reductions": False} if any(x.shape[-1] > WHOLE_ROW for x in rows) else {}
 
 
@@ -123,14 +116,41 @@ def _kept_inputs(compilation: Compilation) -> list[int]:
     return kept
 
 
+PACKAGE = Path(__file__).parent
+
+
+def sources(package: Path = PACKAGE) -> list[Path]:
+    """Every source of this package, in all of its folders."""
+    # A walk does not enter symbolic links, and two folders of a checkout are some.
+    folders = (package, package / "passes", package / "kernels")
+    return sorted({source for folder in folders for source in folder.resolve().rglob("*.py")})
+
+
 @functools.cache
-def cache_identity() -> str:
+def cache_identity(package: Path = PACKAGE) -> str:
     """A hash of this package's sources: part of the key of every compile cache below us."""
-    package = Path(__file__).parent
+    return f"int8fx-{_digest(source.read_bytes() for source in sources(package))}"
+
+
+def _schemes_identity(compilation: Compilation) -> str:
+    """The same of the schemes that a graph uses, as far as they are defined elsewhere."""
+    chosen = {id(choice.scheme): choice.scheme for choice in compilation.choices.values()}
+    ours = set(sources())
+    foreign = [_sources_of(scheme) - ours for scheme in chosen.values()]
+    files = sorted(set().union(*foreign))
+    return f"-schemes-{_digest(source.read_bytes() for source in files)}" if files else ""
+
+
+def _sources_of(scheme: Scheme) -> set[Path]:
+    """The files that define what a scheme computes; one typed into a session has none."""
+    functions = [*vars(scheme).values(), *scheme.decompositions.values()]
+    found = (inspect.getsourcefile(each) for each in functions if inspect.isfunction(each))
+    paths = {Path(name).resolve() for name in found if name is not None}
+    return {path for path in paths if path.is_file()}
+
+
+def _digest(contents: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    kernels = package / "kernels"
-    folders = ("cpu", "gpu", "schemes")
-    for folder in (package, package / "passes", kernels, *(kernels / name for name in folders)):
-        for source in sorted(folder.glob("*.py")):
-            digest.update(source.read_bytes())
-    return f"int8fx-{digest.hexdigest()[:16]}"
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()[:16]

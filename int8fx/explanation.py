@@ -36,7 +36,7 @@ class Row:
         scheme: a name of ``int8fx.SCHEMES``, or empty.
         calls, rows: how often it ran, and on how many rows of its input in total.
         outlier_columns, outlier_elements: how many had ``|x| >= threshold`` on these inputs; None
-            when the input was not seen.
+            when the input was not seen, or the scheme knows no outliers.
         input_absmax: the largest ``|x|``, or None.
         sqnr_db: of its output against the float weight's on the same input; None when it stays in
             float or did not run, ``inf`` when they are equal.

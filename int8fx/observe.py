@@ -54,7 +54,7 @@ class Seen:
         stored: its weight; None when both operands are activations.
         calls, rows: how often it ran, and on how many rows of ``x [*, K]`` in total.
         channel_absmax: ``[K]``, the largest ``|x|`` of each input channel; None before a call.
-        outlier_columns: ``[K]`` bool, where ``|x| >= threshold`` in any row.
+        outlier_columns: ``[K]`` bool, where ``|x| >= threshold`` in any row; None without a threshold.
         outlier_elements: how many elements are.
         signal, noise: sums of squares of the float output, and of the difference to it.
         noise_at: the same difference at each of ``THRESHOLDS``, for a scheme that has one.
@@ -71,18 +71,22 @@ class Seen:
     noise_at: dict[float, float] = field(default_factory=dict)
 
     def add_input(self, x: Tensor, threshold: float) -> None:
+        """``x [*, K]`` of one call; threshold 0: nothing is an outlier."""
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).abs()
         self.calls += 1
         self.rows += rows.shape[0]
         absmax = rows.amax(0).cpu() if len(rows) else torch.zeros(rows.shape[1])
-        outlier = rows >= (threshold or torch.inf)
+        self.channel_absmax = _either(torch.maximum, self.channel_absmax, absmax)
+        if threshold == 0:
+            return
+        outlier = rows >= threshold
         columns = outlier.any(0).cpu()
         self.outlier_elements += int(outlier.sum())
-        if self.channel_absmax is None or self.outlier_columns is None:
-            self.channel_absmax, self.outlier_columns = absmax, columns
-        else:
-            self.channel_absmax = torch.maximum(self.channel_absmax, absmax)
-            self.outlier_columns = self.outlier_columns | columns
+        self.outlier_columns = _either(torch.logical_or, self.outlier_columns, columns)
+
+
+def _either(join: Callable[[Tensor, Tensor], Tensor], before: Tensor | None, now: Tensor) -> Tensor:
+    return now if before is None else join(before, now)
 
 
 @dataclass(frozen=True)
@@ -272,12 +276,13 @@ def _record(
 ) -> None:
     """Adds one call of a quantised linear: ``x [*, K]``, ``matrix [N, K]``, ``y [*, N]``."""
     settings = choice.settings
-    seen.add_input(x, settings.threshold)
+    decomposes = "threshold" in choice.scheme.reads
+    seen.add_input(x, settings.threshold if decomposes else 0.0)
     with torch.autocast(x.device.type, enabled=False):
         expected = F.linear(x.float(), in_float(matrix), None if bias is None else bias.float())
     seen.signal += _energy(expected)
     seen.noise += _energy(y.float() - expected)
-    if "threshold" not in choice.scheme.reads:
+    if not decomposes:
         return
     for threshold in THRESHOLDS:
         other = dataclasses.replace(choice, settings=dataclasses.replace(settings, threshold=threshold))

@@ -99,7 +99,9 @@ class Options:
                 raise ValueError(
                     f"unknown option {name!r} for {taker}; allowed: {', '.join(sorted(allowed))}"
                 )
-        values = {name: _CHECKS[name](name, value) for name, value in given.items()}
+        values = {
+            name: _CHECKS[name](f"option {name!r} of {taker}", value) for name, value in given.items()
+        }
         return cls(**values, skips_by_default="skip" not in given, given=frozenset(given))
 
     def choice(self, path: str, kept: Mapping[str, Any] | None = None) -> Choice:
@@ -153,37 +155,37 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
     return patches
 
 
-def _refuse(name: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(
-        f"option {name!r} of backend 'llmint8': given {value!r} "
-        f"({type(value).__name__}); allowed: {allowed}"
-    )
+# The checks of ``_CHECKS``. ``asked`` names the option and whose it is, for messages.
 
 
-def _threshold(name: str, value: Any) -> float:
+def _refuse(asked: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{asked}: given {value!r} ({type(value).__name__}); allowed: {allowed}")
+
+
+def _threshold(asked: str, value: Any) -> float:
     allowed = "a number >= 0; 0 means no decomposition, float('inf') that nothing is an outlier"
     # bool is an int to isinstance, and threshold=True is a mistake. NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise _refuse(name, value, allowed)
+        raise _refuse(asked, value, allowed)
     return float(value)
 
 
-def _decomposition(name: str, value: Any) -> str:
+def _decomposition(asked: str, value: Any) -> str:
     if value not in DECOMPOSITIONS:
-        raise _refuse(name, value, " or ".join(map(repr, DECOMPOSITIONS)))
+        raise _refuse(asked, value, " or ".join(map(repr, DECOMPOSITIONS)))
     return value
 
 
-def _scheme(name: str, value: Any) -> str:
+def _scheme(asked: str, value: Any) -> str:
     if not isinstance(value, str) or value not in SCHEMES:
-        raise _refuse(name, value, ", ".join(map(repr, SCHEMES)))
+        raise _refuse(asked, value, ", ".join(map(repr, SCHEMES)))
     return value
 
 
-def _rules(name: str, value: Any) -> tuple[Rule, ...]:
+def _rules(asked: str, value: Any) -> tuple[Rule, ...]:
     if not isinstance(value, (list, tuple)):
-        raise _refuse(name, value, _RULES)
-    return tuple(_rule(name, rule) for rule in value)
+        raise _refuse(asked, value, _RULES)
+    return tuple(_rule(asked, rule) for rule in value)
 
 
 _RULES = (
@@ -192,44 +194,48 @@ _RULES = (
 )
 
 
-def _rule(name: str, value: Any) -> Rule:
+def _rule(asked: str, value: Any) -> Rule:
     if not isinstance(value, (list, tuple)) or len(value) not in (2, 3):
-        raise _refuse(name, value, _RULES)
+        raise _refuse(asked, value, _RULES)
     pattern, scheme, *rest = value
     settings = rest[0] if rest else {}
     if not isinstance(pattern, str) or not isinstance(settings, Mapping):
-        raise _refuse(name, value, _RULES)
-    allowed = SCHEMES[_scheme(name, scheme)].reads
+        raise _refuse(asked, value, _RULES)
+    allowed = SCHEMES[_scheme(asked, scheme)].reads
     for setting in settings:
         if setting not in allowed:
             known = ", ".join(sorted(allowed)) or "none"
-            raise _refuse(name, value, f"settings that {scheme!r} reads: {known}")
-    return Rule(pattern, scheme, {key: _CHECKS[key](key, given) for key, given in settings.items()})
+            raise _refuse(asked, value, f"settings that {scheme!r} reads: {known}")
+    checked = {
+        key: _CHECKS[key](f"{asked}, setting {key!r} of {scheme!r}", given)
+        for key, given in settings.items()
+    }
+    return Rule(pattern, scheme, checked)
 
 
-def _group_size(name: str, value: Any) -> int:
+def _group_size(asked: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 16:
-        raise _refuse(name, value, "a multiple of 16")
+        raise _refuse(asked, value, "a multiple of 16")
     return value
 
 
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
+def _patterns(asked: str, value: Any) -> tuple[str, ...]:
     # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
     listed = isinstance(value, (list, tuple, set, frozenset))
     if not listed or not all(isinstance(pattern, str) for pattern in value):
-        raise _refuse(name, value, 'a list of fnmatch patterns on module paths, as ["*.mlp.*"]')
+        raise _refuse(asked, value, 'a list of fnmatch patterns on module paths, as ["*.mlp.*"]')
     return tuple(value)
 
 
-def _flag(name: str, value: Any) -> bool:
+def _flag(asked: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _refuse(name, value, "True or False")
+        raise _refuse(asked, value, "True or False")
     return value
 
 
-def _patches(name: str, value: Any) -> dict[str, Any]:
+def _patches(asked: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _refuse(name, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
+        raise _refuse(asked, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
     return dict(value)
 
 

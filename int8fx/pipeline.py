@@ -13,7 +13,7 @@ from int8fx.compilation import Compilation, capture, owner_path
 from int8fx.kernels import table
 from int8fx.kernels.scheme import Choice
 from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR, OF_BITSANDBYTES
-from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
+from int8fx.kernels.schemes.table import DEFAULT, SCHEMES, quantizers
 from int8fx.options import Options
 from int8fx.passes import bitsandbytes_nodes
 from int8fx.passes.attend import attend_few, attend_many
@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 
 # What a product of two activations is: a scale per token, and no outliers.
 OF_ACTIVATIONS = ABSMAX_VECTOR.name
-QUANTIZERS = {scheme.quantizer for scheme in SCHEMES.values()} - {None}
 
 
 def compile_graph(
@@ -266,7 +265,7 @@ def lower_linears(compilation: Compilation) -> None:
 def share_quantizations(compilation: Compilation) -> None:
     """fuse_prologue on every graph."""
     for scope in compilation.root.walk():
-        fuse_prologue(scope.graph, QUANTIZERS)
+        fuse_prologue(scope.graph, quantizers())
 
 
 def fold_biases(compilation: Compilation) -> None:
@@ -278,7 +277,7 @@ def fold_biases(compilation: Compilation) -> None:
 def join_quantized_linears(compilation: Compilation) -> None:
     """join_linears on every graph; counts quantisations, which it may take away, before."""
     for scope in compilation.root.walk():
-        for quantizer in QUANTIZERS:
+        for quantizer in quantizers():
             found = scope.graph.find_nodes(op="call_function", target=quantizer)
             compilation.quantizations += len(found)
         join_linears(scope.graph, compilation.fake_mode, table.joined)

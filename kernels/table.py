@@ -43,6 +43,8 @@ class Kernel:
             (``kernels/experts.py``); None: that one serves.
         attends: whether its ``attention`` of few rows, or of many, is faster than torch's
             (``kernels/attention.py``).
+        whole_rows: whether Inductor generates the quantisation of a row, in the kernel that computes
+            the row, so that it must not split long rows.
     """
 
     name: str
@@ -56,6 +58,12 @@ class Kernel:
     normed: Callable[[], Any] = lambda: None
     experts: Callable[[], Any] = lambda: None
     attends: Callable[[bool], bool] = lambda few: False
+    whole_rows: bool = False
+
+    def operators(self) -> frozenset[Any]:
+        """The operators of this kernel that take x and quantise it, once it is loaded."""
+        joined = self.joined()[0] if self.joined is not None else None
+        return frozenset((joined, self.normed(), self.experts())) - {None}
 
 
 def _as_it_is(w_int8: Tensor) -> Tensor:
@@ -100,6 +108,7 @@ KERNELS: dict[str, Kernel] = {
         joined=gpu.operator,
         normed=gpu.norm_operator,
         experts=gpu.expert_operator,
+        whole_rows=True,
     ),
 }
 
@@ -151,6 +160,12 @@ def experts(device_type: str) -> Any:
     """``Kernel.experts`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
     return None if kernel is None else kernel.experts()
+
+
+def with_whole_rows() -> frozenset[Any]:
+    """The operators of x ``[*, K]`` in front of which Inductor must not split a row."""
+    serving = [kernel for device in KERNELS if (kernel := kernel_for(device)) and kernel.whole_rows]
+    return frozenset().union(*(kernel.operators() for kernel in serving))
 
 
 def attends(device_type: str, few: bool) -> bool:

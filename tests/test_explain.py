@@ -132,6 +132,15 @@ def test_outliers_and_sqnr_by_hand(model, x):
     assert row.sqnr_db == row.sqnr_db_at[6.0]
 
 
+def test_a_scheme_without_outliers_shows_none():
+    linear = nn.Linear(32, 16).requires_grad_(False)
+    x = torch.full((4, 32), 9.0)
+    (row,) = int8fx.explain(linear, x, options={"scheme": "absmax-vector"}).rows
+    assert row.outlier_columns is None and row.outlier_elements is None and row.input_absmax == 9.0
+    (row,) = int8fx.explain(linear, x).rows
+    assert (row.outlier_columns, row.outlier_elements) == (32, 4 * 32)
+
+
 def test_rules_give_a_scheme_by_module(model, x):
     options = {"rules": [("2", "absmax-row"), ("*", "llm.int8", {"threshold": 2.0})]}
     first, second = int8fx.explain(model, x, options=options).rows

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from int8fx.codegen import cache_identity
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -67,6 +69,21 @@ def test_a_wheel_holds_everything_and_imports(tmp_path, hugging_face):
     )
     printed = run(f"import sys; sys.path.insert(0, {str(target)!r}); {code}", tmp_path, hugging_face)
     assert printed == f"hugging face {target / 'int8fx' / '__init__.py'}"
+
+
+def test_an_edit_in_any_folder_is_another_key_of_the_compile_caches(tmp_path):
+    """The sources are part of it: a folder left out would serve what older sources compiled."""
+    names = ("int8fx", "kernels", "passes")
+    for name in names:
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+    identity = cache_identity.__wrapped__
+    folders = {source.parent for name in names for source in (tmp_path / name).rglob("*.py")}
+    assert len(folders) > 5
+    for folder in folders:
+        before = identity(tmp_path / "int8fx")
+        with next(folder.glob("*.py")).open("a") as source:
+            source.write("\n# edited\n")
+        assert identity(tmp_path / "int8fx") != before, folder
 
 
 def test_imports_point_one_way():

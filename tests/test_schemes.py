@@ -1,5 +1,10 @@
 """Every scheme: its lowering against its reference, compiled and not, and what each promises."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from bounds import FP32
@@ -14,6 +19,7 @@ from int8fx.kernels.schemes.affine import quantize_affine_reference
 from int8fx.kernels.schemes.weight_only import grouped
 from int8fx.options import Options
 
+ROOT = Path(__file__).parents[1]
 SCHEMES = int8fx.SCHEMES
 K, N = 80, 48
 
@@ -290,6 +296,82 @@ def test_a_new_scheme_is_one_object_and_one_row(monkeypatch):
     new, _ = int8fx.explain(model, x, options=options).rows
     assert (new.scheme, new.kept_bytes) == (FOUR_BITS.name, N * K // 2 + 2 * 4 * N * K // GROUP)
     assert contender(FOUR_BITS.name) == {"scheme": FOUR_BITS.name}
+
+
+LATER = """
+import operator
+
+import torch
+
+from int8fx.kernels.scheme import Scheme, WeightFormat, unchanged
+
+FACTOR = 1.0
+library = torch.library.Library("int8fx_of_a_test", "DEF")
+library.define("scaled(Tensor x) -> (Tensor, Tensor)")
+scaled = torch.ops.int8fx_of_a_test.scaled.default
+library.impl("scaled", lambda x: (x * FACTOR, x.new_ones(1)), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "int8fx_of_a_test::scaled", lambda x: (torch.empty_like(x), x.new_empty(1)), lib=library
+)
+
+
+def decomposed(x):
+    return x * FACTOR, x.new_ones(1)
+
+
+def lower(call, x, weight, bias, settings):
+    pair = call(scaled, x)
+    x = call(torch.mul, call(operator.getitem, pair, 0), call(operator.getitem, pair, 1))
+    return call(torch.nn.functional.linear, x, weight[0], bias)
+
+
+KEPT = WeightFormat("whole", ("whole",), lambda weight: (weight.clone(),), lambda kept, N, K: kept[0])
+SCHEME = Scheme(
+    "later", "x times a factor", "a test", frozenset(), lambda settings: KEPT, unchanged, lower, scaled,
+    {scaled: decomposed},
+)
+"""
+RUN_LATER = """
+import torch
+import int8fx
+from torch import nn
+
+model = nn.ModuleList([nn.Linear(32, 32, bias=False) for _ in range(2)]).requires_grad_(False)
+for linear in model:
+    nn.init.eye_(linear.weight)
+model.forward = lambda x: model[0](x) + model[1](x)
+x = torch.ones(2, 32)
+torch.compile(model, backend="llmint8")(x)  # before there is a row
+import later
+
+int8fx.SCHEMES["later"] = later.SCHEME
+torch._dynamo.reset()
+with int8fx.collect_reports() as reports:
+    y = torch.compile(model, backend="llmint8", options={"scheme": "later"})(x)
+print(y[0, 0].item(), reports[0].quantizations)
+"""
+
+
+def test_a_row_added_after_a_compile_is_whole(tmp_path):
+    """Its quantisation is shared and decomposed, and its source is part of the caches' keys."""
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path))),
+    }
+    printed = []
+    for factor in ("1.0", "3.0"):
+        (tmp_path / "later.py").write_text(LATER.replace("FACTOR = 1.0", f"FACTOR = {factor}"))
+        run = subprocess.run(
+            [sys.executable, "-c", RUN_LATER],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        printed.append(run.stdout.strip())
+    assert printed == ["2.0 1", "6.0 1"]
 
 
 def test_the_row_of_a_test_is_gone():

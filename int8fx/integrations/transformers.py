@@ -53,7 +53,7 @@ class Int8FxConfig(QuantizationConfigMixin):
 
     @property
     def activation_options(self) -> dict[str, Any]:
-        parsed = Options.parse(self.options)
+        parsed = Options.parse(self.options, type(self).__name__)
         return {"threshold": parsed.threshold, "decomposition": parsed.decomposition}
 
 

@@ -9,6 +9,9 @@ tests, which take their cases from this table, hold its lowering against its ref
 ``tests/gpuless`` for the GPU path.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from int8fx.kernels.scheme import Scheme
 from int8fx.kernels.schemes import affine, int8, weight_only
 
@@ -28,3 +31,20 @@ SCHEMES: dict[str, Scheme] = {
         weight_only.W8A16_GROUP,
     )
 }
+
+
+# What follows is read at each compile: a row may be added at any time.
+
+
+def quantizers() -> frozenset[Any]:
+    """The operators whose equal calls the linears of one input share."""
+    return frozenset(scheme.quantizer for scheme in SCHEMES.values()) - {None}
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The operators that Inductor is given to fuse instead of a call, and what they are made of."""
+    return {
+        operator: decomposed
+        for scheme in SCHEMES.values()
+        for operator, decomposed in scheme.decompositions.items()
+    }
