@@ -271,7 +271,7 @@ def without_int8fx(monkeypatch):
 def test_where_int8fx_is_not_installed_int8_files_name_it(saved, without_int8fx, caplog, ignore):
     """transformers skips a quantisation that it does not know, and then makes up each weight whose
     shape does not fit, if its caller allows that."""
-    with pytest.raises(ValueError, match="the weights are int8 of int8fx.*pip install int8fx"):
+    with pytest.raises(ValueError, match=r"the weights are int8 of int8fx.*pip install int8fx"):
         load(saved, ignore_mismatched_sizes=ignore)
     assert "Unknown quantization type, got int8fx" in caplog.text
 
