@@ -51,8 +51,13 @@ def eager_calls(monkeypatch):
 
 @pytest.fixture
 def tokenizer():
-    words = {f"w{index}": index for index in range(64)}
-    split = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    return words()
+
+
+def words():
+    """A tokenizer of 64 words, w0 to w63, with a chat's template."""
+    vocabulary = {f"w{index}": index for index in range(64)}
+    split = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     split.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=split, unk_token="w0", pad_token="w0")
     made.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
@@ -104,11 +109,15 @@ def test_a_pipeline_and_a_chat(eager_calls, tokenizer):
     model.compile(backend="llmint8")
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     chat = [{"role": "user", "content": "w5 w6 w7"}]
-    for prompt in ("w3 w4", chat):
-        with checking() as seen:
-            (answer,) = generator(prompt, max_new_tokens=NEW, do_sample=False)
-        assert len(answer["generated_text"]) == (2 if prompt is chat else len(answer["generated_text"]))
-        assert seen.linears == NEW * LINEARS and seen.worst <= 1
+    with checking() as seen:
+        for prompt in ("w3 w4", chat):
+            (answer,) = generator(prompt, min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False)
+            assert answer["generated_text"][: len(prompt)] == prompt
+        chat_tokens = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        model.generate(**chat_tokens, min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False)
+    assert seen.linears == 3 * NEW * LINEARS and seen.worst <= 1
     assert not eager_calls
 
 
