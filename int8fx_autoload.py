@@ -1,15 +1,15 @@
-"""What int8fx adds to transformers and accelerate, in every process that imports torch.
+"""What int8fx adds to transformers, diffusers and accelerate, in every process that imports torch.
 
 torch calls ``autoload`` at the end of ``import torch``, wherever int8fx is installed (entry point group
 ``torch.backends``; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` in the environment switches that off), and
 ``import int8fx`` calls ``register``. From then on, without an import of int8fx:
 
     transformers  knows the quantisation "int8fx", so from_pretrained reads int8 files;
+    diffusers     the same;
     accelerate    knows the compiler backend "llmint8", so the Trainer takes it by its name.
 
 ``import torch`` must neither fail nor become slow because of this. So the module stands outside of the
-package, imports nothing but the standard library, and waits until transformers or accelerate is
-imported. int8fx itself is imported by the first model that needs it.
+package, imports nothing but the standard library, and waits until one of these is imported. int8fx itself is imported by the first model that needs it.
 """
 
 import importlib.abc
@@ -40,6 +40,8 @@ def register() -> None:
     # the second imports torch before it, and no model is loaded without it.
     after_import("transformers.quantizers.auto", _add_quantizer)
     after_import("transformers.modeling_utils", _add_quantizer)
+    after_import("diffusers.quantizers.auto", _add_to_diffusers)
+    after_import("diffusers.models.modeling_utils", _add_to_diffusers)
     after_import("accelerate.utils.dataclasses", _add_backend)
 
 
@@ -71,6 +73,32 @@ def _add_quantizer() -> None:
 
     auto.register_quantization_config(METHOD)(Int8FxConfig)
     auto.register_quantizer(METHOD)(Int8FxQuantizer)
+
+
+# --- diffusers -----------------------------------------------------------------------------------
+
+
+def _add_to_diffusers() -> None:
+    auto: Any = sys.modules.get("diffusers.quantizers.auto")
+    if not hasattr(auto, "DiffusersAutoQuantizer"):
+        return
+
+    class Int8FxConfig:
+        """Stands for ``int8fx.integrations.diffusers.Int8FxConfig``."""
+
+        @classmethod
+        def from_dict(cls, config_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            from int8fx.integrations.diffusers import Int8FxConfig
+
+            return Int8FxConfig.from_dict(config_dict, *args, **kwargs)
+
+    def quantizer(*args: Any, **kwargs: Any) -> Any:
+        from int8fx.integrations.diffusers import Int8FxQuantizer
+
+        return Int8FxQuantizer(*args, **kwargs)
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, Int8FxConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, quantizer)
 
 
 # --- accelerate ----------------------------------------------------------------------------------

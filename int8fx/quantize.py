@@ -119,11 +119,18 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     return model
 
 
+# Models that write what they are beside their files: where their class is, and what tells them.
+_WITH_FILES = {
+    "transformers.modeling_utils": "int8fx.integrations.transformers",
+    "diffusers.models.modeling_utils": "int8fx.integrations.diffusers",
+}
+
+
 def _tell_hugging_face(event: str, model: nn.Module, *args: Any) -> None:
-    """A model of transformers knows what its files will hold."""
-    # Importing it takes seconds; without it no module can be one of its models.
-    if "transformers.modeling_utils" in sys.modules:
-        getattr(importlib.import_module("int8fx.integrations.transformers"), event)(model, *args)
+    for needed, integration in _WITH_FILES.items():
+        # Importing it takes seconds; without it no module can be one of its models.
+        if needed in sys.modules:
+            getattr(importlib.import_module(integration), event)(model, *args)
 
 
 def _shards(model: nn.Module, name: str) -> dict[int, Any]:
