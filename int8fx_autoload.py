@@ -9,7 +9,8 @@ torch calls ``autoload`` at the end of ``import torch``, wherever int8fx is inst
     accelerate    knows the compiler backend "llmint8", so the Trainer takes it by its name.
 
 ``import torch`` must neither fail nor become slow because of this. So the module stands outside of the
-package, imports nothing but the standard library, and waits until one of these is imported. int8fx itself is imported by the first model that needs it.
+package, imports nothing but the standard library, and waits until one of these is imported. int8fx
+itself is imported by the first model that needs it.
 """
 
 import importlib.abc

@@ -8,6 +8,7 @@ from installed import install, run
 from test_generation import llama, words
 from transformers import LlamaForCausalLM
 
+import int8fx
 from int8fx.integrations.transformers import Int8FxConfig
 
 TOKENS = torch.arange(8).unsqueeze(0)
@@ -131,3 +132,48 @@ def test_import_torch_goes_on_when_registering_fails(environment):
     done = run(code, environment)
     assert done.stdout == "tensor([1.])\n"
     assert "int8fx could not register itself" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+# --- libraries that call from_pretrained ----------------------------------------------------------
+
+
+def test_sentence_transformers(environment, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import modules
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    BertModel(BertConfig(**sizes, num_hidden_layers=1, vocab_size=64)).save_pretrained(tmp_path / "bert")
+    words().save_pretrained(tmp_path / "bert")
+    transformer = modules.Transformer(str(tmp_path / "bert"))
+    model = sentence_transformers.SentenceTransformer(
+        modules=[transformer, modules.Pooling(64)], device="cpu"
+    )
+    int8fx.quantize_(model)
+    model.save(str(tmp_path / "int8"))
+    code = (
+        "from sentence_transformers import SentenceTransformer; import json\n"
+        f"model = SentenceTransformer({str(tmp_path / 'int8')!r}, device='cpu')\n"
+        "print(json.dumps(model.encode(['w3 w4', 'w5 w6 w7']).tolist()))"
+    )
+    done = run(code, environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == model.encode(["w3 w4", "w5 w6 w7"]).tolist()
+
+
+def test_lm_eval(environment, saved, tokenizer):
+    pytest.importorskip("lm_eval")
+    folder, model = saved
+    code = (
+        "import sys; from lm_eval.models.huggingface import HFLM; from lm_eval.api.instance import Instance\n"
+        "assert 'int8fx' not in sys.modules\n"
+        f"model = HFLM(pretrained={str(folder / 'int8')!r}, device='cpu')\n"
+        "request = Instance('loglikelihood', {}, ('w3 w4', ' w5'), 0)\n"
+        "print(model.loglikelihood([request])[0][0])"
+    )
+    done = run(code, environment)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        log_likelihood = model(torch.tensor([[3, 4]])).logits[0, -1].float().log_softmax(-1)[5]
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(float(log_likelihood), abs=1e-6)

@@ -19,6 +19,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -62,6 +63,9 @@ class Int8FxConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method.value, **self.options}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
 
     @property
     def activation_options(self) -> dict[str, Any]:
@@ -195,7 +199,8 @@ def dequantized(model: nn.Module) -> None:
     for found in _models(model):
         if isinstance(getattr(found, "hf_quantizer", None), Int8FxQuantizer):
             del found.hf_quantizer
-            found.register_to_config(quantization_config=None)
+            kept = {k: v for k, v in found.config.items() if k != "quantization_config"}
+            found._internal_dict = FrozenDict(kept)
 
 
 def _models(module: nn.Module) -> Iterator[Any]:
