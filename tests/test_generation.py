@@ -59,7 +59,7 @@ def words():
     vocabulary = {f"w{index}": index for index in range(64)}
     split = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     split.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=split, unk_token="w0", pad_token="w0")
+    made = PreTrainedTokenizerFast(tokenizer_object=split, unk_token="w0", eos_token="w63")
     made.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
     return made
 

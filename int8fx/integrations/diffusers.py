@@ -15,7 +15,7 @@ linears run on one row an image, and every pixel of the result depends on them.
 
 import importlib
 from collections.abc import Iterator, Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -42,14 +42,14 @@ SKIP = (
 )
 
 
-class _Method(str, Enum):
+class _Method(StrEnum):
     """diffusers asks a method for its ``value``."""
 
     INT8FX = "int8fx"
 
 
 class Int8FxConfig(QuantizationConfigMixin):
-    """The options of ``int8fx.quantize_``, in a model's ``config.json``; ``skip`` is ``SKIP`` by default.
+    """The options of ``int8fx.quantize_``, in a model's ``config.json``; by default ``skip=SKIP``.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -85,6 +85,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **options)
         self.model: Any = None
         self.names: frozenset[str] = frozenset()
+        self.parameters: frozenset[str] = frozenset()
         self.halves: dict[str, Tensor] = {}
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
@@ -111,6 +112,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
         """
         found = decisions(model, **self.quantization_config.options)
         self.model = model
+        self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.names = frozenset(f"{each.path}.weight" for each in found if each.accepted)
         if not self.names:
             reasons = "".join(f"\n  {decision}" for decision in found)
@@ -125,17 +127,20 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
         """One file's tensors, int8 weights put together; halves wait for the file of the other one."""
-        self.halves |= {name: state.pop(name) for name in list(state) if self._is_half(name, state[name])}
+        self.halves |= {
+            name: state.pop(name) for name in list(state) if self._is_half(name, state[name])
+        }
         for name in [name for name in self.halves if name + state_dict.SCALE in self.halves]:
             state[name] = state_dict.read(name, self._like(name), self.halves)
             del self.halves[name], self.halves[name + state_dict.SCALE]
         return state
 
     def _is_half(self, name: str, tensor: Tensor) -> bool:
-        parameters = dict(self.model.named_parameters())
-        if name in parameters:
-            return tensor.dtype == torch.int8 and parameters[name].is_floating_point()
-        return name.endswith(state_dict.SCALE) and name.removesuffix(state_dict.SCALE) in parameters
+        if name in self.parameters:
+            return tensor.dtype == torch.int8
+        return (
+            name.endswith(state_dict.SCALE) and name.removesuffix(state_dict.SCALE) in self.parameters
+        )
 
     def _form(self, owner: nn.Module) -> dict[str, Any]:
         form: dict[str, Any] = self.quantization_config.activation_options
