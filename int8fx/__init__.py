@@ -1,5 +1,6 @@
 """LLM.int8() as a torch.compile backend: ``torch.compile(model, backend="llmint8")``."""
 
+import int8fx_autoload
 from int8fx.backend import llmint8
 from int8fx.checkpoint import load_checkpoint, save_checkpoint
 from int8fx.explain import explain
@@ -10,6 +11,8 @@ from int8fx.quantize import decisions, dequantize_, quantize_
 from int8fx.quantized_weight import Int8Weight
 from int8fx.report import Report, collect_reports
 from int8fx.suggest import Suggestion, suggest
+
+int8fx_autoload.register()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,12 +1,16 @@
 """``torch.compile(model, backend="llmint8")``."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from int8fx.options import Options, inductor_patches
+from int8fx.report import collect_reports
 from int8fx.torch_private import check_torch
+from int8fx.watch import Watch
+from int8fx_autoload import after_import
 
 
 def llmint8(
@@ -37,4 +41,16 @@ def llmint8(
 
     from int8fx.pipeline import compile_graph
 
-    return compile_graph(gm, example_inputs, checked, patches)
+    watch.graphs += 1
+    with collect_reports() as reports:
+        compiled = compile_graph(gm, example_inputs, checked, patches)
+    watch.compiled(reports)
+    return compiled
+
+
+def _watch_generation() -> None:
+    importlib.import_module("int8fx.integrations.generation").install(llmint8)
+
+
+watch = Watch(llmint8)
+after_import("transformers.generation.utils", _watch_generation)

@@ -1,5 +1,6 @@
 """``quantize_`` and ``dequantize_``: a model's weights to int8 and back, in place, one by one."""
 
+import importlib
 import logging
 import re
 import sys
@@ -67,6 +68,7 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     state_dict.check_on_load(model)
     for site in sites:
         log.debug("%s", site.decision)
+    _tell_hugging_face("quantized", model, options)
     return model
 
 
@@ -113,7 +115,22 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             torch_private.replace_shard(shards[id(weight)], parameter)
         for module, name in shared:
             setattr(module, name, parameter)
+    _tell_hugging_face("dequantized", model)
     return model
+
+
+# Models that write what they are beside their files: where their class is, and what tells them.
+_WITH_FILES = {
+    "transformers.modeling_utils": "int8fx.integrations.transformers",
+    "diffusers.models.modeling_utils": "int8fx.integrations.diffusers",
+}
+
+
+def _tell_hugging_face(event: str, model: nn.Module, *args: Any) -> None:
+    for needed, integration in _WITH_FILES.items():
+        # Importing it takes seconds; without it no module can be one of its models.
+        if needed in sys.modules:
+            getattr(importlib.import_module(integration), event)(model, *args)
 
 
 def _shards(model: nn.Module, name: str) -> dict[int, Any]:

@@ -9,11 +9,10 @@ are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127
 
 Why the one: nobody may take the integers for the values of a float weight, as torch and transformers
 copy any number into a parameter of its shape, and tell of a scale that nothing reads in a warning at
-most. transformers has no entry point through which it would find int8fx: where
-``int8fx.integrations.transformers`` was not imported, it warns that it does not know the quantisation
-'int8fx', and loads the files as if they were float. Of another shape, ``load_state_dict`` refuses
-each int8 weight by name, strict or not, and ``from_pretrained`` the model. Another name instead would
-not do: transformers fills what it misses with random numbers.
+most. Of another shape, ``load_state_dict`` refuses each int8 weight by name, strict or not, and
+``from_pretrained`` the model. Another name instead would not do: transformers fills what it misses
+with random numbers. It does so with another shape, too, if its caller asks for that, so the
+configuration beside the files makes it refuse them (``int8fx/integrations/transformers.py``).
 
 What does not fit raises ``CheckpointError`` before anything is loaded.
 

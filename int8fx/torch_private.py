@@ -5,6 +5,7 @@ and says so: ``check_torch`` names what is missing.
 """
 
 import contextlib
+import gc
 import re
 import sys
 import types
@@ -150,6 +151,39 @@ def uncompiled(model: Any) -> Any:
     from torch._dynamo.eval_frame import OptimizedModule
 
     return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def requests(backend: Callable[..., Any]) -> frozenset[int]:
+    """The calls of ``torch.compile`` with a backend since Dynamo's last reset, by an identity each."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    if eval_frame is None:
+        return frozenset()
+    return frozenset(key for key, each in eval_frame.cached_backends.items() if _is(each, backend))
+
+
+def _is(request: Any, backend: Callable[..., Any]) -> bool:
+    return getattr(request, "compiler_fn", request) is backend  # torch.compile's own wrapper has one
+
+
+def is_wrapped(module: Any, backend: Callable[..., Any]) -> bool:
+    """Whether ``torch.compile(module, backend=...)`` returned a wrapper that is still there.
+
+    The module does not know, so this looks through all objects of the process.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    wrappers: Any = [each for each in gc.get_objects() if type(each) is OptimizedModule]
+    return any(
+        wrapper._orig_mod is module and _is(innermost_backend(wrapper.dynamo_ctx.callback), backend)
+        for wrapper in wrappers
+    )
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a module's own calls are: after ``module.compile()``, or with a compiled ``forward``."""
+    return module._compiled_call_impl is not None or hasattr(
+        module.forward, "_torchdynamo_orig_callable"
+    )
 
 
 def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,6 +61,10 @@ def test_a_wheel_holds_everything_and_imports(tmp_path, hugging_face):
         assert f"int8fx/{source.relative_to(ROOT).as_posix()}" in names
     assert "int8fx/py.typed" in names
     assert any(name.startswith("int8fx/data/") and name.endswith(".txt") for name in names)
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    declared = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "[torch.backends]\nint8fx = int8fx_autoload:autoload\n" in declared
+    assert "int8fx_autoload.py" in names  # a missing one would make import torch fail
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     code = (

@@ -158,12 +158,41 @@ def test_conv1d_and_a_tied_head(tmp_path):
     assert torch.equal(logits(again), logits(read))
 
 
-def test_dequantize(saved):
+@pytest.mark.parametrize("way", [lambda model: model.dequantize(), int8fx.dequantize_])
+def test_dequantize(saved, tmp_path, way):
     model = load(saved)
     expected = model.get_parameter(UP).dequantize()
-    model.dequantize()
+    way(model)
     assert type(model.get_parameter(UP)) is torch.nn.Parameter
     assert torch.equal(model.get_parameter(UP), expected)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"quantization_config", "fusion_config"} & config.keys()  # plain files again
+
+
+def test_what_quantize_changed_is_saved_and_read_in_int8(floats, tmp_path):
+    model = int8fx.quantize_(load(floats[0]), threshold=3.0, skip=["*.down_proj", "lm_head"])
+    model.save_pretrained(tmp_path)
+    read = load(tmp_path, ignore_mismatched_sizes=True)
+    assert read.get_parameter(UP).threshold == 3.0
+    assert type(read.get_parameter(UP.replace("up_proj", "down_proj"))) is nn.Parameter
+    assert torch.equal(logits(read), logits(model))
+
+
+def test_a_model_inside_of_a_quantised_module_is_saved_and_read_in_int8(floats, tmp_path):
+    model = load(floats[0])
+    int8fx.quantize_(nn.Sequential(nn.Linear(64, 64), model), threshold=3.0, only=["1.*.up_proj"])
+    model.save_pretrained(tmp_path)
+    read = load(tmp_path)
+    assert read.get_parameter(UP).threshold == 3.0
+    assert torch.equal(logits(read), logits(model))
+
+
+def test_weights_of_two_thresholds_are_not_saved_as_of_one(floats, tmp_path):
+    model = int8fx.quantize_(load(floats[0]), threshold=3.0, only=["*.up_proj"])
+    int8fx.quantize_(model, threshold=4.0, only=["*.down_proj"])
+    with pytest.raises(ValueError, match=r"down_proj.weight has .*4\.0.* one setting for all.*3\.0"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -229,19 +258,56 @@ def test_what_another_device_works_on_waits_on_the_cpu(floats, model, saved, qua
     assert torch.equal(read.get_parameter(UP), model.get_parameter(UP))
 
 
-def test_where_int8fx_is_not_imported_int8_files_are_refused(saved, monkeypatch, caplog):
-    """transformers skips a quantisation that it does not know, and would take any number of the shape
-    of a weight for its value."""
+@pytest.fixture
+def without_int8fx(monkeypatch):
+    """transformers as it is where int8fx is not installed."""
     from transformers.quantizers import auto
 
     for table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(table, "int8fx")
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_where_int8fx_is_not_installed_int8_files_name_it(saved, without_int8fx, caplog, ignore):
+    """transformers skips a quantisation that it does not know, and then makes up each weight whose
+    shape does not fit, if its caller allows that."""
+    with pytest.raises(ValueError, match=r"the weights are int8 of int8fx.*pip install int8fx"):
+        load(saved, ignore_mismatched_sizes=ignore)
+    assert "Unknown quantization type, got int8fx" in caplog.text
+
+
+def test_where_int8fx_is_not_installed_files_without_its_name_are_refused(
+    saved, tmp_path, without_int8fx, caplog
+):
+    """Of files that do not ask for it: of versions before, or with a configuration of one's own."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["fusion_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         RuntimeError, match="`ignore_mismatched_sizes` to `False`, thus raising an error"
     ):
-        load(saved)
+        load(tmp_path)
     assert "Unknown quantization type, got int8fx" in caplog.text
     assert "ckpt: torch.Size([1, 128, 64]) vs model:torch.Size([128, 64])" in caplog.text
+
+
+def test_files_that_do_not_ask_for_int8fx_are_read_as_well(model, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["fusion_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_a_fusion_of_the_users_own_stays(floats, tmp_path):
+    own = {"patch_embeddings": False}
+    read = load(floats[0], quantization_config=Int8FxConfig(), fusion_config=own)
+    read.save_pretrained(tmp_path)
+    assert own.items() < json.loads((tmp_path / "config.json").read_text())["fusion_config"].items()
+    again = load(tmp_path)
+    again.dequantize()
+    assert again.config.fusion_config == own
 
 
 def test_files_with_weights_in_their_own_shape_are_read_as_well(model, saved, tmp_path):

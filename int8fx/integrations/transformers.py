@@ -1,11 +1,13 @@
-"""int8fx as a quantiser of transformers; importing this module registers it::
+"""int8fx as a quantiser of transformers::
 
-    import int8fx.integrations.transformers
     from int8fx.integrations.transformers import Int8FxConfig
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=Int8FxConfig(threshold=6.0))
     model.save_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
+
+The last line needs no import: ``int8fx_autoload.py`` tells transformers of the format. Where int8fx is
+not installed the same line raises a ``ValueError`` that names int8fx (``READER``).
 
 Each weight is quantised as it is read, so memory peaks one weight above the int8 model. The files
 that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dict.py``). What a
@@ -14,6 +16,7 @@ that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dic
 """
 
 import importlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import get_device
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from int8fx import checkpoint, sharding, state_dict
@@ -32,9 +36,12 @@ from int8fx.quantize import OPTIONS, decisions, dequantize_, keeps_transposed, l
 from int8fx.quantized_weight import Int8Weight
 
 METHOD = "int8fx"
+# transformers skips a quantisation that it does not know, and loads the files as if they were float.
+# A fusion that it does not know it refuses, whatever its caller allows: ``Unknown fusion type: ...``.
+# So ``config.json`` asks for one, which this quantiser takes out again before it is looked up.
+READER = "the weights are int8 of int8fx; to read them, pip install int8fx and import int8fx"
 
 
-@register_quantization_config(METHOD)
 class Int8FxConfig(QuantizationConfigMixin):
     """The options of ``int8fx.quantize_``, in a model's ``config.json``.
 
@@ -57,7 +64,6 @@ class Int8FxConfig(QuantizationConfigMixin):
         return {"threshold": parsed.threshold, "decomposition": parsed.decomposition}
 
 
-@register_quantizer(METHOD)
 class Int8FxQuantizer(HfQuantizer):
     """What transformers asks while it loads and saves; see ``transformers.quantizers.HfQuantizer``."""
 
@@ -82,6 +88,11 @@ class Int8FxQuantizer(HfQuantizer):
             importlib.import_module("int8fx.integrations.accelerate")  # what serves it
         # transformers comes back with what it made of "auto".
         self.device_map = device_map if isinstance(device_map, dict) else None
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """What transformers shows the configuration through, before anything is read."""
+        _ask_for_reader(config, False)
+        return config
 
     def is_on_disk(self, name: str) -> bool:
         """Whether a parameter stays on disk, from where accelerate brings it for each call."""
@@ -123,7 +134,12 @@ class Int8FxQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
         """For saving: of a model with offloaded weights, brought back module by module; of one in
-        shards, with its int8 weights put together in every process."""
+        shards, with its int8 weights put together in every process.
+
+        Raises:
+            ValueError: a weight has other options than the configuration, which holds one for all.
+        """
+        _check_options(model, self.quantization_config)
         shards = {n: p for n, p in model.named_parameters() if p is not local(p)}
         if any(isinstance(local(parameter), Int8Weight) for parameter in shards.values()):
             state = model.state_dict()
@@ -143,6 +159,7 @@ class Int8FxQuantizer(HfQuantizer):
             numbers.
         """
         state_dict.check_on_load(model)
+        _ask_for_reader(model.config, True)
         # Files of another class need not hold all of this one: a new head, a pooler.
         same_class = type(model).__name__ in (model.config.architectures or ())
         if self.pre_quantized and self.in_files and same_class:
@@ -152,7 +169,68 @@ class Int8FxQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return dequantize_(model, dtype)
+        return dequantize_(model, dtype)  # which calls dequantized, below
+
+
+# --- models that quantize_ changed ---------------------------------------------------------------
+
+
+def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Makes each model of transformers in a module, the module itself among them, what from_pretrained
+    would have made: ``save_pretrained`` writes files that ``from_pretrained`` reads."""
+    for found in _models(model):
+        if getattr(found, "hf_quantizer", None) is None:
+            # Patterns are of paths in the module that was given, and of no use in the files of a part.
+            kept = options if found is model else {k: v for k, v in options.items() if k in _KEPT}
+            config = Int8FxConfig(**kept)
+            found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
+            found.config.quantization_config = config
+            _ask_for_reader(found.config, True)
+
+
+def dequantized(model: nn.Module) -> None:
+    """The way back."""
+    for found in _models(model):
+        if isinstance(getattr(found, "hf_quantizer", None), Int8FxQuantizer):
+            found.hf_quantizer.remove_quantization_config(found)
+            _ask_for_reader(found.config, False)
+
+
+def _models(module: nn.Module) -> Iterator[Any]:
+    """The outermost models of transformers; those inside of one share its files."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+        return
+    for child in module.children():
+        yield from _models(child)
+
+
+_KEPT = ("threshold", "decomposition")  # with each weight
+
+
+def _check_options(model: nn.Module, config: Int8FxConfig) -> None:
+    for name, parameter in model.named_parameters():
+        weight = local(parameter)
+        if isinstance(weight, Int8Weight) and weight.activation_options != config.activation_options:
+            raise ValueError(
+                f"{name} has {weight.activation_options}, and config.json holds one setting for all "
+                f"weights, {config.activation_options}; int8fx.save_checkpoint writes the weights alone"
+            )
+
+
+def _ask_for_reader(config: Any, ask: bool) -> None:
+    """Makes files with this configuration loadable through this quantiser alone, or by everything."""
+    others = {name: each for name, each in (_fusions(config) or {}).items() if name != READER}
+    if ask:
+        config.fusion_config = {**others, READER: True}
+    elif others:
+        config.fusion_config = others
+    elif _fusions(config) is not None:
+        del config.fusion_config
+
+
+def _fusions(config: Any) -> dict[str, Any] | None:
+    return getattr(config, "fusion_config", None)
 
 
 class _Operation(ConversionOps):
