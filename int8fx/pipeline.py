@@ -27,8 +27,8 @@ from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.fuse_sums import fuse_sums
 from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
-from int8fx.passes.lower import lower, lower_matmul
 from int8fx.passes.low_rank import factors
+from int8fx.passes.lower import lower, lower_matmul
 from int8fx.passes.mutation import written
 from int8fx.passes.one_row import one_row
 from int8fx.passes.ranking import Rankings

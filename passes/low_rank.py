@@ -15,7 +15,7 @@ from int8fx.passes.ranking import Origin, name_of
 RANK = 128
 
 _KEEPS = frozenset(
-    "to type type_as float half bfloat16 double _to_copy clone contiguous detach alias dropout dropout_ "
+    "to type type_as float half bfloat16 double _to_copy clone contiguous detach alias dropout "
     "view reshape flatten unflatten squeeze unsqueeze neg".split()
 )
 _SCALES = frozenset("mul mul_ imul __mul__ __rmul__ multiply div div_ truediv itruediv".split())

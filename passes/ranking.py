@@ -35,6 +35,7 @@ from int8fx.passes.values import shape_of, tensor_of
 
 BUDGET = 512
 PRODUCTS = 2
+BEHIND = ", behind a product of two activations"
 
 _MIXES = re.compile(r"conv(olution|_|\dd)|attention|attn|embedding|lstm|gru|rnn")
 _PRODUCT = re.compile(
@@ -63,7 +64,7 @@ class Origin(IntEnum):
 
 
 def name_of(node: fx.Node) -> str:
-    """The bare name of what a node calls: ``topk`` for ``torch.topk``, ``aten.topk.default``, .topk()."""
+    """The bare name of what a node calls: ``topk`` of ``torch.topk`` and of ``aten.topk.default``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return str(name).split(".")[0]
 
@@ -110,7 +111,7 @@ class Rankings:
                 for result in self._results(user, value):
                     what = _becomes(user, result)
                     if what == "indices":
-                        return f"ranked by {name_of(user)}"
+                        return f"ranked by {name_of(user)}{BEHIND * bool(products[value])}"
                     if what == "mask":
                         compared.append(result)
                     elif what == "values" and result not in products:

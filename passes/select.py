@@ -1,6 +1,7 @@
 """Select: which candidates are rewritten, by one table of rules; the first that objects refuses."""
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Selection:
 
 
 REQUIRES_GRAD = "weight requires grad"
-# Below it a product is coordinates, angles or a patch's few numbers, and a call costs more than it saves.
+# Below it a product is coordinates, angles or a few numbers, and a call costs more than it saves.
 LEAST_K = 16
 BY_NAME = "name it in `only` to have it in int8"
 NOT_LEARNED = f"it was computed, not learned; {BY_NAME}"
@@ -168,7 +169,7 @@ def _router(candidate: Candidate, selection: Selection) -> str:
 
 
 def _low_rank(candidate: Candidate, selection: Selection) -> str:
-    """An adapter trains in float, so that its evaluation has to be in float to see the same function."""
+    """An adapter trains in float: only in float does its evaluation see the same function."""
     return LOW_RANK if selection.only is None and candidate.node in selection.factors else ""
 
 
@@ -182,11 +183,11 @@ def _not_learned(candidate: Candidate, selection: Selection) -> str:
 
 
 def _is_linear(kind: type[nn.Module] | None) -> bool:
-    """Whether modules of a class are linears: torch's, or any whose ``__init__`` sets ``in_features``."""
+    """Whether modules of a class are linears: torch's, or any that give themselves ``in_features``."""
     if kind is None or issubclass(kind, nn.Linear) or kind.__name__ == "Conv1D":
         return kind is not None
     code = getattr(kind.__init__, "__code__", None)
-    return "in_features" in (*kind.__dict__.get("__annotations__", ()), *getattr(code, "co_names", ()))
+    return "in_features" in (*inspect.get_annotations(kind), *getattr(code, "co_names", ()))
 
 
 def _few_columns(candidate: Candidate, selection: Selection) -> str:
