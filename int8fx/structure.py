@@ -145,7 +145,7 @@ def warning_of(model: nn.Module, left: Sequence[Decision]) -> str:
     """That these experts stay in float, how much of the model they are, and what quantises them."""
     count = sum(each.experts * each.shape[0] * each.shape[1] for each in left if each.shape)
     share = count / max(1, sum(parameter.numel() for parameter in model.parameters()))
-    places = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", each.path) for each in left})
+    places = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", each.path) for each in left})
     return (
         f"quantize_ leaves {count:,} parameters in float, {share:.0%} of {_name(model)}: experts, in "
         f"{', '.join(places)}. They are batches of matrices, and quantize_ replaces linears' weights. "

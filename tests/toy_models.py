@@ -176,7 +176,7 @@ _FEW: tuple[Rule, ...] = (
     (_EXPERTS, lambda experts: min(experts, 4)),
     (_TOP_K, lambda k: min(k, 2)),
     # Of more groups than one, one is chosen first.
-    (re.compile(r"^n_group$"), lambda groups: 2),
+    (re.compile(r"^(n_group|num_expert_group)$"), lambda groups: 2),
     (re.compile(r"^topk_group$"), lambda groups: 1),
     (re.compile(r"^\w*vocab_size\w*$"), lambda size: min(size, VOCABULARY)),
     (_POSITIONS, lambda n: min(n, 512)),
