@@ -56,7 +56,7 @@ REQUIRES_GRAD = "weight requires grad"
 LEAST_K = 16
 BY_NAME = "name it in `only` to have it in int8"
 NOT_LEARNED = f"it was computed, not learned; {BY_NAME}"
-LOW_RANK = f"a low-rank factor, as of an adapter: it trains in float; {BY_NAME}"
+LOW_RANK = f"a low-rank factor, as of an adapter: int8 wins nothing there; {BY_NAME}"
 # What a router does; others find the nearest of a codebook, or compare.
 _CHOOSE_THE_LARGEST = frozenset("topk argmax argsort sort max multinomial gumbel_softmax".split())
 TIED_HEAD = "skip: the output head (its weight is also an embedding)"
@@ -170,7 +170,8 @@ def _router(candidate: Candidate, selection: Selection) -> str:
 
 def _low_rank(candidate: Candidate, selection: Selection) -> str:
     """An adapter trains in float: only in float does its evaluation see the same function."""
-    return LOW_RANK if selection.only is None and candidate.node in selection.factors else ""
+    left = selection.only is None and candidate.node in selection.factors
+    return LOW_RANK if left and _is_plain(candidate, selection) else ""
 
 
 def _not_learned(candidate: Candidate, selection: Selection) -> str:
@@ -191,9 +192,14 @@ def _is_linear(kind: type[nn.Module] | None) -> bool:
 
 
 def _few_columns(candidate: Candidate, selection: Selection) -> str:
+    K = weight_shape(candidate, selection)[-1]
+    return columns_reason(K, selection.only) if _is_plain(candidate, selection) else ""
+
+
+def _is_plain(candidate: Candidate, selection: Selection) -> bool:
+    """Whether the weight is in float: one that ``quantize_`` has made int8 was decided on there."""
     assert candidate.weight is not None
-    plain = type(selection.tensors[candidate.weight.placeholder]) in (Tensor, nn.Parameter)
-    return columns_reason(weight_shape(candidate, selection)[-1], selection.only) if plain else ""
+    return type(selection.tensors[candidate.weight.placeholder]) in (Tensor, nn.Parameter)
 
 
 def columns_reason(K: int, only: tuple[str, ...] | None) -> str:
