@@ -248,6 +248,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_method": "group_limited_greedy"},
     "deepseek_ocr2_text": {"topk_method": "group_limited_greedy"},
     "unlimited_ocr_text": {"topk_method": "group_limited_greedy"},
+    "jamba": {"expert_layer_period": 1, "expert_layer_offset": 0},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "switch_transformers": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "gpt_neo": {"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
 }
 
