@@ -7,7 +7,6 @@ linears are beside it.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +23,17 @@ _GATES = ("gate", "router")
 # Attributes that say how many experts there are, and not how many of them a token meets.
 _COUNTS = re.compile(r"(n|num)_(?!.*per_)\w*(experts|router_classes)$")
 _NEAR = 3  # levels of modules
+_FUNCTIONS = (
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Hardswish,
+    nn.Mish,
+)
 
 
 def modules_around(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -91,25 +101,31 @@ def _factors(owner: nn.Module) -> set[str]:
     linears = {name: child for name, child in owner.named_children() if isinstance(child, nn.Linear)}
     shapes = [tuple(linear.weight.shape) for linear in linears.values()]
     found = set()
-    for first, second in _chains(owner, linears):
+    for first, second, changed in _chains(owner, linears):
         (r, K), (N, columns) = linears[first].weight.shape, linears[second].weight.shape
         beside = isinstance(owner, nn.Sequential) or (N, K) in shapes
-        if columns == r and beside and is_low_rank(r, N, K):
+        if columns == r and beside and is_low_rank(r, N, K, changed):
             found |= {first, second}
     return found
 
 
-def _chains(owner: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[tuple[str, str]]:
-    """Pairs of linears of which the second may read the first."""
+def _chains(owner: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[tuple[str, str, bool]]:
+    """Pairs of linears of which the second may read the first, and whether through a function."""
     if not isinstance(owner, nn.Sequential):
-        yield from ((first, second) for first in linears for second in linears if first != second)
+        yield from (
+            (first, second, False) for first in linears for second in linears if first != second
+        )
         return
-    steps = (
-        name
-        for name, child in owner.named_children()
-        if not isinstance(child, (nn.Dropout, nn.Identity))
-    )
-    yield from (pair for pair in pairwise(steps) if linears.keys() >= set(pair))
+    last, changed = "", False
+    for name, child in owner.named_children():
+        if name in linears:
+            if last:
+                yield last, name, changed
+            last, changed = name, False
+        elif isinstance(child, _FUNCTIONS):
+            changed = True
+        elif not isinstance(child, (nn.Dropout, nn.Identity)):
+            last = ""
 
 
 # --- experts -------------------------------------------------------------------------------------

@@ -27,8 +27,7 @@ class Selection:
         tensors: the real tensor behind each weight placeholder of the outermost graph.
         paths: the module path of each weight placeholder.
         skip, only: fnmatch patterns on module paths (of the module, not of its weight).
-        skips_by_default: whether a weight that is also an embedding, what is ranked, and a low-rank
-            factor stay in float.
+        skips_by_default: whether a weight that is also an embedding, and what is ranked, stay in float.
         kernel_reason: why a device cannot be served, or None when it can.
         mutated: placeholders that the graph itself writes to.
         attention: whether products of two activations are rewritten.

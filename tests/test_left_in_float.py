@@ -203,6 +203,14 @@ def test_a_rank_is_low_up_to_half_of_either_side(r, low):
     assert (reasons["down"] == LOW_RANK) == (reasons["up"] == LOW_RANK) == low
 
 
+@pytest.mark.parametrize("function", [F.silu, F.gelu, torch.relu, lambda h: h.tanh() * 2])
+@pytest.mark.parametrize(("r", "low"), [(8, True), (9, False)])
+def test_a_bottleneck_around_a_function_is_an_adapters_up_to_an_eighth(function, r, low):
+    reasons = reasons_of(Adapted(lambda self, h: function(h), r=r), torch.randn(4, K))
+    assert reasons["down"] == (LOW_RANK if low else "")
+    assert reasons["up"].startswith(LOW_RANK if low else "K = 9 is below 16")
+
+
 def test_ranks_above_128_are_worth_it():
     wide = nn.Sequential(nn.Linear(512, 129), nn.Linear(129, 512))
     narrow = nn.Sequential(nn.Linear(512, 128), nn.Linear(128, 512))
@@ -314,6 +322,13 @@ def test_quantize_knows_factors_by_the_linears_beside_them():
         of_backend = reasons_of(copy.deepcopy(model).eval(), torch.randn(4, K))
         assert LOW_RANK in of_backend.values()
         assert {d.path: d.reason for d in int8fx.decisions(model)} == of_backend
-    # A function is between these, and nothing says which reads which.
-    others = (nn.Sequential(nn.Linear(K, 16), nn.ReLU(), nn.Linear(16, N)), Mlp())
+    bottleneck = nn.Sequential(nn.Linear(160, 20), nn.GELU(), nn.Dropout(0.1), nn.Linear(20, 160))
+    of_backend = reasons_of(copy.deepcopy(bottleneck).eval(), torch.randn(4, 160))
+    assert of_backend == {"0": LOW_RANK, "3": LOW_RANK}
+    assert {d.path: d.reason for d in int8fx.decisions(bottleneck)} == of_backend
+    others = (
+        nn.Sequential(nn.Linear(K, 16), nn.ReLU(), nn.Linear(16, N)),
+        nn.Sequential(nn.Linear(K, 16), nn.LayerNorm(16), nn.Linear(16, N)),
+        Mlp(),
+    )
     assert not any(decision.reason for model in others for decision in int8fx.decisions(model))
