@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from int8fx.passes.decision import Decision
 from int8fx.passes.low_rank import is_low_rank
-from int8fx.passes.select import LEAST_K, LOW_RANK
+from int8fx.passes.select import DTYPES, LEAST_K, LOW_RANK
 
 # What chooses experts, keys or codes, as transformers and others call the classes.
 _ROUTERS = re.compile(r"Router|Gating$|MoE\w*Gate$")
@@ -24,15 +24,8 @@ _GATES = ("gate", "router")
 _COUNTS = re.compile(r"(n|num)_(?!.*per_)\w*(experts|router_classes)$")
 _NEAR = 3  # levels of modules
 _FUNCTIONS = (
-    nn.ReLU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.Hardswish,
-    nn.Mish,
+    *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+    *(nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.Mish),
 )
 
 
@@ -60,6 +53,8 @@ def ranked_reason(path: str, around: Sequence[nn.Module], N: int, K: int) -> str
 def _expert_counts(around: Sequence[nn.Module]) -> set[int]:
     """How many experts the nearest module holds that holds any, and what it says there are."""
     for module in around[:_NEAR]:
+        if isinstance(module, nn.ModuleList):  # of experts or of layers, whose owner comes next
+            continue
         held = {len(batch) for child in module.children() for batch in _batches(child).values()}
         held |= {
             len(child)
@@ -98,7 +93,11 @@ def factor_reason(path: str, around: Sequence[nn.Module]) -> str:
 
 def _factors(owner: nn.Module) -> set[str]:
     """The names of the linears in a module that are low-rank factors."""
-    linears = {name: child for name, child in owner.named_children() if isinstance(child, nn.Linear)}
+    linears = {
+        name: child
+        for name, child in owner.named_children()
+        if isinstance(child, nn.Linear) and child.weight.dim() == 2
+    }
     shapes = [tuple(linear.weight.shape) for linear in linears.values()]
     found = set()
     for first, second, changed in _chains(owner, linears):
@@ -138,7 +137,10 @@ def _batches(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and len(parameter) > 1 and min(parameter.shape[1:]) >= LEAST_K
+        if parameter.dtype in DTYPES
+        and parameter.dim() == 3
+        and len(parameter) > 1
+        and min(parameter.shape[1:]) >= LEAST_K
     }
 
 

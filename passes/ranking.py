@@ -5,10 +5,10 @@
     ...
     experts = scores.masked_fill(~mask, 0.0).topk(8, dim=-1)[1]
 
-Floating values are followed through whatever reads them. What makes integers of them ranks them: the
-indices of ``topk``, ``sort``, ``argmin``, ``max(dim)``, ``multinomial``, ``bucketize``. Its values, as
-of a pooling, are followed on. What makes booleans of them compares them; that counts where it decides
-on something else, see ``_decides``.
+Floating values are followed through whatever reads them. A call that makes integers of them ranks them:
+``argmin``, ``multinomial``, ``bucketize``, and the indices of ``topk``, ``sort`` or ``max(dim)``. Where
+only the values of ``topk`` or ``max`` are read, as in a pooling, these are followed on. A call that
+makes booleans compares them. That counts where they decide on something else, see ``_decides``.
 
 Four things end it:
 

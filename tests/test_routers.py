@@ -15,8 +15,9 @@ RANKED = {
     "glm_moe_dsa": ("gate", *INDEXER),
     "phimoe": ("router",),
     "mixtral": ("gate",),
-    "granitemoe": ("layer",),
+    "granitemoe": ("router",),
     "zaya": ("out_proj",),
+    "jamba": ("router",),
     "llama": (),
 }
 
