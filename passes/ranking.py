@@ -247,7 +247,7 @@ def _writes(node: fx.Node) -> bool:
 def _reads_values(user: fx.Node, value: fx.Node) -> bool:
     """Whether a call reads the contents of a tensor, and not its shape or its dtype alone."""
     name = name_of(user)
-    if _OF_THE_FIRST.match(name):
+    if _OF_THE_FIRST.match(name) and user.args:
         return user.args[0] is value
     return not _VALUE_FREE.match(name)
 
