@@ -46,6 +46,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 from checked import Seen, checking  # noqa: E402
+from routers import apart_from_quantize, is_ranked  # noqa: E402
 from torch import Tensor  # noqa: E402
 from toy_models import Toy, architectures, build  # noqa: E402
 
@@ -153,6 +154,8 @@ def check_linears(toy: Toy) -> tuple[Any, dict[str, Any]]:
         "llmint8 breaks": breaks,
         "linears": sum(decision.accepted for decision in decisions),
         "refused": dict(refused),
+        "ranked": {each.path: each.reason for each in decisions if is_ranked(each)},
+        "quantize_ apart": apart_from_quantize(toy.model, decisions),
         "share": seen.share,
         "worst": seen.worst,
         "worst call": seen.worst_call,
@@ -244,6 +247,30 @@ def alike_under_dynamo(rows: list[dict[str, Any]]) -> str:
     return f'Under Dynamo alone (`backend="eager"`) {", ".join(alike)} differ from it as much.'
 
 
+def ranked_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What is ranked or compared in each architecture, and whether ``quantize_`` leaves the same."""
+    lines = [
+        "## What is ranked stays in float",
+        "",
+        "Routers, indexers, codebooks and whatever else is ranked or compared, as the graph shows it. "
+        "Architectures with groups of experts have two groups of two here. **apart**: linears that the "
+        "backend and `quantize_` decide differently on.",
+        "",
+        "| architecture | ranked | apart |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        if not row.get("ranked") and not row.get("quantize_ apart"):
+            continue
+        counts = collections.Counter(
+            f"{re.sub(r'[0-9]+', '*', path)}: {re.sub(r'.*output is |[)]$', '', reason)}"
+            for path, reason in row["ranked"].items()
+        )
+        ranked = "; ".join(f"{what} ({count})" for what, count in counts.items())
+        lines.append(f"| {row['architecture']} | {ranked} | {', '.join(row['quantize_ apart'])} |")
+    return lines
+
+
 def number(value: Any, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -319,6 +346,8 @@ def write_table(results: dict[str, dict[str, Any]], path: Path) -> None:
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
         *map(table_row, ran),
+        "",
+        *ranked_table(ran),
         "",
         "## Not examined further, and why",
         "",

@@ -53,13 +53,14 @@ class Options:
         rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
         group_size: how many weights along K share a scale, in schemes that quantise by groups.
         skip: fnmatch patterns on module paths that stay in float.
-        only: when given, only module paths that match one of these are rewritten.
+        only: when given, only module paths that match one of these are rewritten. What they name is
+            rewritten even if it is a buffer that no linear owns, a low-rank factor, or has few columns.
         inductor: Inductor config patches, applied over those of ``mode``.
         attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
             in int8, too. Off by default, as in the paper.
         release_weights: whether modules give up their float weights once compiled (``release.py``).
-        skips_by_default: whether a weight that is also an embedding stays in float, and routers of
-            experts: with the default ``skip``, as the output head does.
+        skips_by_default: whether a weight that is also an embedding stays in float, and what is
+            ranked: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
     """
 

@@ -27,17 +27,19 @@ from int8fx.passes.fuse_prologue import fuse_prologue
 from int8fx.passes.fuse_sums import fuse_sums
 from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
+from int8fx.passes.low_rank import factors
 from int8fx.passes.lower import lower, lower_matmul
 from int8fx.passes.mutation import written
 from int8fx.passes.one_row import one_row
+from int8fx.passes.ranking import Rankings
 from int8fx.passes.select import (
     REQUIRES_GRAD,
     Selection,
     module_path,
     only_reason,
     refusal,
+    shape_of_weight,
     skip_reason,
-    weight_shape,
 )
 from int8fx.passes.verify import Signature, verify
 from int8fx.passes.weight_expression import WeightExpression
@@ -124,6 +126,12 @@ def canonicalize(compilation: Compilation) -> None:
 def select(compilation: Compilation) -> None:
     """Decides which are rewritten."""
     options = compilation.options
+    rankings = Rankings(compilation.root, compilation.tensors.__contains__)
+    shapes = {
+        candidate: shape_of_weight(candidate.weight, compilation.tensors)
+        for candidate in compilation.found
+        if candidate.weight is not None
+    }
     selection = Selection(
         tensors=compilation.tensors,
         paths=compilation.paths,
@@ -133,11 +141,13 @@ def select(compilation: Compilation) -> None:
         kernel_reason=table.refusal,
         mutated=frozenset(written(compilation.root.graph)),
         weight_reason=functools.partial(_weight_reason, options),
+        ranked_by=rankings.ranked_by,
+        factors=factors(shapes, rankings.origins),
         attention=options.attention,
     )
     for candidate in compilation.found:
         reason = refusal(candidate, selection)
-        dimensions = () if candidate.weight is None else weight_shape(candidate, selection)
+        dimensions = shapes.get(candidate, ())
         path = module_path(candidate, selection)
         choice = _choice(compilation, candidate, path)
         routed = candidate.routing is not None

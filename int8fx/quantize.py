@@ -2,21 +2,21 @@
 
 import importlib
 import logging
-import re
 import sys
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from int8fx import state_dict, torch_private
+from int8fx import state_dict, structure, torch_private
 from int8fx.kernels import table
 from int8fx.options import Options
 from int8fx.passes.decision import Decision
-from int8fx.passes.select import TIED_HEAD, only_reason, size_reason, skip_reason
+from int8fx.passes.select import TIED_HEAD, columns_reason, only_reason, size_reason, skip_reason
 from int8fx.quantized_weight import Int8Weight
 from int8fx.torch_private import storage_id
 from int8fx.weight_operators import DTYPES
@@ -51,8 +51,10 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     checked = Options.parse(options, "quantize_", OPTIONS)
     sites = _sites(model, checked)
     released = [p for p in model.parameters() if isinstance(p, Int8Weight) and p.released]
+    experts = _experts(model, checked)
     if not released and not any(site.accepted or site.reason == ALREADY for site in sites):
-        reasons = "".join(f"\n  {site.decision}" for site in sites)
+        found = (*(site.decision for site in sites), *experts)
+        reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
     shards = _shards(model, "quantize_")
     for kept in released:
@@ -69,12 +71,32 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     for site in sites:
         log.debug("%s", site.decision)
     _tell_hugging_face("quantized", model, options)
+    warn_of_experts(model, experts)
     return model
 
 
 def decisions(model: nn.Module, **options: Any) -> list[Decision]:
-    """What ``quantize_`` would do with each linear of a model, and why."""
-    return [site.decision for site in _sites(model, Options.parse(options, "quantize_", OPTIONS))]
+    """What ``quantize_`` would do with each linear of a model and with its experts, and why."""
+    checked = Options.parse(options, "quantize_", OPTIONS)
+    return [*(site.decision for site in _sites(model, checked)), *_experts(model, checked)]
+
+
+EXPERTS = "experts in one batch of matrices: the backend quantises them when it compiles the model"
+
+
+def _experts(model: nn.Module, options: Options) -> list[Decision]:
+    found = []
+    for path, batch in structure.experts(model):
+        reason = skip_reason(path, options.skip) or only_reason(path, options.only) or EXPERTS
+        found.append(structure.of_experts(path, batch, reason))
+    return found
+
+
+def warn_of_experts(model: nn.Module, found: Sequence[Decision]) -> None:
+    """Warns once of experts among these decisions that nobody asked to leave in float."""
+    left = [decision for decision in found if decision.reason == EXPERTS]
+    if left:
+        warnings.warn(structure.warning_of(model, left), UserWarning, stacklevel=3)
 
 
 def first_int8(model: Any) -> str:
@@ -152,11 +174,14 @@ def _shards(model: nn.Module, name: str) -> dict[int, Any]:
 
 @dataclass(eq=False)
 class _Site:
-    """One module whose ``weight`` a linear reads, and why it stays as it is (empty: it does not)."""
+    """One module whose ``weight`` a linear reads, and why it stays as it is (empty: it does not).
+
+    ``around`` are the modules that it is in, the nearest first.
+    """
 
     path: str
     module: nn.Module
-    owner: nn.Module | None
+    around: list[nn.Module]
     transposed: bool
     reason: str = ""
 
@@ -167,13 +192,18 @@ class _Site:
         return weight
 
     @property
+    def rows_and_columns(self) -> tuple[int, ...]:
+        """``(N, K)``."""
+        return tuple(self.weight.shape)[:: -1 if self.transposed else 1]
+
+    @property
     def accepted(self) -> bool:
         return not self.reason
 
     @property
     def decision(self) -> Decision:
-        rows = tuple(self.weight.shape)[:: -1 if self.transposed else 1]
-        shape = rows if len(rows) == 2 else None
+        rows = self.rows_and_columns
+        shape = (rows[0], rows[1]) if len(rows) == 2 else None
         return Decision(self.path, type(self.module).__name__, shape, self.accepted, self.reason)
 
 
@@ -206,8 +236,7 @@ def _sites(model: nn.Module, options: Options) -> list[_Site]:
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         if kind is None:
             continue
-        owner = modules.get(path.rpartition(".")[0]) if path else None
-        site = _Site(path, module, owner, kinds[kind])
+        site = _Site(path, module, structure.modules_around(path, modules), kinds[kind])
         if type(module).forward is not kind.forward:
             site.reason = f"{type(module).__name__} overrides the forward of {kind.__name__}"
         elif id(module) in inside_attention:
@@ -231,20 +260,14 @@ def _only(site: _Site, options: Options) -> str:
     return only_reason(site.path, options.only)
 
 
-# What transformers calls the modules that choose experts, and what others call the linear beside them.
-_ROUTERS = re.compile(r"Router|Gating$|MoE\w*Gate$")
-_BESIDE_EXPERTS = ("gate", "router")
+def _ranked(site: _Site, options: Options) -> str:
+    """As the backend decides (``passes/select.py``), which sees it in the graph."""
+    N, K = site.rows_and_columns
+    return structure.ranked_reason(site.path, site.around, N, K) if options.skips_by_default else ""
 
 
-def _router(site: _Site, options: Options) -> str:
-    """Stays in float as in the backend (``passes/select.py``), which sees in the graph that its output
-    is ranked. Here only names tell, and that it has fewer rows than columns."""
-    owner, name = type(site.owner).__name__, site.path.rpartition(".")[2]
-    beside = name in _BESIDE_EXPERTS and hasattr(site.owner, "experts")
-    if not options.skips_by_default or not (beside or _ROUTERS.search(owner)):
-        return ""
-    N, K = site.weight.shape[:: -1 if site.transposed else 1]
-    return f"skip: a router ({name} of {owner})" if N < K else ""
+def _low_rank(site: _Site, options: Options) -> str:
+    return structure.factor_reason(site.path, site.around) if options.only is None else ""
 
 
 def _plain(site: _Site, options: Options) -> str:
@@ -266,13 +289,20 @@ def _size(site: _Site, options: Options) -> str:
     return size_reason(shape[::-1] if site.transposed else shape)
 
 
+def _few_columns(site: _Site, options: Options) -> str:
+    return columns_reason(site.rows_and_columns[1], options.only)
+
+
 def _device(site: _Site, options: Options) -> str:
     device = site.weight.device.type
     return "" if device == "meta" else table.refusal(device) or ""
 
 
 Rule = Callable[[_Site, Options], str]
-RULES: tuple[Rule, ...] = (_already, _skip, _only, _plain, _dtype, _size, _router, _device)
+RULES: tuple[Rule, ...] = (
+    *(_already, _skip, _only, _plain, _dtype, _size),
+    *(_ranked, _low_rank, _few_columns, _device),
+)
 
 
 def _refuse_what_others_hold(model: nn.Module, sites: list[_Site], options: Options) -> None:

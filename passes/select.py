@@ -1,6 +1,7 @@
 """Select: which candidates are rewritten, by one table of rules; the first that objects refuses."""
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from torch import Tensor, fx, nn
 
 from int8fx.kernels.quantize import overflow_reason
 from int8fx.passes.canonicalize import Candidate
-from int8fx.passes.ranking import ranked_by
 from int8fx.passes.weight_expression import WeightExpression
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,13 +27,14 @@ class Selection:
         tensors: the real tensor behind each weight placeholder of the outermost graph.
         paths: the module path of each weight placeholder.
         skip, only: fnmatch patterns on module paths (of the module, not of its weight).
-        skips_by_default: whether a weight that is also an embedding, and a router of experts, stays in
-            float.
+        skips_by_default: whether a weight that is also an embedding, and what is ranked, stay in float.
         kernel_reason: why a device cannot be served, or None when it can.
         mutated: placeholders that the graph itself writes to.
         attention: whether products of two activations are rewritten.
         weight_reason: why the weight of a module path cannot be quantised, or read as what it already
             is; or empty.
+        ranked_by: what ranks the values of a node (``passes/ranking.py``), or empty.
+        factors: nodes of linears that are a low-rank factor (``passes/low_rank.py``).
     """
 
     tensors: Mapping[fx.Node, Tensor]
@@ -44,10 +45,19 @@ class Selection:
     kernel_reason: Callable[[str], str | None]
     mutated: frozenset[fx.Node]
     weight_reason: Callable[[str, Tensor, WeightExpression], str]
+    ranked_by: Callable[[fx.Node], str]
+    factors: frozenset[fx.Node]
     attention: bool = False
 
 
 REQUIRES_GRAD = "weight requires grad"
+# Below it a product is coordinates, angles or a few numbers, and a call costs more than it saves.
+LEAST_K = 16
+BY_NAME = "name it in `only` to have it in int8"
+NOT_LEARNED = f"it was computed, not learned; {BY_NAME}"
+LOW_RANK = f"a low-rank factor, as of an adapter: int8 wins nothing there; {BY_NAME}"
+# What a router does; others find the nearest of a codebook, or compare.
+_CHOOSE_THE_LARGEST = frozenset("topk argmax argsort sort max multinomial gumbel_softmax".split())
 TIED_HEAD = "skip: the output head (its weight is also an embedding)"
 
 
@@ -103,9 +113,15 @@ _ROOT = re.compile(r"^[LG]\['[^']+'\]\.?")
 
 def _linear_around(node: fx.Node) -> str:
     """The path of the ``nn.Linear`` in whose forward a node is, or empty."""
+    name, kind = _module_around(node)
+    return _ROOT.sub("", name) if kind is not None and issubclass(kind, nn.Linear) else ""
+
+
+def _module_around(node: fx.Node) -> tuple[str, type[nn.Module] | None]:
+    """Dynamo's name for the module in whose forward a node is, and its class."""
     stack = node.meta.get("nn_module_stack")
     name, kind = list(stack.values())[-1] if stack else ("", None)
-    return _ROOT.sub("", name) if isinstance(kind, type) and issubclass(kind, nn.Linear) else ""
+    return name, kind if isinstance(kind, type) else None
 
 
 def _is_embedding(candidate: Candidate) -> bool:
@@ -144,9 +160,52 @@ def _tied_head(candidate: Candidate, selection: Selection) -> str:
 def _router(candidate: Candidate, selection: Selection) -> str:
     """A small error of a router's output sends a row to another expert, which no bound covers; Fedus
     et al. 2021, arXiv 2101.03961, section 2.4, keep routers in fp32 for it, and so do others."""
-    if selection.skips_by_default and (ranking := ranked_by(candidate.node)):
-        return f"skip: a router (its output is ranked by {ranking})"
-    return ""
+    ranked = selection.ranked_by(candidate.node) if selection.skips_by_default else ""
+    if not ranked:
+        return ""
+    router = ranked.removeprefix("ranked by ") in _CHOOSE_THE_LARGEST
+    return f"skip: a router (its output is {ranked})" if router else f"skip: its output is {ranked}"
+
+
+def _low_rank(candidate: Candidate, selection: Selection) -> str:
+    """An adapter trains in float: only in float does its evaluation see the same function."""
+    left = selection.only is None and candidate.node in selection.factors
+    return LOW_RANK if left and _is_plain(candidate, selection) else ""
+
+
+def _not_learned(candidate: Candidate, selection: Selection) -> str:
+    """A filter bank or a transform spans decades, as a spectrum does, in digits that int8 has not."""
+    assert candidate.weight is not None
+    is_buffer = type(selection.tensors[candidate.weight.placeholder]) is Tensor
+    if selection.only is not None or not is_buffer or _is_linear(_module_around(candidate.node)[1]):
+        return ""
+    return f"a buffer that no linear layer owns: {NOT_LEARNED}"
+
+
+def _is_linear(kind: type[nn.Module] | None) -> bool:
+    """Whether modules of a class are linears: torch's, or any that give themselves ``in_features``."""
+    if kind is None or issubclass(kind, nn.Linear) or kind.__name__ == "Conv1D":
+        return kind is not None
+    code = getattr(kind.__init__, "__code__", None)
+    return "in_features" in (*inspect.get_annotations(kind), *getattr(code, "co_names", ()))
+
+
+def _few_columns(candidate: Candidate, selection: Selection) -> str:
+    K = weight_shape(candidate, selection)[-1]
+    return columns_reason(K, selection.only) if _is_plain(candidate, selection) else ""
+
+
+def _is_plain(candidate: Candidate, selection: Selection) -> bool:
+    """Whether the weight is in float: one that ``quantize_`` has made int8 was decided on there."""
+    assert candidate.weight is not None
+    return type(selection.tensors[candidate.weight.placeholder]) in (Tensor, nn.Parameter)
+
+
+def columns_reason(K: int, only: tuple[str, ...] | None) -> str:
+    """Why a weight of so few columns stays in float, or empty: ``only`` has named it."""
+    if K >= LEAST_K or only is not None:
+        return ""
+    return f"K = {K} is below {LEAST_K}: so few terms average no rounding out; {BY_NAME}"
 
 
 def _requires_grad(candidate: Candidate, selection: Selection) -> str:
@@ -204,10 +263,14 @@ def size_reason(shape: tuple[int, ...], rank: int = 2) -> str:
 def weight_shape(candidate: Candidate, selection: Selection) -> tuple[int, ...]:
     """The shape of the weight in the form ``[N, K]``, or ``[E, N, K]`` of experts."""
     assert candidate.weight is not None
-    tensor = selection.tensors[candidate.weight.placeholder]
+    return shape_of_weight(candidate.weight, selection.tensors)
+
+
+def shape_of_weight(weight: WeightExpression, tensors: Mapping[fx.Node, Tensor]) -> tuple[int, ...]:
+    tensor = tensors[weight.placeholder]
     # Views of a meta tensor have the right shape, and touch no memory.
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return tuple(candidate.weight.evaluate(meta).shape)
+    return tuple(weight.evaluate(meta).shape)
 
 
 Rule = Callable[[Candidate, Selection], str]
@@ -222,4 +285,7 @@ RULES: tuple[Rule, ...] = (
     _size,
     _device,
     _requires_grad,
+    _low_rank,
+    _not_learned,
+    _few_columns,
 )

@@ -396,8 +396,8 @@ def test_debug_logging_shows_each_decision(model, x, caplog):
 def test_torch_logs_names_the_package():
     code = (
         "import torch\n"
-        "f = torch.compile(torch.nn.Linear(8, 16).requires_grad_(False), backend='llmint8')\n"
-        "f(torch.randn(2, 8))\n"
+        "f = torch.compile(torch.nn.Linear(24, 16).requires_grad_(False), backend='llmint8')\n"
+        "f(torch.randn(2, 24))\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -406,7 +406,7 @@ def test_torch_logs_names_the_package():
         check=True,
         env={**os.environ, "TORCH_LOGS": "+int8fx"},
     )
-    assert "[N=16, K=8] torch.nn.functional.linear: llm.int8" in run.stderr
+    assert "[N=16, K=24] torch.nn.functional.linear: llm.int8" in run.stderr
 
 
 def test_a_torch_that_cannot_be_served_is_refused_by_name(monkeypatch):
@@ -421,9 +421,9 @@ def test_a_second_process_finds_the_compiled_graph_in_the_cache(tmp_path):
     code = (
         "import torch\n"
         "from torch._dynamo.utils import counters\n"
-        "model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 16)).eval()\n"
+        "model = torch.nn.Sequential(torch.nn.LayerNorm(24), torch.nn.Linear(24, 16)).eval()\n"
         "with torch.no_grad():\n"
-        "    torch.compile(model, backend='llmint8')(torch.randn(2, 8))\n"
+        "    torch.compile(model, backend='llmint8')(torch.randn(2, 24))\n"
         "found = counters['inductor']\n"
         "print(found['fxgraph_cache_hit'], found['fxgraph_cache_miss'], found['fxgraph_cache_bypass'])"
     )

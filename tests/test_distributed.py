@@ -233,7 +233,7 @@ def fsdp2_of_a_conv1d(rank, mesh):
 
 
 def fsdp2_without_room_for_scales(rank, mesh):
-    narrow = int8fx.quantize_(nn.Sequential(nn.Linear(3, 5)).requires_grad_(False))
+    narrow = int8fx.quantize_(nn.Sequential(nn.Linear(3, 5)).requires_grad_(False), only=["*"])
     fully_shard(narrow, mesh=mesh)
     message = r"weight of shape \[5, 3\] into parts of 3 along dimension 0: 3 columns leave no room"
     with pytest.raises(RuntimeError, match=message):

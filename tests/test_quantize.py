@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -614,3 +615,91 @@ def test_a_router_of_transformers_quantised_compiles_to_what_its_float_model_com
     assert [d.path for d in report.accepted] == [d.path for d in of_float.accepted]
     (router,) = [d for d in of_float.decisions if not d.accepted]
     assert router.path == "router.gate" and "ranked by topk" in router.reason
+
+
+class Mixture(nn.Module):
+    """Experts in two batches of matrices, their router, and what is three-dimensional beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(K, 4, bias=False), nn.ParameterDict()
+        self.experts["up"] = nn.Parameter(torch.randn(4, N, K))
+        self.experts["down"] = nn.Parameter(torch.randn(4, K, N))
+        self.positions = nn.Parameter(torch.randn(2, 64, K))
+        self.convolution = nn.Conv1d(K, K, 16)
+        self.out = nn.Linear(K, K, bias=False)
+
+
+def warnings_of(model, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        int8fx.quantize_(model, **options)
+    return [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+
+def test_experts_that_stay_in_float_are_named_once():
+    (message,) = warnings_of(nn.ModuleList(Mixture() for _ in range(2)))
+    count = 2 * 2 * 4 * N * K
+    assert message.startswith(f"quantize_ leaves {count:,} parameters in float, ")
+    assert "of ModuleList: experts, in *.experts.down, *.experts.up." in message
+    assert 'torch.compile(model, backend="llmint8")' in message
+
+
+@pytest.mark.parametrize("options", [{"only": ["*out"]}, {"skip": ["*experts*"]}])
+def test_experts_that_nobody_asked_for_are_no_warning(options):
+    assert warnings_of(Mixture(), **options) == []
+    assert warnings_of(Model()) == []
+
+
+def test_decisions_have_experts():
+    found = {d.path: d for d in int8fx.decisions(Mixture()) if d.experts}
+    assert {path: (d.experts, d.shape, d.accepted) for path, d in found.items()} == {
+        "experts.up": (4, (N, K), False),
+        "experts.down": (4, (K, N), False),
+    }
+    assert {d.reason for d in found.values()} == {
+        "experts in one batch of matrices: the backend quantises them when it compiles the model"
+    }
+
+
+def test_the_warning_says_what_share_of_a_model_its_experts_are():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "vocab_size": 64}
+    counts = {"num_hidden_layers": 2, "num_experts": 16, "num_attention_heads": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **counts, num_key_value_heads=2, head_dim=32))
+    (message,) = warnings_of(model)
+    left = [p for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(parameter.numel() for parameter in left) / total
+    assert f", {share:.0%} of Qwen3MoeForCausalLM" in message and share > 0.9
+    assert "model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj" in message
+    assert type(model.model.layers[1].self_attn.q_proj.weight) is Int8Weight
+
+
+def test_a_router_is_known_by_how_many_experts_are_near():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts = 6
+            self.choose, self.other = nn.Linear(K, 6), nn.Linear(K, 5)
+            self.inner = nn.ModuleDict({"score": nn.Linear(K, 6), "wide": nn.Linear(K, K)})
+
+    class Indexer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.heads = nn.Linear(K, N), nn.ModuleDict({"weights": nn.Linear(K, 4)})
+
+    model = nn.ModuleDict({"block": Block(), "mixture": Mixture(), "indexer": Indexer()})
+    reasons = {d.path: d.reason for d in int8fx.decisions(model) if not d.experts}
+    assert reasons == {
+        "block.choose": "skip: a router (choose of Block)",
+        "block.other": "",
+        "block.inner.score": "skip: a router (score of ModuleDict)",
+        "block.inner.wide": "",
+        "mixture.router": "skip: a router (router of Mixture)",
+        "mixture.out": "",
+        "indexer.q": "skip: its output is ranked (q of Indexer)",
+        "indexer.heads.weights": "skip: its output is ranked (weights of Indexer)",
+    }
+    assert not any(d.reason for d in int8fx.decisions(model, skip=[]) if not d.experts)

@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import int8fx
@@ -410,3 +412,17 @@ def test_pages_of_a_file_are_given_back_and_read_again(tmp_path):
     own = tensor.clone()
     pages.release_mapped(own)
     assert torch.equal(own, tensor)
+
+
+def test_a_checkpoint_of_experts_warns_of_what_stays_in_float(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 64}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="quantize_ leaves") as caught:
+        model = load(tmp_path, quantization_config=Int8FxConfig())
+    assert sum("experts, in model.layers.*.mlp.experts" in str(w.message) for w in caught) == 1
+    layer = model.model.layers[0]
+    assert type(layer.self_attn.q_proj.weight) is Int8Weight
+    assert layer.mlp.experts.down_proj.is_floating_point()
+    assert layer.mlp.gate.weight.is_floating_point() and type(layer.mlp.gate.weight) is nn.Parameter

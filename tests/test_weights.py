@@ -223,6 +223,6 @@ def test_a_buffer_serves_as_a_weight(x):
             return x @ self.weight
 
     model = Buffered()
-    y, report = compile_once(model, x)
+    y, report = compile_once(model, x, backend_options={"only": ["weight"]})
     assert report.decisions[0].accepted
     assert_close_to_float64(y, x.double() @ model.weight.double(), K)

@@ -119,6 +119,7 @@ _EXPERTS = re.compile(
 )
 _POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|max_source_positions)$")
 _TOP_K = re.compile(r"^(num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts)$")
+_DENSE_LAYERS = re.compile(r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index)$")
 _PLACEHOLDER = re.compile(
     r"^(image|audio|video|boi|eoi|boa|eoa|vision|speech|\w+_start|\w+_end)\w*_(id|index)$"
 )
@@ -132,6 +133,9 @@ _UNSET = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "top_k_experts": 2,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
     "moe_intermediate_size": 32,
 }
 _STAGES = frozenset(("stage_names", "out_features", "out_indices"))  # in number, the depth
@@ -171,10 +175,17 @@ def _scaled(divisor: int) -> tuple[Rule, ...]:
 _FEW: tuple[Rule, ...] = (
     (_EXPERTS, lambda experts: min(experts, 4)),
     (_TOP_K, lambda k: min(k, 2)),
+    # Of more groups than one, one is chosen first.
+    (re.compile(r"^(n_group|num_expert_group)$"), lambda groups: 2),
+    (re.compile(r"^topk_group$"), lambda groups: 1),
     (re.compile(r"^\w*vocab_size\w*$"), lambda size: min(size, VOCABULARY)),
     (_POSITIONS, lambda n: min(n, 512)),
 )
-_SHALLOW: tuple[Rule, ...] = ((_DEPTH, lambda depth: min(depth, 1)), *_FEW)
+_SHALLOW: tuple[Rule, ...] = (
+    (_DEPTH, lambda depth: min(depth, 1)),
+    (_DENSE_LAYERS, lambda layers: 0),
+    *_FEW,
+)
 
 
 def _shrunk(values: dict, rules: tuple[Rule, ...], counter: Iterator[int]) -> dict:
@@ -234,6 +245,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "depth_anything": {"neck_hidden_sizes": [32], "reassemble_factors": [1]},
     "flan-t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "deepseek_v2": {"topk_method": "group_limited_greedy"},
+    "deepseek_ocr2_text": {"topk_method": "group_limited_greedy"},
+    "unlimited_ocr_text": {"topk_method": "group_limited_greedy"},
+    "jamba": {"expert_layer_period": 1, "expert_layer_offset": 0},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "switch_transformers": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "gpt_neo": {"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
 }
 

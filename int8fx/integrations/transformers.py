@@ -32,7 +32,14 @@ from int8fx import checkpoint, sharding, state_dict
 from int8fx.errors import CheckpointError
 from int8fx.kernels.cpu import pages
 from int8fx.options import Options
-from int8fx.quantize import OPTIONS, decisions, dequantize_, keeps_transposed, local
+from int8fx.quantize import (
+    OPTIONS,
+    decisions,
+    dequantize_,
+    keeps_transposed,
+    local,
+    warn_of_experts,
+)
 from int8fx.quantized_weight import Int8Weight
 
 METHOD = "int8fx"
@@ -122,6 +129,7 @@ class Int8FxQuantizer(HfQuantizer):
         if not self.names:
             reasons = "".join(f"\n  {decision}" for decision in found)
             raise ValueError(f"no weight of {type(model).__name__} can be quantised{reasons}")
+        warn_of_experts(model, found)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return param_name in self.names
