@@ -207,7 +207,7 @@ def weight_shape(candidate: Candidate, selection: Selection) -> tuple[int, ...]:
     tensor = selection.tensors[candidate.weight.placeholder]
     # Views of a meta tensor have the right shape, and touch no memory.
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return tuple(candidate.weight.evaluate(meta).shape)
+    return tuple(candidate.weight.on_meta(meta).shape)
 
 
 Rule = Callable[[Candidate, Selection], str]
