@@ -5,8 +5,6 @@ misses one would break the graph. So each form's shape is worked out on the valu
 and compared with the call's.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,10 @@ def form_shape(candidate: Candidate) -> tuple:
             x = step(x)
         if not same_size(x.shape[-1], K):
             raise ValueError(f"the weight's K is {K}, and the input's {x.shape[-1]}")
-        y: Tensor = x.new_empty((*x.shape[:-1], N))
+        shape = (*x.shape[:-1], N)
+        if not candidate.y_steps and addend is None:
+            return shape
+        y: Tensor = x.new_empty(shape)
         for step in candidate.y_steps:
             y = step(y)
         return tuple(y.shape if addend is None else torch.add(y, addend).shape)
@@ -50,14 +51,19 @@ def misfit(candidate: Candidate) -> str:
 
 
 def repetition(shape: tuple, wanted: tuple) -> list[tuple] | str:
-    """The calls that repeat a result to a shape that it broadcasts to; or why there are none."""
+    """The calls that repeat a result to a shape that it broadcasts to, or why there are none; no calls
+    for any other shape."""
     new = len(wanted) - len(shape)
-    if new == 0 and same_shape(shape, wanted):
+    if new < 0 or same_shape(shape, wanted):
         return []
-    sizes: list[Any] = list(wanted[:new])
-    sizes += [
-        -1 if same_size(have, want) else want for have, want in zip(shape, wanted[new:], strict=True)
-    ]
+    sizes = list(wanted[:new])
+    for have, want in zip(shape, wanted[new:], strict=True):
+        if same_size(have, want):
+            sizes.append(-1)
+        elif same_size(have, 1):
+            sizes.append(want)
+        else:
+            return []
     if not all(isinstance(size, int) for size in sizes):
         return "the weight is repeated by a size that varies"
     return [("expand", *sizes)]

@@ -158,9 +158,9 @@ def _matrix(call: Call, node: Any) -> WeightExpression | None:
 
 def _is_repeated(call: Call, node: Any) -> bool:
     """Whether a weight is seen through an ``expand``, or as a batch of one."""
-    expression = call.weight(node)
     if without_broadcast(node) is not node:
         return True
+    expression = call.weight(node)
     if expression is None:
         return False
     value = expression.meta()
