@@ -50,7 +50,7 @@ class Attention:
 
 
 def _are_alike(q: Any, k: Any, v: Any, y: Any) -> bool:
-    """Whether the shapes are those above: no batch is repeated, by a key, a query or a mask."""
+    """Whether the shapes are those above: no batch is repeated."""
     if any(shape is None or len(shape) != 4 for shape in (q, k, v)):
         return False
     (B, H, M, D), (_, heads, L, _), DV = q, k, v[3]

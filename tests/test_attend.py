@@ -195,7 +195,6 @@ REPEATED = {
     "key": lambda q, k, v, mask: (q, k[:1], v, mask),
     "value": lambda q, k, v, mask: (q, k, v[:1], mask),
     "query": lambda q, k, v, mask: (q[:1], k, v, mask),
-    "query, by the mask": lambda q, k, v, mask: (q[:1], k[:1], v[:1], mask),
     "no heads": lambda q, k, v, mask: (q[:, :0], k[:, :0], v[:, :0], None),
     "no sequences": lambda q, k, v, mask: (q[:0], k[:0], v[:0], mask[:0]),
     "no query": lambda q, k, v, mask: (q[:, :, :0], k, v, None),
