@@ -43,7 +43,7 @@ def weight_reason(tensor: Tensor, expression: WeightExpression, kept: WeightForm
 def _int8_reason(weight: Int8Weight, expression: WeightExpression, kept: WeightFormat) -> str:
     if kept is not PER_CHANNEL:
         return f"the weight is {PER_CHANNEL.name} already, and the scheme wants it {kept.name}"
-    rows = expression.evaluate(weight.on_meta())
+    rows = expression.on_meta(weight.on_meta())
     # Views that keep all rows and columns have the same int8 form.
     whole = (weight.w_scale.shape[0], weight.K)
     if isinstance(rows, Int8Weight) and not rows.transposed and rows.shape == whole:

@@ -8,6 +8,9 @@ index (in the output, not in the activation). Then, with ``*`` the activation's 
 
 import math
 import string
+from typing import Any
+
+from int8fx.passes.values import same_size
 
 # one call: the method's name, then its arguments
 Call = tuple
@@ -15,7 +18,7 @@ Form = tuple[list[Call], list[Call], list[Call]]
 
 
 def linear_map(
-    equation: str, weight_side: int, weight_shape: tuple[int, ...], x_rank: int
+    equation: str, weight_side: int, weight_shape: tuple[int, ...], x_shape: tuple[int, ...]
 ) -> Form | str:
     """The calls that bring x to ``[*, K]``, the weight to ``[N, K]`` and ``[*, N]`` to the output.
 
@@ -26,7 +29,7 @@ def linear_map(
     Returns:
         Calls for x, for the weight and for y; or why the equation is no linear map.
     """
-    parsed = _parse(equation, weight_side, len(weight_shape), x_rank)
+    parsed = _parse(equation, weight_side, len(weight_shape), len(x_shape))
     if isinstance(parsed, str):
         return parsed
     x, weight, y = parsed
@@ -41,7 +44,10 @@ def linear_map(
     if any(index not in y for index in batch) or not contracted or not outputs:
         return f"einsum {equation!r} is no product over shared indices"
 
-    size = dict(zip(weight, weight_shape, strict=True))
+    size, x_size = dict(zip(weight, weight_shape, strict=True)), dict(zip(x, x_shape, strict=True))
+    broadcast = [index for index in contracted if not same_size(size[index], x_size[index])]
+    if broadcast:
+        return f"einsum {equation!r} broadcasts a contracted index: {broadcast}"
     K = math.prod(size[index] for index in contracted)
     N = math.prod(size[index] for index in outputs)
     x_calls = _permute(x, batch + contracted)
@@ -53,6 +59,24 @@ def linear_map(
         y_calls.append(("unflatten", -1, tuple(size[index] for index in outputs)))
     y_calls += _permute(batch + outputs, y)
     return x_calls, weight_calls, y_calls
+
+
+def tensordot_equation(dims: Any, left_rank: int, right_rank: int) -> str:
+    """``torch.tensordot`` as an einsum.
+
+    Args:
+        dims: how many of the last dimensions of the left and of the first of the right are contracted,
+            or the dimensions of either.
+    """
+    if isinstance(dims, int):
+        dims = range(left_rank - dims, left_rank), range(dims)
+    letters = string.ascii_lowercase
+    left, right = list(letters[:left_rank]), list(letters[left_rank : left_rank + right_rank])
+    contracted = [left[dim] for dim in dims[0]]
+    for letter, dim in zip(contracted, dims[1], strict=True):
+        right[dim] = letter
+    output = [letter for letter in left + right if letter not in contracted]
+    return f"{''.join(left)},{''.join(right)}->{''.join(output)}"
 
 
 def _permute(have: list[str], want: list[str]) -> list[Call]:

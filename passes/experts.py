@@ -97,17 +97,17 @@ def emit_experts(
     """
     if routing.ends is not None:
         return product(emit.call, x, weight, (None, routing.ends))
-    M = emit.method("size", x, 1)
+    B, M = emit.method("size", x, 0), emit.method("size", x, 1)
     rows = emit.method("flatten", x, 0, 1)
     experts = ends = None
     if routing.index is None:
         device = x.meta["example_value"].device
-        matrices = emit.call(torch.arange, emit.method("size", x, 0), device=device)
+        matrices = emit.call(torch.arange, B, device=device)
         ends = emit.call(torch.mul, emit.call(torch.add, matrices, 1), M)
     else:
         experts = emit.call(torch.repeat_interleave, routing.index, M)
     y = product(emit.call, rows, weight, (experts, ends))
-    return emit.method("unflatten", y, 0, (-1, M))
+    return emit.method("unflatten", y, 0, (B, M))
 
 
 def serve_experts(graph: fx.Graph, served: Callable[[str], Any]) -> int:

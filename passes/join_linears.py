@@ -92,6 +92,13 @@ def _join(
     for linear, y, bias in zip(linears, outputs, biases, strict=True):
         if bias is not None and not early:
             with graph.inserting_before(linear):
-                y = Emitter(graph, fake_mode, linear).call(operator.add, y, bias)
+                y = _add(Emitter(graph, fake_mode, linear), y, bias)
         linear.replace_all_uses_with(y)
         graph.erase_node(linear)
+
+
+def _add(emit: Emitter, y: fx.Node, bias: fx.Node) -> fx.Node:
+    """In y's dtype: under autocast y is 16-bit and a bias fp32."""
+    dtype = y.meta["example_value"].dtype
+    total = emit.call(operator.add, y, bias)
+    return total if total.meta["example_value"].dtype == dtype else emit.method("to", total, dtype)

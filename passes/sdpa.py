@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from int8fx.passes.mutation import writes_in_place
-from int8fx.passes.values import shape_of
+from int8fx.passes.values import same_shape, shape_of
 
 _ALL = slice(None)
 _NEW_AXIS = (_ALL, _ALL, None, _ALL, _ALL)
@@ -34,15 +34,12 @@ class Attention:
 
     @classmethod
     def of(cls, node: fx.Node) -> "Attention | None":
-        """None for a call with dropout, of other dimensions, or whose heads are not alike."""
+        """None for a call with dropout, or of other shapes."""
         given: dict[str, Any] = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
         q, k, v = (given[name] for name in ("query", "key", "value"))
         if not given.get("enable_gqa", False):
             k, v = (_before_repeat(each, node) or each for each in (k, v))
-        shapes = [shape_of(each) for each in (q, k, v)]
-        if given.get("dropout_p", 0.0) or any(shape is None or len(shape) != 4 for shape in shapes):
-            return None
-        if shapes[1][1] != shapes[2][1] or shapes[0][1] % shapes[1][1]:
+        if given.get("dropout_p", 0.0) or not _are_alike(*(shape_of(each) for each in (q, k, v, node))):
             return None
         causal, scale = given.get("is_causal", False), given.get("scale")
         return cls(node, q, k, v, given.get("attn_mask"), causal, scale)
@@ -50,6 +47,15 @@ class Attention:
     @property
     def on_cpu(self) -> bool:
         return self.q.meta["example_value"].device.type == "cpu"
+
+
+def _are_alike(q: Any, k: Any, v: Any, y: Any) -> bool:
+    """Whether the shapes are those above: no batch is repeated."""
+    if any(shape is None or len(shape) != 4 for shape in (q, k, v)):
+        return False
+    (B, H, M, D), (_, heads, L, _), DV = q, k, v[3]
+    fits = same_shape(k, (B, heads, L, D)) and same_shape(v, (B, heads, L, DV))
+    return fits and same_shape(y, (B, H, M, DV)) and heads != 0 and H % heads == 0
 
 
 def attentions(graph: fx.Graph) -> list[Attention]:

@@ -270,7 +270,7 @@ def shape_of_weight(weight: WeightExpression, tensors: Mapping[fx.Node, Tensor])
     tensor = tensors[weight.placeholder]
     # Views of a meta tensor have the right shape, and touch no memory.
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return tuple(weight.evaluate(meta).shape)
+    return tuple(weight.on_meta(meta).shape)
 
 
 Rule = Callable[[Candidate, Selection], str]

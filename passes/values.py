@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def tensor_of(node: Any) -> Tensor | None:
@@ -20,3 +21,12 @@ def shape_of(node: Any) -> Any:
 def rank_of(node: Any) -> int | None:
     value = tensor_of(node)
     return None if value is None else value.dim()
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Whether two sizes are known to be equal, without a guard on symbols."""
+    return statically_known_true(left == right)
+
+
+def same_shape(left: tuple, right: tuple) -> bool:
+    return len(left) == len(right) and all(map(same_size, left, right))

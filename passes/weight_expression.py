@@ -18,8 +18,8 @@ from int8fx.passes.scope import Scope
 
 _METHODS = frozenset(
     "t transpose permute contiguous detach to half float bfloat16 view reshape flatten unflatten "
-    "squeeze unsqueeze expand narrow chunk split swapaxes swapdims movedim select unbind clone "
-    "type __getitem__".split()
+    "squeeze unsqueeze expand broadcast_to repeat narrow chunk split swapaxes swapdims movedim select "
+    "unbind clone type __getitem__".split()
 )
 
 _FUNCTIONS: frozenset[Callable] = frozenset(
@@ -33,6 +33,7 @@ _FUNCTIONS: frozenset[Callable] = frozenset(
         torch.unflatten,
         torch.squeeze,
         torch.unsqueeze,
+        torch.broadcast_to,
         torch.narrow,
         torch.chunk,
         torch.split,
@@ -65,6 +66,15 @@ class Step:
             return getattr(value, self.target)(*self.args, **kwargs)
         return self.target(value, *self.args, **kwargs)
 
+    def without_device(self) -> "Step":
+        """The same without a move to a device."""
+        if self.target != "to":
+            return self
+        args = tuple(each for each in self.args if not isinstance(each, (str, torch.device)))
+        kwargs = tuple((name, value) for name, value in self.kwargs if name != "device")
+        # ``to`` wants one argument at least.
+        return Step(self.op, self.target, args, kwargs or (("copy", False),))
+
     def __str__(self) -> str:
         name = self.target if isinstance(self.target, str) else self.target.__name__
         return f".{name}({', '.join(map(repr, (*self.args, *self.kwargs)))})"
@@ -76,6 +86,20 @@ class WeightExpression:
 
     placeholder: fx.Node
     steps: tuple[Step, ...]
+
+    def meta(self) -> Tensor:
+        """The weight without contents, from what Dynamo knows of the placeholder."""
+        value = self.placeholder.meta["example_value"]
+        return self.on_meta(
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        )
+
+    def on_meta(self, tensor: Tensor) -> Tensor:
+        """``evaluate`` of a meta tensor, which has no contents to move to a device."""
+        value: Any = tensor
+        for step in self.steps:
+            value = step.without_device()(value)
+        return value
 
     def then(self, *steps: Step) -> "WeightExpression":
         return WeightExpression(self.placeholder, (*self.steps, *steps))
@@ -143,24 +167,43 @@ def _has_node(argument: Any) -> bool:
     return bool(found)
 
 
+_ADD_A_BATCH = frozenset(
+    {
+        *("expand", "unsqueeze", "expand_as", "repeat", "broadcast_to", "__getitem__"),
+        *(torch.unsqueeze, torch.broadcast_to, operator.getitem),
+    }
+)
+
+
 def without_broadcast(node: Any) -> Any:
     """The ``[K, N]`` node below an ``expand`` to ``[B, K, N]``, or the node itself.
 
     Every slice of the result is the same matrix, so a batched product with it is a linear map.
     """
     base = node
-    while (
-        isinstance(base, fx.Node)
-        and base.op == "call_method"
-        and base.target in ("expand", "unsqueeze", "expand_as", "repeat")
-        and isinstance(base.args[0], fx.Node)
-    ):
-        before, after = _shape(base.args[0]), _shape(base)
-        if before is None or after is None or before[-2:] != after[-2:]:
-            break
+    while _adds_a_batch(base):
         base = base.args[0]
     shape = _shape(base)
     return base if shape is not None and len(shape) == 2 else node
+
+
+def _adds_a_batch(node: Any) -> bool:
+    """Whether a call repeats matrices, or makes a batch of one, and leaves each as it is."""
+    if not isinstance(node, fx.Node) or node.target not in _ADD_A_BATCH or not node.args:
+        return False
+    if not isinstance(node.args[0], fx.Node) or not _only_new_dimensions(node):
+        return False
+    before, after = _shape(node.args[0]), _shape(node)
+    return before is not None and after is not None and before[-2:] == after[-2:]
+
+
+def _only_new_dimensions(node: fx.Node) -> bool:
+    """Of an index: whether it is as ``w[None]`` and selects nothing."""
+    if node.target is not operator.getitem and node.target != "__getitem__":
+        return True
+    index = node.args[1]
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
 def _shape(node: fx.Node) -> tuple | None:

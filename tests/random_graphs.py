@@ -19,14 +19,16 @@ WIDTHS = (1, 3, 8, 17, 32)
 def programs(draw: Any) -> dict[str, Any]:
     """What a ``RandomModel`` is made of: plain values, so that a counterexample prints as code."""
     batch, length, width = (
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 5)),
+        draw(st.sampled_from([1, 2, 3] * 4 + [0])),
+        draw(st.sampled_from([1, 2, 3, 4, 5] * 3 + [0])),
         draw(st.sampled_from(WIDTHS)),
     )
+    autocast = draw(st.sampled_from(["none"] * 4 + ["all", "every other step"]))
+    names = sorted(STEPS if autocast == "none" else STEPS.keys() - NOT_UNDER_AUTOCAST)
     steps, widths = [], [width]
     for _ in range(draw(st.integers(1, 6))):
         source = draw(st.integers(0, len(widths) - 1))
-        name = draw(st.sampled_from(sorted(STEPS)))
+        name = draw(st.sampled_from(names))
         target = draw(st.sampled_from(WIDTHS)) if name in CHANGES_WIDTH else widths[source]
         shared = draw(st.integers(0, 2)) if name in CHANGES_WIDTH else 0
         partner = next(
@@ -42,6 +44,7 @@ def programs(draw: Any) -> dict[str, Any]:
         "threshold": draw(st.sampled_from([0.0, 2.0, 6.0])),
         "decomposition": draw(st.sampled_from(["column", "token"])),
         "seed": draw(st.integers(0, 2**16)),
+        "autocast": autocast,
     }
 
 
@@ -94,6 +97,88 @@ def _experts(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
     return y.view(*x.shape[:-1], N)
 
 
+def _expanded_weight(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    return x @ weight(N, x.shape[-1]).t().expand(x.shape[0], -1, -1)
+
+
+def _batch_of_one(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    return x[:1] @ weight(N, x.shape[-1]).t().expand(x.shape[0], -1, -1)
+
+
+def _expanded_from_the_left(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    return (weight(N, x.shape[-1]).expand(x.shape[0], -1, -1) @ x.mT).mT
+
+
+def _unsqueezed_weight(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    y = x.reshape(-1, x.shape[-1]) @ weight(N, x.shape[-1]).t().unsqueeze(0)
+    return y.view(*x.shape[:-1], N)
+
+
+def _of_a_vector(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    return torch.mv(w, x.mean((0, 1)).to(w.dtype)).expand(*x.shape[:-1], N)
+
+
+def _tensordot(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    return torch.tensordot(x.to(w.dtype), w, ([2], [1]))
+
+
+def _inner(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    return torch.inner(x.to(w.dtype), w)
+
+
+def _multi_dot(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    y = torch.linalg.multi_dot([x.reshape(-1, x.shape[-1]).to(w.dtype), w.t()])
+    return y.view(*x.shape[:-1], N)
+
+
+def _convolution(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w, bias = weight(N, x.shape[-1]), weight(1, N)[0]
+    if x.shape[1] == 0:  # torch convolves nothing that is empty but for its batch
+        return F.linear(x, w, bias)
+    return F.conv2d(x.mT.unsqueeze(-1), w[:, :, None, None], bias).squeeze(-1).mT
+
+
+def _addmm_of_a_column(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    y = torch.addmm(weight(flat.shape[0], 1), flat, weight(N, x.shape[-1]).t())
+    return y.view(*x.shape[:-1], N)
+
+
+def _learned_queries(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    tokens = weight(x.shape[1], x.shape[-1])
+    return F.linear(tokens.expand(x.shape[0], -1, -1), weight(N, x.shape[-1]))
+
+
+def _written_into_out(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    y = w.new_full((*x.shape[:-1], N), 7.0)
+    torch.matmul(x.to(w.dtype), w.t(), out=y)
+    return y
+
+
+# What repeats its weight or its result, and spellings beside the linear's own.
+BROADCASTING: dict[str, Step] = {
+    "expanded weight": _expanded_weight,
+    "batch of one": _batch_of_one,
+    "expanded w @ x": _expanded_from_the_left,
+    "unsqueezed weight": _unsqueezed_weight,
+    "mv": _of_a_vector,
+    "tensordot": _tensordot,
+    "inner": _inner,
+    "multi_dot": _multi_dot,
+    "convolution of one point": _convolution,
+    "addmm of a column": _addmm_of_a_column,
+    "learned queries": _learned_queries,
+}
+# Candidates that stay in float, with the reason.
+REFUSED: dict[str, tuple[Step, str]] = {
+    "out=": (_written_into_out, "it writes its result into out="),
+}
+
 STEPS: dict[str, Step] = {
     "linear": _linear,
     "linear with bias": _biased,
@@ -107,15 +192,20 @@ STEPS: dict[str, Step] = {
     "in-place residual": _in_place,
     "gate": lambda x, other, N, weight: F.silu(x) * other,
     "norm": lambda x, other, N, weight: F.layer_norm(x, x.shape[-1:]),
-    "outlier": lambda x, other, N, weight: torch.where(x == x.amax(), x * 20, x),
+    "outlier": lambda x, other, N, weight: torch.where(x == x.amax(), x * 20, x) if x.numel() else x,
     "reshape": lambda x, other, N, weight: x.reshape(-1, x.shape[-1]).view(x.shape),
     "reversed tokens": lambda x, other, N, weight: x.flip(1),
     "slice": lambda x, other, N, weight: torch.cat([x[:, 1:], x[:, :1]], 1),
     "transpose": lambda x, other, N, weight: x.mT.contiguous().mT,
+    **BROADCASTING,
+    **{name: step for name, (step, _) in REFUSED.items()},
 }
-CHANGES_WIDTH = frozenset(
+LINEARS = BROADCASTING.keys() | set(
     "linear, linear with bias, matmul, addmm, w @ x, einsum, slice of a weight, experts".split(", ")
 )
+CHANGES_WIDTH = LINEARS | REFUSED.keys()
+# Which element is the largest may depend on how the operators before it round.
+NOT_UNDER_AUTOCAST = frozenset({"outlier"})
 
 
 class RandomModel(nn.Module):
@@ -123,7 +213,7 @@ class RandomModel(nn.Module):
 
     def __init__(self, program: dict[str, Any]) -> None:
         super().__init__()
-        self.steps = program["steps"]
+        self.steps, self.autocast = program["steps"], program.get("autocast", "none")
         self.weights = nn.ParameterDict()
         self.generator = torch.Generator().manual_seed(program["seed"])
         self.dtype = getattr(torch, program["dtype"])
@@ -133,12 +223,21 @@ class RandomModel(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast == "all"):
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         pool = [x]
         for number, (name, source, partner, target, shared) in enumerate(self.steps):
             # Steps with one number for ``shared`` read one weight, where its shape fits.
             key = f"{shared or f'own{number}'}"
             weight = self._weights(key)
-            pool.append(STEPS[name](pool[source], pool[partner], target, weight))
+            if self.autocast == "every other step" and number % 2 == 0:
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = STEPS[name](pool[source], pool[partner], target, weight)
+                pool.append(y.to(self.dtype))
+            else:
+                pool.append(STEPS[name](pool[source], pool[partner], target, weight))
         return pool[-1]
 
     def _weights(self, key: str) -> Weight:

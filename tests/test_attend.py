@@ -190,6 +190,30 @@ def test_other_attentions_are_left_alone(attends, attend, given):
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
 
 
+REPEATED = {
+    "key and value": lambda q, k, v, mask: (q, k[:1], v[:1], mask),
+    "key": lambda q, k, v, mask: (q, k[:1], v, mask),
+    "value": lambda q, k, v, mask: (q, k, v[:1], mask),
+    "query": lambda q, k, v, mask: (q[:1], k, v, mask),
+    "no heads": lambda q, k, v, mask: (q[:, :0], k[:, :0], v[:, :0], None),
+    "no sequences": lambda q, k, v, mask: (q[:0], k[:0], v[:0], mask[:0]),
+    "no query": lambda q, k, v, mask: (q[:, :, :0], k, v, None),
+}
+
+
+@pytest.mark.parametrize("attends", [True, False], ids=["operator", "grouped"])
+@pytest.mark.parametrize("L", [1, S])
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_is_repeated_for_a_batch_and_what_is_empty(monkeypatch, name, L, attends):
+    monkeypatch.setattr(table, "attends", lambda device, few: attends)
+
+    def attend(*given):
+        return native(*REPEATED[name](*given))
+
+    y, expected, _ = compare(attend, *inputs(L, S))
+    torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("L", [1, S])
 def test_a_key_written_after_it_was_repeated_is_not_read_again(attends, L):
     y, expected, _ = run(cache_written_after_the_repeat, L)

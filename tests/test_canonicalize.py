@@ -1,5 +1,6 @@
 """Every spelling of a linear map is found, rewritten and computes the same."""
 
+import operator
 import re
 
 import pytest
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from support import assert_close_to_float64, compile_once
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+import int8fx
 
 K, N, B, S = 24, 40, 2, 3
 
@@ -23,8 +26,8 @@ class Spelled(nn.Module):
             nn.Parameter(torch.randn(shape, generator=generator) * 0.2) for shape in shapes
         )
 
-    def forward(self, x):
-        return self.function(x, *self.weights)
+    def forward(self, *inputs):
+        return self.function(*inputs, *self.weights)
 
 
 def flat(x):
@@ -105,6 +108,51 @@ SPELLINGS = {
         [(4, K // 4, N)],
         (B, S, 4, K // 4),
     ),
+    "x @ a batch of one": (lambda x, w: x @ w.unsqueeze(0), [(K, N)], (S, K)),
+    "x @ w[None]": (lambda x, w: x @ w[None], [(K, N)], (B, S, K)),
+    "x @ a parameter that is a batch of one": (lambda x, w: x @ w, [(1, K, N)], (B, S, K)),
+    "x @ an expanded weight": (lambda x, w: x @ w.expand(4, -1, -1), [(K, N)], (S, K)),
+    "x @ a repeated weight": (lambda x, w: x @ w.repeat(4, 1, 1), [(K, N)], (S, K)),
+    "x @ an expanded weight, turned": (lambda x, w: x @ w.expand(4, -1, -1).mT, [(N, K)], (S, K)),
+    "a batch of one @ an expanded weight": (lambda x, w: x @ w.expand(4, -1, -1), [(K, N)], (1, S, K)),
+    "a vector @ an expanded weight": (lambda x, w: x @ w.expand(4, -1, -1), [(K, N)], (K,)),
+    "an expanded weight @ x": (lambda x, w: w.expand(4, -1, -1) @ x, [(N, K)], (K, S)),
+    "an expanded weight @ a vector": (lambda x, w: w.expand(4, -1, -1) @ x, [(N, K)], (K,)),
+    "an expanded x": (lambda x, w: x.expand(4, -1, -1) @ w, [(K, N)], (S, K)),
+    "an unsqueezed x": (lambda x, w: x.unsqueeze(0) @ w, [(K, N)], (S, K)),
+    "@=": (lambda x, w: operator.imatmul(x, w), [(K, N)], (B, S, K)),
+    "Tensor.__rmatmul__": (lambda x, w: w.__rmatmul__(x), [(K, N)], (B, S, K)),
+    "a weight moved to x's device": (lambda x, w: F.linear(x, w.to(x.device)), [(N, K)], (B, S, K)),
+    "torch.addmm of a column": (
+        lambda x, w, b: torch.addmm(b, flat(x), w),
+        [(K, N), (B * S, 1)],
+        (B, S, K),
+    ),
+    "torch.addbmm": (
+        lambda x, w, b: torch.addbmm(b, x, w),
+        [(B, K, N), (S, N)],
+        (B, S, K),
+    ),
+    "torch.mv": (lambda x, w: torch.mv(w, x), [(N, K)], (K,)),
+    "Tensor.mv": (lambda x, w: w.mv(x), [(N, K)], (K,)),
+    "torch.inner": (torch.inner, [(N, K)], (B, S, K)),
+    "torch.tensordot": (lambda x, w: torch.tensordot(x, w, 1), [(K, N)], (B, S, K)),
+    "torch.tensordot of two dimensions": (
+        lambda x, w: torch.tensordot(x, w, ([-2, -1], [1, 2])),
+        [(N, 4, K // 4)],
+        (B, S, 4, K // 4),
+    ),
+    "torch.linalg.multi_dot": (lambda x, w: torch.linalg.multi_dot([x, w]), [(K, N)], (S, K)),
+    "torch.chain_matmul": (torch.chain_matmul, [(K, N)], (S, K)),
+    "F.conv1d of one point": (F.conv1d, [(N, K, 1)], (B, K, S)),
+    "F.conv2d of one point": (F.conv2d, [(N, K, 1, 1), (N,)], (B, K, S, 4)),
+    "F.conv3d of one point": (
+        lambda x, w: F.conv3d(x, w, padding="same", dilation=2),
+        [(N, K, 1, 1, 1)],
+        (B, K, S, 4, 5),
+    ),
+    "F.conv2d of one point, without a batch": (F.conv2d, [(N, K, 1, 1)], (K, S, 4)),
+    "aten.mm": (lambda x, w: torch.ops.aten.mm.default(self=flat(x), mat2=w), [(K, N)], (B, S, K)),
     "Conv1D": (None, [], (B, S, K)),
 }
 
@@ -143,6 +191,46 @@ REFUSED = {
         [(B, K, N)],
         "batched or summed alone",
     ),
+    "a contracted index that broadcasts": (
+        lambda x, w: torch.einsum("bsk,kn->bsn", x, w),
+        [(1, N)],
+        r"broadcasts a contracted index: \['k'\]",
+    ),
+    "a contracted index of x that broadcasts": (
+        lambda x, w: torch.einsum("bsk,kn->bsn", x[..., :1], w),
+        [(K, N)],
+        r"broadcasts a contracted index: \['k'\]",
+    ),
+    "an old signature": (
+        lambda x, w: torch.addmm(1, flat(x), 1, flat(x), w),
+        [(K, K)],
+        "called as no linear map: too many positional arguments",
+    ),
+    "a bias that has more dimensions than the result": (
+        lambda x, w, b: F.linear(x[0, 0], w, b),
+        [(N, K), (1, N)],
+        r"its linear form has the shape \[1, 40\], and its result \[40\]",
+    ),
+    "a chain": (
+        lambda x, v, w: torch.linalg.multi_dot([flat(x), v, w]),
+        [(K, N), (N, K)],
+        "a chain of 3 matrices",
+    ),
+    "a convolution with a stride": (
+        lambda x, w: F.conv1d(x.mT, w, stride=2),
+        [(N, K, 1)],
+        "a convolution with stride 2",
+    ),
+    "a padded convolution": (
+        lambda x, w: F.conv1d(x.mT, w, padding=1),
+        [(N, K, 1)],
+        "a convolution with padding 1",
+    ),
+    "a convolution of groups": (
+        lambda x, w: F.conv1d(x.mT, w, groups=K),
+        [(K, 1, 1)],
+        "a convolution of 24 groups",
+    ),
 }
 
 
@@ -165,3 +253,73 @@ def test_both_weights_of_one_module_are_told_apart():
     _, report = compile_once(nn.Sequential(linear, nn.Linear(N, K)), torch.randn(S, K))
     assert [decision.path for decision in report.decisions] == ["0", "1"]
     assert [decision.shape for decision in report.decisions] == [(N, K), (K, N)]
+
+
+OUT = {
+    "mm": (torch.mm, (S, K), (K, N)),
+    "matmul": (torch.matmul, (B, S, K), (K, N)),
+    "bmm": (torch.bmm, (B, S, K), (B, K, N)),
+    "mv": (lambda x, w, out: torch.mv(w, x, out=out), (K,), (N, K)),
+    "inner": (torch.inner, (S, K), (N, K)),
+    "tensordot": (lambda x, w, out: torch.tensordot(x, w, 1, out=out), (S, K), (K, N)),
+    "tensordot, by position": (lambda x, w, out: torch.tensordot(x, w, 1, out), (S, K), (K, N)),
+    "multi_dot": (lambda x, w, out: torch.linalg.multi_dot([x, w], out=out), (S, K), (K, N)),
+    "addmm": (lambda x, w, out: torch.addmm(w[0], x, w, out=out), (S, K), (K, N)),
+    "baddbmm": (lambda x, w, out: torch.baddbmm(w[0, 0], x, w, out=out), (B, S, K), (B, K, N)),
+    "addbmm": (lambda x, w, out: torch.addbmm(w[0, 0], x, w, out=out), (B, S, K), (B, K, N)),
+    "aten.mm": (torch.ops.aten.mm.out, (S, K), (K, N)),
+}
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_what_is_written_into_out_is_written(name):
+    """The buffer is the caller's, who reads it; the linear behind it reads it as well."""
+    function, x_shape, w_shape = OUT[name]
+    model = Spelled(
+        lambda x, out, w, v: (F.linear(function(x, w, out=out), v), out), w_shape, (K, N)
+    ).requires_grad_(False)
+    x = torch.randn(x_shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.empty(function(x, model.weights[0], out=torch.empty(0)).shape)
+    y, _ = model(x, expected)
+    out = torch.full_like(expected, 7.0)
+    torch._dynamo.reset()
+    with torch.no_grad(), int8fx.collect_reports() as reports:
+        computed, returned = torch.compile(model, backend="llmint8", fullgraph=True)(x, out)
+    reasons = [decision.reason for decision in reports[0].decisions]
+    assert reasons == ["it writes its result into out=", ""]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(returned, expected)
+    assert_close_to_float64(computed, y.double(), K)
+
+
+class Queries(nn.Module):
+    """``project`` on learned tokens, one for each of a batch."""
+
+    def __init__(self, project):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, 5, K))
+        self.weight, self.project = nn.Parameter(torch.randn(N, K) * 0.2), project
+
+    def forward(self, x):
+        return x @ self.project(self.tokens.expand(x.shape[0], -1, -1), self.weight).mT
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        F.linear,
+        lambda tokens, w: tokens @ w.t(),
+        lambda tokens, w: torch.einsum("btk,nk->btn", tokens, w),
+    ],
+    ids=["F.linear", "@", "einsum"],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_learned_queries_are_an_input(project, dynamic):
+    model = Queries(project).requires_grad_(False)
+    x = torch.randn(B, S, N, generator=torch.Generator().manual_seed(1))
+    y, report = compile_once(model, x, dynamic=dynamic)
+    assert [(decision.path, decision.accepted) for decision in report.decisions] == [
+        ("weight", True),
+        (report.decisions[1].path, False),
+    ]
+    assert_close_to_float64(y, model.double()(x.double()), K)

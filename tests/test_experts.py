@@ -206,6 +206,29 @@ def test_spelling_is_rewritten_and_within_the_bound(name, weight, x):
     assert_close_to_float64(y, expected, K)
 
 
+NO_ROWS = {
+    "bmm of every expert": (lambda x, w, i: torch.bmm(x[:0].view(E, 0, K), w), (0, 2, 1)),
+    "weight first": (lambda x, w, i: torch.bmm(w, x[:0].view(E, K, 0)), (0, 1, 2)),
+    "bmm(x, w[i])": (lambda x, w, i: torch.bmm(x[:0].view(S, 0, K), w[i]), (0, 2, 1)),
+    "no index": (lambda x, w, i: torch.bmm(x[:0].unsqueeze(1), w[i[:0]]), (0, 2, 1)),
+    "transformers' fallback": (
+        lambda x, w, i: torch.ops.transformers.grouped_mm_fallback(x[:0], w.mT, offs=ends(i[:0])),
+        (0, 1, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_no_rows_are_no_rows(name, weight, x):
+    import transformers.integrations.moe  # noqa: F401  (registers the fallback)
+
+    function, permutation = NO_ROWS[name]
+    model = Spelled(function, weight.permute(permutation))
+    y, report = compile_once(model, x, torch.tensor(MIXED))
+    assert report.decisions[0].accepted, report.decisions[0].reason
+    assert (y.shape, y.dtype) == (model(x, torch.tensor(MIXED)).shape, x.dtype)
+
+
 def test_compiled_with_inductor_and_any_number_of_rows(weight, x):
     torch._dynamo.reset()
     model = Spelled(indexed, weight)

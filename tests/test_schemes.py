@@ -65,7 +65,7 @@ def assert_is_the_reference(y, expected, x, weight) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(K,), (1, K), (5, K), (2, 17, K)], ids=str)
+@pytest.mark.parametrize("shape", [(K,), (1, K), (5, K), (2, 17, K), (0, K), (2, 0, K)], ids=str)
 def test_lowering_is_the_reference(name, dtype, shape):
     x = activations(*shape, dtype=dtype)
     y, expected, weight = apply(name, x, bias=len(shape) != 2)

@@ -48,7 +48,7 @@ def quantize_affine_reference(
     """
     regular, x_outlier, outlier_columns = split_outliers(x, threshold, decomposition)
     over = tuple(range(x.dim())) if per_tensor else (-1,)
-    low, high = regular.amin(over, keepdim=True), regular.amax(over, keepdim=True)
+    low, high = _range(regular, over)
     largest = torch.maximum(low.abs(), high.abs())
     if zero_point:
         scale = torch.maximum((high / 2 - low / 2) / _RANGE, largest * _FINEST).clamp_min(MIN_SCALE)
@@ -61,6 +61,14 @@ def quantize_affine_reference(
     x_scale = scale.squeeze(-1).expand(rows).contiguous()
     x_offset = (zero * scale).squeeze(-1).expand(rows).contiguous()
     return x_int8, x_scale, x_offset, x_outlier, outlier_columns
+
+
+def _range(values: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The least and the largest along dimensions, which become 1; of no values, 0."""
+    if values.numel() == 0:
+        nothing = values.sum(over, keepdim=True)
+        return nothing, nothing
+    return values.amin(over, keepdim=True), values.amax(over, keepdim=True)
 
 
 _library = torch.library.Library("int8fx", "FRAGMENT")
