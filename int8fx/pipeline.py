@@ -28,7 +28,7 @@ from int8fx.passes.fuse_sums import fuse_sums
 from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
 from int8fx.passes.lower import lower, lower_matmul
-from int8fx.passes.mutation import written
+from int8fx.passes.mutation import Memory
 from int8fx.passes.one_row import one_row
 from int8fx.passes.select import (
     REQUIRES_GRAD,
@@ -118,7 +118,7 @@ def rewrite(compilation: Compilation) -> None:
 def canonicalize(compilation: Compilation) -> None:
     """Finds every linear and matmul, in one form whatever its spelling."""
     compilation.found = candidates(
-        compilation.root, compilation.tensors.__contains__, compilation.options.attention
+        compilation.root, compilation.paths.get, compilation.options.attention
     )
 
 
@@ -132,7 +132,7 @@ def select(compilation: Compilation) -> None:
         only=options.only,
         skips_by_default=options.skips_by_default,
         kernel_reason=table.refusal,
-        mutated=frozenset(written(compilation.root.graph)),
+        memory=compilation.memory(),
         weight_reason=functools.partial(_weight_reason, options),
         attention=options.attention,
     )
@@ -266,13 +266,13 @@ def lower_linears(compilation: Compilation) -> None:
 def share_quantizations(compilation: Compilation) -> None:
     """fuse_prologue on every graph."""
     for scope in compilation.root.walk():
-        fuse_prologue(scope.graph, QUANTIZERS)
+        fuse_prologue(scope.graph, QUANTIZERS, compilation.memory())
 
 
 def fold_biases(compilation: Compilation) -> None:
     """fuse_epilogue on every graph."""
     for scope in compilation.root.walk():
-        fuse_epilogue(scope.graph)
+        fuse_epilogue(scope.graph, compilation.memory())
 
 
 def join_quantized_linears(compilation: Compilation) -> None:
@@ -281,7 +281,7 @@ def join_quantized_linears(compilation: Compilation) -> None:
         for quantizer in QUANTIZERS:
             found = scope.graph.find_nodes(op="call_function", target=quantizer)
             compilation.quantizations += len(found)
-        join_linears(scope.graph, compilation.fake_mode, table.joined)
+        join_linears(scope.graph, compilation.fake_mode, table.joined, compilation.memory())
 
 
 def serve_expert_linears(compilation: Compilation) -> None:
@@ -305,13 +305,15 @@ def move_norms(compilation: Compilation) -> None:
         joined, normed = table.joined(device), table.normed(device)
         if joined is None or normed is None:
             continue
+        mode, memory = compilation.fake_mode, compilation.memory()
         graphs = (scope.graph for scope in compilation.root.walk())
-        moved = sum(fuse_norms(graph, compilation.fake_mode, joined[0], normed) for graph in graphs)
+        moved = sum(fuse_norms(graph, mode, joined[0], normed, memory) for graph in graphs)
         log.debug("%d norms into the operator of their linears", moved)
 
 
 # What is left in float gets out of the way: what the log calls it, the pass, and when it applies.
-IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation], bool]], ...] = (
+InFloat = Callable[[fx.Graph, Any, Memory], int]
+IN_FLOAT: tuple[tuple[str, InFloat, Callable[[Compilation], bool]], ...] = (
     (
         "attentions of few rows",
         attend_few,
@@ -326,7 +328,7 @@ IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation
     ("values that every layer reads, once", compute_once, lambda compilation: True),
     (
         "linears of one row as sums",
-        one_row,
+        lambda graph, fake_mode, _: one_row(graph, fake_mode),
         lambda compilation: not compilation.needs_autograd,
     ),
 )
@@ -336,8 +338,9 @@ def speed_up_float(compilation: Compilation) -> None:
     """The passes of ``IN_FLOAT`` on every graph."""
     for what, run, applies in IN_FLOAT:
         if applies(compilation):
+            mode, memory = compilation.fake_mode, compilation.memory()
             graphs = (scope.graph for scope in compilation.root.walk())
-            log.debug("%d %s", sum(run(graph, compilation.fake_mode) for graph in graphs), what)
+            log.debug("%d %s", sum(run(graph, mode, memory) for graph in graphs), what)
 
 
 def report(compilation: Compilation) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TRIED_ON = ("2.13.0", "2.14.1")
 MINIMUM = (2, 13)
@@ -213,6 +214,95 @@ def compile_counts() -> tuple[int, int]:
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+# --- What a call does to tensors -----------------------------------------------------------------
+
+
+def new_fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_higher_order(target: Any) -> bool:
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def leaves(values: Any) -> list[Any]:
+    """What a nest of lists, tuples and dicts holds."""
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(values)
+
+
+def fake_copy(tensor: Tensor) -> Tensor:
+    """In a fake mode: a tensor of the same form, in memory of its own."""
+    if type(tensor) is not Tensor and is_wrapper(tensor):
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = {name: fake_copy(getattr(tensor, name)) for name in names}
+        form = tensor.shape, tensor.stride()
+        return type(tensor).__tensor_unflatten__(inner, context, *form)  # type: ignore[attr-defined]
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass that holds its values in other tensors."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def untyped_storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where a tensor's values are, of a wrapper those of the tensors that it holds."""
+    if is_wrapper(tensor):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield from untyped_storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
+def storages(values: Any) -> frozenset[int]:
+    """The identities of the storages behind all tensors of a nest."""
+    tensors = (value for value in leaves(values) if isinstance(value, Tensor))
+    return frozenset(storage._cdata for tensor in tensors for storage in untyped_storages(tensor))
+
+
+@contextlib.contextmanager
+def ignoring_new_symbols(fake_mode: Any) -> Iterator[None]:
+    """Sizes that depend on data, of calls that are made once more, are not sizes of the graph."""
+    if fake_mode.shape_env is None:
+        yield
+    else:
+        with fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+            yield
+
+
+class _WriteRecorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = func._schema.arguments
+        given = [*zip(arguments, args, strict=False)]
+        given += [
+            (argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs
+        ]
+        for argument, value in given:
+            is_declared = argument.alias_info is not None and argument.alias_info.is_write
+            # Of all operators those of batch norms write to what they do not declare.
+            if is_declared or argument.name in ("running_mean", "running_var"):
+                self.written |= storages(value)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def recording_writes() -> Iterator[set[int]]:
+    """The identities of the storages that operators write to in the ``with`` block."""
+    with _WriteRecorder() as recorder:
+        yield recorder.written
 
 
 # --- Inductor ------------------------------------------------------------------------------------

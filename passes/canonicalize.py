@@ -29,6 +29,7 @@ from int8fx.passes.weight_expression import (
     TRANSPOSE,
     Step,
     WeightExpression,
+    computed_of_weights,
     resolve,
     without_broadcast,
 )
@@ -87,6 +88,38 @@ class Candidate:
             left, right = self.factors
             self.factors = replaced.get(left, left), replaced.get(right, right)
 
+    @property
+    def operands(self) -> set[fx.Node]:
+        """The values in its graph that its rewritten form reads."""
+        routing = () if self.routing is None else (self.routing.ends, self.routing.index)
+        read = (self.x, self.bias, self.addend, *routing, *(self.factors or ()))
+        return {node for node in read if node is not None}
+
+    def passed_over(self) -> tuple[set[fx.Node], set[fx.Node]]:
+        """The nodes that nothing reads for it any more: its weight and what was made of it, and what
+        was made of other operands alone."""
+        assert self.weight is not None
+        read = self.operands
+        of_weight: set[fx.Node] = {self.weight.placeholder}
+        of_others: set[fx.Node] = set()
+
+        def is_of_weight(node: fx.Node, scope: Scope) -> bool:
+            if node in of_weight:
+                return True
+            if node in read:
+                return False
+            below = [(each, scope) for each in node.all_input_nodes]
+            if node.op == "placeholder" and scope.parent is not None:
+                outer = scope.outer(node)
+                below = [] if outer is None else [(outer, scope.parent)]
+            found = [each for each in below if is_of_weight(*each)]
+            (of_weight if found else of_others).add(node)
+            return bool(found)
+
+        for operand in self.node.all_input_nodes:
+            is_of_weight(operand, self.scope)
+        return of_weight, of_others
+
     def refused(self, reason: str) -> "Candidate":
         self.refusal = reason
         return self
@@ -99,7 +132,7 @@ class _Call:
     node: fx.Node
     scope: Scope
     spelling: str
-    is_weight: Callable[[fx.Node], bool]
+    path_of: Callable[[fx.Node], str | None]
 
     def arguments(self, *names: str, **defaults: Any) -> list[Any]:
         values = dict(zip((*names, *defaults), self.node.args, strict=False)) | self.node.kwargs
@@ -109,7 +142,7 @@ class _Call:
         return Candidate(self.node, self.scope, self.spelling)
 
     def weight(self, node: Any) -> WeightExpression | None:
-        return resolve(node, self.scope, self.is_weight)
+        return resolve(node, self.scope, lambda node: self.path_of(node) is not None)
 
 
 def _linear(call: _Call) -> Candidate:
@@ -215,7 +248,7 @@ def _with_routing(
     candidate = call.candidate()
     expression = call.weight(weight)
     if expression is None:
-        return candidate.refused(_not_a_weight(call))
+        return candidate.refused(_not_a_weight(call, weight))
     candidate.weight = expression.then(method("transpose", -2, -1)) if transposed else expression
     candidate.x, candidate.routing, candidate.addend = x, routing, addend
     candidate.x_steps, candidate.y_steps = x_steps, y_steps
@@ -262,7 +295,7 @@ def _with_weight(
     expression = call.weight(weight)
     candidate.weight_shape = shape_of(weight)
     if expression is None:
-        return candidate.refused(_not_a_weight(call))
+        return candidate.refused(_not_a_weight(call, weight))
     candidate.weight = expression
     if not isinstance(x, fx.Node):
         return candidate.refused("the input is a constant")
@@ -280,9 +313,11 @@ def _with_weight(
     return candidate
 
 
-def _not_a_weight(call: _Call) -> str:
+def _not_a_weight(call: _Call, operand: Any) -> str:
     if call.scope.closed:
         return "inside a sub-graph that weights cannot be traced through"
+    if computed := computed_of_weights(operand, call.scope, call.path_of):
+        return f"the weight is computed from parameters ({computed}), anew at each call"
     return "the weight is an activation: neither a parameter nor a buffer, nor a view of one"
 
 
@@ -327,11 +362,12 @@ SPELLINGS: dict[Any, tuple[str, Callable[[_Call], Candidate]]] = {
 
 
 def candidates(
-    root: Scope, is_weight: Callable[[fx.Node], bool], attention: bool = False
+    root: Scope, path_of: Callable[[fx.Node], str | None], attention: bool = False
 ) -> list[Candidate]:
     """Every linear or matmul below ``root``, in the order in which they run.
 
     Args:
+        path_of: the module path of a parameter or a buffer, of a placeholder of ``root``; or None.
         attention: whether fused attention counts as one, too. It is refused: to take it apart would
             write the probabilities to memory, which it is there to avoid.
     """
@@ -344,7 +380,7 @@ def candidates(
             entry = SPELLINGS.get(node.target) or SPELLINGS.get(str(node.target))
             if entry is not None:
                 spelling, match = entry
-                found.append(match(_Call(node, scope, spelling, is_weight)))
+                found.append(match(_Call(node, scope, spelling, path_of)))
             elif node.target is F.multi_head_attention_forward:
                 found.append(_fused_attention(node, scope))
             elif attention and node.target is F.scaled_dot_product_attention:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from int8fx.kernels.quantize import overflow_reason
 from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.mutation import Memory
 from int8fx.passes.ranking import ranked_by
 from int8fx.passes.weight_expression import WeightExpression
 
@@ -30,7 +31,7 @@ class Selection:
         skips_by_default: whether a weight that is also an embedding, and a router of experts, stays in
             float.
         kernel_reason: why a device cannot be served, or None when it can.
-        mutated: placeholders that the graph itself writes to.
+        memory: where the graph writes to, and what shares memory with what.
         attention: whether products of two activations are rewritten.
         weight_reason: why the weight of a module path cannot be quantised, or read as what it already
             is; or empty.
@@ -42,7 +43,7 @@ class Selection:
     only: tuple[str, ...] | None
     skips_by_default: bool
     kernel_reason: Callable[[str], str | None]
-    mutated: frozenset[fx.Node]
+    memory: Memory
     weight_reason: Callable[[str, Tensor, WeightExpression], str]
     attention: bool = False
 
@@ -183,9 +184,31 @@ def _real_weight(candidate: Candidate, selection: Selection) -> str:
 
 
 def _mutated(candidate: Candidate, selection: Selection) -> str:
+    """A weight is read before the graph runs: neither it nor a copy on its way may change in it."""
     assert candidate.weight is not None
-    if candidate.weight.placeholder in selection.mutated:
-        return "the graph writes to this weight"
+    memory, placeholder = selection.memory, candidate.weight.placeholder
+    of_weight, _ = candidate.passed_over()
+    for node in of_weight:
+        writers = memory.writers(node)
+        if doubt := next(filter(None, map(memory.doubt, writers)), ""):
+            return f"{writers[0].name} may write to this weight: what it does is not known ({doubt})"
+        if writers:
+            others = [
+                path
+                for other, path in selection.paths.items()
+                if other is not placeholder and memory.share(other, placeholder)
+            ]
+            beside = f", or to {', '.join(others)}, which shares its memory" if others else ""
+            return f"the graph writes to this weight{beside}"
+    return ""
+
+
+def _overwritten(candidate: Candidate, selection: Selection) -> str:
+    """What was copied for the product is read below the copy, when the product is."""
+    _, copies = candidate.passed_over()
+    for value in candidate.operands - set(candidate.node.all_input_nodes):
+        if selection.memory.written_between(value, candidate.node, [value, *copies]):
+            return f"the graph writes to {value.name} between a copy of it and the product"
     return ""
 
 
@@ -218,6 +241,7 @@ RULES: tuple[Rule, ...] = (
     _router,
     _real_weight,
     _mutated,
+    _overwritten,
     _dtype,
     _size,
     _device,
