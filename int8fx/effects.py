@@ -1,7 +1,7 @@
 """What a call of a graph does to the memory of its arguments, found out by running it.
 
-The call runs on fake copies of its arguments, each with memory of its own, while every operator below it
-is watched: operators declare which arguments they write to. So ``torch._foreach_mul_([w], c)``,
+The call runs on fake copies of its arguments, each with memory of its own, and every operator below it
+is watched, as it declares which arguments it writes to. So ``torch._foreach_mul_([w], c)``,
 ``F.relu(w, True)``, ``F.embedding(i, w, max_norm=1.0)`` and whatever else torch has are seen alike, and
 so is which arguments the result is a view of.
 """

@@ -32,6 +32,7 @@ from int8fx.passes.mutation import Memory
 from int8fx.passes.one_row import one_row
 from int8fx.passes.select import (
     REQUIRES_GRAD,
+    WRITTEN,
     Selection,
     module_path,
     only_reason,
@@ -211,18 +212,25 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
     """Rewrites linears of bitsandbytes, whose weights are int8 already; returns how many."""
     graph, options = compilation.root.graph, compilation.options
     inputs = dict(zip(compilation.placeholders, compilation.inputs, strict=True))
-    found = []
-    for linear in bitsandbytes_nodes.find(graph):
+    linears, found = bitsandbytes_nodes.find(graph), 0
+    if linears:
+        bitsandbytes_nodes.drop_rebinding(
+            graph, lambda left, right: inputs[left].data_ptr() == inputs[right].data_ptr()
+        )
+    memory = compilation.memory()
+    for linear in linears:
         path = owner_path(linear.weight)
         N, K = inputs[linear.weight].shape
-        reason = skip_reason(path, compilation.options.skip) or only_reason(
-            path, compilation.options.only
-        )
+        reason = skip_reason(path, options.skip) or only_reason(path, options.only)
+        if memory.writers(linear.weight) or memory.writers(linear.scale):
+            reason = reason or WRITTEN
+        elif memory.written_between(linear.x, linear.quantization, linear.read):
+            reason = reason or f"the graph writes to {linear.x.name} before it is quantised"
         scheme = "" if reason else DEFAULT
         compilation.decisions.append(Decision(path, "bitsandbytes", (N, K), not reason, reason, scheme))
         if reason:
             continue
-        found.append(linear)
+        found += 1
         position = compilation.placeholders.index(linear.weight)
         expression = WeightExpression(linear.weight, ())
         packed = compilation.store.get(inputs[linear.weight], expression, OF_BITSANDBYTES)
@@ -232,11 +240,7 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
         own = {"threshold": linear.threshold, "decomposition": "column"}
         choice = Choice(SCHEMES[DEFAULT], options.choice(path, own).settings)
         bitsandbytes_nodes.replace(linear, w_packed, choice.lower, compilation.fake_mode)
-    if found:
-        bitsandbytes_nodes.drop_rebinding(
-            graph, lambda left, right: inputs[left].data_ptr() == inputs[right].data_ptr()
-        )
-    return len(found)
+    return found
 
 
 def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:

@@ -279,12 +279,17 @@ def ignoring_new_symbols(fake_mode: Any) -> Iterator[None]:
 
 
 class _WriteRecorder(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.written: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_higher_order(func):
+            self.written |= storages((args, kwargs))
+            return func(*args, **kwargs)
         arguments = func._schema.arguments
         given = [*zip(arguments, args, strict=False)]
         given += [

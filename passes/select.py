@@ -49,6 +49,7 @@ class Selection:
 
 
 REQUIRES_GRAD = "weight requires grad"
+WRITTEN = "the graph writes to this weight"
 TIED_HEAD = "skip: the output head (its weight is also an embedding)"
 
 
@@ -199,7 +200,7 @@ def _mutated(candidate: Candidate, selection: Selection) -> str:
                 if other is not placeholder and memory.share(other, placeholder)
             ]
             beside = f", or to {', '.join(others)}, which shares its memory" if others else ""
-            return f"the graph writes to this weight{beside}"
+            return WRITTEN + beside
     return ""
 
 

@@ -136,7 +136,8 @@ def computed_of_weights(node: Any, scope: Scope, path_of: Callable[[fx.Node], st
                 return ""
             paths[path] = None
         elif not is_view_or_cast(node):
-            functions[getattr(node.target, "__name__", str(node.target))] = None
+            name = node.args[1] if node.target is getattr else node.target
+            functions[getattr(name, "__name__", str(name))] = None
         ahead += [(each, scope) for each in reversed(node.all_input_nodes)]
     return f"{', '.join(functions)} of {', '.join(paths)}" if functions and paths else ""
 
