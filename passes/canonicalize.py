@@ -189,7 +189,7 @@ def _product(call: _Call, left: Any, right: Any, addend: Any = None) -> Candidat
     if right_weight:
         return _with_weight(call, left, right, (TRANSPOSE,), bias=addend)
     if not left_weight:
-        candidate = call.candidate().refused(TWO_ACTIVATIONS)
+        candidate = call.candidate().refused(_two_activations(call, right, left))
         if addend is None and all(isinstance(factor, fx.Node) for factor in factors):
             candidate.factors = factors
         return candidate
@@ -266,7 +266,7 @@ def _einsum(call: _Call) -> Candidate:
     if all(weights):
         return candidate.refused("both operands are weights")
     if not any(weights):
-        return candidate.refused(TWO_ACTIVATIONS)
+        return candidate.refused(_two_activations(call, *operands))
     side = 0 if weights[0] else 1
     weight, x = operands[side], operands[1 - side]
     weight_shape, x_rank = shape_of(weight), rank_of(x)
@@ -313,11 +313,20 @@ def _with_weight(
     return candidate
 
 
+def _two_activations(call: _Call, *operands: Any) -> str:
+    return next(filter(None, (_computed(call, each) for each in operands)), TWO_ACTIVATIONS)
+
+
+def _computed(call: _Call, operand: Any) -> str:
+    computed = computed_of_weights(operand, call.scope, call.path_of)
+    return f"the weight is computed from parameters ({computed}), anew at each call" if computed else ""
+
+
 def _not_a_weight(call: _Call, operand: Any) -> str:
     if call.scope.closed:
         return "inside a sub-graph that weights cannot be traced through"
-    if computed := computed_of_weights(operand, call.scope, call.path_of):
-        return f"the weight is computed from parameters ({computed}), anew at each call"
+    if computed := _computed(call, operand):
+        return computed
     return "the weight is an activation: neither a parameter nor a buffer, nor a view of one"
 
 
