@@ -62,7 +62,8 @@ class Effects:
             return self._by_call[key]
         # What fails here is any code of torch's, of another package's or of the model's.
         except Exception as error:
-            return declared_effect(node, f"{type(error).__name__}: {error}".partition("\n")[0])
+            doubt = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return declared_effect(node, doubt, _shared_in_trace(node, values))
 
     def _run(self, node: fx.Node, values: Sequence[Any]) -> Effect:
         if torch_private.is_higher_order(node.target):
@@ -88,10 +89,20 @@ class Effects:
         )
 
 
+def _shared_in_trace(node: fx.Node, values: Sequence[Any]) -> frozenset[int]:
+    """The arguments that shared memory with the result when Dynamo ran it; all if that is unknown."""
+    try:
+        result = torch_private.storages(node.meta["example_value"])
+        given = [torch_private.storages(each) for each in values]
+    except (KeyError, NotImplementedError, RuntimeError):
+        return frozenset(range(len(values)))
+    return frozenset(i for i, each in enumerate(given) if each & result)
+
+
 def _form(tensor: Tensor) -> str:
     """What a call may ask a tensor without values for."""
-    if type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"):
-        names, context = tensor.__tensor_flatten__()
+    if torch_private.is_wrapper(tensor):
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return f"{type(tensor)} {context} {[_form(getattr(tensor, name)) for name in names]}"
     return f"{type(tensor)} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} {tensor.device}"
 

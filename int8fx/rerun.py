@@ -74,7 +74,11 @@ class Rerun(fx.Interpreter):
         return value
 
     def _watched(self, node: fx.Node) -> Any:
-        given = torch_private.storages([self.env[each] for each in node.all_input_nodes])
+        try:
+            given = torch_private.storages([self.env[each] for each in node.all_input_nodes])
+        except NotImplementedError:  # of sparse tensors, whose storages are not to be had
+            self._places = {}
+            return self.run_node(node)
         with torch_private.recording_writes() as written:
             value = self.run_node(node)
         if not given.isdisjoint(written):

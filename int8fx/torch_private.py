@@ -238,7 +238,7 @@ def leaves(values: Any) -> list[Any]:
 
 def fake_copy(tensor: Tensor) -> Tensor:
     """In a fake mode: a tensor of the same form, in memory of its own."""
-    if type(tensor) is not Tensor and is_wrapper(tensor):
+    if is_wrapper(tensor):
         names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         inner = {name: fake_copy(getattr(tensor, name)) for name in names}
         form = tensor.shape, tensor.stride()
@@ -291,15 +291,14 @@ class _WriteRecorder(TorchDispatchMode):
             self.written |= storages((args, kwargs))
             return func(*args, **kwargs)
         arguments = func._schema.arguments
-        given = [*zip(arguments, args, strict=False)]
-        given += [
-            (argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs
-        ]
-        for argument, value in given:
-            is_declared = argument.alias_info is not None and argument.alias_info.is_write
-            # Of all operators those of batch norms write to what they do not declare.
-            if is_declared or argument.name in ("running_mean", "running_var"):
-                self.written |= storages(value)
+        given = dict(zip((each.name for each in arguments), args, strict=False)) | kwargs
+        written = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
+        # Of all operators those of batch norms write to what they do not declare.
+        if any(given.get(flag) for flag in ("training", "train", "use_input_stats")):
+            written += ("running_mean", "running_var")
+        # Sparse tensors have no storage to name.
+        with contextlib.suppress(NotImplementedError):
+            self.written |= storages([given.get(name) for name in written])
         return func(*args, **kwargs)
 
 

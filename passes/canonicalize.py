@@ -319,7 +319,9 @@ def _two_activations(call: _Call, *operands: Any) -> str:
 
 def _computed(call: _Call, operand: Any) -> str:
     computed = computed_of_weights(operand, call.scope, call.path_of)
-    return f"the weight is computed from parameters ({computed}), anew at each call" if computed else ""
+    return (
+        f"the weight is an activation, computed from parameters alone ({computed})" if computed else ""
+    )
 
 
 def _not_a_weight(call: _Call, operand: Any) -> str:

@@ -62,15 +62,16 @@ def writes_in_place(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def declared_effect(node: fx.Node, doubt: str) -> Effect:
+def declared_effect(node: fx.Node, doubt: str, shares: frozenset[int] | None = None) -> Effect:
     """The most that a call may do, by its name and schema: for what cannot be run.
 
     Args:
         doubt: why it cannot.
+        shares: what the result shares memory with if the call writes to nothing; None: all.
     """
     everything = frozenset(range(len(node.all_input_nodes)))
     if _declares_no_write(node):
-        return Effect(shares=everything)
+        return Effect(shares=everything if shares is None else shares)
     return Effect(everything, everything, doubt)
 
 

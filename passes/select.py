@@ -188,20 +188,21 @@ def _mutated(candidate: Candidate, selection: Selection) -> str:
     """A weight is read before the graph runs: neither it nor a copy on its way may change in it."""
     assert candidate.weight is not None
     memory, placeholder = selection.memory, candidate.weight.placeholder
-    of_weight, _ = candidate.passed_over()
-    for node in of_weight:
-        writers = memory.writers(node)
-        if doubt := next(filter(None, map(memory.doubt, writers)), ""):
-            return f"{writers[0].name} may write to this weight: what it does is not known ({doubt})"
-        if writers:
-            others = [
-                path
-                for other, path in selection.paths.items()
-                if other is not placeholder and memory.share(other, placeholder)
-            ]
-            beside = f", or to {', '.join(others)}, which shares its memory" if others else ""
-            return WRITTEN + beside
-    return ""
+    writers = memory.writers(placeholder)
+    if not writers:
+        of_weight, _ = candidate.passed_over()
+        return (
+            "the graph writes to a copy of this weight" if any(map(memory.writers, of_weight)) else ""
+        )
+    if all(map(memory.doubt, writers)):
+        doubt = memory.doubt(writers[0])
+        return f"{writers[0].name} may write to this weight: what it does is not known ({doubt})"
+    others = [
+        path
+        for other, path in selection.paths.items()
+        if other is not placeholder and memory.share(other, placeholder)
+    ]
+    return WRITTEN + (f", or to {', '.join(others)}, which shares its memory" if others else "")
 
 
 def _overwritten(candidate: Candidate, selection: Selection) -> str:
