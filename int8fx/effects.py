@@ -102,8 +102,8 @@ def _shared_in_trace(node: fx.Node, values: Sequence[Any]) -> frozenset[int]:
 def _form(tensor: Tensor) -> str:
     """What a call may ask a tensor without values for."""
     if torch_private.is_wrapper(tensor):
-        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return f"{type(tensor)} {context} {[_form(getattr(tensor, name)) for name in names]}"
+        inner, context = torch_private.held_by(tensor)
+        return f"{type(tensor)} {context} {torch_private.map_tensors(Tensor, _form, inner)}"
     return f"{type(tensor)} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} {tensor.device}"
 
 

@@ -239,8 +239,8 @@ def leaves(values: Any) -> list[Any]:
 def fake_copy(tensor: Tensor) -> Tensor:
     """In a fake mode: a tensor of the same form, in memory of its own."""
     if is_wrapper(tensor):
-        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        inner = {name: fake_copy(getattr(tensor, name)) for name in names}
+        inner, context = held_by(tensor)
+        inner = map_tensors(Tensor, fake_copy, inner)
         form = tensor.shape, tensor.stride()
         return type(tensor).__tensor_unflatten__(inner, context, *form)  # type: ignore[attr-defined]
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -253,11 +253,18 @@ def is_wrapper(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
+def held_by(wrapper: Any) -> tuple[dict[str, Any], Any]:
+    """What a wrapper holds, tensors mostly (of a DTensor the mesh as well), and what else it knows."""
+    names, context = wrapper.__tensor_flatten__()
+    return {name: getattr(wrapper, name) for name in names}, context
+
+
 def untyped_storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """Where a tensor's values are, of a wrapper those of the tensors that it holds."""
     if is_wrapper(tensor):
-        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from untyped_storages(getattr(tensor, name))
+        for inner in held_by(tensor)[0].values():
+            if isinstance(inner, Tensor):
+                yield from untyped_storages(inner)
     else:
         yield tensor.untyped_storage()
 
