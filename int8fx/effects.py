@@ -83,10 +83,11 @@ class Effects:
             after = [
                 each | torch_private.storages(copy) for each, copy in zip(before, copies, strict=True)
             ]
-        return Effect(
-            writes=frozenset(i for i, each in enumerate(before) if each & written),
-            shares=_shares(torch_private.storages(result), after),
-        )
+        writes = frozenset(i for i, each in enumerate(before) if each & written)
+        try:
+            return Effect(writes, _shares(torch_private.storages(result), after))
+        except NotImplementedError:  # what is batched by vmap does not tell of its storage
+            return Effect(writes, frozenset(range(len(copies))))
 
 
 def _shared_in_trace(node: fx.Node, values: Sequence[Any]) -> frozenset[int]:

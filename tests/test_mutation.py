@@ -406,6 +406,26 @@ def test_a_size_that_depends_on_data_is_no_obstacle():
     assert effect(lambda a: a.sum().item(), torch.randn(4)) == Effect()
 
 
+def test_under_autocast_a_result_does_not_share_the_weights_memory():
+    def function(x, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.relu(F.linear(x, model.weight), True)
+
+    torch._dynamo.reset()
+    y, report = compile_once(Model(function), rows())
+    assert report.decisions[0].accepted
+    assert y.dtype == torch.bfloat16
+
+
+def test_what_vmap_batches_is_not_written_to():
+    def function(x, model):
+        y = torch.vmap(lambda row: row * 2)(model.weight)
+        return y.sum() + F.linear(x, model.weight)
+
+    decisions, _ = assert_as_eager(Model(function))
+    assert decisions[0].accepted
+
+
 def test_equal_calls_are_run_once():
     graph = torch.fx.Graph()
     value = graph.placeholder("x")
