@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from int8fx import torch_private
+from int8fx.effects import Effects, overlapping
 from int8fx.kernels.scheme import Choice
 from int8fx.options import Options
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.decision import Decision
 from int8fx.passes.lower import Product
+from int8fx.passes.mutation import Memory
 from int8fx.passes.scope import Scope, scopes
 from int8fx.passes.verify import Signature
 from int8fx.weights import STORE, PackedWeight, Slot, WeightStore, WeightSwap
@@ -43,11 +45,24 @@ class Compilation:
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0
     swap: WeightSwap = field(init=False)
+    _memory: Memory | None = None
 
     @functools.cached_property
     def fake_mode(self) -> Any:
         values = [node.meta.get("example_value") for node in self.placeholders]
         return torch_private.fake_mode_of(values)
+
+    @functools.cached_property
+    def effects(self) -> Effects:
+        return Effects(self.fake_mode)
+
+    def memory(self) -> Memory:
+        """Which values of the graphs, as they are now, share memory, and where it is written to."""
+        # No pass adds a write to graphs without one.
+        if self._memory is None or self._memory.is_written:
+            groups = overlapping(self.placeholders, self.inputs)
+            self._memory = Memory(self.root, self.effects, groups)
+        return self._memory
 
     @property
     def needs_autograd(self) -> bool:

@@ -29,11 +29,12 @@ from int8fx.passes.group_heads import group_heads
 from int8fx.passes.join_linears import join_linears
 from int8fx.passes.low_rank import factors
 from int8fx.passes.lower import lower, lower_matmul
-from int8fx.passes.mutation import written
+from int8fx.passes.mutation import Memory
 from int8fx.passes.one_row import one_row
 from int8fx.passes.ranking import Rankings
 from int8fx.passes.select import (
     REQUIRES_GRAD,
+    WRITTEN,
     Selection,
     module_path,
     only_reason,
@@ -119,7 +120,7 @@ def rewrite(compilation: Compilation) -> None:
 def canonicalize(compilation: Compilation) -> None:
     """Finds every linear and matmul, in one form whatever its spelling."""
     compilation.found = candidates(
-        compilation.root, compilation.tensors.__contains__, compilation.options.attention
+        compilation.root, compilation.paths.get, compilation.options.attention
     )
 
 
@@ -139,7 +140,7 @@ def select(compilation: Compilation) -> None:
         only=options.only,
         skips_by_default=options.skips_by_default,
         kernel_reason=table.refusal,
-        mutated=frozenset(written(compilation.root.graph)),
+        memory=compilation.memory(),
         weight_reason=functools.partial(_weight_reason, options),
         ranked_by=rankings.ranked_by,
         factors=factors(shapes, rankings.origins),
@@ -220,18 +221,25 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
     """Rewrites linears of bitsandbytes, whose weights are int8 already; returns how many."""
     graph, options = compilation.root.graph, compilation.options
     inputs = dict(zip(compilation.placeholders, compilation.inputs, strict=True))
-    found = []
-    for linear in bitsandbytes_nodes.find(graph):
+    linears, found = bitsandbytes_nodes.find(graph), 0
+    if linears:
+        bitsandbytes_nodes.drop_rebinding(
+            graph, lambda left, right: inputs[left].data_ptr() == inputs[right].data_ptr()
+        )
+    memory = compilation.memory()
+    for linear in linears:
         path = owner_path(linear.weight)
         N, K = inputs[linear.weight].shape
-        reason = skip_reason(path, compilation.options.skip) or only_reason(
-            path, compilation.options.only
-        )
+        reason = skip_reason(path, options.skip) or only_reason(path, options.only)
+        if memory.writers(linear.weight) or memory.writers(linear.scale):
+            reason = reason or WRITTEN
+        elif memory.written_between(linear.x, linear.quantization, linear.read):
+            reason = reason or f"the graph writes to {linear.x.name} before it is quantised"
         scheme = "" if reason else DEFAULT
         compilation.decisions.append(Decision(path, "bitsandbytes", (N, K), not reason, reason, scheme))
         if reason:
             continue
-        found.append(linear)
+        found += 1
         position = compilation.placeholders.index(linear.weight)
         expression = WeightExpression(linear.weight, ())
         packed = compilation.store.get(inputs[linear.weight], expression, OF_BITSANDBYTES)
@@ -241,11 +249,7 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
         own = {"threshold": linear.threshold, "decomposition": "column"}
         choice = Choice(SCHEMES[DEFAULT], options.choice(path, own).settings)
         bitsandbytes_nodes.replace(linear, w_packed, choice.lower, compilation.fake_mode)
-    if found:
-        bitsandbytes_nodes.drop_rebinding(
-            graph, lambda left, right: inputs[left].data_ptr() == inputs[right].data_ptr()
-        )
-    return len(found)
+    return found
 
 
 def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
@@ -275,13 +279,13 @@ def lower_linears(compilation: Compilation) -> None:
 def share_quantizations(compilation: Compilation) -> None:
     """fuse_prologue on every graph."""
     for scope in compilation.root.walk():
-        fuse_prologue(scope.graph, quantizers())
+        fuse_prologue(scope.graph, quantizers(), compilation.memory())
 
 
 def fold_biases(compilation: Compilation) -> None:
     """fuse_epilogue on every graph."""
     for scope in compilation.root.walk():
-        fuse_epilogue(scope.graph)
+        fuse_epilogue(scope.graph, compilation.memory())
 
 
 def join_quantized_linears(compilation: Compilation) -> None:
@@ -290,7 +294,7 @@ def join_quantized_linears(compilation: Compilation) -> None:
         for quantizer in quantizers():
             found = scope.graph.find_nodes(op="call_function", target=quantizer)
             compilation.quantizations += len(found)
-        join_linears(scope.graph, compilation.fake_mode, table.joined)
+        join_linears(scope.graph, compilation.fake_mode, table.joined, compilation.memory())
 
 
 def serve_expert_linears(compilation: Compilation) -> None:
@@ -314,13 +318,15 @@ def move_norms(compilation: Compilation) -> None:
         joined, normed = table.joined(device), table.normed(device)
         if joined is None or normed is None:
             continue
+        mode, memory = compilation.fake_mode, compilation.memory()
         graphs = (scope.graph for scope in compilation.root.walk())
-        moved = sum(fuse_norms(graph, compilation.fake_mode, joined[0], normed) for graph in graphs)
+        moved = sum(fuse_norms(graph, mode, joined[0], normed, memory) for graph in graphs)
         log.debug("%d norms into the operator of their linears", moved)
 
 
 # What is left in float gets out of the way: what the log calls it, the pass, and when it applies.
-IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation], bool]], ...] = (
+InFloat = Callable[[fx.Graph, Any, Memory], int]
+IN_FLOAT: tuple[tuple[str, InFloat, Callable[[Compilation], bool]], ...] = (
     (
         "attentions of few rows",
         attend_few,
@@ -335,7 +341,7 @@ IN_FLOAT: tuple[tuple[str, Callable[[fx.Graph, Any], int], Callable[[Compilation
     ("values that every layer reads, once", compute_once, lambda compilation: True),
     (
         "linears of one row as sums",
-        one_row,
+        lambda graph, fake_mode, _: one_row(graph, fake_mode),
         lambda compilation: not compilation.needs_autograd,
     ),
 )
@@ -345,8 +351,9 @@ def speed_up_float(compilation: Compilation) -> None:
     """The passes of ``IN_FLOAT`` on every graph."""
     for what, run, applies in IN_FLOAT:
         if applies(compilation):
+            mode, memory = compilation.fake_mode, compilation.memory()
             graphs = (scope.graph for scope in compilation.root.walk())
-            log.debug("%d %s", sum(run(graph, compilation.fake_mode) for graph in graphs), what)
+            log.debug("%d %s", sum(run(graph, mode, memory) for graph in graphs), what)
 
 
 def report(compilation: Compilation) -> None:

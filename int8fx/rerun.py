@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from int8fx import torch_private
 from int8fx.identity import State, state_of
-from int8fx.passes.mutation import writes_in_place
 
 # A context that a graph enters is a state beside its values: no run may begin inside of one.
 ENTERS, EXITS = ("_enter_autocast",), ("_exit_autocast",)
@@ -20,13 +20,14 @@ ENTERS, EXITS = ("_enter_autocast",), ("_exit_autocast",)
 class Rerun(fx.Interpreter):
     """Runs ``gm`` operator by operator, from where the result may differ from that of the last run.
 
-    A graph that writes to its values is run from the beginning, always.
+    A graph that writes to its values is run from the beginning, always: the first run tells.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self._nodes = list(gm.graph.nodes)
-        self._places = {} if any(map(writes_in_place, self._nodes)) else _places(self._nodes)
+        self._places = _places(self._nodes)
+        self._is_watched = True
         self._inputs: list[Any] = []
         self._states: list[State] = []
         self._at = 0
@@ -52,6 +53,7 @@ class Rerun(fx.Interpreter):
                 output = self._step(node)
         finally:
             self.env = unchanged
+        self._is_watched = False
         return output
 
     def _same(self, inputs: Sequence[Any]) -> bool:
@@ -66,9 +68,21 @@ class Rerun(fx.Interpreter):
         )
 
     def _step(self, node: fx.Node) -> Any:
-        value = self.env[node] = self.run_node(node)
+        value = self.env[node] = self._watched(node) if self._is_watched else self.run_node(node)
         for last_used in self.user_to_last_uses.get(node, ()):
             del self.env[last_used]
+        return value
+
+    def _watched(self, node: fx.Node) -> Any:
+        try:
+            given = torch_private.storages([self.env[each] for each in node.all_input_nodes])
+        except NotImplementedError:  # of sparse tensors, whose storages are not to be had
+            self._places = {}
+            return self.run_node(node)
+        with torch_private.recording_writes() as written:
+            value = self.run_node(node)
+        if not given.isdisjoint(written):
+            self._places = {}
         return value
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TRIED_ON = ("2.13.0", "2.14.1")
 MINIMUM = (2, 13)
@@ -76,6 +77,21 @@ def mark_as_weight(placeholder: fx.Node) -> None:
     """
     placeholder._dynamo_source = None  # type: ignore[attr-defined]
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def autocast_regions(graph: fx.Graph) -> dict[fx.Node, tuple[tuple, ...]]:
+    """For each node the arguments of the autocasts that the graph has entered there, in order."""
+    from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+    regions: dict[fx.Node, tuple[tuple, ...]] = {}
+    entered: dict[fx.Node, tuple] = {}
+    for node in graph.nodes:
+        if node.target is _exit_autocast:
+            entered.pop(node.args[0], None)
+        regions[node] = tuple(entered.values())
+        if node.target is _enter_autocast:
+            entered[node] = tuple(node.args)
+    return regions
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -247,6 +263,106 @@ def compile_counts() -> tuple[int, int]:
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+# --- What a call does to tensors -----------------------------------------------------------------
+
+
+def new_fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_higher_order(target: Any) -> bool:
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def leaves(values: Any) -> list[Any]:
+    """What a nest of lists, tuples and dicts holds."""
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(values)
+
+
+def fake_copy(tensor: Tensor) -> Tensor:
+    """In a fake mode: a tensor of the same form, in memory of its own."""
+    if is_wrapper(tensor):
+        inner, context = held_by(tensor)
+        inner = map_tensors(Tensor, fake_copy, inner)
+        form = tensor.shape, tensor.stride()
+        return type(tensor).__tensor_unflatten__(inner, context, *form)  # type: ignore[attr-defined]
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass that holds its values in other tensors."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def held_by(wrapper: Any) -> tuple[dict[str, Any], Any]:
+    """What a wrapper holds, tensors mostly (of a DTensor the mesh as well), and what else it knows."""
+    names, context = wrapper.__tensor_flatten__()
+    return {name: getattr(wrapper, name) for name in names}, context
+
+
+def untyped_storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where a tensor's values are, of a wrapper those of the tensors that it holds."""
+    if is_wrapper(tensor):
+        for inner in held_by(tensor)[0].values():
+            if isinstance(inner, Tensor):
+                yield from untyped_storages(inner)
+    else:
+        yield tensor.untyped_storage()
+
+
+def storages(values: Any) -> frozenset[int]:
+    """The identities of the storages behind all tensors of a nest."""
+    tensors = (value for value in leaves(values) if isinstance(value, Tensor))
+    return frozenset(storage._cdata for tensor in tensors for storage in untyped_storages(tensor))
+
+
+@contextlib.contextmanager
+def ignoring_new_symbols(fake_mode: Any) -> Iterator[None]:
+    """Sizes that depend on data, of calls that are made once more, are not sizes of the graph."""
+    if fake_mode.shape_env is None:
+        yield
+    else:
+        with fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+            yield
+
+
+class _WriteRecorder(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_higher_order(func):
+            self.written |= storages((args, kwargs))
+            return func(*args, **kwargs)
+        arguments = func._schema.arguments
+        given = dict(zip((each.name for each in arguments), args, strict=False)) | kwargs
+        written = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
+        # Of all operators those of batch norms write to what they do not declare.
+        if any(given.get(flag) for flag in ("training", "train", "use_input_stats")):
+            written += ("running_mean", "running_var")
+        # Sparse tensors have no storage to name.
+        with contextlib.suppress(NotImplementedError):
+            self.written |= storages([given.get(name) for name in written])
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def recording_writes() -> Iterator[set[int]]:
+    """The identities of the storages that operators write to in the ``with`` block."""
+    with _WriteRecorder() as recorder:
+        yield recorder.written
 
 
 # --- Inductor ------------------------------------------------------------------------------------

@@ -22,15 +22,16 @@ from torch import fx
 
 from int8fx.kernels.attention import FEW_ROWS, MANY_ROWS, WIDEST_HEAD, attention
 from int8fx.passes.emit import Emitter
+from int8fx.passes.mutation import Memory
 from int8fx.passes.sdpa import Attention, attentions
 from int8fx.passes.select import DTYPES
 from int8fx.passes.values import shape_of, tensor_of
 
 
-def attend(graph: fx.Graph, fake_mode: Any, few: bool) -> int:
+def attend(graph: fx.Graph, fake_mode: Any, memory: Memory, few: bool) -> int:
     """Replaces the attentions of one graph, of few rows or of many; returns how many that were."""
     wanted = _few_rows if few else _many_rows
-    found = [each for each in attentions(graph) if wanted(each) and _serves(each)]
+    found = [each for each in attentions(graph, memory) if wanted(each) and _serves(each)]
     return sum(_replace(each, fake_mode) for each in found)
 
 

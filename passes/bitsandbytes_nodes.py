@@ -52,6 +52,11 @@ class BitsAndBytesLinear:
     bias: fx.Node | None
     threshold: float
 
+    @property
+    def read(self) -> list[fx.Node]:
+        """What a quantisation of ``x`` reads: what it was flattened from, where it was."""
+        return [self.x, *self.x.all_input_nodes]
+
 
 def find(graph: fx.Graph) -> list[BitsAndBytesLinear]:
     """The linears of a graph whose weights are its inputs, in the order in which they run."""

@@ -57,6 +57,38 @@ class Candidate:
             left, right = self.factors
             self.factors = replaced.get(left, left), replaced.get(right, right)
 
+    @property
+    def operands(self) -> set[fx.Node]:
+        """The values in its graph that its rewritten form reads."""
+        routing = () if self.routing is None else (self.routing.ends, self.routing.index)
+        read = (self.x, self.bias, self.addend, *routing, *(self.factors or ()))
+        return {node for node in read if node is not None}
+
+    def passed_over(self) -> tuple[set[fx.Node], set[fx.Node]]:
+        """The nodes that nothing reads for it any more: its weight and what was made of it, and what
+        was made of other operands alone."""
+        assert self.weight is not None
+        read = self.operands
+        of_weight: set[fx.Node] = {self.weight.placeholder}
+        of_others: set[fx.Node] = set()
+
+        def is_of_weight(node: fx.Node, scope: Scope) -> bool:
+            if node in of_weight:
+                return True
+            if node in read:
+                return False
+            below = [(each, scope) for each in node.all_input_nodes]
+            if node.op == "placeholder" and scope.parent is not None:
+                outer = scope.outer(node)
+                below = [] if outer is None else [(outer, scope.parent)]
+            found = [each for each in below if is_of_weight(*each)]
+            (of_weight if found else of_others).add(node)
+            return bool(found)
+
+        for operand in self.node.all_input_nodes:
+            is_of_weight(operand, self.scope)
+        return of_weight, of_others
+
     def refused(self, reason: str) -> "Candidate":
         self.refusal = reason
         return self

@@ -91,11 +91,12 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
 
 
 def candidates(
-    root: Scope, is_weight: Callable[[fx.Node], bool], attention: bool = False
+    root: Scope, path_of: Callable[[fx.Node], str | None], attention: bool = False
 ) -> list[Candidate]:
     """Every linear or matmul below ``root``, in the order in which they run.
 
     Args:
+        path_of: the module path of a parameter or a buffer, of a placeholder of ``root``; or None.
         attention: whether fused attention counts as one, too. It is refused: to take it apart would
             write the probabilities to memory, which it is there to avoid.
     """
@@ -109,7 +110,7 @@ def candidates(
             entry = SPELLINGS.get(target) or SPELLINGS.get(str(target))
             if entry is not None:
                 spelling, match = entry
-                candidate = _match(Call(node, scope, spelling, is_weight), match)
+                candidate = _match(Call(node, scope, spelling, path_of), match)
                 found += [] if candidate is None else [candidate]
             elif node.target is F.multi_head_attention_forward:
                 found.append(_fused_attention(node, scope))

@@ -15,6 +15,7 @@ from torch import fx
 
 from int8fx.kernels.once import once
 from int8fx.passes.emit import Emitter
+from int8fx.passes.mutation import Memory
 from int8fx.passes.values import shape_of, tensor_of
 from int8fx.passes.weight_expression import is_view_or_cast
 
@@ -22,14 +23,14 @@ READERS = 4  # with fewer, Inductor's way is as good
 ELEMENTS = 4096  # less is computed in the time of a call
 
 
-def compute_once(graph: fx.Graph, fake_mode: Any) -> int:
+def compute_once(graph: fx.Graph, fake_mode: Any, memory: Memory) -> int:
     """Does so in one graph; returns for how many values."""
     positional: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
         if _is_positional(node, positional):
             positional.add(node)
-            if _is_large_result(node):
+            if _is_large_result(node, memory):
                 found.append(node)
     found = [node for node in found if _readers(node, positional) >= READERS]
     for node in found:
@@ -49,10 +50,12 @@ def _is_positional(node: fx.Node, positional: set[fx.Node]) -> bool:
     return node.op in ("call_function", "call_method") and positional.issuperset(node.all_input_nodes)
 
 
-def _is_large_result(node: fx.Node) -> bool:
+def _is_large_result(node: fx.Node, memory: Memory) -> bool:
     """A tensor in memory of its own, so that nothing but its readers can write to it."""
     shape = shape_of(node)
-    if node.op == "placeholder" or shape is None or _is_view(node):
+    if node.op == "placeholder" or shape is None:
+        return False
+    if any(memory.share(node, given) for given in node.all_input_nodes):
         return False
     elements = math.prod(shape)
     return not isinstance(elements, int) or elements >= ELEMENTS

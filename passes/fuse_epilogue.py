@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, fx
 
 from int8fx.kernels import ops
-from int8fx.passes.mutation import writes_in_place
+from int8fx.passes.mutation import Memory
 
 _ADDITIONS = frozenset({operator.add, torch.add, "add", "__add__", torch.ops.aten.add.Tensor})
 _BIAS = 6  # int8_linear's argument
 
 
-def fuse_epilogue(graph: fx.Graph) -> int:
+def fuse_epilogue(graph: fx.Graph, memory: Memory) -> int:
     """Moves biases into the int8 linears of one graph; returns how many."""
     moved = 0
     for linear in graph.find_nodes(op="call_function", target=ops.int8_linear):
@@ -33,7 +33,8 @@ def fuse_epilogue(graph: fx.Graph) -> int:
         if linear.args[_BIAS] is not None or addition is None or len(linear.users) != 1:
             continue
         bias = _bias_of(addition, linear)
-        if bias is None:
+        # It is read earlier than it was.
+        if bias is None or memory.written_between(linear, addition, [bias]):
             continue
         addition.replace_all_uses_with(linear)
         graph.erase_node(addition)
@@ -51,7 +52,7 @@ def _bias_of(addition: fx.Node, linear: fx.Node) -> fx.Node | None:
     if not isinstance(bias, fx.Node) or bias.op != "placeholder" or bias.users.keys() - {addition}:
         return None
     value, result = bias.meta.get("example_value"), linear.meta["example_value"]
-    if not isinstance(value, Tensor) or any(writes_in_place(user) for user in bias.users):
+    if not isinstance(value, Tensor):
         return None
     fits = tuple(value.shape) == (result.shape[-1],) and value.dtype == result.dtype
     return bias if fits else None

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from int8fx.passes.emit import Emitter
-from int8fx.passes.mutation import writes_in_place
+from int8fx.passes.mutation import Memory
 from int8fx.passes.norms import Norm, norm_of
 from int8fx.passes.values import shape_of, tensor_of
 
@@ -33,7 +33,7 @@ _FEW_ROWS = 16  # quantised by whoever computes them (``kernels/gpu/decode.py``)
 _VIEWS = ("view", "reshape")
 
 
-def fuse_norms(graph: fx.Graph, fake_mode: Any, reader: Any, normed: Any) -> int:
+def fuse_norms(graph: fx.Graph, fake_mode: Any, reader: Any, normed: Any, memory: Memory) -> int:
     """Moves the norms of one graph; returns how many.
 
     Args:
@@ -44,7 +44,9 @@ def fuse_norms(graph: fx.Graph, fake_mode: Any, reader: Any, normed: Any) -> int
     for call in graph.find_nodes(op="call_function", target=reader):
         h, lead = _below_view(call.args[0])
         norm = norm_of(h)
-        if norm is not None and _is_alone(h, call) and _pays(norm, call):
+        if norm is None or not _is_alone(h, call) or not _pays(norm, call):
+            continue
+        if not memory.written_between(norm.x, call, _read(norm, call)):
             _move(graph, fake_mode, call, h, norm, lead, normed)
             moved += 1
     return moved
@@ -72,11 +74,16 @@ def _pays(norm: Norm, call: Any) -> bool:
     _, threshold, decomposition, *_ = call.args
     if threshold == 0 or decomposition not in ("column", "token"):
         return False
-    if any(writes_in_place(user) for user in norm.x.users):
-        return False
     if _is_sum(_below_dropout(norm.x)):
         return _addends(norm) is not None
     return _is_stored(norm.x, norm.nodes)
+
+
+def _read(norm: Norm, call: fx.Node) -> set[fx.Node]:
+    """What the norm, the sum before it and the linears read, or compute on the way."""
+    return {norm.x, *norm.x.all_input_nodes, *norm.nodes, *call.all_input_nodes} | {
+        read for node in norm.nodes for read in node.all_input_nodes
+    }
 
 
 def _is_sum(x: fx.Node) -> bool:

@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import fx
 
-from int8fx.passes.mutation import writes_in_place
+from int8fx.passes.mutation import Memory
 
 
-def fuse_prologue(graph: fx.Graph, quantizers: Collection[Any]) -> int:
+def fuse_prologue(graph: fx.Graph, quantizers: Collection[Any], memory: Memory) -> int:
     """Shares quantisations in one graph; returns how many were saved.
 
     Args:
@@ -31,13 +31,14 @@ def fuse_prologue(graph: fx.Graph, quantizers: Collection[Any]) -> int:
     seen: dict[tuple, fx.Node] = {}
     saved = 0
     for node in list(graph.nodes):
-        if writes_in_place(node):
-            # Something was overwritten, and views make it hard to say what: start afresh.
-            seen.clear()
         if node.target not in quantizers:
             continue
         first = seen.setdefault((node.target, node.args), node)
-        if first is not node:
+        if first is node:
+            continue
+        if memory.written_between(first, node, node.all_input_nodes):
+            seen[node.target, node.args] = node
+        else:
             _take_over(graph, node, first)
             saved += 1
     return saved

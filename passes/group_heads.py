@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import fx
 
 from int8fx.passes.emit import Emitter
+from int8fx.passes.mutation import Memory
 from int8fx.passes.sdpa import Attention, attentions
 from int8fx.passes.values import shape_of
 
 
-def group_heads(graph: fx.Graph, fake_mode: Any) -> int:
+def group_heads(graph: fx.Graph, fake_mode: Any, memory: Memory) -> int:
     """Groups the heads of every decode attention of one graph; returns how many that were."""
-    grouped = [attention for attention in attentions(graph) if _is_decode(attention)]
+    grouped = [attention for attention in attentions(graph, memory) if _is_decode(attention)]
     for attention in grouped:
         _group(attention, fake_mode)
     return len(grouped)

@@ -12,7 +12,7 @@ After::
     y1, y2 = y[0], y[1]
 
 So q/k/v are one product, and gate/up are. A bias that is computed in the graph may come after the
-quantisation; it is added after the product instead.
+quantisation, or be written to until then; it is added after the product instead.
 
 A CPU has such an operator as well (``int8fx.quantized_linears_cpu``), although Inductor could fuse
 the quantisation with a norm. A norm and two linears in bf16 with six outlier columns took that way,
@@ -22,7 +22,7 @@ ten times the nodes for Inductor to compile.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,12 +30,16 @@ from torch import fx
 
 from int8fx.kernels import ops
 from int8fx.passes.emit import Emitter
+from int8fx.passes.mutation import Memory
 
 _WEIGHT, _W_SCALE, _BIAS = 4, 5, 6  # int8_linear's arguments
 
 
 def join_linears(
-    graph: fx.Graph, fake_mode: Any, joined: Callable[[str], tuple[Any, int] | None]
+    graph: fx.Graph,
+    fake_mode: Any,
+    joined: Callable[[str], tuple[Any, int] | None],
+    memory: Memory,
 ) -> int:
     """Joins the linears of one graph; returns how many calls they became.
 
@@ -49,8 +53,10 @@ def join_linears(
         if found is None:
             continue
         operator_, limit = found
-        for group in _groups(_readers(quantize), limit):
-            _join(graph, fake_mode, quantize, group, operator_)
+        linears = _readers(quantize)
+        early = {linear for linear in linears if _has_early_bias(linear, quantize, memory)}
+        for group in _groups(linears, early, limit):
+            _join(graph, fake_mode, quantize, group, early.issuperset(group), operator_)
             calls += 1
         for item in list(quantize.users):
             graph.erase_node(item)
@@ -65,13 +71,21 @@ def _readers(quantize: fx.Node) -> list[fx.Node]:
     return [node for node in quantize.graph.nodes if node in readers]
 
 
-def _groups(linears: Sequence[fx.Node], limit: int) -> Iterator[list[fx.Node]]:
-    """Linears that one call can take: all with a bias of one dtype, or all without."""
+def _has_early_bias(linear: fx.Node, quantize: fx.Node, memory: Memory) -> bool:
+    """Whether a linear's bias is what it is where its input is quantised already."""
+    bias = linear.args[_BIAS]
+    is_input = isinstance(bias, fx.Node) and bias.op == "placeholder"
+    return is_input and not memory.written_between(quantize, linear, [bias])  # type: ignore[list-item]
+
+
+def _groups(
+    linears: Sequence[fx.Node], early: Collection[fx.Node], limit: int
+) -> Iterator[list[fx.Node]]:
+    """Linears that one call can take: all with an early bias of one dtype, or all without."""
     by_bias: dict[torch.dtype | None, list[fx.Node]] = {}
     for linear in linears:
-        bias = linear.args[_BIAS]
-        early = isinstance(bias, fx.Node) and bias.op == "placeholder"
-        key = bias.meta["example_value"].dtype if isinstance(bias, fx.Node) and early else None
+        bias: Any = linear.args[_BIAS]
+        key = bias.meta["example_value"].dtype if linear in early else None
         by_bias.setdefault(key, []).append(linear)
     for alike in by_bias.values():
         for start in range(0, len(alike), limit):
@@ -79,10 +93,14 @@ def _groups(linears: Sequence[fx.Node], limit: int) -> Iterator[list[fx.Node]]:
 
 
 def _join(
-    graph: fx.Graph, fake_mode: Any, quantize: fx.Node, linears: list[fx.Node], target: Any
+    graph: fx.Graph,
+    fake_mode: Any,
+    quantize: fx.Node,
+    linears: list[fx.Node],
+    early: bool,
+    target: Any,
 ) -> None:
     biases = [linear.args[_BIAS] for linear in linears]
-    early = all(isinstance(bias, fx.Node) and bias.op == "placeholder" for bias in biases)
     with graph.inserting_before(quantize):
         emit = Emitter(graph, fake_mode, linears[0])
         weights = [linear.args[_WEIGHT] for linear in linears]
@@ -90,7 +108,7 @@ def _join(
         call = emit.call(target, *quantize.args, weights, w_scales, biases if early else [])
         outputs = [emit.item(call, index) for index in range(len(linears))]
     for linear, y, bias in zip(linears, outputs, biases, strict=True):
-        if bias is not None and not early:
+        if isinstance(bias, fx.Node) and not early:
             with graph.inserting_before(linear):
                 y = _add(Emitter(graph, fake_mode, linear), y, bias)
         linear.replace_all_uses_with(y)

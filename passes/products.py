@@ -16,7 +16,13 @@ from int8fx.passes.experts import Routing, selected
 from int8fx.passes.linear_form import form_shape, repetition
 from int8fx.passes.scope import Scope
 from int8fx.passes.values import rank_of, shape_of
-from int8fx.passes.weight_expression import TRANSPOSE, WeightExpression, resolve, without_broadcast
+from int8fx.passes.weight_expression import (
+    TRANSPOSE,
+    WeightExpression,
+    computed_of_weights,
+    resolve,
+    without_broadcast,
+)
 
 TWO_ACTIVATIONS = "both operands are activations"
 TWO_WEIGHTS = "both operands are weights"
@@ -30,7 +36,7 @@ class Call:
     node: fx.Node
     scope: Scope
     spelling: str
-    is_weight: Callable[[fx.Node], bool]
+    path_of: Callable[[fx.Node], str | None]
 
     def candidate(self) -> Candidate:
         return Candidate(self.node, self.scope, self.spelling)
@@ -39,18 +45,28 @@ class Call:
         return self.candidate().refused(reason)
 
     def weight(self, node: Any) -> WeightExpression | None:
-        return resolve(node, self.scope, self.is_weight)
+        return resolve(node, self.scope, lambda node: self.path_of(node) is not None)
 
-    def not_a_weight(self) -> str:
+    def computed(self, *operands: Any) -> str:
+        """What an operand is that is computed from parameters alone; or empty."""
+        of_weights = (computed_of_weights(each, self.scope, self.path_of) for each in operands)
+        computed = next(filter(None, of_weights), "")
+        return f"the weight is an activation, computed from parameters alone ({computed})" * bool(
+            computed
+        )
+
+    def not_a_weight(self, operand: Any) -> str:
         if self.scope.closed:
             return "inside a sub-graph that weights cannot be traced through"
+        if computed := self.computed(operand):
+            return computed
         return "the weight is an activation: neither a parameter nor a buffer, nor a view of one"
 
 
 def linear(call: Call, input: Any, weight: Any, bias: Any = None) -> Candidate:
     expression = call.weight(weight)
     if expression is None:
-        return call.refused(call.not_a_weight())
+        return call.refused(call.not_a_weight(weight))
     return _with_matrix(call, input, expression, bias=bias)
 
 
@@ -113,7 +129,7 @@ def _product(call: Call, left: Any, right: Any, addend: Any = None) -> Candidate
     side = _weight_side(call, left, right, weights)
     if isinstance(side, str):
         candidate = call.refused(side)
-        if side == TWO_ACTIVATIONS and addend is None and _are_nodes(left, right):
+        if not any(weights) and addend is None and _are_nodes(left, right):
             candidate.factors = left, right
         return candidate
     x = left if side else right
@@ -140,7 +156,7 @@ def _weight_side(
         query = _is_repeated(call, left) and not _is_repeated(call, right)
         return 1 if query else TWO_WEIGHTS
     if not any(weights):
-        return TWO_ACTIVATIONS
+        return call.computed(right, left) or TWO_ACTIVATIONS
     return 0 if weights[0] else 1
 
 
@@ -217,7 +233,7 @@ def _with_routing(
     candidate = call.candidate()
     expression = call.weight(weight)
     if expression is None:
-        return candidate.refused(call.not_a_weight())
+        return candidate.refused(call.not_a_weight(weight))
     candidate.weight = expression.then(method("transpose", -2, -1)) if transposed else expression
     candidate.x, candidate.routing, candidate.addend = x, routing, addend
     candidate.x_steps, candidate.y_steps = x_steps, y_steps
@@ -283,7 +299,7 @@ def convolution(
     candidate = call.candidate()
     candidate.weight = expression = call.weight(weight)
     if expression is None:
-        return candidate.refused(call.not_a_weight())
+        return candidate.refused(call.not_a_weight(weight))
     if any(step != 1 for step in _each(stride)):
         return candidate.refused(f"a convolution with stride {stride}: only 1 is a linear")
     if padding not in ("same", "valid") and any(_each(padding)):

@@ -68,6 +68,11 @@ class Scope:
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
+    @property
+    def repeats(self) -> bool:
+        """Whether its call runs it on its own results again."""
+        return self.call is not None and _name(self.call) == "while_loop"
+
     def walk(self) -> Iterator["Scope"]:
         yield self
         for child in self.children:

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from int8fx.passes.mutation import writes_in_place
+from int8fx.passes.mutation import Memory
 from int8fx.passes.values import same_shape, shape_of
 
 _ALL = slice(None)
@@ -33,12 +33,12 @@ class Attention:
     scale: float | None
 
     @classmethod
-    def of(cls, node: fx.Node) -> "Attention | None":
+    def of(cls, node: fx.Node, memory: Memory) -> "Attention | None":
         """None for a call with dropout, or of other shapes."""
         given: dict[str, Any] = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
         q, k, v = (given[name] for name in ("query", "key", "value"))
         if not given.get("enable_gqa", False):
-            k, v = (_before_repeat(each, node) or each for each in (k, v))
+            k, v = (_before_repeat(each, node, memory) or each for each in (k, v))
         if given.get("dropout_p", 0.0) or not _are_alike(*(shape_of(each) for each in (q, k, v, node))):
             return None
         causal, scale = given.get("is_causal", False), given.get("scale")
@@ -58,13 +58,13 @@ def _are_alike(q: Any, k: Any, v: Any, y: Any) -> bool:
     return fits and same_shape(y, (B, H, M, DV)) and heads != 0 and H % heads == 0
 
 
-def attentions(graph: fx.Graph) -> list[Attention]:
+def attentions(graph: fx.Graph, memory: Memory) -> list[Attention]:
     """Those of one graph, in order."""
     nodes = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    return [attention for node in nodes if (attention := Attention.of(node)) is not None]
+    return [attention for node in nodes if (attention := Attention.of(node, memory)) is not None]
 
 
-def _before_repeat(node: Any, reader: fx.Node) -> fx.Node | None:
+def _before_repeat(node: Any, reader: fx.Node, memory: Memory) -> fx.Node | None:
     """``k`` of ``k[:, :, None].expand(B, heads, G, S, D).reshape(B, heads * G, S, D)``."""
     expanded = _argument_of(node, "reshape")
     inserted = _argument_of(expanded, "expand")
@@ -74,7 +74,8 @@ def _before_repeat(node: Any, reader: fx.Node) -> fx.Node | None:
     B, heads, S, D = shape_of(k)
     G = shape_of(expanded)[2]
     fits = shape_of(expanded) == (B, heads, G, S, D) and shape_of(node) == (B, heads * G, S, D)
-    return k if fits and not _written_between(node, reader) else None
+    # The repeated key is a copy: neither it nor the key may change before it is read.
+    return k if fits and not memory.written_between(node, reader, (k, node)) else None
 
 
 def _argument_of(node: Any, name: str) -> Any:
@@ -83,13 +84,3 @@ def _argument_of(node: Any, name: str) -> Any:
         return None
     called = getattr(node.target, "__name__", node.target)
     return node.args[0] if called == name else None
-
-
-def _written_between(start: fx.Node, end: fx.Node) -> bool:
-    """Whether anything is written in place from one node to the other: the repeated key is a copy."""
-    node = end.prev
-    while node is not start:
-        if writes_in_place(node):
-            return True
-        node = node.prev
-    return False

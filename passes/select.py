@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from int8fx.kernels.quantize import overflow_reason
 from int8fx.passes.canonicalize import Candidate
+from int8fx.passes.mutation import Memory
 from int8fx.passes.weight_expression import WeightExpression
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +30,7 @@ class Selection:
         skip, only: fnmatch patterns on module paths (of the module, not of its weight).
         skips_by_default: whether a weight that is also an embedding, and what is ranked, stay in float.
         kernel_reason: why a device cannot be served, or None when it can.
-        mutated: placeholders that the graph itself writes to.
+        memory: where the graph writes to, and what shares memory with what.
         attention: whether products of two activations are rewritten.
         weight_reason: why the weight of a module path cannot be quantised, or read as what it already
             is; or empty.
@@ -43,7 +44,7 @@ class Selection:
     only: tuple[str, ...] | None
     skips_by_default: bool
     kernel_reason: Callable[[str], str | None]
-    mutated: frozenset[fx.Node]
+    memory: Memory
     weight_reason: Callable[[str, Tensor, WeightExpression], str]
     ranked_by: Callable[[fx.Node], str]
     factors: frozenset[fx.Node]
@@ -58,6 +59,7 @@ NOT_LEARNED = f"it was computed, not learned; {BY_NAME}"
 LOW_RANK = f"a low-rank factor, as of an adapter: int8 wins nothing there; {BY_NAME}"
 # What a router does; others find the nearest of a codebook, or compare.
 _CHOOSE_THE_LARGEST = frozenset("topk argmax argsort sort max multinomial gumbel_softmax".split())
+WRITTEN = "the graph writes to this weight"
 TIED_HEAD = "skip: the output head (its weight is also an embedding)"
 
 
@@ -242,9 +244,32 @@ def _real_weight(candidate: Candidate, selection: Selection) -> str:
 
 
 def _mutated(candidate: Candidate, selection: Selection) -> str:
+    """A weight is read before the graph runs: neither it nor a copy on its way may change in it."""
     assert candidate.weight is not None
-    if candidate.weight.placeholder in selection.mutated:
-        return "the graph writes to this weight"
+    memory, placeholder = selection.memory, candidate.weight.placeholder
+    writers = memory.writers(placeholder)
+    if not writers:
+        of_weight, _ = candidate.passed_over()
+        return (
+            "the graph writes to a copy of this weight" if any(map(memory.writers, of_weight)) else ""
+        )
+    if all(map(memory.doubt, writers)):
+        doubt = memory.doubt(writers[0])
+        return f"{writers[0].name} may write to this weight: what it does is not known ({doubt})"
+    others = [
+        path
+        for other, path in selection.paths.items()
+        if other is not placeholder and memory.share(other, placeholder)
+    ]
+    return WRITTEN + (f", or to {', '.join(others)}, which shares its memory" if others else "")
+
+
+def _overwritten(candidate: Candidate, selection: Selection) -> str:
+    """What was copied for the product is read below the copy, when the product is."""
+    _, copies = candidate.passed_over()
+    for value in candidate.operands - set(candidate.node.all_input_nodes):
+        if selection.memory.written_between(value, candidate.node, [value, *copies]):
+            return f"the graph writes to {value.name} between a copy of it and the product"
     return ""
 
 
@@ -281,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     _router,
     _real_weight,
     _mutated,
+    _overwritten,
     _dtype,
     _size,
     _device,

@@ -141,6 +141,31 @@ def resolve(node: Any, scope: Scope, is_weight: Callable[[fx.Node], bool]) -> We
     return None
 
 
+def computed_of_weights(node: Any, scope: Scope, path_of: Callable[[fx.Node], str | None]) -> str:
+    """``cat, mul of q.weight, k.weight``: what computes a node of parameters and buffers, and of which;
+    empty where anything else has a part in it, and for constants."""
+    functions: dict[str, None] = {}
+    paths: dict[str, None] = {}
+    seen: set[fx.Node] = set()
+    ahead = [(node, scope)]
+    while ahead:
+        node, scope = ahead.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" and scope.parent is not None:
+            ahead.append((scope.outer(node), scope.parent))
+        elif node.op == "placeholder":
+            if (path := path_of(node)) is None:
+                return ""
+            paths[path] = None
+        elif not is_view_or_cast(node):
+            name = node.args[1] if node.target is getattr else node.target
+            functions[getattr(name, "__name__", str(name))] = None
+        ahead += [(each, scope) for each in reversed(node.all_input_nodes)]
+    return f"{', '.join(functions)} of {', '.join(paths)}" if functions and paths else ""
+
+
 def _step(node: fx.Node) -> Step | None:
     if not node.args or not is_view_or_cast(node):
         return None

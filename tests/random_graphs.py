@@ -1,9 +1,11 @@
 """Random small models for fuzzing: a list of steps that a module carries out, drawn by hypothesis.
 
 A model keeps a pool of activations, all ``[B, S, width]``. A step takes one or two of them and makes
-another; weights are shared now and then, as are spellings of one weight.
+another; weights are shared now and then, as are spellings of one weight. Some steps write: to a weight,
+to what shares its memory, or to an activation of the pool.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +50,7 @@ def programs(draw: Any) -> dict[str, Any]:
     }
 
 
-Weight = Callable[[int, int], Tensor]
+Weight = Callable[..., Tensor]
 Step = Callable[[Tensor, Tensor, int, Weight], Tensor]
 
 
@@ -179,7 +181,55 @@ REFUSED: dict[str, tuple[Step, str]] = {
     "out=": (_written_into_out, "it writes its result into out="),
 }
 
-STEPS: dict[str, Step] = {
+
+def _into_a_weight(write: Callable[[Tensor], Any]) -> Step:
+    """A linear before and one after the write; a weight of one step may be one of another, too."""
+
+    def step(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+        w = weight(N, x.shape[-1])
+        before = F.linear(x, w)
+        write(w)
+        return before + F.linear(x, w)
+
+    return step
+
+
+def _overlapping(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    other = weight(N, x.shape[-1], again=True)
+    other.diagonal().mul_(0.5)
+    return F.linear(x, weight(N, x.shape[-1]))
+
+
+def _into_an_activation(write: Callable[[Tensor], Any]) -> Step:
+    """Of the pool: whatever reads it later reads what is written, and what read it before does not."""
+
+    def step(x: Tensor, other: Tensor, _: int, weight: Weight) -> Tensor:
+        w = weight(x.shape[-1], x.shape[-1])
+        before = F.linear(x, w)
+        write(x)
+        return before + F.linear(x, w)
+
+    return step
+
+
+# A linear whose weight is one of these stays in float.
+WRITING_WEIGHTS: dict[str, Step] = {
+    "w.mul_": _into_a_weight(lambda w: w.mul_(0.5)),
+    "w.data": _into_a_weight(lambda w: w.data.clamp_(-0.5, 0.5)),
+    "foreach on w": _into_a_weight(lambda w: torch._foreach_mul_([w], 0.5)),
+    "w, positional": _into_a_weight(lambda w: F.leaky_relu(w, 0.1, True)),
+    "w through views": _into_a_weight(lambda w: w.tensor_split(2)[0].adjoint().mul_(0.5)),
+    "overlapping weights": _overlapping,
+}
+WRITING_ACTIVATIONS: dict[str, Step] = {
+    "x, positional": _into_an_activation(lambda x: F.leaky_relu(x, 0.1, True)),
+    "x through views": _into_an_activation(lambda x: F.relu(x.diagonal(0, 0, 2), True)),
+    "foreach on x": _into_an_activation(lambda x: torch._foreach_mul_([x], 0.5)),
+    "x.data": _into_an_activation(lambda x: x.data.clamp_(-1, 1)),
+}
+MUTATING = WRITING_WEIGHTS | WRITING_ACTIVATIONS
+
+STEPS: dict[str, Step] = MUTATING | {
     "linear": _linear,
     "linear with bias": _biased,
     "matmul": _matmul,
@@ -200,8 +250,12 @@ STEPS: dict[str, Step] = {
     **BROADCASTING,
     **{name: step for name, (step, _) in REFUSED.items()},
 }
-LINEARS = BROADCASTING.keys() | set(
-    "linear, linear with bias, matmul, addmm, w @ x, einsum, slice of a weight, experts".split(", ")
+LINEARS = (
+    BROADCASTING.keys()
+    | WRITING_WEIGHTS.keys()
+    | set(
+        "linear, linear with bias, matmul, addmm, w @ x, einsum, slice of a weight, experts".split(", ")
+    )
 )
 CHANGES_WIDTH = LINEARS | REFUSED.keys()
 # Which element is the largest may depend on how the operators before it round.
@@ -209,7 +263,10 @@ NOT_UNDER_AUTOCAST = frozenset({"outlier"})
 
 
 class RandomModel(nn.Module):
-    """Carries out a program; answers with the last activation and the sum of the first."""
+    """Carries out a program; answers with the last activation.
+
+    A call may write to the model's weights and to its input: ``reset`` before another one.
+    """
 
     def __init__(self, program: dict[str, Any]) -> None:
         super().__init__()
@@ -219,8 +276,13 @@ class RandomModel(nn.Module):
         self.dtype = getattr(torch, program["dtype"])
         self.x = torch.randn(program["shape"], generator=self.generator).to(self.dtype)
         with torch.no_grad():
-            self(self.x)  # makes the weights
+            self(self.x.clone())  # makes the weights
         self.requires_grad_(False)
+        self.beginning = copy.deepcopy(self.state_dict())
+
+    def reset(self) -> None:
+        """Gives the weights the values that they had."""
+        self.load_state_dict(self.beginning)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast == "all"):
@@ -241,11 +303,14 @@ class RandomModel(nn.Module):
         return pool[-1]
 
     def _weights(self, key: str) -> Weight:
-        def weight(rows: int, columns: int) -> Tensor:
+        def weight(rows: int, columns: int, again: bool = False) -> Tensor:
+            """``again``: another parameter in the memory of this one."""
             name = f"{key}_{rows}_{columns}"
             if name not in self.weights:
                 value = torch.randn(rows, columns, generator=self.generator) * columns**-0.5
                 self.weights[name] = nn.Parameter(value.to(self.dtype))
-            return self.weights[name]
+            if again and f"{name}_again" not in self.weights:
+                self.weights[f"{name}_again"] = nn.Parameter(self.weights[name].data)
+            return self.weights[f"{name}_again" if again else name]
 
         return weight

@@ -1,9 +1,15 @@
 """What several tests share: compiling once, and bounds that follow from the scheme."""
 
+import types
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import int8fx
+from int8fx.effects import Effects
+from int8fx.passes.mutation import Memory
+from int8fx.passes.scope import Scope
 
 
 def compile_once(
@@ -29,6 +35,11 @@ def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:
     error = (y.double() - expected).norm() / expected.norm()
     assert y.isfinite().all()
     assert error < 0.02, f"relative error {error:.4f}"
+
+
+def memory_of(graph: fx.Graph, fake_mode: Any = None) -> Memory:
+    """What a pass asks about the writes of one graph without sub-graphs."""
+    return Memory(Scope(types.SimpleNamespace(graph=graph)), Effects(fake_mode))  # type: ignore[arg-type]
 
 
 class Mlp(nn.Module):

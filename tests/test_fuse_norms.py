@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from support import memory_of
 from torch import Tensor, fx, nn
 
 pytest.importorskip("triton")
@@ -261,7 +262,7 @@ def rows(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def fused(gm: fx.GraphModule) -> int:
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     (mode, *_) = [value.fake_mode for value in values if isinstance(value, Tensor)]
-    moved = fuse_norms(gm.graph, mode, linears, normed)
+    moved = fuse_norms(gm.graph, mode, linears, normed, memory_of(gm.graph, mode))
     gm.graph.lint()
     gm.recompile()
     return moved

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import memory_of
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -78,7 +79,8 @@ class Example:
 def test_linears_of_one_activation_become_calls_of_at_most_three(biases, calls):
     example = Example(biases)
     before = example.run()
-    made = join_linears(example.graph, example.mode, lambda device: (joined_operator, LIMIT))
+    memory = memory_of(example.graph, example.mode)
+    made = join_linears(example.graph, example.mode, lambda device: (joined_operator, LIMIT), memory)
     assert made == calls == example.count(joined_operator)
     assert example.count(ops.quantize) == example.count(ops.int8_linear) == 0
     for y, expected in zip(example.run(), before, strict=True):
@@ -89,6 +91,7 @@ def test_a_device_without_such_an_operator_keeps_its_graph():
     example = Example([None, None])
     before = str(example.graph)
     asked = []
-    assert join_linears(example.graph, example.mode, asked.append) == 0
+    memory = memory_of(example.graph, example.mode)
+    assert join_linears(example.graph, example.mode, asked.append, memory) == 0
     assert asked == ["cpu"]
     assert str(example.graph) == before

@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close_to_float64, compile_once
+from support import assert_close_to_float64, compile_once, memory_of
 from torch import nn
 
 from int8fx.kernels import ops
@@ -76,10 +76,10 @@ def test_fuse_epilogue_counts_what_it_moved():
     linear = graph.call_function(ops.int8_linear, (None,) * 7)
     linear.meta["example_value"] = torch.empty(3, N)
     graph.output(graph.call_function(operator.add, (linear, bias)))
-    assert fuse_epilogue(graph) == 1
+    assert fuse_epilogue(graph, memory_of(graph)) == 1
     assert linear.args[6] is bias
     assert not graph.find_nodes(op="call_function", target=operator.add)
-    assert fuse_epilogue(graph) == 0
+    assert fuse_epilogue(graph, memory_of(graph)) == 0
 
 
 def test_the_rewritten_graph_reads_as_documented(x):

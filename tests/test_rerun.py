@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from int8fx.rerun import Rerun
@@ -70,6 +71,15 @@ def test_a_graph_that_writes_to_its_values_is_run_whole(three):
         assert torch.equal(rerun.run_from([calls[2]], [torch.ones(2)])[0], torch.full((2,), 12.0))
         assert rerun.run_from([calls[2]], [torch.zeros(2)])[0][0] == 4
     assert three[0].calls == 6
+
+
+def test_a_write_that_no_name_tells_of_is_seen(three):
+    rerun, calls = chain(
+        three, lambda graph, node: graph.call_function(F.leaky_relu, (node, 3.0, True))
+    )
+    for _ in range(3):
+        assert torch.equal(rerun.run_from([calls[2]], [-torch.ones(2)])[0], torch.full((2,), -24.0))
+    assert three[0].calls == 3
 
 
 def test_no_run_begins_under_autocast():
