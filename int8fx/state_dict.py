@@ -21,7 +21,7 @@ the weights are in shards: it asks a module for an attribute of each name, and `
 Shards are written as the ``Int8Weight``s that they are (``int8fx/sharding.py`` puts them together).
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,20 @@ def entries(key: str, weight: Int8Weight) -> dict[str, Tensor]:
     # A copy of the scales, as the int8 values are: writers drop one of two names with the same memory.
     values = in_its_shape(weight.w_int8, weight).unsqueeze(0)
     return {key: values, key + SCALE: weight.w_scale.clone()}
+
+
+def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, Any]) -> None:
+    """Whether files whose ``config.json`` holds ``options`` say what each weight is kept with.
+
+    Raises:
+        ValueError: names the first weight with others.
+    """
+    for name, weight in weights:
+        if isinstance(weight, Int8Weight) and weight.activation_options != options:
+            raise ValueError(
+                f"{name} has {weight.activation_options}, and config.json holds one setting for all "
+                f"weights, {options}; int8fx.save_checkpoint writes the weights alone"
+            )
 
 
 def in_its_shape(w_int8: Tensor, weight: Int8Weight) -> Tensor:

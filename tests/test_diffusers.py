@@ -113,9 +113,19 @@ def test_what_quantize_changed_is_saved_and_read_in_int8(loaded, tmp_path):
     model = int8fx.quantize_(type(floats).from_pretrained(tmp_path / "float"), threshold=3.0)
     model.save_pretrained(tmp_path / "int8")
     assert_same_model(type(floats).from_pretrained(tmp_path / "int8"), model)
-    int8fx.dequantize_(model).save_pretrained(tmp_path / "float again")
+    model.dequantize()
+    assert not any(isinstance(parameter, Int8Weight) for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "float again")
     config = json.loads((tmp_path / "float again" / "config.json").read_text())
     assert "quantization_config" not in config
+
+
+def test_weights_of_two_thresholds_are_not_saved_as_of_one(tmp_path, caplog):
+    model = int8fx.quantize_(dit(), threshold=3.0, only=["*.to_q"])
+    int8fx.quantize_(model, threshold=4.0, only=["*.to_k"])
+    assert "to_k.weight has {'threshold': 4.0" in caplog.text
+    with pytest.raises(ValueError, match="int8fx and is not serializable"):
+        model.save_pretrained(tmp_path)
 
 
 def test_a_fresh_process_that_imports_nothing_reads_them(loaded, saved, tmp_path):

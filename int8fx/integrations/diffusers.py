@@ -14,6 +14,7 @@ linears run on one row an image, and every pixel of the result depends on them.
 """
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
@@ -30,6 +31,8 @@ from int8fx.errors import CheckpointError
 from int8fx.options import Options
 from int8fx.quantize import OPTIONS, decisions, dequantize_, keeps_transposed
 from int8fx.quantized_weight import Int8Weight
+
+log = logging.getLogger(__name__)
 
 SKIP = (
     "*time_emb*",  # UNets: time_embedding, and time_emb_proj of each block
@@ -83,7 +86,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: Int8FxConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
-        self.model: Any = None
+        self.model: Any = None  # while it is read
         self.names: frozenset[str] = frozenset()
         self.parameters: frozenset[str] = frozenset()
         self.halves: dict[str, Tensor] = {}
@@ -171,6 +174,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
         """Raises:
         CheckpointError: the files do not hold a weight, or one half of it.
         """
+        self.model = None
         if self.halves:
             raise CheckpointError(f"{min(self.halves)}: int8 values or scales, without the other")
         state_dict.check_on_load(model)
@@ -178,8 +182,8 @@ class Int8FxQuantizer(DiffusersQuantizer):
             if model.get_parameter(name).is_meta:
                 raise CheckpointError(f"{name}: in the model, and missing in the checkpoint")
 
-    def _dequantize(self, model: Any) -> Any:
-        return dequantize_(model)
+    def dequantize(self, model: Any) -> Any:
+        return dequantize_(model)  # which calls dequantized, below
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
@@ -197,6 +201,17 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
             config = Int8FxConfig(**kept)
             found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
             found.register_to_config(quantization_config=config)
+        if isinstance(found.hf_quantizer, Int8FxQuantizer):
+            _allow_saving(found)
+
+
+def _allow_saving(model: Any) -> None:
+    try:
+        options = model.hf_quantizer.quantization_config.activation_options
+        state_dict.check_options(model.named_parameters(), options)
+    except ValueError as error:
+        log.warning("save_pretrained will refuse this %s: %s", type(model).__name__, error)
+        model.hf_quantizer.is_serializable = False
 
 
 def dequantized(model: nn.Module) -> None:
@@ -204,6 +219,7 @@ def dequantized(model: nn.Module) -> None:
     for found in _models(model):
         if isinstance(getattr(found, "hf_quantizer", None), Int8FxQuantizer):
             del found.hf_quantizer
+            found.is_quantized = False
             kept = {k: v for k, v in found.config.items() if k != "quantization_config"}
             found._internal_dict = FrozenDict(kept)
 

@@ -37,8 +37,9 @@ def _warns(generate: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and _only_its_wrapper_is_compiled(self, backend):
             warnings.warn(
-                f"generate of {type(self).__name__} runs uncompiled: torch.compile(model) compiles"
-                f" calls of the wrapper that it returns, and generate calls the model inside. {IN_PLACE}",
+                f"generate of {type(self).__name__} runs uncompiled: torch.compile(model) compiles "
+                "calls of the wrapper that it returns, and generate calls the model inside. "
+                + IN_PLACE,
                 UserWarning,
                 stacklevel=2,
             )

@@ -147,7 +147,8 @@ class Int8FxQuantizer(HfQuantizer):
         Raises:
             ValueError: a weight has other options than the configuration, which holds one for all.
         """
-        _check_options(model, self.quantization_config)
+        weights = ((name, local(parameter)) for name, parameter in model.named_parameters())
+        state_dict.check_options(weights, self.quantization_config.activation_options)
         shards = {n: p for n, p in model.named_parameters() if p is not local(p)}
         if any(isinstance(local(parameter), Int8Weight) for parameter in shards.values()):
             state = model.state_dict()
@@ -214,16 +215,6 @@ def _models(module: nn.Module) -> Iterator[Any]:
 
 
 _KEPT = ("threshold", "decomposition")  # with each weight
-
-
-def _check_options(model: nn.Module, config: Int8FxConfig) -> None:
-    for name, parameter in model.named_parameters():
-        weight = local(parameter)
-        if isinstance(weight, Int8Weight) and weight.activation_options != config.activation_options:
-            raise ValueError(
-                f"{name} has {weight.activation_options}, and config.json holds one setting for all "
-                f"weights, {config.activation_options}; int8fx.save_checkpoint writes the weights alone"
-            )
 
 
 def _ask_for_reader(config: Any, ask: bool) -> None:
