@@ -1,6 +1,7 @@
 """LLM.int8() as a torch.compile backend: ``torch.compile(model, backend="llmint8")``."""
 
 from int8fx.backend import llmint8
+from int8fx.changes import refresh
 from int8fx.checkpoint import load_checkpoint, save_checkpoint
 from int8fx.explain import explain
 from int8fx.explanation import Explanation
@@ -26,6 +27,7 @@ __all__ = [
     "llmint8",
     "load_checkpoint",
     "quantize_",
+    "refresh",
     "save_checkpoint",
     "suggest",
 ]
