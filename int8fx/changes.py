@@ -59,7 +59,8 @@ def watch() -> None:
     global _watching
     with _lock:
         if not _watching:
-            register_optimizer_step_post_hook(_stepped)
+            # In a step that is compiled, it still runs.
+            register_optimizer_step_post_hook(torch.compiler.disable(_stepped))
             _watching = True
     if "peft" in sys.modules:
         from int8fx.integrations.peft_merges import watch_merges
@@ -68,9 +69,6 @@ def watch() -> None:
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    # A step that is compiled writes with Inductor's kernels, and AOTAutograd counts the versions.
-    if torch.compiler.is_compiling():
-        return
     parameters = (each for group in optimizer.param_groups for each in group["params"])
     # Optimizers are given frozen parameters, too, and leave them as they are.
     STORE.changed(each for each in parameters if each.requires_grad or each.grad is not None)

@@ -45,13 +45,17 @@ constexpr auto FRACTIONS = [] {
 }();
 static_assert(LINES * SETS == 256, "a stratum is the first byte of a fraction");
 
-// Multipliers of the words of a line: odd, so that one changed word changes the sum.
-constexpr auto MULTIPLIERS = [] {
-  std::array<uint64_t, LINE / 8> multipliers{};
-  for (uint64_t word = 0; word < multipliers.size(); ++word)
-    multipliers[word] = mixed(word + 0x9e3779b97f4a7c15) | 1;
-  return multipliers;
+constexpr auto SECRETS = [] {
+  std::array<uint64_t, LINE / 8> secrets{};
+  for (uint64_t word = 0; word < secrets.size(); ++word) secrets[word] = mixed(word + 257);
+  return secrets;
 }();
+
+// As in wyhash: every bit of either factor changes bits all over it.
+inline uint64_t folded_product(uint64_t a, uint64_t b) {
+  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+}
 
 // A tensor's memory: runs of bytes without a gap, at multiples of strides.
 struct Runs {
@@ -151,22 +155,19 @@ class Samples {
     uint64_t hash = 0;
     for (int64_t line = 0; line < lines_; ++line) {
       const char* const bytes = at_[set * lines_ + line];
-      // The compiler unrolls it for whole lines.
-      hash = (hash + (width_ == LINE ? sum(bytes, LINE) : sum(bytes, width_))) * MULTIPLIERS[0];
-      hash ^= hash >> 32;
+      // A width that the compiler knows is eight loads.
+      const uint64_t sum = width_ == LINE ? of_line(bytes, LINE) : of_line(bytes, width_);
+      hash = folded_product(hash ^ SECRETS[0], sum ^ SECRETS[1]);
     }
     return hash;
   }
 
  private:
-  static uint64_t sum(const char* line, int64_t width) {
-    uint64_t sum = 0;
-    for (int64_t word = 0; word * 8 < width; ++word) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, line + word * 8, std::min<int64_t>(8, width - word * 8));
-      // Folded first: else the top bits of two words (signs of floats) would cancel each other.
-      sum += (bits ^ (bits >> 32)) * MULTIPLIERS[word];
-    }
+  static uint64_t of_line(const char* line, int64_t width) {
+    uint64_t words[LINE / 8] = {}, sum = 0;
+    std::memcpy(words, line, width);
+    for (int64_t word = 0; word < LINE / 8; word += 2)
+      sum += folded_product(words[word] ^ SECRETS[word], words[word + 1] ^ SECRETS[word + 1]);
     return sum;
   }
 
