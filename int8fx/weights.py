@@ -135,7 +135,7 @@ class WeightStore:
                 swap.forget(identities)
 
     def changed(self, tensors: Iterable[Tensor]) -> None:
-        """Whatever lies in the memory of these tensors is quantised again at its next call.
+        """These, and whatever lies in their memory, are quantised again at the next call.
 
         Tensors of other kinds (a ``DTensor``, of which FSDP2 makes weights in other memory) stand for
         all weights that require a gradient if they do, and for all that do not if they do not.
@@ -143,6 +143,7 @@ class WeightStore:
         if not self._weights:
             return
         tensors = [tensor for tensor in tensors if not isinstance(tensor, Int8Weight)]
+        given = set(map(id, tensors))
         plain = Memories(Memory.of(tensor) for tensor in tensors if has_memory(tensor))
         elsewhere = {tensor.requires_grad for tensor in tensors if not has_memory(tensor)}
         with self.lock:
@@ -151,7 +152,8 @@ class WeightStore:
                 weight, owner = self._weights.get(identity), self._owners.get(identity, lambda: None)()
                 if weight is None or owner is None:  # its end may be noticed at any time
                     continue
-                if plain.overlap(weight.memory) or owner.requires_grad in elsewhere:
+                shared = identity in given or plain.overlap(weight.memory)
+                if shared or owner.requires_grad in elsewhere:
                     changed.add(identity)
             self._drop(changed)
 

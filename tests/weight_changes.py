@@ -60,7 +60,7 @@ def through_a_view(model, call):
 
 
 def load_state_dict(model, call):
-    model.load_state_dict({"weight": torch.randn_like(model.weight)})
+    model.load_state_dict({"weight": torch.randn(model.weight.shape, dtype=model.weight.dtype)})
 
 
 def another_parameter(model, call):
@@ -185,4 +185,3 @@ UNCOUNTED: dict[str, Callable] = {
     "a flat buffer": flat_buffer,
 }
 CHANGES = COUNTED | STEPS | UNCOUNTED
-
