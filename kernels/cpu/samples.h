@@ -87,7 +87,7 @@ struct Runs {
 };
 
 // Whether a tensor's sizes, strides and storage may be asked for: not of subclasses with a
-// __torch_dispatch__ (fake tensors, DTensors), nested tensors, and wrappers of torch.func.
+// __torch_dispatch__ (fake tensors, DTensors), and nested tensors.
 inline bool is_plain(const at::Tensor& tensor) {
   const c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
   return impl->has_storage() && !impl->is_python_dispatch() && !tensor.is_nested() &&
