@@ -6,9 +6,9 @@ Of each tensor
   size (``.data = `` brings another one), and where and how it lies in there: offset, shape, strides,
   dtype (``.data = `` may bring another view of the same one);
 - samples of its content, for whatever is written behind torch's back. Only memory of a CPU is read:
-  that of another device would have to be waited for. Up to 64 lines of 64 bytes (4 KiB in one piece)
-  are compared whole. Of a larger tensor there are 16 sets of 16 lines, and a comparison says how many
-  of the sets it reads (``kernels/cpu/samples.h``).
+  that of another device would have to be waited for. Up to 4 KiB in one piece are compared whole. Of
+  a larger tensor there are 16 sets of 8 lines of 128 bytes, and a comparison says how many of the sets
+  it reads (``kernels/cpu/samples.h``).
 
 An update of a whole tensor is in every set. What moves a few elements may be in none.
 """

@@ -1,10 +1,10 @@
-// Samples of a tensor's content: lines of 64 bytes, spread over it, and hashes of them.
+// Samples of a tensor's content: lines of 128 bytes, spread over it, and hashes of them.
 //
-// A call of a compiled graph compares one set of 16 lines of each weight, another set at each call. A
-// line costs one cache miss, however much of it is hashed, and the misses of all lines overlap: no
-// address depends on what was read before. 16 lines are 256 elements in fp32 and 512 in bf16. Where
-// an update moves one in a hundred bf16 elements (the others round to what they were), a set misses
-// it with a probability of 0.99^512 = 0.6 %, and all sets together with one of 10^-36.
+// A call of a compiled graph compares one set of 8 lines of each weight, and the next call another one.
+// A line costs a miss of the TLB and one of the cache, in which its second half comes along, and the
+// misses of all lines overlap: no address depends on what was read before. 8 lines are 256 elements in
+// fp32 and 512 in bf16. Where an update moves one in a hundred bf16 elements (the others round to what
+// they were), a set misses it with a probability of 0.99^512 = 0.6 %, and all sets with one of 10^-36.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +17,10 @@
 
 namespace int8fx {
 
-constexpr int64_t LINE = 64;   // bytes: what one cache miss brings
-constexpr int64_t LINES = 16;  // of a set
+constexpr int64_t LINE = 128;  // bytes: two lines of the cache
+constexpr int64_t LINES = 8;   // of a set
 constexpr int64_t SETS = 16;
-constexpr int64_t WHOLE = 64;  // up to as many lines (4 KiB) a tensor is one set, compared whole
+constexpr int64_t WHOLE = 33;  // up to as many lines (4 KiB at any address) a tensor is compared whole
 
 constexpr uint64_t mixed(uint64_t x) {  // the finaliser of splitmix64
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
@@ -35,7 +35,7 @@ constexpr auto FRACTIONS = [] {
   for (uint64_t set = 0; set < SETS; ++set)
     for (uint64_t line = 0; line < LINES; ++line) {
       const uint64_t stratum = line * SETS + (7 * set + 5 * line) % SETS;
-      fractions[set][line] = (stratum << 56) | (mixed(set * LINES + line + 1) >> 8);
+      fractions[set][line] = (stratum << 57) | (mixed(set * LINES + line + 1) >> 7);
     }
   for (auto& set : fractions) {
     set.front() = 0;
@@ -43,7 +43,7 @@ constexpr auto FRACTIONS = [] {
   }
   return fractions;
 }();
-static_assert(LINES * SETS == 256, "a stratum is the first byte of a fraction");
+static_assert(LINES * SETS == 128, "a stratum is the first seven bits of a fraction");
 
 constexpr auto SECRETS = [] {
   std::array<uint64_t, LINE / 8> secrets{};
@@ -65,13 +65,13 @@ struct Runs {
   c10::SmallVector<std::pair<int64_t, int64_t>, 4> dims;  // of the runs: size, stride in bytes
 
   int64_t width() const { return std::min(bytes, LINE); }
-  // Lines of a run that begins anywhere within a line of the cache.
+  // Lines of a run that begins at any address.
   int64_t lines_of_run() const { return bytes <= LINE ? 1 : (bytes + 2 * (LINE - 1)) / LINE; }
   int64_t lines() const { return count * lines_of_run(); }
   bool whole() const { return lines() <= WHOLE; }
   int64_t sets() const { return whole() ? 1 : SETS; }
 
-  // Lines but the first and the last of a run begin where one of the cache does.
+  // Lines but the first and the last of a run begin at a multiple of their length.
   const char* line(int64_t index) const {
     int64_t run = index / lines_of_run();
     const int64_t within = index % lines_of_run();
@@ -145,7 +145,10 @@ class Samples {
   }
 
   void fetch() const {
-    for (int64_t i = 0; i < sets_ * lines_; ++i) __builtin_prefetch(at_[i]);
+    for (int64_t i = 0; i < sets_ * lines_; ++i) {
+      __builtin_prefetch(at_[i]);
+      __builtin_prefetch(at_[i] + width_ - 1);
+    }
   }
 
   int64_t sets() const { return sets_; }
