@@ -25,15 +25,16 @@ _watching = False
 def refresh(model: nn.Module | None = None) -> None:
     """Makes every compiled graph quantise the float weights of a model again, at its next call.
 
-    Most changes are seen without it, see the README. It is for those that are not: a few elements
-    written behind torch's back (through ``.data``, numpy, dlpack or another process), and on a GPU all
-    that is written so::
+    Most changes are seen without it: what torch counts, optimizers' steps, peft's merges, and on a CPU
+    whatever else moves a good part of a weight. ``refresh`` is for the rest: a few elements written
+    behind torch's back (through ``.data``, numpy, dlpack or another process), and on a GPU all that is
+    written so::
 
         compiled = torch.compile(model, backend="llmint8")
         compiled(x)
-        model.fc.weight.numpy()[3] = 0      # one row, without torch's knowledge
+        model.fc.weight.detach().numpy()[3] = 0     # one row, without torch's knowledge
         int8fx.refresh(model)
-        compiled(x)                         # of the new weights
+        compiled(x)                                 # with the new weight
 
     Args:
         model: the module, compiled or not, or a part of it: its parameters and buffers count as

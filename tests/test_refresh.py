@@ -1,11 +1,12 @@
 """``int8fx.refresh``: for what no comparison sees."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import Mlp, assert_close_to_float64
-from test_stale_weights import interpreted
+from support import Mlp, assert_close_to_float64, interpreted
 from torch import nn
 
 import int8fx
@@ -66,6 +67,25 @@ def test_a_few_elements_written_unseen_are_seen_after_a_refresh(model, x, what):
     }
     assert int8fx.refresh(*given[what]) is None
     assert_close_to_float64(call(x), expected(model, x), K)
+
+
+def test_threads_that_call_meanwhile_hear_of_it(model, x):
+    call = interpreted(model, check_weights=False)
+    call(x)
+    stop = threading.Event()
+
+    def calls():
+        while not stop.is_set():
+            call(x)
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(calls) for _ in range(3)]
+        for _ in range(20):
+            model.up.weight.data.mul_(-1.1)
+            int8fx.refresh(model)
+            assert_close_to_float64(call(x), expected(model, x), K)
+        stop.set()
+    assert not [each.exception() for each in running if each.exception()]
 
 
 def test_every_graph_of_the_model_quantises_again(model, x):

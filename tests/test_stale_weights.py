@@ -7,35 +7,20 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from unittest import mock
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from support import Mlp, assert_close_to_float64
+from support import Mlp, assert_close_to_float64, interpreted
 from torch import Tensor, nn
 from weight_changes import CHANGES, STEPS, UNCOUNTED
 
 import int8fx
-from int8fx import torch_private
 from int8fx.torch_private import StorageReference
 from int8fx.weights import STORE
 
 K, N, E, M = 64, 96, 4, 8
-
-
-def interpreted(model, **options):
-    """A compiled model whose rewritten graph runs operator by operator, under no_grad.
-
-    Inductor would be all the time that the tests take.
-    """
-
-    def backend(gm, inputs):
-        with mock.patch.object(torch_private, "compile_with_inductor", lambda gm, *rest: gm):
-            return int8fx.llmint8(gm, inputs, options=options)
-
-    return torch.no_grad()(torch.compile(model, backend=backend, fullgraph=True, dynamic=False))
 
 
 @dataclass(frozen=True)
@@ -318,6 +303,39 @@ def test_a_step_leaves_what_was_packed_of_other_weights():
     assert not STORE.forms(model.up.weight)
     call(x)
     assert STORE.forms(model.down.weight) == [down] and STORE.forms(model.up.weight) != [up]
+
+
+class Sharded(nn.Parameter):
+    """Stands for a ``DTensor``: what is trained is not the memory that a graph is given."""
+
+
+def test_a_step_of_parameters_of_another_kind_is_one_of_all_that_are_trained():
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model, x = Mlp(K, N), torch.randn(M, K)
+    model.down.requires_grad_(False)
+    interpreted(model)(x)
+    sharded = Sharded(torch.randn(3))
+    sharded.grad = torch.ones(3)
+    torch.optim.Adam([sharded], fused=True).step()
+    assert not STORE.forms(model.up.weight) and STORE.forms(model.down.weight)
+
+
+def test_a_weight_without_its_memory_is_refused():
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model, x = Model(KINDS["float"]), torch.randn(M, K)
+    call = interpreted(model)
+    y = call(x)
+    kept = model.weight.data.clone()
+    model.weight.untyped_storage().resize_(0)
+    with pytest.raises(
+        RuntimeError, match=r"shape \[96, 64\].*its storage was resized, and has 0 bytes"
+    ):
+        call(x)
+    model.weight.untyped_storage().resize_(kept.nbytes)
+    model.weight.data.copy_(kept)
+    assert torch.equal(call(x), y)
 
 
 def test_an_adapter_that_was_trained_is_the_one_that_is_evaluated():
