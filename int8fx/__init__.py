@@ -2,6 +2,7 @@
 
 import int8fx_autoload
 from int8fx.backend import llmint8
+from int8fx.changes import refresh
 from int8fx.checkpoint import load_checkpoint, save_checkpoint
 from int8fx.explain import explain
 from int8fx.explanation import Explanation
@@ -29,6 +30,7 @@ __all__ = [
     "llmint8",
     "load_checkpoint",
     "quantize_",
+    "refresh",
     "save_checkpoint",
     "suggest",
 ]

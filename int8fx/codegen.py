@@ -82,7 +82,9 @@ def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
     kept = _kept_inputs(compilation)
     for scope in compilation.root.walk():
         scope.gm.recompile()
-    compilation.swap = WeightSwap(compilation.slots, kept, compilation.store)
+    compilation.swap = WeightSwap(
+        compilation.slots, kept, compilation.store, compilation.options.check_weights
+    )
     return compilation.swap, kept
 
 

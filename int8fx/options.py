@@ -59,6 +59,11 @@ class Options:
         attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
             in int8, too. Off by default, as in the paper.
         release_weights: whether modules give up their float weights once compiled (``release.py``).
+        check_weights: whether each call compares samples of the float weights' content, on a CPU, with
+            what was quantised: at most 2 % of a decode step. Without, a weight written behind torch's
+            back (``.data.mul_()``, numpy, another process) keeps its old values until
+            ``int8fx.refresh(model)``; in-place edits, ``.data =``, ``load_state_dict``, optimizers'
+            steps and peft's merges are seen all the same.
         skips_by_default: whether a weight that is also an embedding stays in float, and what is
             ranked: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
@@ -74,6 +79,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     attention: bool = False
     release_weights: bool = False
+    check_weights: bool = True
     skips_by_default: bool = True
     given: frozenset[str] = frozenset()
 
@@ -251,4 +257,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "inductor": _patches,
     "attention": _flag,
     "release_weights": _flag,
+    "check_weights": _flag,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from int8fx.changes import watch as watch_changes
 from int8fx.codegen import behind, codegen, finish_inputs
 from int8fx.compilation import Compilation, capture, owner_path
 from int8fx.kernels import table
@@ -107,6 +108,7 @@ def rewrite_graph(
 
 def rewrite(compilation: Compilation) -> None:
     """The steps that put int8 linears where ``select`` accepted them."""
+    watch_changes()
     quantize_weights(compilation)
     lower_linears(compilation)
     share_quantizations(compilation)

@@ -508,6 +508,10 @@ class StorageReference:
     def id(self) -> int:
         return self._reference.cdata
 
+    @property
+    def expired(self) -> bool:
+        return self._reference.expired()
+
 
 class WeakView:
     """A tensor, for as long as somebody else keeps its storage."""

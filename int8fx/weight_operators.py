@@ -4,6 +4,7 @@ An operator without a row reads the float values; one that would write to them i
 ``copy_``, ``add_`` and ``sub_``, which quantise the result.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,14 +60,19 @@ def _on(*functions: Any) -> Callable[[Handler], Handler]:
 
 
 def _on_the_float_values(func: Any, args: tuple, kwargs: dict) -> Any:
-    for argument, declared in zip(args, func._schema.arguments, strict=False):
-        if isinstance(argument, Int8Weight) and declared.is_write:
-            raise RuntimeError(
-                f"{func} would write to an int8 weight of shape {list(argument.shape)}, which is "
-                "read-only: int8fx.dequantize_(model) brings back a float weight to write to"
-            )
+    declared = func._schema.arguments
+    given = kwargs | {each.name: value for each, value in zip(declared, args, strict=False)}
+    written = [given[each.name] for each in declared if each.is_write and each.name in given]
+    map_tensors(Int8Weight, functools.partial(_refuse_write, func), written)
     args, kwargs = map_tensors(Int8Weight, Int8Weight.dequantize, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _refuse_write(func: Any, weight: Int8Weight) -> None:
+    raise RuntimeError(
+        f"{func} would write to an int8 weight of shape {list(weight.shape)}, which is "
+        "read-only: int8fx.dequantize_(model) brings back a float weight to write to"
+    )
 
 
 # --- views ---------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 The store is keyed by the parameter's identity, the recipe that makes the ``[N, K]`` matrix of it
 (``passes/weight_expression.py``) and the format that the scheme keeps weights in
 (``kernels/scheme.py``). It holds parameters weakly, so a deleted model takes its int8 weights with
-it. A weight that changed is seen at the next call: in-place edits count up ``_version``, and
-``.data = `` brings another storage.
+it. A weight that changed is seen at the next call, in one of two ways: the call compares it with the
+snapshot of what was quantised (``int8fx/identity.py``), or somebody has told the store
+(``int8fx/changes.py``). What was packed of it, in whatever form and for whatever graph, goes at once.
 
 An ``Int8Weight`` is its own packed form, and needs no store.
 """
@@ -13,15 +14,16 @@ import dataclasses
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from int8fx.identity import Snapshot, State, snapshot, state_of
+from int8fx.identity import Snapshot, snapshot
 from int8fx.kernels.scheme import WeightFormat
 from int8fx.kernels.schemes.int8 import PER_CHANNEL
+from int8fx.memory import Memories, Memory, has_memory
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.quantized_weight import Int8Weight
 from int8fx.torch_private import StorageReference
@@ -57,76 +59,135 @@ class PackedWeight:
 
     Attributes:
         tensors: the parts of its format, as ``(w_int8, w_scale)``.
-        state: of the float weight when it was quantised.
         float_bytes: of the float weight.
     """
 
     tensors: tuple[Tensor, ...]
-    state: State
     float_bytes: int
-    # Keeps the storage's identity from being given to a new one while this is compared with it.
-    storage: StorageReference
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+class _Weight:
+    """A float weight as it was when it was packed, and its packed forms by recipe and format."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.snapshot = snapshot([tensor])
+        self.memory = Memory.of(tensor)
+        self.forms: dict[tuple[str, str], PackedWeight] = {}
+        # Keeps the storage's identity from being given to a new one while this is compared with it.
+        self._storage = StorageReference(tensor)
+
+
 class WeightStore:
     """Float weights to packed ones."""
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[int, str, str], PackedWeight] = {}
+        self._weights: dict[int, _Weight] = {}
         self._owners: dict[int, weakref.ref] = {}
-        self._lock = threading.RLock()
-        # Snapshots that compiled graphs hold; they must not outlive the weights, nor their ids.
+        self.lock = threading.RLock()
+        # What compiled graphs found here; it must not outlive the weights, nor their ids.
         self.snapshots: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
 
     def get(self, tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
-        """The packed form of ``expression`` over ``tensor``, quantised now if need be."""
+        """The packed form of ``expression`` over ``tensor``, quantised now if need be.
+
+        Raises:
+            RuntimeError: the tensor's storage was made smaller than it.
+        """
         if isinstance(tensor, Int8Weight):
             return _as_it_is(tensor)
-        key = (id(tensor), expression.recipe, kept.name)
-        with self._lock:
-            packed = self._packed.get(key)
-            state = state_of(tensor)
-            if packed is None or packed.state != state:
-                packed = self._packed[key] = _pack(tensor, expression, kept, state)
-                self._watch(tensor)
-            return packed
+        form = expression.recipe, kept.name
+        with self.lock:
+            weight = self._as_now(tensor)
+            if form not in weight.forms:
+                weight.forms[form] = _pack(tensor, expression, kept)
+            return weight.forms[form]
 
-    def _watch(self, tensor: Tensor) -> None:
+    def snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
+        """Of float weights that were just got, as they were when they were packed."""
+        snapshots = [self._weights[id(tensor)].snapshot for tensor in tensors]
+        return type(snapshots[0]).joined(snapshots)
+
+    def _as_now(self, tensor: Tensor) -> _Weight:
         identity = id(tensor)
-        if identity not in self._owners:
-            self._owners[identity] = weakref.ref(tensor, lambda _: self._forget(identity))
+        weight = self._weights.get(identity)
+        if weight is None or not weight.snapshot.matches([tensor]):
+            self._drop({identity})
+            _check_memory(tensor)
+            # Before it is packed: what is written meanwhile makes the next call pack again.
+            weight = self._weights[identity] = _Weight(tensor)
+            if identity not in self._owners:
+                self._owners[identity] = weakref.ref(tensor, lambda _: self._forget(identity))
+        return weight
 
     def _forget(self, identity: int) -> None:
-        with self._lock:
+        with self.lock:
             del self._owners[identity]
-            for snapshot in list(self.snapshots):
-                snapshot.forget(identity)
-            for key in [key for key in self._packed if key[0] == identity]:
-                del self._packed[key]
+            self._drop({identity})
+
+    def _drop(self, identities: Set[int]) -> None:
+        """What was packed of these weights goes, from here and from every compiled graph."""
+        if [identity for identity in identities if self._weights.pop(identity, None) is not None]:
+            for swap in list(self.snapshots):
+                swap.forget(identities)
+
+    def changed(self, tensors: Iterable[Tensor]) -> None:
+        """These, and whatever lies in their memory, are quantised again at the next call.
+
+        Tensors of other kinds (a ``DTensor``, of which FSDP2 makes weights in other memory) stand for
+        all weights that require a gradient if they do, and for all that do not if they do not.
+        """
+        if not self._weights:
+            return
+        tensors = [tensor for tensor in tensors if not isinstance(tensor, Int8Weight)]
+        given = set(map(id, tensors))
+        plain = Memories(Memory.of(tensor) for tensor in tensors if has_memory(tensor))
+        elsewhere = {tensor.requires_grad for tensor in tensors if not has_memory(tensor)}
+        with self.lock:
+            changed = set()
+            for identity in list(self._weights):
+                weight, owner = self._weights.get(identity), self._owners.get(identity, lambda: None)()
+                if weight is None or owner is None:  # its end may be noticed at any time
+                    continue
+                shared = identity in given or plain.overlap(weight.memory)
+                if shared or owner.requires_grad in elsewhere:
+                    changed.add(identity)
+            self._drop(changed)
+
+    def clear(self) -> None:
+        """Every weight is quantised again at its next call."""
+        with self.lock:
+            self._drop(set(self._weights))
 
     def forms(self, tensor: Tensor) -> list[PackedWeight]:
         """What is kept of one weight: a form for every recipe and format that a graph asked for."""
-        return [packed for key, packed in self._packed.items() if key[0] == id(tensor)]
+        weight = self._weights.get(id(tensor))
+        return [] if weight is None else list(weight.forms.values())
 
 
-def _pack(
-    tensor: Tensor, expression: WeightExpression, kept: WeightFormat, state: State
-) -> PackedWeight:
+def _check_memory(tensor: Tensor) -> None:
+    """Reading on would end the process."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) and not has_memory(tensor):
+        held = tensor.untyped_storage().nbytes()
+        raise RuntimeError(
+            f"a weight of shape {list(tensor.shape)} and {tensor.dtype} cannot be quantised: its "
+            f"storage was resized, and has {held} bytes"
+        )
+
+
+def _pack(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
     with torch.no_grad():
         matrix = expression.evaluate(tensor.detach())
         tensors = kept.quantize(matrix)
     log.debug("quantised %s%s: %s", tuple(matrix.shape), expression.recipe, kept.name)
-    return PackedWeight(tensors, state, matrix.nbytes, StorageReference(tensor))
+    return PackedWeight(tensors, matrix.nbytes)
 
 
 def _as_it_is(weight: Int8Weight) -> PackedWeight:
-    tensors = weight.packed, weight.w_scale
-    float_bytes = weight.numel() * weight.dtype.itemsize
-    return PackedWeight(tensors, state_of(tensors[0]), float_bytes, StorageReference(tensors[0]))
+    return PackedWeight((weight.packed, weight.w_scale), weight.numel() * weight.dtype.itemsize)
 
 
 STORE = WeightStore()
@@ -149,22 +210,43 @@ class Slot:
     quantized: bool
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the store had for some weights as they were then."""
+
+    snapshot: Snapshot
+    parts: list[Tensor]
+
+
 class WeightSwap:
     """Turns a graph's arguments into those of its rewritten form, at every call.
 
     The float weights go out, unless the graph still uses them, and the packed pairs come in, at the
     end. What was found last time for the same tensors in the same state is used again, so a call costs
     one comparison of their snapshot.
+
+    Args:
+        slots: the graph's weights.
+        kept: the positions of the inputs that stay.
+        check_weights: whether a call compares samples of the weights' content, or only their state.
     """
 
-    def __init__(self, slots: Sequence[Slot], kept: Sequence[int], store: WeightStore) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        kept: Sequence[int],
+        store: WeightStore,
+        check_weights: bool = True,
+    ) -> None:
         self._slots = list(slots)
         self._float = [slot for slot in slots if not slot.quantized]
         self._kept = list(kept)
         self._store = store
-        self._last: tuple[Snapshot, list[Tensor]] | None = None
+        self._sets = 1 if check_weights else 0
+        self._calls = 0
+        self._last: _Found | None = None
         # Blocks that share a graph take turns at each call.
-        self._seen: dict[tuple[int, ...], tuple[Snapshot, list[Tensor]]] = {}
+        self._seen: dict[tuple[int, ...], _Found] = {}
         store.snapshots.add(self)
 
     def replaced(self, positions: Collection[int]) -> None:
@@ -196,25 +278,37 @@ class WeightSwap:
         return parts
 
     def _packed_floats(self, args: Sequence) -> list[Tensor]:
+        if not self._float:
+            return []
         tensors = [args[slot.position] for slot in self._float]
+        self._calls += 1  # threads may count one call together: they read the same samples then
         last = self._last
-        if last is not None and last[0].matches(tensors):
-            return last[1]
+        if last is not None and self._matches(last, tensors):
+            return last.parts
         identity = tuple(map(id, tensors))
-        known = self._seen.get(identity)
-        if known is None or not known[0].matches(tensors):
-            known = self._seen[identity] = (snapshot(tensors), self._look_up(tensors))
-        self._last = known
-        return known[1]
+        found = self._seen.get(identity)
+        if found is not None and self._matches(found, tensors):
+            with self._store.lock:  # it may have been forgotten meanwhile
+                self._last = self._seen.get(identity)
+            return found.parts
+        # Whoever tells the store of a change waits, and is heard afterwards.
+        with self._store.lock:
+            found = self._last = self._seen[identity] = self._look_up(tensors)
+        return found.parts
 
-    def _look_up(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _matches(self, found: _Found, tensors: Sequence[Tensor]) -> bool:
+        return found.snapshot.matches(tensors, self._sets, first=self._calls)
+
+    def _look_up(self, tensors: Sequence[Tensor]) -> _Found:
         parts: list[Tensor] = []
         for slot, tensor in zip(self._float, tensors, strict=True):
             parts += self._store.get(tensor, slot.expression, slot.kept).tensors
-        return parts
+        return _Found(self._store.snapshot(tensors), parts)
 
-    def forget(self, identity: int) -> None:
-        """Drops what was found for a tensor that is gone."""
-        self._last = None
-        for key in [key for key in list(self._seen) if identity in key]:
+    def forget(self, identities: Set[int]) -> None:
+        """Drops what was found for weights that have changed, or are gone."""
+        gone = [key for key in list(self._seen) if not identities.isdisjoint(key)]
+        if gone:
+            self._last = None
+        for key in gone:
             self._seen.pop(key, None)

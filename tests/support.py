@@ -1,12 +1,15 @@
 """What several tests share: compiling once, and bounds that follow from the scheme."""
 
 import types
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 
 import int8fx
+from int8fx import torch_private
 from int8fx.effects import Effects
 from int8fx.passes.mutation import Memory
 from int8fx.passes.scope import Scope
@@ -24,6 +27,19 @@ def compile_once(
         y = compiled(*args)
     (report,) = reports
     return y, report
+
+
+def interpreted(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
+    """A compiled model whose rewritten graph runs operator by operator, under no_grad.
+
+    Inductor would be all the time that the tests take.
+    """
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with mock.patch.object(torch_private, "compile_with_inductor", lambda gm, *rest: gm):
+            return int8fx.llmint8(gm, inputs, options=options)
+
+    return torch.no_grad()(torch.compile(model, backend=backend, fullgraph=True, dynamic=False))
 
 
 def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:

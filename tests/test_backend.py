@@ -106,7 +106,10 @@ def test_size_assertions_are_left_out_unless_asked_for():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"treshold": 6.0}, "unknown option 'treshold'.*allowed: attention, decomposition,"),
+        (
+            {"treshold": 6.0},
+            "unknown option 'treshold'.*allowed: attention, check_weights, decomposition,",
+        ),
         ({"threshold": "6"}, "'threshold'.*given '6' .str.; allowed: a number >= 0"),
         ({"threshold": -1.0}, "'threshold'.*given -1.0"),
         ({"threshold": float("nan")}, "'threshold'.*given nan"),

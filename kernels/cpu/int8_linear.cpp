@@ -471,7 +471,7 @@ std::vector<at::Tensor> quantized_linears(
 
 TORCH_LIBRARY_FRAGMENT(int8fx, m) {
   m.def("snapshot(Tensor[] tensors) -> Tensor", snapshot);
-  m.def("unchanged(Tensor[] tensors, Tensor snapshot) -> bool", unchanged);
+  m.def("unchanged(Tensor[] tensors, Tensor snapshot, int first, int sets) -> bool", unchanged);
 }
 
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {

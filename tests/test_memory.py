@@ -1,0 +1,40 @@
+"""Which tensors share memory."""
+
+import random
+
+import torch
+
+from int8fx.memory import Memories, Memory, has_memory
+
+CPU = torch.device("cpu")
+
+
+def test_an_overlap_is_found_among_any_others():
+    drawn = random.Random(0)
+    for _ in range(300):
+        spans = [(start := drawn.randrange(40), start + drawn.randrange(6)) for _ in range(5)]
+        memories = Memories(Memory(CPU, *span) for span in spans)
+        start = drawn.randrange(40)
+        end = start + drawn.randrange(6)
+        shared = any(set(range(*span)) & set(range(start, end)) for span in spans)
+        assert memories.overlap(Memory(CPU, start, end)) == shared
+        assert not memories.overlap(Memory(torch.device("meta"), start, end))
+
+
+def test_views_and_aliases_share_memory_and_copies_do_not():
+    base = torch.randn(10, 8)
+    for alias in (base.t(), base[3:5], base[:, ::2], torch.from_numpy(base.numpy()), base.data):
+        assert Memories([Memory.of(base)]).overlap(Memory.of(alias))
+        assert Memories([Memory.of(alias)]).overlap(Memory.of(base))
+    for other in (base.clone(), base[:0], torch.empty(10, 8)):
+        assert not Memories([Memory.of(base)]).overlap(Memory.of(other))
+    assert not Memories([Memory.of(base[:5])]).overlap(Memory.of(base[5:]))
+    assert not Memories([]).overlap(Memory.of(base))
+
+
+def test_a_tensor_whose_storage_was_cut_has_no_memory():
+    tensor = torch.randn(10, 8)
+    assert has_memory(tensor) and has_memory(tensor[2:, 3:]) and has_memory(tensor[:0])
+    tensor.untyped_storage().resize_(100)
+    assert not has_memory(tensor) and has_memory(tensor[:2])
+    assert not has_memory(torch.eye(3).to_sparse())
