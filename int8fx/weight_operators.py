@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import ops, table
-from int8fx.quantized_weight import Int8Weight, Part, drop_weak_references
+from int8fx.quantized_weight import Int8Weight, Part
 from int8fx.torch_private import is_fake, map_tensors, with_aliasing_of
 
 # What LLM.int8() takes the place of; a product in another dtype uses the de-quantised weight.
@@ -59,12 +59,16 @@ def _on(*functions: Any) -> Callable[[Handler], Handler]:
 
 
 def _on_the_float_values(func: Any, args: tuple, kwargs: dict) -> Any:
-    for argument, declared in zip(args, func._schema.arguments, strict=False):
-        if isinstance(argument, Int8Weight) and declared.is_write:
-            raise RuntimeError(
-                f"{func} would write to an int8 weight of shape {list(argument.shape)}, which is "
-                "read-only: int8fx.dequantize_(model) brings back a float weight to write to"
-            )
+    def refuse(weight: Int8Weight) -> None:
+        raise RuntimeError(
+            f"{func} would write to an int8 weight of shape {list(weight.shape)}, which is "
+            "read-only: int8fx.dequantize_(model) brings back a float weight to write to"
+        )
+
+    given = dict(zip((declared.name for declared in func._schema.arguments), args, strict=False))
+    for declared in func._schema.arguments:
+        if declared.is_write:
+            map_tensors(Int8Weight, refuse, (given | kwargs).get(declared.name))
     args, kwargs = map_tensors(Int8Weight, Int8Weight.dequantize, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -177,7 +181,6 @@ def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
 def _to(func: Any, args: tuple, kwargs: dict) -> Any:
     """To another device, packed for it; another float dtype is that of the values read from it."""
     weight, dtype = args[0], kwargs.get("dtype") or args[0].dtype
-    drop_weak_references(weight)
     device = torch.device(kwargs.get("device") or weight.device)
     if not dtype.is_floating_point:
         return _on_the_float_values(func, args, kwargs)
