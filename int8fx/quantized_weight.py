@@ -66,9 +66,9 @@ class Int8Weight(Tensor):
     released: bool = False
 
     NO_DATA = (
-        "an int8 weight has no float values in memory for C++ code, DLPack, TorchScript or a view in "
-        "numpy: weight.dequantize() is a tensor that has, int8fx.dequantize_(model) brings float weights "
-        "back, and torch.export.export(model, ...) takes the model as it is"
+        "an int8 weight has no float values in memory that C++ code, DLPack, numpy or TorchScript can "
+        "share or save: weight.dequantize() is a float copy, int8fx.dequantize_(model) brings float "
+        "weights back, and torch.export takes the model in int8"
     )
 
     # Torch functions are taken apart into aten operators before they come here.

@@ -429,6 +429,22 @@ class WeakView:
         return None if storage is None else self._empty.new_empty(0).set_(storage, *self._form)
 
 
+def before_swaps(let_go: Callable[[Any], None]) -> None:
+    """Makes ``torch.utils.swap_tensors`` call ``let_go`` on both tensors first.
+
+    ``Module.to`` and its like end there under ``set_swap_module_params_on_conversion``.
+    """
+    swap = torch.utils.swap_tensors
+
+    @functools.wraps(swap)
+    def swap_tensors(t1: Any, t2: Any) -> None:
+        let_go(t1)
+        let_go(t2)
+        swap(t1, t2)
+
+    torch.utils.swap_tensors = swap_tensors
+
+
 # --- FSDP2 ---------------------------------------------------------------------------------------
 
 

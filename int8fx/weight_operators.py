@@ -40,7 +40,12 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
         # A copy into a weight does not read it.
         read = args[1:] if func is aten.copy_.default else args
         map_tensors(Int8Weight, _check_readable, (read, kwargs))
-    return _HANDLERS.get(func, _on_the_float_values)(func, args, kwargs)
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        return handler(func, args, kwargs)
+    # In inference mode what is made of other operators comes whole, as ``aten.to`` and ``aten.matmul``.
+    result = func.decompose(*args, **kwargs)
+    return _on_the_float_values(func, args, kwargs) if result is NotImplemented else result
 
 
 def _check_readable(weight: Int8Weight) -> Int8Weight:

@@ -24,7 +24,7 @@ from int8fx.kernels.scheme import WeightFormat
 from int8fx.kernels.schemes.int8 import PER_CHANNEL
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.quantized_weight import Int8Weight
-from int8fx.torch_private import StorageReference
+from int8fx.torch_private import StorageReference, before_swaps
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,11 @@ class WeightStore:
             for key in [key for key in self._packed if key[0] == identity]:
                 del self._packed[key]
 
+    def let_go(self, tensor: Tensor) -> None:
+        """Drops what is kept of a tensor that is about to change, and the weak reference to it."""
+        if id(tensor) in self._owners:
+            self._forget(id(tensor))
+
     def forms(self, tensor: Tensor) -> list[PackedWeight]:
         """What is kept of one weight: a form for every recipe and format that a graph asked for."""
         return [packed for key, packed in self._packed.items() if key[0] == id(tensor)]
@@ -130,6 +135,7 @@ def _as_it_is(weight: Int8Weight) -> PackedWeight:
 
 
 STORE = WeightStore()
+before_swaps(STORE.let_go)
 
 
 @dataclass(frozen=True)
