@@ -54,9 +54,11 @@ class Int8Weight(Tensor):
         part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
             is written to it is written there as well.
         released: whether only compiled graphs may read it (``int8fx/release.py``).
+        unpacked: ``w_int8`` in place of ``packed``, until that is first asked for (``_rebuild``).
     """
 
     packed: Tensor
+    unpacked: Tensor
     w_scale: Tensor
     K: int
     transposed: bool
@@ -158,11 +160,12 @@ class Int8Weight(Tensor):
                 f"an int8 weight of shape {list(self.shape)} cannot require grad: train an adapter "
                 "beside it (LoRA), or bring the float weights back with int8fx.dequantize_(model)"
             )
+        super().requires_grad_(False)
         return self
 
     @property
     def requires_grad(self) -> bool:
-        return False
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
 
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool) -> None:
@@ -411,7 +414,7 @@ def _rebuild(w_int8: Tensor, w_scale: Tensor, attributes: dict, extras: dict) ->
     if is_loaded(w_int8):
         return _rebuild_packed(pack(w_int8), w_scale, attributes, extras)
     weight = _rebuild_packed(w_int8, w_scale, attributes, extras)
-    weight.unpacked = weight.__dict__.pop("packed")  # until its values are there
+    weight.unpacked = weight.__dict__.pop("packed")  # its values are not there to be packed
     return weight
 
 

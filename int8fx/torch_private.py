@@ -8,6 +8,7 @@ import contextlib
 import functools
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -313,11 +314,13 @@ def new_wrapper(cls: type, shape: Any, stride: Any, dtype: torch.dtype, device: 
     """
     # Autograd makes views of it where a caller is in inference mode, too.
     with torch.inference_mode(False):
-        wrapper = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, strides=stride, dtype=dtype, device=device
-        )
+        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        wrapper = make(cls, shape, strides=stride, dtype=dtype, device=device)
     _forbid_data_access(wrapper)
     return wrapper
+
+
+_sharing = threading.RLock()
 
 
 def _forbid_data_access(wrapper: Any) -> None:
@@ -343,13 +346,13 @@ def is_loaded(tensor: Tensor) -> bool:
     return not hasattr(tensor.untyped_storage(), "_torch_load_uninitialized")
 
 
-def swap_despite_references(kind: type) -> None:
+def swap_despite_references(kind: Any) -> None:
     """Makes ``torch.utils.swap_tensors`` swap tensors of a kind, whoever refers to them.
 
     ``Module.to`` and its like put what they made of a parameter in its place by it. It refuses tensors
-    with weak references, which Dynamo's guards, optimizers and users hold, and those that a graph of
-    autograd holds. All of them follow the Python object or its content, as they should for a tensor
-    that never requires grad.
+    with weak references, which Dynamo's guards and users hold, and tensors that a graph of autograd
+    holds. A weak reference goes on to refer to the same Python object, and a graph to the values that
+    it saved, which is right for tensors that never require grad.
     """
     swap_others = torch.utils.swap_tensors
 
@@ -363,17 +366,34 @@ def swap_despite_references(kind: type) -> None:
     torch.utils.swap_tensors = swap_tensors
 
 
+def before_swaps(let_go: Callable[[Any], None]) -> None:
+    """Makes ``torch.utils.swap_tensors`` call ``let_go`` on both tensors first.
+
+    ``Module.to`` and its like end there under ``set_swap_module_params_on_conversion``.
+    """
+    swap = torch.utils.swap_tensors
+
+    @functools.wraps(swap)
+    def swap_tensors(t1: Any, t2: Any) -> None:
+        let_go(t1)
+        let_go(t2)
+        swap(t1, t2)
+
+    torch.utils.swap_tensors = swap_tensors
+
+
 def with_aliasing_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
     """``out``, a wrapper, known to torch as the view of ``args[0]`` that ``func`` declares it to be."""
     from torch.utils._python_dispatch import return_and_correct_aliasing
 
-    # What makes them share a storage looks at the data of both.
-    for wrapper in (args[0], out):
-        cpu.forbid_data_access(storage_id(wrapper), None)
-    try:
-        return return_and_correct_aliasing(func, args, kwargs, out)
-    finally:
-        _forbid_data_access(args[0])
+    # What makes them share a storage looks at the data of both. Threads may share a weight.
+    with _sharing:
+        for wrapper in (args[0], out):
+            cpu.forbid_data_access(storage_id(wrapper), None)
+        try:
+            return return_and_correct_aliasing(func, args, kwargs, out)
+        finally:
+            _forbid_data_access(args[0])
 
 
 def map_tensors(kind: type, function: Callable[[Any], Any], values: Any) -> Any:
@@ -427,22 +447,6 @@ class WeakView:
     def tensor(self) -> Tensor | None:
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.id)
         return None if storage is None else self._empty.new_empty(0).set_(storage, *self._form)
-
-
-def before_swaps(let_go: Callable[[Any], None]) -> None:
-    """Makes ``torch.utils.swap_tensors`` call ``let_go`` on both tensors first.
-
-    ``Module.to`` and its like end there under ``set_swap_module_params_on_conversion``.
-    """
-    swap = torch.utils.swap_tensors
-
-    @functools.wraps(swap)
-    def swap_tensors(t1: Any, t2: Any) -> None:
-        let_go(t1)
-        let_go(t2)
-        swap(t1, t2)
-
-    torch.utils.swap_tensors = swap_tensors
 
 
 # --- FSDP2 ---------------------------------------------------------------------------------------

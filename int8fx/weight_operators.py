@@ -245,6 +245,16 @@ def _quantized(source: Tensor, target: Int8Weight) -> Int8Weight:
     )
 
 
+@_on(aten.empty_like.default)
+def _empty_like(func: Any, args: tuple, kwargs: dict) -> Any:
+    """``Module.to_empty`` makes so what values are to be loaded into; others want a float tensor."""
+    weight, device = args[0], torch.device(kwargs.get("device") or args[0].device)
+    if not weight.is_meta or device.type == "meta":
+        return _on_the_float_values(func, args, kwargs)
+    w_int8 = torch.zeros(weight.w_scale.shape[0], weight.K, dtype=torch.int8, device=device)
+    return weight.like(w_int8, torch.zeros_like(weight.w_scale, device=device))
+
+
 @_on(aten.new_zeros.default)
 def _new_zeros(func: Any, args: tuple, kwargs: dict) -> Any:
     """FSDP2 makes a shard so, of some rows or some columns, and copies its part into it."""
