@@ -214,6 +214,15 @@ def test_a_float_model_that_llmint8_compiled_is_swapped_as_well(x):
         FLAGS["swap"](False)
 
 
+@pytest.fixture
+def threads_that_take_turns_often():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("threads_that_take_turns_often")
 def test_threads_share_a_weight(model, x):
     expected = model(x)
 
@@ -574,29 +583,33 @@ BIG_AND_SMALL = """
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) // 1024
 
+    def linear(K):
+        layer = nn.utils.skip_init(nn.Linear, K, K, bias=False)
+        nn.init.ones_(layer.weight)
+        return layer
+
     def model(K, layers):
-        return int8fx.quantize_(nn.Sequential(*(nn.Linear(K, K, bias=False) for _ in range(layers))))
+        return int8fx.quantize_(nn.Sequential(*(linear(K) for _ in range(layers))))
 
     small = [model(256, 1)]
-    model(1024, 45)
+    model(1024, 20)
     before = resident()
-    for _ in range(6):
-        big = model(1024, 45)
+    for _ in range(3):
+        big = model(1024, 20)
         small.append(model(256, 1))
         with_big = resident()
         del big
         print(with_big - before, resident() - before)
     x = torch.randn(2, 256)
-    assert all(torch.isfinite(each(x)).all() and each(x).abs().sum() > 0 for each in small)
+    assert all(torch.equal(each(x), small[0](x)) and each(x).abs().sum() > 0 for each in small)
 """
 
 
 def test_big_models_give_their_memory_back_while_small_ones_stay():
-    *_, last = (map(int, line.split()) for line in in_a_process(BIG_AND_SMALL))
-    with_big, without = last
-    # 45 MiB of weights, and six of 64 KiB that stay.
-    assert with_big > 40
-    assert without < 30
+    *_, (with_big, without) = (map(int, line.split()) for line in in_a_process(BIG_AND_SMALL))
+    # 20 MiB of weights; and three of 64 KiB that stay.
+    assert with_big > 18
+    assert without < 15
 
 
 def test_neighbours_of_a_weight_that_goes_keep_their_values():
