@@ -174,10 +174,11 @@ def flag(request):
 def test_conversions_of_the_future(flag, model, x):
     compiled = compiled_with(model, x)
     weight, expected = model.up.weight, compiled(x)
+    reference = weakref.ref(weight)
     for _ in range(2):
         assert compiled.half()(x.half()).dtype == torch.float16
         compiled.float()
-    assert model.up.weight is weight
+    assert model.up.weight is weight is reference()
     torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-2)
 
 
@@ -190,11 +191,14 @@ def test_loading_of_the_future(flag, model, x, assign, quantised):
     floats = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     int8fx.quantize_(other)
     state = other.state_dict() if quantised else floats
+    references = [weakref.ref(model.up.weight), weakref.ref(model.down.weight)]
     for _ in range(2):
         model.load_state_dict(state, assign=assign)
         assert type(model.up.weight) is Int8Weight and torch.equal(model(x), other(x))
         with torch.no_grad():
             assert torch.equal(compiled(x), compiled_with(other, x)(x))
+    if not assign:
+        assert references[0]() is model.up.weight and references[1]() is model.down.weight
 
 
 def test_a_float_model_that_llmint8_compiled_is_swapped_as_well(x):
