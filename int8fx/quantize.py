@@ -131,7 +131,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
                 owners[id(weight)].append((module, name))
     for shared in owners.values():
         weight = getattr(*shared[0])
-        floats = _map_local(weight, lambda part: part.dequantize(dtype))
+        floats = _map_local(
+            weight, lambda part: torch_private.out_of_inference_mode(part.dequantize(dtype))
+        )
         parameter = nn.Parameter(floats, requires_grad=False)
         if id(weight) in shards:
             torch_private.replace_shard(shards[id(weight)], parameter)

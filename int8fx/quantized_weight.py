@@ -18,10 +18,8 @@ DTensor hold it as they hold any shard.
 """
 
 import copy
-import gc
 import importlib
 import sys
-import weakref
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -34,7 +32,14 @@ from int8fx.errors import ReleasedWeightError
 from int8fx.kernels import ops, table
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.quantize import quantize_weight
-from int8fx.torch_private import WeakView, new_wrapper, without_torch_functions
+from int8fx.torch_private import (
+    WeakView,
+    is_loaded,
+    new_wrapper,
+    out_of_inference_mode,
+    swap_despite_references,
+    without_torch_functions,
+)
 
 
 class Int8Weight(Tensor):
@@ -49,9 +54,11 @@ class Int8Weight(Tensor):
         part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
             is written to it is written there as well.
         released: whether only compiled graphs may read it (``int8fx/release.py``).
+        unpacked: ``w_int8`` in place of ``packed``, until that is first asked for (``_rebuild``).
     """
 
     packed: Tensor
+    unpacked: Tensor
     w_scale: Tensor
     K: int
     transposed: bool
@@ -59,6 +66,12 @@ class Int8Weight(Tensor):
     decomposition: str
     part_of: "Part | None" = None
     released: bool = False
+
+    NO_DATA = (
+        "an int8 weight has no float values in memory that C++ code, DLPack, numpy or TorchScript can "
+        "share or save: weight.dequantize() is a float copy, int8fx.dequantize_(model) brings float "
+        "weights back, and torch.export takes the model in int8"
+    )
 
     # Torch functions are taken apart into aten operators before they come here.
     __torch_function__ = without_torch_functions
@@ -87,7 +100,9 @@ class Int8Weight(Tensor):
         N = w_scale.shape[0]
         shape = tuple(size) if size is not None else ((K, N) if transposed else (N, K))
         self = new_wrapper(cls, shape, stride, dtype, packed.device)
-        self.packed, self.w_scale, self.K, self.transposed = packed, w_scale, K, transposed
+        # A weight may be made, or moved, where only inference is meant, and used in training then.
+        self.packed, self.w_scale = map(out_of_inference_mode, (packed, w_scale))
+        self.K, self.transposed = K, transposed
         self.threshold, self.decomposition = threshold, decomposition
         return self
 
@@ -148,6 +163,47 @@ class Int8Weight(Tensor):
         super().requires_grad_(False)
         return self
 
+    @property
+    def requires_grad(self) -> bool:
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.requires_grad_(requires_grad)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Raises:
+        RuntimeError: not forced to copy; what is written to the array would be lost.
+        """
+        if not force:
+            raise RuntimeError(f"{self.NO_DATA}; weight.numpy(force=True) is a copy")
+        return self._read_values().numpy(force=True)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """A copy, as ``numpy.asarray`` takes it.
+
+        Raises:
+            ValueError: no copy is allowed.
+        """
+        if copy is False:
+            raise ValueError(self.NO_DATA)
+        return self._read_values().__array__(dtype)
+
+    def tolist(self) -> Any:
+        return self._read_values().tolist()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Raises:
+        RuntimeError: no copy is asked for; what is written to the other tensor would be lost.
+        """
+        if not options.get("copy"):
+            raise RuntimeError(f"{self.NO_DATA}; copy=True makes a copy")
+        return self._read_values().__dlpack__(**options)
+
+    def _read_values(self) -> Tensor:
+        self.check_readable()
+        return self.dequantize()
+
     def element_size(self) -> float:  # type: ignore[override]
         """Bytes in memory over elements, scales and padding included: what footprints multiply by."""
         return self.int8_bytes / self.numel()
@@ -184,7 +240,6 @@ class Int8Weight(Tensor):
 
     def share_memory_(self) -> "Int8Weight":
         """Moves the int8 form to shared memory, in place."""
-        drop_weak_references(self)
         self.packed.share_memory_()
         self.w_scale.share_memory_()
         return self
@@ -197,6 +252,13 @@ class Int8Weight(Tensor):
             f"Int8Weight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"threshold={self.threshold}, decomposition={self.decomposition!r})"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """``packed``, of a weight from a file of ``torch.save``'s old format (``_rebuild``)."""
+        if name != "packed" or "unpacked" not in self.__dict__:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
+        self.packed = pack(self.__dict__.pop("unpacked"))
+        return self.packed
 
     # --- torch's protocols -----------------------------------------------------------------------
 
@@ -325,13 +387,6 @@ def in_float(tensor: Tensor) -> Tensor:
     return tensor.dequantize(torch.float32) if isinstance(tensor, Int8Weight) else tensor.float()
 
 
-def drop_weak_references(weight: Int8Weight) -> None:
-    """``Module.to`` and its like swap a parameter's content, which weak references to it prevent;
-    Dynamo leaves some behind, in cycles."""
-    if weakref.getweakrefs(weight):
-        gc.collect()
-
-
 def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` for the kernel of its device; as it is where there is none (meta), or nothing
     in it: of few rows or columns, some processes hold none."""
@@ -356,7 +411,11 @@ def _parameter(tensor: Tensor, requires_grad: bool = True) -> Any:
 
 
 def _rebuild(w_int8: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> Int8Weight:
-    return _rebuild_packed(pack(w_int8), w_scale, attributes, extras)
+    if is_loaded(w_int8):
+        return _rebuild_packed(pack(w_int8), w_scale, attributes, extras)
+    weight = _rebuild_packed(w_int8, w_scale, attributes, extras)
+    weight.unpacked = weight.__dict__.pop("packed")  # its values are not there to be packed
+    return weight
 
 
 def _rebuild_packed(packed: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> Int8Weight:
@@ -373,6 +432,7 @@ def _share(weight: Int8Weight) -> tuple:
 
 
 ForkingPickler.register(Int8Weight, _share)
+swap_despite_references(Int8Weight)
 
 # torch.load(weights_only=True) may rebuild it: of tensors, numbers and names only. That is how
 # torch.distributed.checkpoint reads the shards of a weight, which it keeps as they are.

@@ -5,9 +5,11 @@ and says so: ``check_torch`` names what is missing.
 """
 
 import contextlib
+import functools
 import gc
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from int8fx.kernels.cpu import int8_linear as cpu
 
 TRIED_ON = ("2.13.0", "2.14.1")
 MINIMUM = (2, 13)
@@ -454,19 +458,92 @@ without_torch_functions: Any = torch._C._disabled_torch_function_impl
 
 
 def new_wrapper(cls: type, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of a subclass, without memory of its own. Contiguous when ``stride`` is None."""
+    """A tensor of a subclass, without memory of its own. Contiguous when ``stride`` is None.
+
+    C++ code that asks for its data, past the subclass, gets an error with ``cls.NO_DATA``.
+    """
     # Autograd makes views of it where a caller is in inference mode, too.
     with torch.inference_mode(False):
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, strides=stride, dtype=dtype, device=device
+        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        wrapper = make(cls, shape, strides=stride, dtype=dtype, device=device)
+    _forbid_data_access(wrapper)
+    return wrapper
+
+
+_sharing = threading.RLock()
+
+
+def _forbid_data_access(wrapper: Any) -> None:
+    # Nobody reads data on the meta device.
+    if wrapper.is_meta or cpu.forbid_data_access(storage_id(wrapper), wrapper.NO_DATA):
+        return
+    torch._C._set_throw_on_mutable_data_ptr(wrapper)  # in torch's words, and not to all that reads
+
+
+def out_of_inference_mode(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that autograd may save, and that counts its versions."""
+    if type(tensor) is not Tensor or not tensor.is_inference():
+        return tensor
+    form = tensor.storage_offset(), tensor.shape, tensor.stride()
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            tensor.untyped_storage(), *form
         )
 
 
+def is_loaded(tensor: Tensor) -> bool:
+    """Whether a tensor's values are there: ``torch.load`` of its old format reads them at the end."""
+    return not hasattr(tensor.untyped_storage(), "_torch_load_uninitialized")
+
+
+def swap_despite_references(kind: Any) -> None:
+    """Makes ``torch.utils.swap_tensors`` swap tensors of a kind, whoever refers to them.
+
+    ``Module.to`` and its like put what they made of a parameter in its place by it. It refuses tensors
+    with weak references, which Dynamo's guards and users hold, and tensors that a graph of autograd
+    holds. A weak reference goes on to refer to the same Python object, and a graph to the values that
+    it saved, which is right for tensors that never require grad.
+    """
+    swap_others = torch.utils.swap_tensors
+
+    @functools.wraps(swap_others)
+    def swap_tensors(t1: Any, t2: Any) -> None:
+        if not (type(t1) is kind and type(t2) is kind):
+            return swap_others(t1, t2)
+        torch._C._swap_tensor_impl(t1, t2)
+        t1.__dict__, t2.__dict__ = t2.__dict__, t1.__dict__
+
+    torch.utils.swap_tensors = swap_tensors
+
+
+def before_swaps(let_go: Callable[[Any], None]) -> None:
+    """Makes ``torch.utils.swap_tensors`` call ``let_go`` on both tensors first.
+
+    ``Module.to`` and its like end there under ``set_swap_module_params_on_conversion``.
+    """
+    swap = torch.utils.swap_tensors
+
+    @functools.wraps(swap)
+    def swap_tensors(t1: Any, t2: Any) -> None:
+        let_go(t1)
+        let_go(t2)
+        swap(t1, t2)
+
+    torch.utils.swap_tensors = swap_tensors
+
+
 def with_aliasing_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
-    """``out``, known to torch as the view that ``func`` declares it to be."""
+    """``out``, a wrapper, known to torch as the view of ``args[0]`` that ``func`` declares it to be."""
     from torch.utils._python_dispatch import return_and_correct_aliasing
 
-    return return_and_correct_aliasing(func, args, kwargs, out)
+    # What makes them share a storage looks at the data of both. Threads may share a weight.
+    with _sharing:
+        for wrapper in (args[0], out):
+            cpu.forbid_data_access(storage_id(wrapper), None)
+        try:
+            return return_and_correct_aliasing(func, args, kwargs, out)
+        finally:
+            _forbid_data_access(args[0])
 
 
 def map_tensors(kind: type, function: Callable[[Any], Any], values: Any) -> Any:

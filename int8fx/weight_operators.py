@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import ops, table
-from int8fx.quantized_weight import Int8Weight, Part, drop_weak_references
+from int8fx.quantized_weight import Int8Weight, Part
 from int8fx.torch_private import is_fake, map_tensors, with_aliasing_of
 
 # What LLM.int8() takes the place of; a product in another dtype uses the de-quantised weight.
@@ -41,7 +41,12 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
         # A copy into a weight does not read it.
         read = args[1:] if func is aten.copy_.default else args
         map_tensors(Int8Weight, _check_readable, (read, kwargs))
-    return _HANDLERS.get(func, _on_the_float_values)(func, args, kwargs)
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        return handler(func, args, kwargs)
+    # In inference mode what is made of other operators comes whole, as ``aten.to`` and ``aten.matmul``.
+    result = func.decompose(*args, **kwargs)
+    return _on_the_float_values(func, args, kwargs) if result is NotImplemented else result
 
 
 def _check_readable(weight: Int8Weight) -> Int8Weight:
@@ -183,7 +188,6 @@ def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
 def _to(func: Any, args: tuple, kwargs: dict) -> Any:
     """To another device, packed for it; another float dtype is that of the values read from it."""
     weight, dtype = args[0], kwargs.get("dtype") or args[0].dtype
-    drop_weak_references(weight)
     device = torch.device(kwargs.get("device") or weight.device)
     if not dtype.is_floating_point:
         return _on_the_float_values(func, args, kwargs)
@@ -241,6 +245,16 @@ def _quantized(source: Tensor, target: Int8Weight) -> Int8Weight:
         **target.activation_options,
         transposed=target.transposed,
     )
+
+
+@_on(aten.empty_like.default)
+def _empty_like(func: Any, args: tuple, kwargs: dict) -> Any:
+    """``Module.to_empty`` makes so what values are to be loaded into; others want a float tensor."""
+    weight, device = args[0], torch.device(kwargs.get("device") or args[0].device)
+    if not weight.is_meta or device.type == "meta":
+        return _on_the_float_values(func, args, kwargs)
+    w_int8 = torch.zeros(weight.w_scale.shape[0], weight.K, dtype=torch.int8, device=device)
+    return weight.like(w_int8, torch.zeros_like(weight.w_scale, device=device))
 
 
 @_on(aten.new_zeros.default)

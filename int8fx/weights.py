@@ -26,7 +26,7 @@ from int8fx.kernels.schemes.int8 import PER_CHANNEL
 from int8fx.memory import Memories, Memory, has_memory
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.quantized_weight import Int8Weight
-from int8fx.torch_private import StorageReference
+from int8fx.torch_private import StorageReference, before_swaps
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +162,11 @@ class WeightStore:
         with self.lock:
             self._drop(set(self._weights))
 
+    def let_go(self, tensor: Tensor) -> None:
+        """Drops what is kept of a tensor that is about to change, and the weak reference to it."""
+        if id(tensor) in self._owners:
+            self._forget(id(tensor))
+
     def forms(self, tensor: Tensor) -> list[PackedWeight]:
         """What is kept of one weight: a form for every recipe and format that a graph asked for."""
         weight = self._weights.get(id(tensor))
@@ -191,6 +196,7 @@ def _as_it_is(weight: Int8Weight) -> PackedWeight:
 
 
 STORE = WeightStore()
+before_swaps(STORE.let_go)
 
 
 @dataclass(frozen=True)

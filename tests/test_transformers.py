@@ -426,3 +426,24 @@ def test_a_checkpoint_of_experts_warns_of_what_stays_in_float(tmp_path):
     assert type(layer.self_attn.q_proj.weight) is Int8Weight
     assert layer.mlp.experts.down_proj.is_floating_point()
     assert layer.mlp.gate.weight.is_floating_point() and type(layer.mlp.gate.weight) is nn.Parameter
+
+
+def test_a_state_dict_of_mapped_tensors_keeps_what_its_owner_wrote(tmp_path):
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
+    safetensors.torch.save_file(LlamaForCausalLM(config).state_dict(), tmp_path / "file.safetensors")
+    mapped = safetensors.torch.load_file(tmp_path / "file.safetensors")
+    for tensor in mapped.values():
+        tensor.add_(1.0)
+    edited = {name: tensor.clone() for name, tensor in mapped.items()}
+    model = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=mapped, quantization_config=Int8FxConfig()
+    )
+    assert all(torch.equal(mapped[name], tensor) for name, tensor in edited.items())
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(up).w_int8, quantize_weight(edited[up])[0])

@@ -82,6 +82,7 @@ class Int8FxQuantizer(HfQuantizer):
     names: frozenset[str] = frozenset()
     in_files: dict[str, Any]
     device_map: dict[str, Any] | None = None
+    maps_files = False  # whether the weights come from files that transformers maps, and no one else
 
     def __init__(self, quantization_config: Int8FxConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
@@ -113,6 +114,7 @@ class Int8FxQuantizer(HfQuantizer):
         ValueError: nothing of the model can be quantised, or int8 files are to be read in shards.
         """
         files = [Path(file) for file in checkpoint_files or ()]
+        self.maps_files = bool(files)
         for file in files:
             if file.suffix == ".safetensors":
                 self.in_files.update(checkpoint.header(file))
@@ -236,6 +238,12 @@ class _Operation(ConversionOps):
     def __init__(self, hf_quantizer: Int8FxQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def release(self, tensor: Tensor) -> None:
+        """Gives back the pages of a file that was read, which would count as ours until its last
+        tensor is. A ``state_dict`` is its owner's, who may have written to what is mapped."""
+        if self.hf_quantizer.maps_files:
+            pages.release_mapped(tensor)
+
     def form(self, model: nn.Module, name: str) -> dict[str, Any]:
         """How the weight of a name is kept."""
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -269,8 +277,7 @@ class _Quantize(_Operation):
                 result[name] = weight
                 continue
             quantized = Int8Weight.from_float(weight, **self.form(model, name))
-            # It may be a mapping of the file, whose pages would count as ours until the last is read.
-            pages.release_mapped(weight)
+            self.release(weight)
             result[name] = nn.Parameter(quantized, requires_grad=False)
         return result
 
@@ -303,7 +310,7 @@ class _Deserialize(_Operation):
             return tensors
         assert weight is not None  # read has seen to it
         for tensor in tensors.values():
-            pages.release_mapped(tensor)
+            self.release(tensor)
         return {"weight": nn.Parameter(weight, requires_grad=False)}
 
 

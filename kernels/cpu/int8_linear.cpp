@@ -503,3 +503,11 @@ INT8FX_EXPORT bool int8fx_use_isa(const char* name) {
   int8fx::forced_kernel = chosen;
   return true;
 }
+
+// Whoever asks for the data of a storage gets an error with this message; with none, the data again.
+INT8FX_EXPORT void int8fx_forbid_data_access(c10::StorageImpl* storage, const char* message) {
+  if (message)
+    storage->release_data_and_set_meta_custom_data_ptr_error_msg_(std::string(message));
+  else
+    storage->clear_data_ptr_access_error_msg_();
+}

@@ -47,6 +47,19 @@ def use_isa(name: str) -> None:
         raise ValueError(f"this machine cannot execute {name!r}, only {isas()}")
 
 
+def forbid_data_access(storage: int, message: str | None) -> bool:
+    """Makes whoever asks for the data of a storage, given by its address, get an error with a message;
+    with None, the data again.
+
+    Returns:
+        Whether that was done: not where the kernels cannot be compiled.
+    """
+    if load() is not None:
+        return False
+    _library().int8fx_forbid_data_access(storage, message and message.encode())
+    return True
+
+
 def packed_shape(N: int, K: int) -> tuple[int, int]:
     """Of the layout above."""
     return -(-N // BLOCK_N), -(-K // K_MULTIPLE) * K_MULTIPLE * BLOCK_N + 4 * BLOCK_N
@@ -81,6 +94,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     library.int8fx_isas.restype = ctypes.c_char_p
     library.int8fx_use_isa.restype = ctypes.c_bool
+    library.int8fx_forbid_data_access.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+    library.int8fx_forbid_data_access.restype = None
     return library, None
 
 

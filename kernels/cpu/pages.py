@@ -2,21 +2,21 @@
 
 A decode step reads every weight once, in order: with pages of 4 KiB it misses the TLB all the time.
 Two cores of Zen 4 then read a weight of 4096 x 4096 at 26 to 32 GB/s, and at 41 on huge pages. Small
-weights share chunks, so that they are on huge pages too; each is a storage of its own, and a chunk
-goes with its last one.
+weights share chunks, so that they are on huge pages too. Each is a storage of its own on pages of its
+own, which go back to the system with it; the chunk's addresses go with its last one.
 """
 
 import contextlib
 import ctypes
 import mmap
 import threading
+import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 CHUNK_BYTES = 32 << 20
-ALIGNMENT = 64
 
 _lock = threading.Lock()
 _chunk: mmap.mmap | None = None
@@ -26,10 +26,26 @@ _used = 0
 def empty(*shape: int) -> Tensor:
     """An int8 tensor, contiguous and aligned to a cache line."""
     size = torch.Size(shape).numel()
-    if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    # What is smaller than a page would leave most of it empty.
+    if size < mmap.PAGESIZE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.int8)
-    memory, offset = _take(size)
-    return torch.frombuffer(memory, dtype=torch.int8, count=size, offset=offset).view(shape)
+    chunk, offset = _take(size)
+    memory = memoryview(chunk)[offset : offset + size]
+    # The storage holds this view, and drops it when its last tensor goes.
+    weakref.finalize(memory, _give_back, chunk, offset, size).atexit = False
+    return torch.frombuffer(memory, dtype=torch.int8).view(shape)
+
+
+def _give_back(chunk: mmap.mmap, offset: int, size: int) -> None:
+    length = _whole_pages(size)
+    # A huge page that neighbours are on would be put together again, with zeros.
+    with contextlib.suppress(OSError):
+        chunk.madvise(mmap.MADV_NOHUGEPAGE, offset, length)
+    chunk.madvise(mmap.MADV_DONTNEED, offset, length)
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def trim_heap() -> None:
@@ -72,9 +88,9 @@ def _take(size: int) -> tuple[mmap.mmap, int]:
     global _chunk, _used
     with _lock:
         if _chunk is None or _used + size > len(_chunk):
-            _chunk, _used = _map(max(size, CHUNK_BYTES)), 0
+            _chunk, _used = _map(max(_whole_pages(size), CHUNK_BYTES)), 0
         offset = _used
-        _used += -(-size // ALIGNMENT) * ALIGNMENT
+        _used += _whole_pages(size)
         return _chunk, offset
 
 
