@@ -254,7 +254,7 @@ def ranked_table(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "Routers, indexers, codebooks and whatever else is ranked or compared, as the graph shows it. "
         "Architectures with groups of experts have two groups of two here. **apart**: linears that the "
-        "backend and `quantize_` decide differently on.",
+        "backend and `quantize_` decide differently on. Results without these entries are not shown.",
         "",
         "| architecture | ranked | apart |",
         "|---|---|---|",
