@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from int8fx.options import Options, inductor_patches
-from int8fx.torch_private import check_torch
+from int8fx.torch_private import check_torch, levels_left
 
 
 def llmint8(
@@ -37,4 +37,5 @@ def llmint8(
 
     from int8fx.pipeline import compile_graph
 
-    return compile_graph(gm, example_inputs, checked, patches)
+    with levels_left():
+        return compile_graph(gm, example_inputs, checked, patches)

@@ -24,6 +24,7 @@ from torch import fx
 from int8fx.passes.einsum import linear_map
 from int8fx.passes.experts import Routing, selected
 from int8fx.passes.scope import Scope
+from int8fx.passes.transforms import transform_of
 from int8fx.passes.values import rank_of, shape_of
 from int8fx.passes.weight_expression import (
     TRANSPOSE,
@@ -344,7 +345,11 @@ def candidates(
             entry = SPELLINGS.get(node.target) or SPELLINGS.get(str(node.target))
             if entry is not None:
                 spelling, match = entry
-                found.append(match(_Call(node, scope, spelling, is_weight)))
+                candidate = match(_Call(node, scope, spelling, is_weight))
+                if transform := transform_of(node):
+                    candidate.factors = None
+                    candidate.refused(transform)
+                found.append(candidate)
             elif node.target is F.multi_head_attention_forward:
                 found.append(_fused_attention(node, scope))
             elif attention and node.target is F.scaled_dot_product_attention:
