@@ -101,6 +101,7 @@ def behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]
     """A callable with the signature of the graph as Dynamo gave it."""
 
     def call(*args: Any) -> Any:
+        torch_private.refuse_tangents(args)
         return compiled(*swap(args))
 
     return call

@@ -167,14 +167,31 @@ def levels_left() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        while forward_ad._current_level > dual_level:
-            forward_ad.exit_dual_level()
+        if dual_level < 0:  # a graph enters the only one that there can be
+            with contextlib.suppress(RuntimeError):  # it was not entered
+                torch._C._exit_dual_level(level=0)
         functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         functorch.set_inplace_requires_grad_allowed(inplace_allowed)
         if hooks_refused is None:
             autograd._saved_tensors_hooks_enable()
         torch._C._set_fwd_grad_enabled(forward_enabled)
         raise
+
+
+def refuse_tangents(args: Sequence[Any]) -> None:
+    """Raises:
+    RuntimeError: an argument is a dual tensor of forward-mode AD: compiled code would drop its tangent.
+    """
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level < 0:
+        return
+    for value in args:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                "forward-mode AD cannot go through a graph that llmint8 compiled: call torch.func.jvp "
+                "inside the compiled function, or run the model eagerly"
+            )
 
 
 def uncompiled(model: Any) -> Any:
