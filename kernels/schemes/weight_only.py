@@ -9,8 +9,8 @@ nothing (``kernels/cpu/weight_only.h``). The second de-quantises the weight wher
 fuses that into a sum over K for one row of x, and into a pass over the weight before the product of
 more.
 
-Subnormal x counts, but for bf16 on AVX512-BF16: its instruction takes subnormal operands and sums for 0,
-so that y is off by up to K · 2^-126 · 128 · w_scale more. A library's product of a group's weights in
+Subnormal x counts, but for bf16 on AVX512-BF16: its instruction takes subnormal operands and sums for
+0, so that y is off by up to K · 2^-126 · 128 · w_scale more. A library's product of a group's weights in
 16-bit may do the same.
 """
 
