@@ -10,8 +10,8 @@ fuses that into a sum over K for one row of x, and into a pass over the weight b
 more.
 
 Subnormal x counts, but for bf16 on AVX512-BF16: its instruction takes subnormal operands and sums for
-0, so that y is off by up to K · 2^-126 · 128 · w_scale more. A library's product of a group's weights in
-16-bit may do the same.
+0, so that y is off by up to K · 2^-126 · 128 · w_scale more. A library's product of a group's weights
+in 16-bit may do the same.
 """
 
 import dataclasses
