@@ -8,7 +8,7 @@ from torch import fx
 
 from int8fx.options import Options, inductor_patches
 from int8fx.report import collect_reports
-from int8fx.torch_private import check_torch
+from int8fx.torch_private import check_torch, levels_left
 from int8fx.watch import Watch
 from int8fx_autoload import after_import
 
@@ -42,7 +42,7 @@ def llmint8(
     from int8fx.pipeline import compile_graph
 
     watch.graphs += 1
-    with collect_reports() as reports:
+    with levels_left(), collect_reports() as reports:
         compiled = compile_graph(gm, example_inputs, checked, patches)
     watch.compiled(reports)
     return compiled

@@ -85,18 +85,37 @@ def _files(path: Path) -> list[Path]:
         return [path]
     index = path / INDEX
     if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: damaged: no 'weight_map' of names to files") from error
-        missing = [shard for shard in shards if not (path / shard).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{index} names {missing[0]}, which is not there")
-        return [path / shard for shard in shards]
+        return _shards(index)
     single = path / "model.safetensors"
     if not single.is_file():
         raise FileNotFoundError(f"neither {single.name} nor {INDEX} in {path}")
     return [single]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of them in its folder.
+
+    Raises:
+        CheckpointError: it is damaged, or names a file elsewhere: names the file, and the entry.
+        FileNotFoundError: it names a file that is not there.
+    """
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        shards = {shard: name for name, shard in sorted(places.items(), reverse=True)}
+        files = {shard: index.parent / shard for shard in sorted(shards)}
+        real = {shard: file.resolve() for shard, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: damaged: no 'weight_map' of names to files") from error
+    # In the cache of huggingface_hub, index and shards are links into one folder of blobs.
+    folders = index.parent.resolve(), index.resolve().parent
+    for shard, file in files.items():
+        if not any(real[shard].is_relative_to(folder) for folder in folders):
+            raise CheckpointError(
+                f"{index}: the entry {shards[shard]!r} names {shard!r}, a file outside its folder"
+            )
+        if not file.is_file():
+            raise FileNotFoundError(f"{index} names {shard}, which is not there")
+    return list(files.values())
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from int8fx.kernels.scheme import Scheme
 from int8fx.kernels.schemes.table import decompositions
 from int8fx.kernels.tuning import tuning
 from int8fx.passes import bitsandbytes_nodes
+from int8fx.passes.unlist_linears import unlist_linears
 from int8fx.passes.weight_expression import is_view_or_cast
 from int8fx.quantize import local
 from int8fx.quantized_weight import Int8Weight
@@ -30,6 +31,9 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
     Args:
         patches: Inductor's configuration.
     """
+    if torch_private.writes_cpp_wrapper(patches):
+        for scope in compilation.root.walk():
+            unlist_linears(scope.graph, compilation.fake_mode)
     swap, kept = finish_inputs(compilation)
     examples = [compilation.inputs[position] for position in kept]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
@@ -92,6 +96,7 @@ def behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]
     """A callable with the signature of the graph as Dynamo gave it."""
 
     def call(*args: Any) -> Any:
+        torch_private.refuse_tangents(args)
         return compiled(*swap(args))
 
     return call

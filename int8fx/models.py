@@ -7,6 +7,7 @@ it.
 import contextlib
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Iterator
 from functools import partial, partialmethod
@@ -39,7 +40,7 @@ def load(name: str, console: Console, **more: Any) -> tuple[Any, Any]:
         UserError: names what was given and what is allowed.
     """
     check_name(name)
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_dir():
         read, shown = partial(load_directory, path, **more), _bar(name, console)
     elif path.suffix == ".gguf":
@@ -62,11 +63,16 @@ def check_name(name: str | None) -> None:
     """
     if name is None:
         return
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_file() and path.suffix == ".gguf":
         require_gguf()
     elif not path.is_dir() and (path.suffix == ".gguf" or not HUB_NAME.fullmatch(name)):
         raise UserError(f"model {name}: no such file or directory; {ALLOWED}")
+
+
+def _path(name: str) -> Path:
+    """With ``~`` for the home folder; ``Path.expanduser`` would raise where there is none."""
+    return Path(os.path.expanduser(name))
 
 
 @contextlib.contextmanager

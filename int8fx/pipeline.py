@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from int8fx import torch_private
 from int8fx.changes import watch as watch_changes
 from int8fx.codegen import behind, codegen, finish_inputs
 from int8fx.compilation import Compilation, capture, owner_path
@@ -43,6 +44,7 @@ from int8fx.passes.select import (
     shape_of_weight,
     skip_reason,
 )
+from int8fx.passes.transforms import leave_transforms
 from int8fx.passes.verify import Signature, verify
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.quantized_weight import Int8Weight
@@ -121,6 +123,7 @@ def rewrite(compilation: Compilation) -> None:
 
 def canonicalize(compilation: Compilation) -> None:
     """Finds every linear and matmul, in one form whatever its spelling."""
+    leave_transforms(compilation.root, torch_private.is_level_wrapper)
     compilation.found = candidates(
         compilation.root, compilation.paths.get, compilation.options.attention
     )

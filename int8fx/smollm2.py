@@ -50,14 +50,25 @@ NO_NETWORK = (
 
 
 def cache_directory() -> Path:
-    """Where this user's caches go, by the platform's custom; not created."""
+    """Where this user's caches go, by the platform's custom; not created.
+
+    Raises:
+        UserError: there is no home folder.
+    """
     if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        root = os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local"
     elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
+        root = _home() / "Library" / "Caches"
     else:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        root = os.environ.get("XDG_CACHE_HOME") or _home() / ".cache"
     return Path(root) / "int8fx"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise UserError("there is no home folder to keep the model in: set XDG_CACHE_HOME") from error
 
 
 def local_copy(console: Console) -> Path:

@@ -166,6 +166,55 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def is_level_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a level of ``torch.func``, and is gone with it."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+@contextlib.contextmanager
+def levels_left() -> Iterator[None]:
+    """Leaves the levels of ``torch.func`` that what runs inside has entered, when it fails.
+
+    AOTAutograd runs a graph to trace it. An error on the way would leave its levels entered, and every
+    call after it, compiled or not, would run inside them.
+    """
+    from torch.autograd import forward_ad
+
+    functorch, autograd = torch._C._functorch, torch._C._autograd
+    depth, dual_level = functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
+    inplace_allowed = functorch.get_inplace_requires_grad_allowed()
+    hooks_refused = autograd._saved_tensors_hooks_get_disabled_error_message()
+    forward_enabled = torch._C._is_fwd_grad_enabled()
+    try:
+        yield
+    except BaseException:
+        if dual_level < 0:  # a graph enters the only one that there can be
+            with contextlib.suppress(RuntimeError):  # it was not entered
+                torch._C._exit_dual_level(level=0)
+        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        functorch.set_inplace_requires_grad_allowed(inplace_allowed)
+        if hooks_refused is None:
+            autograd._saved_tensors_hooks_enable()
+        torch._C._set_fwd_grad_enabled(forward_enabled)
+        raise
+
+
+def refuse_tangents(args: Sequence[Any]) -> None:
+    """Raises:
+    RuntimeError: an argument is a dual tensor of forward-mode AD: compiled code would drop its tangent.
+    """
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level < 0:
+        return
+    for value in args:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                "forward-mode AD cannot go through a graph that llmint8 compiled: call torch.func.jvp "
+                "inside the compiled function, or run the model eagerly"
+            )
+
+
 def uncompiled(model: Any) -> Any:
     """The module that ``torch.compile`` wrapped, or the callable itself."""
     from torch._dynamo.eval_frame import OptimizedModule
@@ -390,6 +439,13 @@ def tunes(patches: dict[str, Any]) -> bool:
     from torch._inductor import config
 
     return bool(patches.get("max_autotune", config.max_autotune))
+
+
+def writes_cpp_wrapper(patches: dict[str, Any]) -> bool:
+    """Whether Inductor calls its kernels from C++, under patches of its configuration."""
+    from torch._inductor import config
+
+    return bool(patches.get("cpp_wrapper", config.cpp_wrapper))
 
 
 @contextlib.contextmanager

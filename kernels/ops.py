@@ -8,6 +8,7 @@ where none serves, the reference runs.
 | ``quantize`` | x ≈ x_int8 · x_scale + x_outlier (``kernels/quantize.py``) |
 | ``int8_linear`` | ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias |
 | ``quantized_linears_cpu`` | ``quantize`` and several ``int8_linear`` of it, in one call |
+| ``quantized_linear_cpu`` | the same of one ``int8_linear``, whose result is no list |
 | ``pack_weight`` | ``w_int8 [N, K]`` in the form that its device's kernel takes, a copy |
 | ``expert_linear`` | each row with the weight of its expert (``kernels/experts.py``) |
 | ``unpack_weight`` | the ``[N, K]`` form of a packed weight |
@@ -38,12 +39,17 @@ _library.define(
     "quantized_linears_cpu(Tensor x, float threshold, str decomposition, "
     "Tensor[] weights, Tensor[] w_scales, Tensor[] biases) -> Tensor[]"
 )
+_library.define(
+    "quantized_linear_cpu(Tensor x, float threshold, str decomposition, "
+    "Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor"
+)
 _library.define("pack_weight(Tensor w_int8) -> Tensor")
 _library.define("unpack_weight(Tensor weight, SymInt N, SymInt K) -> Tensor")
 
 quantize = torch.ops.int8fx.quantize.default
 int8_linear = torch.ops.int8fx.int8_linear.default
 quantized_linears_cpu = torch.ops.int8fx.quantized_linears_cpu.default
+quantized_linear_cpu = torch.ops.int8fx.quantized_linear_cpu.default
 pack_weight = torch.ops.int8fx.pack_weight.default
 unpack_weight = torch.ops.int8fx.unpack_weight.default
 
@@ -188,6 +194,43 @@ _library.impl("quantized_linears_cpu", _quantized_linears, "CompositeExplicitAut
 torch.library.register_fake("int8fx::quantized_linears_cpu", _quantized_linears_fake, lib=_library)
 torch.library.register_autograd(
     "int8fx::quantized_linears_cpu", linears_backward, setup_context=linears_setup, lib=_library
+)
+
+
+def _quantized_linear(
+    x: Tensor,
+    threshold: float,
+    decomposition: str,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    biases = [] if bias is None else [bias]
+    return quantized_linears_cpu(x, threshold, decomposition, [weight], [w_scale], biases)[0]
+
+
+def _quantized_linear_fake(x, threshold, decomposition, weight, w_scale, bias) -> Tensor:
+    return torch.empty((*x.shape[:-1], w_scale.shape[0]), dtype=x.dtype, device=x.device)
+
+
+def _quantized_linear_setup(ctx, inputs, output) -> None:
+    x, threshold, decomposition, weight, w_scale, bias = inputs
+    biases = [] if bias is None else [bias]
+    linears_setup(ctx, (x, threshold, decomposition, [weight], [w_scale], biases), output)
+
+
+def _quantized_linear_backward(ctx, grad: Tensor) -> tuple:
+    grad_x, *_, grad_biases = linears_backward(ctx, [grad])
+    return grad_x, None, None, None, None, (grad_biases[0] if grad_biases else None)
+
+
+_library.impl("quantized_linear_cpu", _quantized_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::quantized_linear_cpu", _quantized_linear_fake, lib=_library)
+torch.library.register_autograd(
+    "int8fx::quantized_linear_cpu",
+    _quantized_linear_backward,
+    setup_context=_quantized_linear_setup,
+    lib=_library,
 )
 
 

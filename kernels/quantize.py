@@ -16,6 +16,8 @@ QMAX = 127
 # A scale below the smallest normal float would lose bits itself (and a zero row would divide by
 # zero), so scales stop here; |x - x_int8 * x_scale| <= x_scale / 2 then holds for every finite row.
 MIN_SCALE = 2.0**-126
+# 127 times a larger scale rounds to infinity, though the weight that it is of is finite.
+MAX_SCALE = (2 - 2.0**-22) * 2.0**127 / QMAX
 # int32 holds a sum of K products of at most 127 * 127 each.
 MAX_K = (2**31 - 1) // (QMAX * QMAX)
 
@@ -97,10 +99,16 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         values = weight[rows].to(torch.float32)
-        scale = _scale(values)
+        scale = weight_scale(values)
         w_scale[rows] = scale
         w_int8[rows] = torch.round(values / scale.unsqueeze(-1)).to(torch.int8)
     return w_int8, w_scale
+
+
+def weight_scale(rows: Tensor) -> Tensor:
+    """``[*]`` fp32 of ``rows [*, K]``: 127 times it is finite where the row is."""
+    scale = _scale(rows)
+    return torch.where(scale.isinf(), scale, scale.clamp_max(MAX_SCALE))
 
 
 def _scale(rows: Tensor) -> Tensor:

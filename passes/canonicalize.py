@@ -30,6 +30,7 @@ from int8fx.passes.candidate import Candidate
 from int8fx.passes.linear_form import misfit
 from int8fx.passes.products import Call
 from int8fx.passes.scope import Scope
+from int8fx.passes.transforms import transform_of
 
 FUSED = (
     "fused attention, whose products are not in the graph; load the model with "
@@ -111,6 +112,9 @@ def candidates(
             if entry is not None:
                 spelling, match = entry
                 candidate = _match(Call(node, scope, spelling, path_of), match)
+                if candidate is not None and (transform := transform_of(node)):
+                    candidate.factors = None
+                    candidate.refused(transform)
                 found += [] if candidate is None else [candidate]
             elif node.target is F.multi_head_attention_forward:
                 found.append(_fused_attention(node, scope))

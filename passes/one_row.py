@@ -39,7 +39,8 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
 
 def _serves(node: fx.Node) -> bool:
     x, w, y = (tensor_of(each) for each in (*_operands(node)[:2], node))
-    assert x is not None and w is not None and y is not None
+    if x is None or w is None or y is None:
+        return False
     # Under autocast the call casts by itself, and its output is of another dtype.
     alike = x.dtype in DTYPES and x.dtype == w.dtype == y.dtype
     static = all(isinstance(size, int) for size in (*x.shape, *w.shape))

@@ -7,9 +7,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def tensor_of(node: Any) -> Tensor | None:
-    """None for what is no node, or no tensor."""
+    """None for what is no node, or no tensor, or a nested one, which no operator of ours takes."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Tensor) else None
+    return value if isinstance(value, Tensor) and not value.is_nested else None
 
 
 def shape_of(node: Any) -> Any:

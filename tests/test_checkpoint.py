@@ -346,3 +346,65 @@ def test_files_that_are_not_there(model, tmp_path):
     (tmp_path / shard).unlink()
     with pytest.raises(FileNotFoundError, match=f"names {shard}, which is not there"):
         int8fx.load_checkpoint(empty(), tmp_path)
+
+
+def moved_up(folder, shard):
+    (folder / shard).rename(folder.parent / shard)
+    return f"../{shard}"
+
+
+def moved_away(folder, shard):
+    (folder / shard).rename(folder.parent / shard)
+    return str(folder.parent / shard)
+
+
+def linked_from_above(folder, shard):
+    (folder / shard).rename(folder.parent / shard)
+    (folder / shard).symlink_to(folder.parent / shard)
+    return shard
+
+
+def in_a_linked_folder(folder, shard):
+    (folder.parent / "other").mkdir()
+    (folder / shard).rename(folder.parent / "other" / shard)
+    (folder / "sub").symlink_to(folder.parent / "other")
+    return f"sub/{shard}"
+
+
+@pytest.mark.parametrize("place", [moved_up, moved_away, linked_from_above, in_a_linked_folder])
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(place, model, tmp_path):
+    folder = tmp_path / "checkpoint"
+    int8fx.save_checkpoint(model, folder, max_shard_size=5000)
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    named = place(folder, places["up.bias"])
+    renamed = {name: named if file == places["up.bias"] else file for name, file in places.items()}
+    entry = min(name for name, file in renamed.items() if file == named)
+    index.write_text(json.dumps({"weight_map": renamed}))
+    target = empty()
+    before = snapshot(target)
+    message = re.escape(f"the entry {entry!r} names {named!r}, a file outside its folder")
+    with pytest.raises(CheckpointError, match=message):
+        int8fx.load_checkpoint(target, folder)
+    assert_unchanged(target, before)
+
+
+def test_shards_in_a_folder_below_and_in_the_hubs_cache_are_read(model, x, tmp_path):
+    """The cache of huggingface_hub keeps blobs, and a folder of links to them for each revision."""
+    blobs, snapshots = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
+    blobs.mkdir()
+    snapshots.mkdir(parents=True)
+    below = tmp_path / "below"
+    int8fx.save_checkpoint(model, below, max_shard_size=5000)
+    index = below / "model.safetensors.index.json"
+    for file in below.iterdir():
+        (blobs / f"hash-of-{file.name}").write_bytes(file.read_bytes())
+        (snapshots / file.name).symlink_to(blobs / f"hash-of-{file.name}")
+    places = json.loads(index.read_text())["weight_map"]
+    (below / "shards").mkdir()
+    for file in set(places.values()):
+        (below / file).rename(below / "shards" / file)
+    moved = {name: f"shards/{file}" for name, file in places.items()}
+    index.write_text(json.dumps({"weight_map": moved}))
+    for folder in (below, snapshots):
+        assert torch.equal(int8fx.load_checkpoint(empty(), folder)(x), model(x))

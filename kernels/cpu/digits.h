@@ -30,8 +30,11 @@ constexpr int BITS = BASE_BITS * DIGITS<T> - 2;
 // Beyond it 128 · 128 · K overflows.
 constexpr int64_t MAX_K = (1 << 17) - 1;
 
-// Of rows that are smaller still, elements are off by 2^(LEAST_EXPONENT - BITS): factors stay floats.
-constexpr int LEAST_EXPONENT = -90;
+// 2^e of the smallest rows: every float is a multiple of 2^-149, so that these are exact, subnormals too.
+template <class T>
+constexpr int LEAST_EXPONENT = BITS<T> - 149;
+// 2^(BITS - e) can be above the largest float: it is applied in two steps, the first at most this large.
+constexpr int FIRST_STEP = 100;
 
 // One row; its digits' quads are `stride` bytes apart. A row that is not finite has no digits, and NaN
 // for its scale.
@@ -42,9 +45,10 @@ void pack_digits(const T* x, int64_t K, int64_t k_padded, uint8_t* out, int64_t 
   const bool finite = std::isfinite(absmax);
   int exponent = 0;
   if (finite) std::frexp(absmax, &exponent);  // absmax < 2^exponent
-  exponent = std::max(exponent, LEAST_EXPONENT);
+  exponent = std::max(exponent, LEAST_EXPONENT<T>);
   *scale = finite ? std::ldexp(1.0f, exponent - BITS<T>) : NAN;
-  const float factor = std::ldexp(1.0f, BITS<T> - exponent);
+  const int up = BITS<T> - exponent, first = std::min(up, FIRST_STEP);
+  const float factor = std::ldexp(1.0f, first), rest = std::ldexp(1.0f, up - first);
   const auto write = [&](Words bytes, int64_t count) {
     alignas(64) uint8_t quads[4 * LANES];
     store(quads, digit_quads(bytes));
@@ -52,7 +56,7 @@ void pack_digits(const T* x, int64_t K, int64_t k_padded, uint8_t* out, int64_t 
   };
   for_vectors(K, [&](int64_t k, auto count) {
     const Floats v = finite ? load_row(x + k, count) : Floats{};
-    write((Words)to_ints(v * factor) + ZERO_POINTS, count);
+    write((Words)to_ints(v * factor * rest) + ZERO_POINTS, count);
   });
   for (int64_t k = (K + 3) / 4 * 4; k < k_padded; k += 4) write(Words{} + ZERO_POINTS, 4);
 }

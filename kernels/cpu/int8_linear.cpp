@@ -467,6 +467,13 @@ std::vector<at::Tensor> quantized_linears(
   return outputs;
 }
 
+at::Tensor quantized_linear(
+    const at::Tensor& x, double threshold, c10::string_view decomposition, const at::Tensor& packed,
+    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias) {
+  const at::TensorList biases = bias.has_value() ? at::TensorList(*bias) : at::TensorList();
+  return quantized_linears(x, threshold, decomposition, packed, w_scale, biases)[0];
+}
+
 #include "attention_operator.h"
 
 TORCH_LIBRARY_FRAGMENT(int8fx, m) {
@@ -478,6 +485,7 @@ TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("int8_linear", int8_linear);
   m.impl("attention", attention);
   m.impl("quantized_linears_cpu", quantized_linears);
+  m.impl("quantized_linear_cpu", quantized_linear);
 }
 
 }  // namespace

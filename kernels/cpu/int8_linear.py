@@ -89,8 +89,8 @@ def unpack(packed: Tensor, N: int, K: int) -> Tensor:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        library = ctypes.CDLL(str(build.build()))
-    except (build.BuildError, OSError) as error:
+        library = build.load()
+    except build.BuildError as error:
         return None, str(error)
     library.int8fx_isas.restype = ctypes.c_char_p
     library.int8fx_use_isa.restype = ctypes.c_bool

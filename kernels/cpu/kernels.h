@@ -195,7 +195,8 @@ bool avx512_vnni::supported() {
          __builtin_cpu_supports("f16c");
 }
 
-// ---- AVX512-BF16, for weight-only products: vdpbf16ps adds the products of two k, of bf16, in fp32.
+// ---- AVX512-BF16, for weight-only products: vdpbf16ps adds the products of two k, of bf16, in fp32. It
+// takes subnormal operands and sums for 0.
 // Weights become bf16 by looking their bytes up (vpermi2b), which takes half the time of converting
 // them by way of fp32.
 

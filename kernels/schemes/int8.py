@@ -16,7 +16,7 @@ from torch import Tensor
 
 from int8fx.kernels import ops, table
 from int8fx.kernels.experts import expert_linear
-from int8fx.kernels.quantize import MIN_SCALE, QMAX, quantize_reference, quantize_weight
+from int8fx.kernels.quantize import quantize_reference, quantize_weight, weight_scale
 from int8fx.kernels.scheme import Call, Scheme, Settings, WeightFormat
 
 
@@ -29,7 +29,7 @@ def pack_per_channel(weight: Tensor) -> tuple[Tensor, ...]:
 def pack_per_tensor(weight: Tensor) -> tuple[Tensor, ...]:
     """The same with one scale, repeated: ``w_scale [N]``, all equal."""
     weight = weight.detach().to(torch.float32)
-    scale = (weight.abs().amax() / QMAX).clamp_min(MIN_SCALE)
+    scale = weight_scale(weight.flatten())
     w_int8 = torch.round(weight / scale).to(torch.int8).contiguous()
     return table.pack(w_int8), scale.repeat(weight.shape[0])
 
