@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from int8fx import sharding
+from int8fx.computed_values import ComputedValues
 from int8fx.errors import ReleasedWeightError
 from int8fx.kernels import ops, table
 from int8fx.kernels.cpu import pages
@@ -42,7 +43,7 @@ from int8fx.torch_private import (
 )
 
 
-class Int8Weight(Tensor):
+class Int8Weight(ComputedValues):
     """See above.
 
     Attributes:
@@ -170,35 +171,6 @@ class Int8Weight(Tensor):
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool) -> None:
         self.requires_grad_(requires_grad)
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """Raises:
-        RuntimeError: not forced to copy; what is written to the array would be lost.
-        """
-        if not force:
-            raise RuntimeError(f"{self.NO_DATA}; weight.numpy(force=True) is a copy")
-        return self._read_values().numpy(force=True)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """A copy, as ``numpy.asarray`` takes it.
-
-        Raises:
-            ValueError: no copy is allowed.
-        """
-        if copy is False:
-            raise ValueError(self.NO_DATA)
-        return self._read_values().__array__(dtype)
-
-    def tolist(self) -> Any:
-        return self._read_values().tolist()
-
-    def __dlpack__(self, **options: Any) -> Any:
-        """Raises:
-        RuntimeError: no copy is asked for; what is written to the other tensor would be lost.
-        """
-        if not options.get("copy"):
-            raise RuntimeError(f"{self.NO_DATA}; copy=True makes a copy")
-        return self._read_values().__dlpack__(**options)
 
     def _read_values(self) -> Tensor:
         self.check_readable()

@@ -4,13 +4,13 @@ An operator without a row reads the float values; one that would write to them i
 ``copy_``, ``add_`` and ``sub_``, which quantise the result.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from int8fx.computed_values import read_only, refuse_writes
 from int8fx.kernels import ops, table
 from int8fx.quantized_weight import Int8Weight, Part
 from int8fx.torch_private import is_fake, map_tensors, with_aliasing_of
@@ -65,19 +65,18 @@ def _on(*functions: Any) -> Callable[[Handler], Handler]:
 
 
 def _on_the_float_values(func: Any, args: tuple, kwargs: dict) -> Any:
-    declared = func._schema.arguments
-    given = kwargs | {each.name: value for each, value in zip(declared, args, strict=False)}
-    written = [given[each.name] for each in declared if each.is_write and each.name in given]
-    map_tensors(Int8Weight, functools.partial(_refuse_write, func), written)
+    refuse_writes(Int8Weight, func, args, kwargs)
+    traced = not all(type(weight.packed) is Tensor for weight in _weights((args, kwargs)))
     args, kwargs = map_tensors(Int8Weight, Int8Weight.dequantize, (args, kwargs))
-    return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    # A trace knows from the operator that it is a copy, and what writes to it is functionalised.
+    return result if traced else read_only(func, result)
 
 
-def _refuse_write(func: Any, weight: Int8Weight) -> None:
-    raise RuntimeError(
-        f"{func} would write to an int8 weight of shape {list(weight.shape)}, which is "
-        "read-only: int8fx.dequantize_(model) brings back a float weight to write to"
-    )
+def _weights(values: Any) -> list[Int8Weight]:
+    found: list[Int8Weight] = []
+    map_tensors(Int8Weight, found.append, values)
+    return found
 
 
 # --- views ---------------------------------------------------------------------------------------
