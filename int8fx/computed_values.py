@@ -62,30 +62,32 @@ class ReadOnlyCopy(ComputedValues):
         "a view of an int8 weight that has no int8 form is a read-only copy: .clone() is one to write "
         "to, and int8fx.dequantize_(model) brings back float weights"
     )
-    values: Tensor
+    copied: Tensor
 
     __torch_function__ = without_torch_functions
 
     def __new__(cls, values: Tensor) -> "ReadOnlyCopy":
         copy = new_wrapper(cls, values.shape, values.stride(), values.dtype, values.device)
-        copy.values = values
+        copy.copied = values
         return copy
 
     def _read_values(self) -> Tensor:
-        return self.values.clone()
+        return self.copied.clone()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         refuse_writes(cls, func, args, kwargs or {})
-        args, kwargs = map_tensors(cls, lambda copy: copy.values, (args, kwargs or {}))
+        args, kwargs = map_tensors(cls, lambda copy: copy.copied, (args, kwargs or {}))
         return read_only(func, func(*args, **kwargs))
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["values"], None
+        return ["copied"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> "ReadOnlyCopy":
-        return ReadOnlyCopy(inner["values"])
+        return ReadOnlyCopy(inner["copied"])
 
     def _is_view(self) -> bool:
         # Dynamo would make the weight of it again, and take this view of that.
@@ -98,7 +100,7 @@ class ReadOnlyCopy(ComputedValues):
         return self._read_values().__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return repr(self.values)
+        return repr(self.copied)
 
 
 def read_only(func: Any, result: Any) -> Any:

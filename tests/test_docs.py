@@ -1,0 +1,76 @@
+"""Every Python block of the README and the guide runs, page by page, on a toy in the model's place.
+
+A page is one program. Where a page does not load the model, what it prints is compared with the block
+that follows.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+tokenizers = pytest.importorskip("tokenizers")
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A directory that transformers loads a model and a tokenizer from."""
+    folder = tmp_path_factory.mktemp("toy")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {f"<{index}>": index for index in range(300)}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<0>", eos_token="<1>")
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs(page, toy, tmp_path):
+    blocks = BLOCK.findall(page.read_text())
+    code = "\n".join(text for kind, text in blocks if kind == "python")
+    if not code:
+        pytest.skip("no Python in it")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code.replace(MODEL, str(toy))],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    follows = itertools.pairwise(blocks)
+    shown = [text for (before, _), (kind, text) in follows if (before, kind) == ("python", "")]
+    if MODEL not in code:
+        assert run.stdout == "".join(shown)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"])
+def test_links_to_files_that_are_there(page):
+    links = [link for link in LINK.findall(page.read_text()) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
