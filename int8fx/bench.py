@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from int8fx import torch_private
 from int8fx.contenders import STEPS, Speed, line_up, timed, warm_up
 from int8fx.progress import step
 from int8fx.timing import Timing, interleaved, machine
@@ -96,7 +97,7 @@ def measure(
         except Missing as contender:
             missing.append(str(contender))
     # Every contender compiles the same forward.
-    with torch._dynamo.config.patch(recompile_limit=2 * len(builds)):
+    with torch_private.recompile_limit(2 * len(builds)):
         timings = interleaved(calls, seconds=seconds)
     return {name: timing / count for name, timing in timings.items()}, missing
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 import int8fx
+from int8fx import torch_private
 from int8fx.progress import step
 from int8fx.torch_private import compile_counts
 
@@ -102,7 +103,7 @@ class Contender:
     def _prefill(self, token_ids: Tensor, positions: int) -> Tensor:
         length = token_ids.shape[1]
         wanted = torch.arange(length - positions, length, device=self._device)
-        torch._dynamo.mark_dynamic(wanted, 0, min=2, max=length)
+        torch_private.mark_dynamic(wanted, 0, 2, length)
         return self._run(token_ids, wanted)
 
     def decode(self, tokens: Tensor) -> Tensor:

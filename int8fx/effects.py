@@ -16,6 +16,9 @@ from torch import Tensor, fx
 
 from int8fx import torch_private
 from int8fx.passes.mutation import Effect, declared_effect
+from int8fx.passes.transforms import INSIDE
+
+_UNKNOWN = object()
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Effects:
         inputs = node.all_input_nodes
         if not inputs:
             return Effect()
-        if any("example_value" not in each.meta for each in inputs):
+        values = [each.meta.get("example_value", each.meta.get(INSIDE, _UNKNOWN)) for each in inputs]
+        if any(value is _UNKNOWN for value in values):
             return declared_effect(node, "its arguments are not known")
-        values = [each.meta["example_value"] for each in inputs]
         if not any(isinstance(leaf, Tensor) for leaf in torch_private.leaves(values)):
             return Effect()
         try:
@@ -107,7 +110,7 @@ class Effects:
 def _shared_in_trace(node: fx.Node, values: Sequence[Any]) -> frozenset[int]:
     """The arguments that shared memory with the result when Dynamo ran it; all if that is unknown."""
     try:
-        result = torch_private.storages(node.meta["example_value"])
+        result = torch_private.storages(node.meta.get("example_value", node.meta.get(INSIDE)))
         given = [torch_private.storages(each) for each in values]
     except (KeyError, NotImplementedError, RuntimeError):
         return frozenset(range(len(values)))

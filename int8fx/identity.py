@@ -23,7 +23,7 @@ from torch import Tensor
 
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.memory import has_memory
-from int8fx.torch_private import storage_id
+from int8fx.torch_private import storage_id, version_of
 
 State = tuple[Any, ...]
 
@@ -33,11 +33,9 @@ SAMPLES = 4096  # elements, of the kind in Python
 
 def state_of(tensor: Tensor) -> State:
     """What changes when a tensor's values may have, as far as torch knows."""
-    # Inference tensors count no versions: only their content tells of in-place edits.
-    version = 0 if tensor.is_inference() else tensor._version
     stored = storage_id(tensor), tensor.untyped_storage().nbytes(), tensor.data_ptr()
     form = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_neg()
-    return version, *stored, *form
+    return version_of(tensor), *stored, *form
 
 
 class Snapshot:

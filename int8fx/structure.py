@@ -130,9 +130,14 @@ def _chains(owner: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[tupl
 # --- experts -------------------------------------------------------------------------------------
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KERNELS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Bilinear)
+
+
 def _batches(module: nn.Module) -> dict[str, Tensor]:
     """The batches of matrices ``[E, N, K]`` among a module's own parameters, but for kernels."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)):
+    if isinstance(module, _KERNELS):
         return {}
     return {
         name: parameter

@@ -311,6 +311,16 @@ def flop_counter() -> Any:
     return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
 
 
+def recompile_limit(count: int) -> Any:
+    """A context in which one function may be compiled so often."""
+    return torch._dynamo.config.patch(recompile_limit=count)
+
+
+def mark_dynamic(tensor: Tensor, dimension: int, least: int, most: int) -> None:
+    """Makes a size of a tensor one that varies, between two bounds, in what is compiled next."""
+    torch._dynamo.mark_dynamic(tensor, dimension, min=least, max=most)
+
+
 def compile_counts() -> tuple[int, int]:
     """How many graphs Dynamo compiled in this process, and how often it broke one off."""
     from torch._dynamo.utils import counters
@@ -622,6 +632,14 @@ def reads_through(module: Any, hook: Any) -> bool:
     """Whether ``hook`` is among what a module calls before it loads a ``state_dict``."""
     registered = module._load_state_dict_pre_hooks.values()
     return any(getattr(each, "hook", each) is hook for each in registered)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to in place, as far as torch counts.
+
+    Inference tensors count no versions: 0.
+    """
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def storage_id(tensor: Tensor) -> int:

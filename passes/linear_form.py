@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from int8fx.passes.candidate import Candidate
-from int8fx.passes.values import same_shape, same_size, tensor_of
+from int8fx.passes.values import differ, no_tensor_reason, same_shape, same_size, tensor_of
 
 
 def form_shape(candidate: Candidate) -> tuple:
@@ -25,7 +25,7 @@ def form_shape(candidate: Candidate) -> tuple:
     with torch.no_grad():
         for step in candidate.x_steps:
             x = step(x)
-        if not same_size(x.shape[-1], K):
+        if differ(x.shape[-1], K):
             raise ValueError(f"the weight's K is {K}, and the input's {x.shape[-1]}")
         shape = (*x.shape[:-1], N)
         if not candidate.y_steps and addend is None:
@@ -39,8 +39,9 @@ def form_shape(candidate: Candidate) -> tuple:
 def misfit(candidate: Candidate) -> str:
     """Why a candidate's form has not the shape of its call, or empty."""
     y = tensor_of(candidate.node)
-    if y is None or tensor_of(candidate.x) is None:
-        return "its input or its result is no tensor"
+    if reason := no_tensor_reason(candidate.x, candidate.node):
+        return reason
+    assert y is not None
     try:
         shape = form_shape(candidate)
     except ValueError as error:

@@ -15,7 +15,7 @@ from int8fx.passes.einsum import linear_map, tensordot_equation
 from int8fx.passes.experts import Routing, selected
 from int8fx.passes.linear_form import form_shape, repetition
 from int8fx.passes.scope import Scope
-from int8fx.passes.values import rank_of, shape_of
+from int8fx.passes.values import no_tensor_reason, rank_of, shape_of
 from int8fx.passes.weight_expression import (
     TRANSPOSE,
     WeightExpression,
@@ -337,6 +337,8 @@ def _with_matrix(
         return candidate.refused(f"the weight is {dimensions}")
     weight = weight.then(*weight_steps)
     candidate = _with_weight(call, x, weight, bias=bias, x_steps=x_steps, y_steps=y_steps)
+    if not candidate.refusal and (reason := no_tensor_reason(x, call.node)):
+        return candidate.refused(reason)
     if not candidate.refusal:
         repeat = repetition(form_shape(candidate), shape_of(call.node))
         if isinstance(repeat, str):

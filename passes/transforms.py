@@ -29,6 +29,8 @@ LEVELS = {
 }
 _LEAVES = {name.replace("increment", "decrement") for name in LEVELS}
 _REASON = "inside_transform"
+# Where the value goes: its shape, dtype and memory may be asked for, and it may not be computed with.
+INSIDE = "value_inside_transform"
 
 
 def transform_of(node: fx.Node) -> str:
@@ -61,7 +63,7 @@ def _leave(scope: Scope, is_wrapper: Callable[[Tensor], bool]) -> int:
             levels.pop()
     for node in inside:
         if not _comes_out(node, is_wrapper):
-            node.meta.pop("example_value", None)
+            node.meta[INSIDE] = node.meta.pop("example_value", None)
     return len(inside)
 
 

@@ -12,6 +12,15 @@ def tensor_of(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and not value.is_nested else None
 
 
+def no_tensor_reason(x: Any, y: Any) -> str:
+    """Why no operator of ours can take x and answer with y, or empty: both are tensors."""
+    value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
+    if isinstance(value, Tensor) and value.is_nested:
+        return "the input is a nested tensor"
+    known = tensor_of(x) is not None and tensor_of(y) is not None
+    return "" if known else "its input or its result is no tensor"
+
+
 def shape_of(node: Any) -> Any:
     """A tuple, of symbols where a size varies; or None."""
     value = tensor_of(node)
@@ -26,6 +35,11 @@ def rank_of(node: Any) -> int | None:
 def same_size(left: Any, right: Any) -> bool:
     """Whether two sizes are known to be equal, without a guard on symbols."""
     return statically_known_true(left == right)
+
+
+def differ(left: Any, right: Any) -> bool:
+    """Whether two sizes are known not to be equal, without a guard on symbols."""
+    return statically_known_true(left != right)
 
 
 def same_shape(left: tuple, right: tuple) -> bool:

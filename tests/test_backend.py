@@ -41,8 +41,8 @@ def test_the_backend_is_found_without_an_import():
     code = (
         "import torch, sys\n"
         "assert 'int8fx' not in sys.modules\n"
-        "f = torch.compile(torch.nn.Linear(8, 8).requires_grad_(False), backend='llmint8')\n"
-        "print(f(torch.randn(2, 8)).shape, 'int8fx' in sys.modules)\n"
+        "f = torch.compile(torch.nn.Linear(24, 8).requires_grad_(False), backend='llmint8')\n"
+        "print(f(torch.randn(2, 24)).shape, 'int8fx' in sys.modules)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "torch.Size([2, 8]) True", run.stderr

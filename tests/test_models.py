@@ -27,6 +27,7 @@ REASONS = (
     "both operands are activations",
     "skip: ",
     "its projections are inside one fused call of torch",  # siglip
+    "the weight is an activation, computed from parameters alone (einsum",  # xlnet's positions
     "beta=",  # bloom's attention scores, of two activations
 )
 

@@ -471,7 +471,9 @@ def test_a_weight_that_is_a_function_of_parameters_is_named_as_that(name):
     model = make().eval().requires_grad_(False)
     y, report = compile_once(model, rows())
     reason = f"the weight is an activation, computed from parameters alone ({computed})"
-    assert [decision.reason for decision in report.decisions] == [reason]
+    # What computes it may have products of its own.
+    (linear,) = [each for each in report.decisions if not each.spelling.endswith("mv")]
+    assert linear.reason == reason
     torch.testing.assert_close(y, model(rows()))
 
 

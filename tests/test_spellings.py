@@ -49,7 +49,9 @@ def check(key, call, dtype=torch.float32, autocast=False, out=False):
             buffers = {"out": torch.full_like(expected, 7.0)}
             expected, fails = attempt(model, *model.activations, out=buffers["out"].clone())
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="llmint8", fullgraph=True)
+        # By default few columns stay in float.
+        options = {"only": ["*"]}
+        compiled = torch.compile(model, backend="llmint8", fullgraph=True, options=options)
         with checking(exact=True) as seen, int8fx.collect_reports() as reports:
             if fails:
                 assert attempt(compiled, *model.activations, **buffers)[1], (
@@ -82,8 +84,9 @@ def test_any_shape(key):
     accepted = 0
     takes_out = callable(key) and SPELLINGS[key][0].rpartition(".")[2] in TAKES_OUT
     grouped = "grouped_mm" in SPELLINGS[key][0]
+    vector = SPELLINGS[key][0].endswith("mv")  # fewer draws have the matrix as their weight
 
-    @SETTINGS
+    @settings(SETTINGS, max_examples=(3 if vector else 1) * SETTINGS.max_examples)
     @given(st.data())
     def run(data):
         nonlocal accepted

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from int8fx.identity import State, state_of
 from int8fx.quantized_weight import Int8Weight
+from int8fx.torch_private import version_of
 
 BEFORE = "_int8fx_before_merge"
 
@@ -65,7 +66,7 @@ def _restores(unmerge: Callable[..., None]) -> Callable[..., None]:
 
 def _state(weight: Int8Weight) -> tuple[int, State]:
     # What is written to its parts inside of an operator counts up the weight's version, and not theirs.
-    return weight._version, state_of(weight.packed)
+    return version_of(weight), state_of(weight.packed)
 
 
 def _install() -> None:
