@@ -162,6 +162,24 @@ def _written_into_out(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
     return y
 
 
+def _mapped(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    if x.shape[0] == 0:  # torch maps over nothing that is empty
+        return F.linear(x, w)
+    return torch.func.vmap(lambda rows: F.linear(rows, w))(x)
+
+
+def _differentiated(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    gradient = torch.func.grad(lambda value: F.linear(value, w).float().square().sum())(x)
+    return F.linear(gradient / (1 + gradient.abs().amax() if gradient.numel() else 1), w)
+
+
+def _pushed_forward(x: Tensor, other: Tensor, N: int, weight: Weight) -> Tensor:
+    w = weight(N, x.shape[-1])
+    return torch.func.jvp(lambda value: F.linear(value, w), (x,), (other.to(x.dtype),))[1]
+
+
 # What repeats its weight or its result, and spellings beside the linear's own.
 BROADCASTING: dict[str, Step] = {
     "expanded weight": _expanded_weight,
@@ -179,6 +197,9 @@ BROADCASTING: dict[str, Step] = {
 # Candidates that stay in float, with the reason.
 REFUSED: dict[str, tuple[Step, str]] = {
     "out=": (_written_into_out, "it writes its result into out="),
+    "vmap": (_mapped, "inside torch.func: vmap"),
+    "grad": (_differentiated, "inside torch.func: grad"),
+    "jvp": (_pushed_forward, "inside torch.func: jvp"),
 }
 
 
