@@ -287,7 +287,7 @@ def quantize(
 ) -> None:
     """Writes a model with its weights in int8, as from_pretrained reads it back.
 
-    Afterwards:  import int8fx.integrations.transformers;  AutoModelForCausalLM.from_pretrained(OUT)
+    Afterwards, where int8fx is installed:  AutoModelForCausalLM.from_pretrained(OUT)
     """
     progress = Console(stderr=True)
     options = backend_options(threshold=threshold, decomposition=decomposition, skip=skip, only=only)
