@@ -312,8 +312,8 @@ RULES: tuple[Rule, ...] = (
     _dtype,
     _size,
     _device,
-    _low_rank,  # before the next: nobody is to freeze the adapter that is trained
     _requires_grad,
+    _low_rank,
     _not_learned,
     _few_columns,
 )

@@ -3,7 +3,6 @@
 import copy
 import importlib
 import sys
-import warnings
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 
 import int8fx
 from int8fx import Int8Weight
-from int8fx.passes.select import LOW_RANK
 
 peft = pytest.importorskip("peft")
 
@@ -73,16 +71,6 @@ def test_training_lowers_the_loss_and_leaves_the_base_int8(base, x):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert type(base_weight(model)) is Int8Weight and torch.equal(base_weight(model), weight)
-
-
-def test_training_an_adapter_warns_of_nothing(base, x):
-    model = adapted(base)
-    torch._dynamo.reset()
-    with warnings.catch_warnings(record=True) as caught, int8fx.collect_reports() as reports:
-        warnings.simplefilter("always")
-        torch.compile(model, backend="llmint8")(x).sum().backward()
-    assert [str(each.message) for each in caught if "llmint8" in str(each.message)] == []
-    assert {decision.reason for report in reports for decision in report.refused} == {LOW_RANK}
 
 
 def test_save_and_load(base, x, tmp_path):
