@@ -262,8 +262,11 @@ def explain(
 
     with step(progress, "Importing torch and transformers"):
         from int8fx import explain
+        from int8fx.explanation_plots import require_matplotlib
         from int8fx.texts import load_with_tokens
 
+    if html or plot:
+        require_matplotlib()
     loaded, token_ids = load_with_tokens(model, text, progress, int8=True)
     with step(progress, "Running the model, observed"):
         shown = explain(loaded, input_ids=token_ids[None, :tokens], use_cache=False, options=options)
@@ -287,7 +290,7 @@ def quantize(
 ) -> None:
     """Writes a model with its weights in int8, as from_pretrained reads it back.
 
-    Afterwards:  import int8fx.integrations.transformers;  AutoModelForCausalLM.from_pretrained(OUT)
+    Afterwards, where int8fx is installed:  AutoModelForCausalLM.from_pretrained(OUT)
     """
     progress = Console(stderr=True)
     options = backend_options(threshold=threshold, decomposition=decomposition, skip=skip, only=only)

@@ -28,18 +28,27 @@ UNSEEN = 0.005  # of all bytes: a part this small has no place in a bar
 OCTAVES = 4
 
 
+def require_matplotlib() -> None:
+    """Raises:
+    UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            'drawing needs matplotlib: install with  python -m pip install "int8fx[plot]"'
+        ) from error
+
+
 def draw(explanation: Explanation) -> "Figure":
     """The figure.
 
     Raises:
         UserError: matplotlib is not installed, or nothing was quantised.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            'drawing needs matplotlib: install with  python -m pip install "int8fx[plot]"'
-        ) from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     inputs = distinct_inputs(explanation.rows)
     if not inputs:
         raise UserError("there is nothing to draw: no linear was quantised and run")

@@ -87,6 +87,15 @@ def test_bad_input_is_one_line(capsys, arguments, words):
     assert not any("Traceback" in line for line in err)
 
 
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(capsys, monkeypatch, tmp_path, option):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("int8fx.texts.load_with_tokens", lambda *_, **__: pytest.fail("it was loaded"))
+    code, _, err = run(capsys, "explain", option, str(tmp_path / "figure.png"))
+    assert code == 1
+    assert "drawing needs matplotlib" in err[-1] and 'pip install "int8fx[plot]"' in err[-1]
+
+
 def failing_command(error: BaseException):
     @int8fx.cli.one_line_errors
     def command(debug: bool) -> None:
