@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.kernels.forks import free_in_children
 
 TRIED_ON = ("2.13.0", "2.14.1")
 MINIMUM = (2, 13)
@@ -526,7 +527,7 @@ def new_wrapper(cls: type, shape: Any, stride: Any, dtype: torch.dtype, device: 
     return wrapper
 
 
-_sharing = threading.RLock()
+_sharing = free_in_children(threading.RLock())
 
 
 def _forbid_data_access(wrapper: Any) -> None:

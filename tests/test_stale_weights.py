@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from installed import install, run
 from support import Mlp, assert_close_to_float64, interpreted
 from torch import Tensor, nn
 from weight_changes import CHANGES, STEPS, UNCOUNTED
@@ -382,3 +383,39 @@ def test_a_merge_into_a_float_base_is_seen_without_reading_its_content(kind):
         assert not torch.equal(base, before)
         assert not STORE.forms(base)
         torch.testing.assert_close(check(), apart, rtol=1e-4, atol=1e-4)
+
+
+IMPORTED_LATER = """
+import copy, sys, torch
+from torch import nn
+import int8fx
+torch.manual_seed(0)
+model, x = nn.Sequential(nn.Linear(64, 96)).requires_grad_(False), torch.randn(8, 64)
+compiled = torch.compile(model, backend="llmint8", options={"check_weights": False})
+with torch.no_grad():
+    compiled(x)
+    assert "peft" not in sys.modules
+    import peft
+
+    class Own(peft.tuners.lora.layer.LoraLayer):
+        def merge(self):
+            self.base_layer.weight.data.mul_(-3)
+
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["0"], init_lora_weights=False)
+    changes = (
+        lambda: peft.get_peft_model(model, config).merge_and_unload(),
+        lambda: Own(model[0]).merge(),
+    )
+    for change in changes:
+        change()
+        expected = copy.deepcopy(model).double()(x.double())
+        error = (compiled(x).double() - expected).norm() / expected.norm()
+        assert error < 0.02, error
+"""
+
+
+def test_merges_are_seen_where_peft_is_imported_after_the_compile(tmp_path):
+    """And those of kinds that are defined later still; no float weight has another graph then."""
+    pytest.importorskip("peft")
+    done = run(IMPORTED_LATER, install(tmp_path))
+    assert done.returncode == 0, done.stderr
