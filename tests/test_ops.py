@@ -295,11 +295,9 @@ def test_gradient_of_the_input_against_float64(dtype):
 
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_saved_tensors_are_asked_for_once(outputs):
-    """Gradient checkpointing computes them again when they are asked for, and refuses to do so twice."""
-    weights, w_scales = zip(
-        *(quantize_weight(normal(16, 64, seed=i)) for i in range(outputs)), strict=True
-    )
-    parts = [table.pack(weight) for weight in weights], list(w_scales)
+    """Gradient checkpointing computes them again then, and refuses to do so twice."""
+    quantized = [quantize_weight(normal(16, 64, seed=i)) for i in range(outputs)]
+    parts = [table.pack(weight) for weight, _ in quantized], [w_scale for _, w_scale in quantized]
 
     def loss(x):
         products = ops.quantized_linears_cpu(x, 6.0, "column", *parts, [])
