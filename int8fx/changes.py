@@ -72,6 +72,8 @@ def _watch_merges() -> None:
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    parameters = (each for group in optimizer.param_groups for each in group["params"])
-    # Optimizers are given frozen parameters, too, and leave them as they are.
-    STORE.changed(each for each in parameters if each.requires_grad or each.grad is not None)
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    trained = [each for each in parameters if each.requires_grad or each.grad is not None]
+    # Optimizers are given frozen parameters, too, and leave them as they are. One that is given no
+    # others does without gradients, as evolution strategies do.
+    STORE.changed(trained or parameters)

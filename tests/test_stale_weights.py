@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from installed import install, run
 from support import Mlp, assert_close_to_float64, interpreted
 from torch import Tensor, nn
-from weight_changes import CHANGES, STEPS, UNCOUNTED
+from weight_changes import CHANGES, STEPS, UNCOUNTED, ThroughNumpy
 
 import int8fx
 from int8fx.torch_private import StorageReference
@@ -304,6 +304,20 @@ def test_a_step_leaves_what_was_packed_of_other_weights():
     assert not STORE.forms(model.up.weight)
     call(x)
     assert STORE.forms(model.down.weight) == [down] and STORE.forms(model.up.weight) != [up]
+
+
+def test_an_optimizer_without_gradients_trains_frozen_weights():
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model, x = Model(KINDS["float"]).requires_grad_(False), torch.randn(M, K)
+    call = interpreted(model, check_weights=False)
+    call(x)
+    ThroughNumpy([model.weight]).step()
+    assert_close_to_float64(call(x), expected(model, x), K)
+    # Beside what is trained it is left as it is.
+    (form,) = STORE.forms(model.weight)
+    torch.optim.SGD([nn.Parameter(torch.ones(2)), model.weight]).step()
+    assert STORE.forms(model.weight) == [form]
 
 
 class Sharded(nn.Parameter):
