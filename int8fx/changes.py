@@ -28,8 +28,9 @@ def refresh(model: nn.Module | None = None) -> None:
 
     Most changes are seen without it: what torch counts, optimizers' steps, peft's merges, and on a CPU
     whatever else moves a good part of a weight. ``refresh`` is for the rest: a few elements written
-    behind torch's back (through ``.data``, numpy, dlpack or another process), and on a GPU all that is
-    written so::
+    behind torch's back (through ``.data``, numpy, dlpack or another process, or to a tensor that was
+    made in inference mode, which counts no versions), and on a GPU all that is written so, or by the
+    replay of a CUDA graph::
 
         compiled = torch.compile(model, backend="llmint8")
         compiled(x)

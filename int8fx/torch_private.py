@@ -473,6 +473,12 @@ def compile_with_inductor(
     return compiled
 
 
+def enables_grad(graph: torch.fx.Graph) -> bool:
+    """Whether a graph has a region of ``torch.enable_grad()``."""
+    modes = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    return any(mode.args[0] for mode in modes)
+
+
 def below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``, for a call that no backward pass follows.
 
