@@ -254,7 +254,8 @@ class Recorded(nn.Module):
 
 class TrainsItself(Recorded):
     def forward(self, x):
-        loss = super().forward(x).pow(2).sum()
+        with torch.enable_grad():
+            loss = self.inner(x).pow(2).sum()
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*self.inner.parameters()])])
 
 
