@@ -8,7 +8,7 @@ that torch counts, and on a CPU every one that moves a good part of a weight. Th
 - by the user: ``refresh``.
 """
 
-import sys
+import importlib
 import threading
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from int8fx.weights import STORE
+from int8fx_autoload import after_import
 
 _lock = threading.Lock()
 _watching = False
@@ -27,8 +28,9 @@ def refresh(model: nn.Module | None = None) -> None:
 
     Most changes are seen without it: what torch counts, optimizers' steps, peft's merges, and on a CPU
     whatever else moves a good part of a weight. ``refresh`` is for the rest: a few elements written
-    behind torch's back (through ``.data``, numpy, dlpack or another process), and on a GPU all that is
-    written so::
+    behind torch's back (through ``.data``, numpy, dlpack or another process, or to a tensor that was
+    made in inference mode, which counts no versions), and on a GPU all that is written so, or by the
+    replay of a CUDA graph::
 
         compiled = torch.compile(model, backend="llmint8")
         compiled(x)
@@ -56,20 +58,23 @@ def refresh(model: nn.Module | None = None) -> None:
 
 
 def watch() -> None:
-    """From now on the store is told by optimizers, and by peft where it is loaded. Idempotent."""
+    """From now on the store is told by optimizers, and by peft, whenever that is loaded. Idempotent."""
     global _watching
     with _lock:
         if not _watching:
             # In a step that is compiled, it still runs.
             register_optimizer_step_post_hook(torch.compiler.disable(_stepped))
+            after_import("peft.tuners.tuners_utils", _watch_merges)
             _watching = True
-    if "peft" in sys.modules:
-        from int8fx.integrations.peft_merges import watch_merges
 
-        watch_merges()
+
+def _watch_merges() -> None:
+    importlib.import_module("int8fx.integrations.peft_merges").watch_merges()
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    parameters = (each for group in optimizer.param_groups for each in group["params"])
-    # Optimizers are given frozen parameters, too, and leave them as they are.
-    STORE.changed(each for each in parameters if each.requires_grad or each.grad is not None)
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    trained = [each for each in parameters if each.requires_grad or each.grad is not None]
+    # Optimizers are given frozen parameters, too, and leave them as they are. One that is given no
+    # others does without gradients, as evolution strategies do.
+    STORE.changed(trained or parameters)

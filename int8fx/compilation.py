@@ -67,9 +67,21 @@ class Compilation:
     @property
     def needs_autograd(self) -> bool:
         """Whether a backward pass may come: Dynamo guards on what decides it."""
-        return torch.is_grad_enabled() and any(
-            isinstance(value, Tensor) and value.requires_grad for value in self.inputs
+        return self._enables_grad or (
+            torch.is_grad_enabled()
+            and any(isinstance(value, Tensor) and value.requires_grad for value in self.inputs)
         )
+
+    @property
+    def records_gradients(self) -> bool:
+        """Whether the graphs do, or a part of them."""
+        return torch.is_grad_enabled() or self._enables_grad
+
+    @functools.cached_property
+    def _enables_grad(self) -> bool:
+        """Whether a part of the graphs records gradients, whatever their caller does."""
+        graphs = (scope.graph for scope in self.root.walk())
+        return not torch.is_inference_mode_enabled() and any(map(torch_private.enables_grad, graphs))
 
     def add_input(self, name: str, value: Tensor) -> fx.Node:
         """A placeholder behind those that are there, for a weight's packed form."""

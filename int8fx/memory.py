@@ -29,8 +29,11 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether it is a plain tensor, all of which is in its storage."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         return False
-    begins = tensor.storage_offset() * tensor.element_size()
-    return begins + _extent(tensor) <= tensor.untyped_storage().nbytes()
+    try:
+        begins = tensor.storage_offset() * tensor.element_size()
+        return begins + _extent(tensor) <= tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # of nested tensors, and inside of torch.func
+        return False
 
 
 def _extent(tensor: Tensor) -> int:

@@ -146,6 +146,7 @@ def select(compilation: Compilation) -> None:
         skips_by_default=options.skips_by_default,
         kernel_reason=table.refusal,
         memory=compilation.memory(),
+        records_gradients=compilation.records_gradients,
         weight_reason=functools.partial(_weight_reason, options),
         ranked_by=rankings.ranked_by,
         factors=factors(shapes, rankings.origins),

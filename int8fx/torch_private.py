@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.kernels.forks import free_in_children
 
 TRIED_ON = ("2.13.0", "2.14.1")
 MINIMUM = (2, 13)
@@ -482,6 +483,12 @@ def compile_with_inductor(
     return compiled
 
 
+def enables_grad(graph: torch.fx.Graph) -> bool:
+    """Whether a graph has a region of ``torch.enable_grad()``."""
+    modes = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    return any(mode.args[0] for mode in modes)
+
+
 def below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``, for a call that no backward pass follows.
 
@@ -536,7 +543,7 @@ def new_wrapper(cls: type, shape: Any, stride: Any, dtype: torch.dtype, device: 
     return wrapper
 
 
-_sharing = threading.RLock()
+_sharing = free_in_children(threading.RLock())
 
 
 def _forbid_data_access(wrapper: Any) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from int8fx.identity import Snapshot, snapshot
+from int8fx.kernels.forks import free_in_children
 from int8fx.kernels.scheme import WeightFormat
 from int8fx.kernels.schemes.int8 import PER_CHANNEL
 from int8fx.memory import Memories, Memory, has_memory
@@ -89,7 +90,7 @@ class WeightStore:
         self._owners: dict[int, weakref.ref] = {}
         self.lock = threading.RLock()
         # What compiled graphs found here; it must not outlive the weights, nor their ids.
-        self.snapshots: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
+        self.swaps: weakref.WeakValueDictionary[int, WeightSwap] = weakref.WeakValueDictionary()
 
     def get(self, tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
         """The packed form of ``expression`` over ``tensor``, quantised now if need be.
@@ -106,10 +107,9 @@ class WeightStore:
                 weight.forms[form] = _pack(tensor, expression, kept)
             return weight.forms[form]
 
-    def snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
-        """Of float weights that were just got, as they were when they were packed."""
-        snapshots = [self._weights[id(tensor)].snapshot for tensor in tensors]
-        return type(snapshots[0]).joined(snapshots)
+    def snapshot(self, tensor: Tensor) -> Snapshot:
+        """Of a float weight that was just got, as it was when it was packed."""
+        return self._weights[id(tensor)].snapshot
 
     def _as_now(self, tensor: Tensor) -> _Weight:
         identity = id(tensor)
@@ -124,15 +124,16 @@ class WeightStore:
         return weight
 
     def _forget(self, identity: int) -> None:
-        with self.lock:
-            del self._owners[identity]
-            self._drop({identity})
+        # A weight may go at any time, in a thread that holds any lock: the end of one waits for none.
+        self._owners.pop(identity, None)
+        self._drop({identity})
 
     def _drop(self, identities: Set[int]) -> None:
         """What was packed of these weights goes, from here and from every compiled graph."""
         if [identity for identity in identities if self._weights.pop(identity, None) is not None]:
-            for swap in list(self.snapshots):
-                swap.forget(identities)
+            for reference in self.swaps.valuerefs():
+                if (swap := reference()) is not None:
+                    swap.forget(identities)
 
     def changed(self, tensors: Iterable[Tensor]) -> None:
         """These, and whatever lies in their memory, are quantised again at the next call.
@@ -196,6 +197,7 @@ def _as_it_is(weight: Int8Weight) -> PackedWeight:
 
 
 STORE = WeightStore()
+free_in_children(STORE.lock)
 before_swaps(STORE.let_go)
 
 
@@ -253,7 +255,7 @@ class WeightSwap:
         self._last: _Found | None = None
         # Blocks that share a graph take turns at each call.
         self._seen: dict[tuple[int, ...], _Found] = {}
-        store.snapshots.add(self)
+        store.swaps[id(self)] = self
 
     def replaced(self, positions: Collection[int]) -> None:
         """From the next call on, the inputs at these positions are ``Int8Weight``s."""
@@ -307,9 +309,13 @@ class WeightSwap:
 
     def _look_up(self, tensors: Sequence[Tensor]) -> _Found:
         parts: list[Tensor] = []
+        snapshots: list[Snapshot] = []
         for slot, tensor in zip(self._float, tensors, strict=True):
             parts += self._store.get(tensor, slot.expression, slot.kept).tensors
-        return _Found(self._store.snapshot(tensors), parts)
+            # Of each at once: a weight that another thread writes to meanwhile is packed in its new
+            # state for the next slot, and what was packed for this one is of its old state.
+            snapshots.append(self._store.snapshot(tensor))
+        return _Found(type(snapshots[0]).joined(snapshots), parts)
 
     def forget(self, identities: Set[int]) -> None:
         """Drops what was found for weights that have changed, or are gone."""

@@ -178,8 +178,9 @@ def linears_setup(ctx, inputs, output) -> None:
 
 def linears_backward(ctx, grads: Sequence[Tensor]) -> tuple:
     """Of any operator with the arguments of ``quantized_linears_cpu``."""
-    count = len(ctx.saved_tensors) // 2
-    weights, w_scales = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # may be asked for once: gradient checkpointing computes it again then
+    count = len(saved) // 2
+    weights, w_scales = saved[:count], saved[count:]
     grad_x = sum(
         input_gradient(grad, weight, w_scale, ctx.K)
         for grad, weight, w_scale in zip(grads, weights, w_scales, strict=True)

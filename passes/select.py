@@ -30,6 +30,7 @@ class Selection:
         skip, only: fnmatch patterns on module paths (of the module, not of its weight).
         skips_by_default: whether a weight that is also an embedding, and what is ranked, stay in float.
         kernel_reason: why a device cannot be served, or None when it can.
+        records_gradients: whether the graph, or a part of it, does.
         memory: where the graph writes to, and what shares memory with what.
         attention: whether products of two activations are rewritten.
         weight_reason: why the weight of a module path cannot be quantised, or read as what it already
@@ -45,6 +46,7 @@ class Selection:
     skips_by_default: bool
     kernel_reason: Callable[[str], str | None]
     memory: Memory
+    records_gradients: bool
     weight_reason: Callable[[str, Tensor, WeightExpression], str]
     ranked_by: Callable[[fx.Node], str]
     factors: frozenset[fx.Node]
@@ -213,7 +215,7 @@ def columns_reason(K: int, only: tuple[str, ...] | None) -> str:
 def _requires_grad(candidate: Candidate, selection: Selection) -> str:
     assert candidate.weight is not None
     trainable = selection.tensors[candidate.weight.placeholder].requires_grad
-    return REQUIRES_GRAD if trainable and torch.is_grad_enabled() else ""
+    return REQUIRES_GRAD if trainable and selection.records_gradients else ""
 
 
 def _dtype(candidate: Candidate, selection: Selection) -> str:

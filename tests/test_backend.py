@@ -240,6 +240,54 @@ def test_inference_quantises_trainable_weights(model, x, context):
     check(y, model, x)
 
 
+class Recorded(nn.Module):
+    """Records gradients, whoever calls it: test-time training, and guidance of a sampler."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        with torch.enable_grad():
+            return self.inner(x)
+
+
+class TrainsItself(Recorded):
+    def forward(self, x):
+        with torch.enable_grad():
+            loss = self.inner(x).pow(2).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*self.inner.parameters()])])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_that_is_enabled_inside_of_no_grad_is_not_lost(model, x, frozen):
+    torch._dynamo.reset()
+    outer = Recorded(nn.Sequential(nn.LayerNorm(K), *model).requires_grad_(not frozen))
+    x.requires_grad_()
+    with torch.no_grad(), collect_reports() as reports:
+        y = torch.compile(outer, backend="llmint8", fullgraph=True)(x)
+    assert len(reports[0].accepted) == (2 if frozen else 0)
+    y.pow(2).sum().backward()
+    found = {name: each.grad for name, each in outer.named_parameters()} | {"x": x.grad}
+    twin, double = copy.deepcopy(outer).double(), x.detach().double().requires_grad_()
+    twin.zero_grad()
+    twin(double).pow(2).sum().backward()
+    expected = {name: each.grad for name, each in twin.named_parameters()} | {"x": double.grad}
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert found[name] is None
+        else:
+            assert (found[name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+def test_a_model_that_trains_itself_under_no_grad(model, x):
+    torch._dynamo.reset()
+    outer = TrainsItself(model.requires_grad_())
+    with torch.no_grad():
+        y = torch.compile(outer, backend="llmint8")(x)
+        torch.testing.assert_close(y, outer(x))
+
+
 # --- what surrounds a linear ---------------------------------------------------------------------
 
 

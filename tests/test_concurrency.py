@@ -1,16 +1,26 @@
 """Threads quantise each weight once; processes share what is packed."""
 
+import contextlib
+import gc
+import os
+import signal
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from torch import nn
+from support import assert_close_to_float64, interpreted
+from torch import Tensor, nn
 
 import int8fx
+from int8fx import torch_private
+from int8fx.kernels.cpu import int8_linear, pages
 from int8fx.kernels.schemes import int8
 from int8fx.passes.weight_expression import WeightExpression
-from int8fx.weights import Slot, WeightStore, WeightSwap
+from int8fx.weights import STORE, Slot, WeightStore, WeightSwap
 
 K, N = 64, 96
 
@@ -74,3 +84,132 @@ def test_worker_processes_share_the_packed_weights():
     assert y == expected.tolist()
     worker.join()
     assert model.weight.packed[0, 0].item() == first + 1
+
+
+# --- what one thread does while another one packs ------------------------------------------------
+
+
+class BothWays(nn.Module):
+    """A weight that is packed in two forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(K, K), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight) + 2 * (x @ self.weight)
+
+
+def test_a_weight_that_changes_between_its_two_forms_is_packed_again(monkeypatch):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = BothWays(), torch.randn(8, K)
+    call = interpreted(model)
+    call(x)
+    packed = []
+
+    def pack(*args):
+        packed.append(original(*args))
+        if len(packed) == 1:
+            model.weight.mul_(-3)
+        return packed[-1]
+
+    original = int8fx.weights._pack
+    monkeypatch.setattr(int8fx.weights, "_pack", pack)
+    model.weight.mul_(2)
+    call(x)  # one form is of the weight before, the other of that after
+    weight = model.weight.double()
+    for _ in range(2):
+        assert_close_to_float64(call(x), x.double() @ (weight.t() + 2 * weight), K)
+
+
+@contextlib.contextmanager
+def held(lock):
+    """A lock that another thread holds."""
+    taken, done = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def used(tensor):
+    """A swap that has seen a weight of the process's store."""
+    swap = WeightSwap([Slot(0, WeightExpression(None, ()), int8.PER_CHANNEL, False)], [], STORE)
+    swap([tensor])
+    return swap
+
+
+def test_a_weight_goes_without_waiting_for_the_store():
+    """Garbage is collected in any thread, which may hold what the one that packs waits for."""
+    weights = [nn.Parameter(torch.randn(N, K), requires_grad=False)]
+    swap = used(weights[0])
+    key = id(weights[0])
+    thread = threading.Thread(target=weights.clear, daemon=True)
+    with held(STORE.lock):
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert key not in STORE._weights and not swap._seen
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent():
+    """As a worker of a DataLoader does not: what holds the locks stays behind."""
+    weight = nn.Parameter(torch.randn(N, K), requires_grad=False)
+    used(weight)
+    locks = STORE.lock, int8_linear._lock, pages._lock, torch_private._sharing
+    with contextlib.ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(held(lock))
+        child = os.fork()
+        if child == 0:
+            STORE.changed([weight])
+            used(weight)
+            weight = None
+            gc.collect()
+            os._exit(not all(lock.acquire(blocking=False) for lock in locks))
+        deadline = time.monotonic() + 30
+        while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if found == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert found == (child, 0)
+
+
+def test_graphs_are_compiled_while_weights_change():
+    """Every new graph joins those that are told of a change."""
+    store, weight = WeightStore(), torch.randn(4, K)
+    slots = [Slot(0, WeightExpression(None, ()), int8.PER_CHANNEL, False)]
+    swaps = [WeightSwap(slots, [], store) for _ in range(2000)]
+    stop = threading.Event()
+
+    def compile_more():
+        while not stop.is_set():
+            swaps[:100] = []
+            swaps.extend(WeightSwap(slots, [], store) for _ in range(100))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=compile_more)
+    thread.start()
+    try:
+        for _ in range(1000):
+            store.get(weight, slots[0].expression, int8.PER_CHANNEL)
+            store.clear()
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)

@@ -1,5 +1,7 @@
 """The operators: registration, the scheme's invariants, and its error bound, for any input."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from bounds import HALF, expected_and_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from int8fx.kernels import ops, table
 from int8fx.kernels.quantize import DECOMPOSITIONS, quantize_reference, quantize_weight
@@ -288,3 +291,21 @@ def test_gradient_of_the_input_against_float64(dtype):
         eps = torch.finfo(dtype).eps
         bound = 3 * eps * (upstream.double().abs() @ w_hat.abs()) + 1e-6
         assert ((x.grad.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_saved_tensors_are_asked_for_once(outputs):
+    """Gradient checkpointing computes them again then, and refuses to do so twice."""
+    quantized = [quantize_weight(normal(16, 64, seed=i)) for i in range(outputs)]
+    parts = [table.pack(weight) for weight, _ in quantized], [w_scale for _, w_scale in quantized]
+
+    def loss(x):
+        products = ops.quantized_linears_cpu(x, 6.0, "column", *parts, [])
+        return sum(y.pow(2).sum() for y in products)
+
+    gradients = []
+    for run in (loss, functools.partial(checkpoint, loss, use_reentrant=False)):
+        x = normal(3, 64, seed=9).requires_grad_()
+        run(x).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)

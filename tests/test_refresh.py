@@ -163,3 +163,54 @@ def test_without_the_check_no_content_is_read(model, x, monkeypatch):
     call(x)
     interpreted(model)(x)
     assert asked[0] == 0 and asked[-1] != 0
+
+
+WITHOUT_MEMORY = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.randn(2)], layout=torch.jagged),
+    "on meta": lambda: torch.empty(3, device="meta"),
+    "empty": lambda: torch.empty(0),
+    "mkldnn": lambda: torch.randn(3, 3).to_mkldnn(),
+    "lazy": lambda: nn.LazyLinear(3).weight,
+    "quantised": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|quantize_per_tensor|torch.ao)")
+@pytest.mark.parametrize("kind", WITHOUT_MEMORY)
+def test_tensors_of_every_kind_are_refreshed_and_trained(model, x, kind):
+    """The hook is behind the step of every optimizer of the process, whatever it trains."""
+    interpreted(model)(x)
+    assert STORE.forms(model.up.weight)
+    tensor = WITHOUT_MEMORY[kind]()
+    holder = nn.Module()
+    holder.register_buffer("held", tensor)
+    int8fx.refresh(holder)
+    if tensor.is_floating_point():
+        Idle([tensor if kind == "lazy" else nn.Parameter(tensor)]).step()
+
+
+class Idle(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])
+def test_a_refresh_inside_of_a_transform(model, x, transform):
+    call = interpreted(model)
+    call(x)
+    model.up.weight.detach().numpy()[3] = 50.0
+
+    def refreshed(held):
+        holder = nn.Module()
+        holder.register_buffer("held", held)
+        int8fx.refresh(holder)
+        int8fx.refresh(model)
+        return held
+
+    transform(refreshed)(torch.randn(3, 3))
+    assert_close_to_float64(call(x), expected(model, x), K)

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from installed import install, run
 from support import Mlp, assert_close_to_float64, interpreted
 from torch import Tensor, nn
-from weight_changes import CHANGES, STEPS, UNCOUNTED
+from weight_changes import CHANGES, STEPS, UNCOUNTED, ThroughNumpy
 
 import int8fx
 from int8fx.torch_private import StorageReference
@@ -305,6 +306,20 @@ def test_a_step_leaves_what_was_packed_of_other_weights():
     assert STORE.forms(model.down.weight) == [down] and STORE.forms(model.up.weight) != [up]
 
 
+def test_an_optimizer_without_gradients_trains_frozen_weights():
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model, x = Model(KINDS["float"]).requires_grad_(False), torch.randn(M, K)
+    call = interpreted(model, check_weights=False)
+    call(x)
+    ThroughNumpy([model.weight]).step()
+    assert_close_to_float64(call(x), expected(model, x), K)
+    # Beside what is trained it is left as it is.
+    (form,) = STORE.forms(model.weight)
+    torch.optim.SGD([nn.Parameter(torch.ones(2)), model.weight]).step()
+    assert STORE.forms(model.weight) == [form]
+
+
 class Sharded(nn.Parameter):
     """Stands for a ``DTensor``: what is trained is not the memory that a graph is given."""
 
@@ -382,3 +397,39 @@ def test_a_merge_into_a_float_base_is_seen_without_reading_its_content(kind):
         assert not torch.equal(base, before)
         assert not STORE.forms(base)
         torch.testing.assert_close(check(), apart, rtol=1e-4, atol=1e-4)
+
+
+IMPORTED_LATER = """
+import copy, sys, torch
+from torch import nn
+import int8fx
+torch.manual_seed(0)
+model, x = nn.Sequential(nn.Linear(64, 96)).requires_grad_(False), torch.randn(8, 64)
+compiled = torch.compile(model, backend="llmint8", options={"check_weights": False})
+with torch.no_grad():
+    compiled(x)
+    assert "peft" not in sys.modules
+    import peft
+
+    class Own(peft.tuners.lora.layer.LoraLayer):
+        def merge(self):
+            self.base_layer.weight.data.mul_(-3)
+
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["0"], init_lora_weights=False)
+    changes = (
+        lambda: peft.get_peft_model(model, config).merge_and_unload(),
+        lambda: Own(model[0]).merge(),
+    )
+    for change in changes:
+        change()
+        expected = copy.deepcopy(model).double()(x.double())
+        error = (compiled(x).double() - expected).norm() / expected.norm()
+        assert error < 0.02, error
+"""
+
+
+def test_merges_are_seen_where_peft_is_imported_after_the_compile(tmp_path):
+    """And those of kinds that are defined later still; no float weight has another graph then."""
+    pytest.importorskip("peft")
+    done = run(IMPORTED_LATER, install(tmp_path))
+    assert done.returncode == 0, done.stderr

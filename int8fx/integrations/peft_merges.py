@@ -16,12 +16,22 @@ _WATCHED = "_int8fx_watched"
 
 
 def watch_merges() -> None:
-    """From now on; again after an import of peft has brought other kinds. Idempotent."""
+    """From now on, of all kinds of adapters: those that there are, and those defined later."""
     for kind in _kinds(BaseTunerLayer):
-        for name in ("merge", "unmerge"):
-            method = vars(kind).get(name)
-            if method is not None and not hasattr(method, _WATCHED):
-                setattr(kind, name, _telling(method))
+        _watch(kind)
+    BaseTunerLayer.__init_subclass__ = classmethod(_defined)  # type: ignore[assignment]
+
+
+def _defined(kind: Any, **kwargs: Any) -> None:
+    super(BaseTunerLayer, kind).__init_subclass__(**kwargs)
+    _watch(kind)
+
+
+def _watch(kind: Any) -> None:
+    for name in ("merge", "unmerge"):
+        method = vars(kind).get(name)
+        if method is not None and not hasattr(method, _WATCHED):
+            setattr(kind, name, _telling(method))
 
 
 def _kinds(kind: Any) -> Iterator[Any]:

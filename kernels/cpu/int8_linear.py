@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from int8fx.kernels.cpu import build, pages
+from int8fx.kernels.forks import free_in_children
 
 BLOCK_N = 16
 K_MULTIPLE = 64
 
-_lock = threading.Lock()
+_lock = free_in_children(threading.Lock())
 
 
 def load() -> str | None:

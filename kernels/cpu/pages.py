@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from int8fx.kernels.forks import free_in_children
+
 CHUNK_BYTES = 32 << 20
 
-_lock = threading.Lock()
+_lock = free_in_children(threading.Lock())
 _chunk: mmap.mmap | None = None
 _used = 0
 
