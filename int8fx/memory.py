@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Memory(NamedTuple):
+class AddressRange(NamedTuple):
     """The addresses between which a tensor lies; none has ``start == end``."""
 
     device: torch.device
@@ -44,10 +44,10 @@ def _extent(tensor: Tensor) -> int:
     return (steps + 1) * tensor.element_size()
 
 
-class Memories:
+class AddressRanges:
     """Several, to be asked whether another one overlaps with any."""
 
-    def __init__(self, memories: Iterable[Memory]) -> None:
+    def __init__(self, memories: Iterable[AddressRange]) -> None:
         by_device: dict[torch.device, list[tuple[int, int]]] = defaultdict(list)
         for device, start, end in memories:
             if start < end:
@@ -59,7 +59,7 @@ class Memories:
             self._starts[device] = [start for start, _ in spans]
             self._furthest[device] = list(accumulate((end for _, end in spans), max))
 
-    def overlap(self, other: Memory) -> bool:
+    def overlap(self, other: AddressRange) -> bool:
         before = bisect_left(self._starts.get(other.device, []), other.end) - 1
         return (
             before >= 0

@@ -24,7 +24,7 @@ from int8fx.identity import Snapshot, snapshot
 from int8fx.kernels.forks import free_in_children
 from int8fx.kernels.scheme import WeightFormat
 from int8fx.kernels.schemes.int8 import PER_CHANNEL
-from int8fx.memory import Memories, Memory, has_memory
+from int8fx.memory import AddressRange, AddressRanges, has_memory
 from int8fx.passes.weight_expression import WeightExpression
 from int8fx.quantized_weight import Int8Weight
 from int8fx.torch_private import StorageReference, before_swaps
@@ -76,7 +76,7 @@ class _Weight:
 
     def __init__(self, tensor: Tensor) -> None:
         self.snapshot = snapshot([tensor])
-        self.memory = Memory.of(tensor)
+        self.memory = AddressRange.of(tensor)
         self.forms: dict[tuple[str, str], PackedWeight] = {}
         # Keeps the storage's identity from being given to a new one while this is compared with it.
         self._storage = StorageReference(tensor)
@@ -145,7 +145,7 @@ class WeightStore:
             return
         tensors = [tensor for tensor in tensors if not isinstance(tensor, Int8Weight)]
         given = set(map(id, tensors))
-        plain = Memories(Memory.of(tensor) for tensor in tensors if has_memory(tensor))
+        plain = AddressRanges(AddressRange.of(tensor) for tensor in tensors if has_memory(tensor))
         elsewhere = {tensor.requires_grad for tensor in tensors if not has_memory(tensor)}
         with self.lock:
             changed = set()

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from int8fx.memory import Memories, Memory, has_memory
+from int8fx.memory import AddressRange, AddressRanges, has_memory
 
 CPU = torch.device("cpu")
 
@@ -13,23 +13,23 @@ def test_an_overlap_is_found_among_any_others():
     drawn = random.Random(0)
     for _ in range(300):
         spans = [(start := drawn.randrange(40), start + drawn.randrange(6)) for _ in range(5)]
-        memories = Memories(Memory(CPU, *span) for span in spans)
+        memories = AddressRanges(AddressRange(CPU, *span) for span in spans)
         start = drawn.randrange(40)
         end = start + drawn.randrange(6)
         shared = any(set(range(*span)) & set(range(start, end)) for span in spans)
-        assert memories.overlap(Memory(CPU, start, end)) == shared
-        assert not memories.overlap(Memory(torch.device("meta"), start, end))
+        assert memories.overlap(AddressRange(CPU, start, end)) == shared
+        assert not memories.overlap(AddressRange(torch.device("meta"), start, end))
 
 
 def test_views_and_aliases_share_memory_and_copies_do_not():
     base = torch.randn(10, 8)
     for alias in (base.t(), base[3:5], base[:, ::2], torch.from_numpy(base.numpy()), base.data):
-        assert Memories([Memory.of(base)]).overlap(Memory.of(alias))
-        assert Memories([Memory.of(alias)]).overlap(Memory.of(base))
+        assert AddressRanges([AddressRange.of(base)]).overlap(AddressRange.of(alias))
+        assert AddressRanges([AddressRange.of(alias)]).overlap(AddressRange.of(base))
     for other in (base.clone(), base[:0], torch.empty(10, 8)):
-        assert not Memories([Memory.of(base)]).overlap(Memory.of(other))
-    assert not Memories([Memory.of(base[:5])]).overlap(Memory.of(base[5:]))
-    assert not Memories([]).overlap(Memory.of(base))
+        assert not AddressRanges([AddressRange.of(base)]).overlap(AddressRange.of(other))
+    assert not AddressRanges([AddressRange.of(base[:5])]).overlap(AddressRange.of(base[5:]))
+    assert not AddressRanges([]).overlap(AddressRange.of(base))
 
 
 def test_a_tensor_whose_storage_was_cut_has_no_memory():
