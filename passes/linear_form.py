@@ -6,21 +6,29 @@ and compared with the call's.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from int8fx.passes.candidate import Candidate
 from int8fx.passes.values import same_shape, same_size, tensor_of
+
+
+def _no_tensor(x: fx.Node | None) -> str:
+    """Why a form has no shape: an input that is no strided tensor, or one inside a transform."""
+    value = None if x is None else x.meta.get("example_value")
+    nested = isinstance(value, Tensor) and value.is_nested
+    return "the input is a nested tensor" if nested else "its input or its result is no tensor"
 
 
 def form_shape(candidate: Candidate) -> tuple:
     """Of ``y = x @ weightᵀ``, with ``x_steps``, ``y_steps`` and what is added.
 
     Raises:
-        ValueError: x has not the weight's K.
+        ValueError: x is no tensor whose value is known, or has not the weight's K.
     """
     assert candidate.weight is not None
     x, addend = tensor_of(candidate.x), tensor_of(candidate.addend)
-    assert x is not None
+    if x is None:
+        raise ValueError(_no_tensor(candidate.x))
     *_, N, K = candidate.weight.meta().shape
     with torch.no_grad():
         for step in candidate.x_steps:
@@ -39,8 +47,8 @@ def form_shape(candidate: Candidate) -> tuple:
 def misfit(candidate: Candidate) -> str:
     """Why a candidate's form has not the shape of its call, or empty."""
     y = tensor_of(candidate.node)
-    if y is None or tensor_of(candidate.x) is None:
-        return "its input or its result is no tensor"
+    if y is None:
+        return _no_tensor(candidate.x)
     try:
         shape = form_shape(candidate)
     except ValueError as error:

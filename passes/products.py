@@ -337,11 +337,16 @@ def _with_matrix(
         return candidate.refused(f"the weight is {dimensions}")
     weight = weight.then(*weight_steps)
     candidate = _with_weight(call, x, weight, bias=bias, x_steps=x_steps, y_steps=y_steps)
-    if not candidate.refusal:
-        repeat = repetition(form_shape(candidate), shape_of(call.node))
-        if isinstance(repeat, str):
-            return candidate.refused(repeat)
-        candidate.y_steps += tuple(method(name, *args) for name, *args in repeat)
+    y_shape = shape_of(call.node)
+    if candidate.refusal or y_shape is None:
+        return candidate
+    try:
+        repeat = repetition(form_shape(candidate), y_shape)
+    except ValueError as error:
+        return candidate.refused(str(error))
+    if isinstance(repeat, str):
+        return candidate.refused(repeat)
+    candidate.y_steps += tuple(method(name, *args) for name, *args in repeat)
     return candidate
 
 

@@ -222,8 +222,6 @@ def _dtype(candidate: Candidate, selection: Selection) -> str:
     value = candidate.x.meta.get("example_value")
     if not isinstance(value, Tensor):
         return "the input is no tensor"
-    if value.is_nested:
-        return "the input is a nested tensor"
     for tensor, what in ((weight, "weight"), (value, "input")):
         if tensor.dtype not in DTYPES:
             return f"{what} of {tensor.dtype}: int8 takes the place of fp32, bf16 and fp16 only"
