@@ -108,6 +108,11 @@ SPELLINGS = {
         [(4, K // 4, N)],
         (B, S, 4, K // 4),
     ),
+    "einsum, then a view that eager's strides allow": (
+        lambda x, w: torch.einsum("sbk,nk->bns", x, w).transpose(1, 2).view(B, -1),
+        [(N, K)],
+        (S, B, K),
+    ),
     "x @ a batch of one": (lambda x, w: x @ w.unsqueeze(0), [(K, N)], (S, K)),
     "x @ w[None]": (lambda x, w: x @ w[None], [(K, N)], (B, S, K)),
     "x @ a parameter that is a batch of one": (lambda x, w: x @ w, [(1, K, N)], (B, S, K)),
