@@ -63,6 +63,13 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     "addbmm": ("Tensor.addbmm", products.addbmm),
     torch.mv: ("torch.mv", products.mv),
     "mv": ("Tensor.mv", products.mv),
+    torch.addmv: ("torch.addmv", products.addmv),
+    "addmv": ("Tensor.addmv", products.addmv),
+    "addmm_": ("Tensor.addmm_", products.in_place),
+    "addmv_": ("Tensor.addmv_", products.in_place),
+    "baddbmm_": ("Tensor.baddbmm_", products.in_place),
+    "addbmm_": ("Tensor.addbmm_", products.in_place),
+    F.bilinear: ("torch.nn.functional.bilinear", products.bilinear),
     torch.inner: ("torch.inner", products.inner),
     "inner": ("Tensor.inner", products.inner),
     torch.tensordot: ("torch.tensordot", products.tensordot),
@@ -83,11 +90,35 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     aten.baddbmm: ("aten.baddbmm", products.baddbmm),
     aten.addbmm: ("aten.addbmm", products.addbmm),
     aten.mv: ("aten.mv", products.mv),
+    aten.addmv: ("aten.addmv", products.addmv),
+    aten.addmm_: ("aten.addmm_", products.in_place),
+    aten.addmv_: ("aten.addmv_", products.in_place),
+    aten.baddbmm_: ("aten.baddbmm_", products.in_place),
+    aten.addbmm_: ("aten.addbmm_", products.in_place),
+    aten.bilinear: ("aten.bilinear", products.bilinear),
     aten.inner: ("aten.inner", products.inner),
     aten.linalg_multi_dot: ("aten.linalg_multi_dot", products.multi_dot),
     aten.conv1d: ("aten.conv1d", products.convolution),
     aten.conv2d: ("aten.conv2d", products.convolution),
     aten.conv3d: ("aten.conv3d", products.convolution),
+}
+
+# Calls of torch with linears inside: nn.MultiheadAttention, nn.TransformerEncoder in eval mode and the
+# cells of recurrent networks make them.
+WITH_LINEARS_INSIDE: dict[Any, str] = {
+    F.multi_head_attention_forward: "torch.nn.functional.multi_head_attention_forward",
+    **{
+        getattr(module, name): f"{of}.{name}"
+        for module, of in ((torch, "torch"), (aten, "aten"))
+        for name in (
+            "_transformer_encoder_layer_fwd",
+            "_native_multi_head_attention",
+            "lstm_cell",
+            "gru_cell",
+            "rnn_tanh_cell",
+            "rnn_relu_cell",
+        )
+    },
 }
 
 
@@ -116,8 +147,9 @@ def candidates(
                     candidate.factors = None
                     candidate.refused(transform)
                 found += [] if candidate is None else [candidate]
-            elif node.target is F.multi_head_attention_forward:
-                found.append(_fused_attention(node, scope))
+            elif target in WITH_LINEARS_INSIDE:
+                candidate = Candidate(node, scope, WITH_LINEARS_INSIDE[target])
+                found.append(candidate.refused("its projections are inside one fused call of torch"))
             elif attention and node.target is F.scaled_dot_product_attention:
                 spelling = "torch.nn.functional.scaled_dot_product_attention"
                 found.append(Candidate(node, scope, spelling).refused(FUSED))
@@ -141,8 +173,3 @@ def _match(call: Call, match: Matcher) -> Candidate | None:
     if candidate is not None and not candidate.refusal and (reason := misfit(candidate)):
         return candidate.refused(reason)
     return candidate
-
-
-def _fused_attention(node: fx.Node, scope: Scope) -> Candidate:
-    candidate = Candidate(node, scope, "torch.nn.functional.multi_head_attention_forward")
-    return candidate.refused("its projections are inside one fused call of torch")

@@ -140,6 +140,8 @@ SPELLINGS = {
     ),
     "torch.mv": (lambda x, w: torch.mv(w, x), [(N, K)], (K,)),
     "Tensor.mv": (lambda x, w: w.mv(x), [(N, K)], (K,)),
+    "torch.addmv": (lambda x, w, b: torch.addmv(b, w, x), [(N, K), (N,)], (K,)),
+    "Tensor.addmv": (lambda x, w, b: b.addmv(w, x), [(N, K), (1,)], (K,)),
     "torch.inner": (torch.inner, [(N, K)], (B, S, K)),
     "torch.tensordot": (lambda x, w: torch.tensordot(x, w, 1), [(K, N)], (B, S, K)),
     "torch.tensordot of two dimensions": (
@@ -215,6 +217,26 @@ REFUSED = {
         lambda x, w, b: F.linear(x[0, 0], w, b),
         [(N, K), (1, N)],
         r"its linear form has the shape \[1, 40\], and its result \[40\]",
+    ),
+    "addmm_": (
+        lambda x, w: x.new_ones(B * S, N).addmm_(flat(x), w),
+        [(K, N)],
+        "it writes its result into its first argument",
+    ),
+    "baddbmm_": (
+        lambda x, w: x.new_ones(B, S, N).baddbmm_(x, w),
+        [(B, K, N)],
+        "it writes its result into its first argument",
+    ),
+    "F.bilinear": (
+        lambda x, w: F.bilinear(x, x, w),
+        [(N, K, K)],
+        "a product of two activations and a weight",
+    ),
+    "a cell of a recurrent network": (
+        lambda x, w, v: torch.gru_cell(x[:, 0], x.new_ones(B, N), w, v),
+        [(3 * N, K), (3 * N, N)],
+        "inside one fused call",
     ),
     "a chain": (
         lambda x, v, w: torch.linalg.multi_dot([flat(x), v, w]),
@@ -328,3 +350,13 @@ def test_learned_queries_are_an_input(project, dynamic):
         (report.decisions[1].path, False),
     ]
     assert_close_to_float64(y, model.double()(x.double()), K)
+
+
+def test_the_fused_layers_of_an_encoder_have_a_reason():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(K, 2, N, batch_first=True), 2)
+    encoder.eval().requires_grad_(False)
+    _, report = compile_once(encoder, torch.randn(B, S, K))
+    assert [decision.spelling for decision in report.decisions] == [
+        "torch._transformer_encoder_layer_fwd"
+    ] * 2
+    assert all("inside one fused call" in decision.reason for decision in report.decisions)
