@@ -25,6 +25,7 @@ from int8fx.kernels.matmul import int8_matmul
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.emit import Emitter
 from int8fx.passes.experts import emit_experts
+from int8fx.passes.values import is_dense
 
 # (call, x, tensors of the weight, bias) -> y, all of them nodes; ``kernels/scheme.py`` has the schemes'
 Product = Callable[[Callable[..., Any], fx.Node, Sequence[fx.Node], fx.Node | None], fx.Node]
@@ -75,9 +76,7 @@ def lower_matmul(candidate: Candidate, fake_mode: Any) -> fx.Node:
 def _laid_out_as(emit: Emitter, y: fx.Node, eager: Tensor) -> fx.Node:
     """The same values in memory as eager has them: a later ``view()`` may rely on it."""
     order = eager.dim_order()
-    if not eager.permute(order).is_contiguous():  # as no call of ours makes it
-        return y
-    if y.meta["example_value"].permute(order).is_contiguous():
+    if not is_dense(eager, order) or is_dense(y.meta["example_value"], order):
         return y
     if order == tuple(range(len(order))):
         return emit.method("contiguous", y)

@@ -2,6 +2,7 @@
 
 import operator
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -273,6 +274,25 @@ def test_refusal_has_a_reason_and_runs_as_inductor(name):
     torch._dynamo.reset()
     with torch.no_grad():
         assert torch.equal(y, torch.compile(model, backend="inductor")(x))
+
+
+# What picks rows by their values: how many there are is known at no time before.
+LAID_OUT = {
+    "w @ x": lambda x, w: (w @ x.t()).sum(1),
+    "einsum, transposed": lambda x, w: torch.einsum("bk,nk->nb", x, w).t().reshape(-1).view(-1, N),
+    "einsum, an order of its own": lambda x, w: torch.einsum("bkt,nk->tbn", x[..., None], w).sum(0),
+    "conv1d": lambda x, w: F.conv1d(x[..., None], w[..., None]).view(-1, N),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_a_number_of_rows_that_depends_on_data(name):
+    model = Spelled(lambda x, w: LAID_OUT[name](x[x[:, 0] > 0], w), (N, K))
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(1))
+    with mock.patch.object(torch._dynamo.config, "capture_dynamic_output_shape_ops", True):
+        y, report = compile_once(model, x)
+    assert [decision.reason for decision in report.decisions] == [""]
+    assert_close_to_float64(y, model.double()(x.double()), K)
 
 
 def test_both_weights_of_one_module_are_told_apart():
