@@ -65,11 +65,6 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     "mv": ("Tensor.mv", products.mv),
     torch.addmv: ("torch.addmv", products.addmv),
     "addmv": ("Tensor.addmv", products.addmv),
-    "addmm_": ("Tensor.addmm_", products.in_place),
-    "addmv_": ("Tensor.addmv_", products.in_place),
-    "baddbmm_": ("Tensor.baddbmm_", products.in_place),
-    "addbmm_": ("Tensor.addbmm_", products.in_place),
-    F.bilinear: ("torch.nn.functional.bilinear", products.bilinear),
     torch.inner: ("torch.inner", products.inner),
     "inner": ("Tensor.inner", products.inner),
     torch.tensordot: ("torch.tensordot", products.tensordot),
@@ -91,11 +86,6 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     aten.addbmm: ("aten.addbmm", products.addbmm),
     aten.mv: ("aten.mv", products.mv),
     aten.addmv: ("aten.addmv", products.addmv),
-    aten.addmm_: ("aten.addmm_", products.in_place),
-    aten.addmv_: ("aten.addmv_", products.in_place),
-    aten.baddbmm_: ("aten.baddbmm_", products.in_place),
-    aten.addbmm_: ("aten.addbmm_", products.in_place),
-    aten.bilinear: ("aten.bilinear", products.bilinear),
     aten.inner: ("aten.inner", products.inner),
     aten.linalg_multi_dot: ("aten.linalg_multi_dot", products.multi_dot),
     aten.conv1d: ("aten.conv1d", products.convolution),
@@ -103,22 +93,26 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     aten.conv3d: ("aten.conv3d", products.convolution),
 }
 
-# Calls of torch with linears inside: nn.MultiheadAttention, nn.TransformerEncoder in eval mode and the
-# cells of recurrent networks make them.
-WITH_LINEARS_INSIDE: dict[Any, str] = {
-    F.multi_head_attention_forward: "torch.nn.functional.multi_head_attention_forward",
-    **{
-        getattr(module, name): f"{of}.{name}"
-        for module, of in ((torch, "torch"), (aten, "aten"))
-        for name in (
-            "_transformer_encoder_layer_fwd",
-            "_native_multi_head_attention",
-            "lstm_cell",
-            "gru_cell",
-            "rnn_tanh_cell",
-            "rnn_relu_cell",
-        )
-    },
+# Calls with weights that are no linear map, and why. nn.MultiheadAttention, an encoder of
+# torch in eval mode and the cells of recurrent networks come to one call with linears inside.
+_INSIDE = "its projections are inside one fused call of torch"
+_IN_PLACE = "it writes its result into its first argument"
+_BILINEAR = "a product of two activations and a weight: only one of one is a linear"
+_FUSED_CALLS = (
+    "_transformer_encoder_layer_fwd _native_multi_head_attention "
+    "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+).split()
+NO_LINEARS: dict[Any, tuple[str, str]] = {
+    F.multi_head_attention_forward: ("torch.nn.functional.multi_head_attention_forward", _INSIDE),
+    **{getattr(torch, name): (f"torch.{name}", _INSIDE) for name in _FUSED_CALLS},
+    **{getattr(aten, name): (f"aten.{name}", _INSIDE) for name in _FUSED_CALLS},
+    F.bilinear: ("torch.nn.functional.bilinear", _BILINEAR),
+    aten.bilinear: ("aten.bilinear", _BILINEAR),
+    **{name: (f"Tensor.{name}", _IN_PLACE) for name in ("addmm_", "addmv_", "baddbmm_", "addbmm_")},
+    aten.addmm_: ("aten.addmm_", _IN_PLACE),
+    aten.addmv_: ("aten.addmv_", _IN_PLACE),
+    aten.baddbmm_: ("aten.baddbmm_", _IN_PLACE),
+    aten.addbmm_: ("aten.addbmm_", _IN_PLACE),
 }
 
 
@@ -147,9 +141,9 @@ def candidates(
                     candidate.factors = None
                     candidate.refused(transform)
                 found += [] if candidate is None else [candidate]
-            elif target in WITH_LINEARS_INSIDE:
-                candidate = Candidate(node, scope, WITH_LINEARS_INSIDE[target])
-                found.append(candidate.refused("its projections are inside one fused call of torch"))
+            elif target in NO_LINEARS:
+                spelling, reason = NO_LINEARS[target]
+                found.append(Candidate(node, scope, spelling).refused(reason))
             elif attention and node.target is F.scaled_dot_product_attention:
                 spelling = "torch.nn.functional.scaled_dot_product_attention"
                 found.append(Candidate(node, scope, spelling).refused(FUSED))

@@ -94,15 +94,6 @@ def addmv(call: Call, input: Any, mat: Any, vec: Any, *, beta: Any = 1, alpha: A
     return _scale_reason(call, beta, alpha) or _product(call, mat, vec, input)
 
 
-def in_place(call: Call, input: Any, *operands: Any, **scales: Any) -> Candidate:
-    """``addmm_`` and its like: what is added is also where the result is put."""
-    return call.refused("it writes its result into its first argument")
-
-
-def bilinear(call: Call, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Candidate:
-    return call.refused("a product of two activations and a weight: only one of one is a linear")
-
-
 def baddbmm(
     call: Call, input: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1
 ) -> Candidate:
