@@ -104,7 +104,7 @@ def of_mv(draw: Draw) -> RandomCall:
 
 
 def of_addmv(draw: Draw) -> RandomCall:
-    matrix, vector = of_mv(draw).args
+    matrix, vector = of_mv(draw).arguments
     addend = Operand(draw(st.sampled_from([matrix.shape[:1], (1,), ()])), draw(st.booleans()))
     return RandomCall((addend, matrix, vector))
 
