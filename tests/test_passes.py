@@ -148,7 +148,7 @@ def test_einsum_as_a_linear_map_equals_einsum(equation):
     left, right = equation.split("->")[0].split(",")
     x = torch.randn([*((2, 3) if "..." in left else ()), *(sizes[i] for i in left.replace("...", ""))])
     weight = torch.randn([sizes[i] for i in right])
-    form = linear_map(equation, 1, tuple(weight.shape), x.dim())
+    form = linear_map(equation, 1, tuple(weight.shape), tuple(x.shape))
     assert not isinstance(form, str)
 
     def apply(value, calls):
