@@ -284,23 +284,26 @@ def lower_linears(compilation: Compilation) -> None:
 
 def share_quantizations(compilation: Compilation) -> None:
     """fuse_prologue on every graph."""
+    memory = compilation.memory()  # a pass on one graph puts nothing into another
     for scope in compilation.root.walk():
-        fuse_prologue(scope.graph, quantizers(), compilation.memory())
+        fuse_prologue(scope.graph, quantizers(), memory)
 
 
 def fold_biases(compilation: Compilation) -> None:
     """fuse_epilogue on every graph."""
+    memory = compilation.memory()
     for scope in compilation.root.walk():
-        fuse_epilogue(scope.graph, compilation.memory())
+        fuse_epilogue(scope.graph, memory)
 
 
 def join_quantized_linears(compilation: Compilation) -> None:
     """join_linears on every graph; counts quantisations, which it may take away, before."""
+    memory = compilation.memory()
     for scope in compilation.root.walk():
         for quantizer in quantizers():
             found = scope.graph.find_nodes(op="call_function", target=quantizer)
             compilation.quantizations += len(found)
-        join_linears(scope.graph, compilation.fake_mode, table.joined, compilation.memory())
+        join_linears(scope.graph, compilation.fake_mode, table.joined, memory)
 
 
 def serve_expert_linears(compilation: Compilation) -> None:

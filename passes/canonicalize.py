@@ -63,6 +63,8 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     "addbmm": ("Tensor.addbmm", products.addbmm),
     torch.mv: ("torch.mv", products.mv),
     "mv": ("Tensor.mv", products.mv),
+    torch.addmv: ("torch.addmv", products.addmv),
+    "addmv": ("Tensor.addmv", products.addmv),
     torch.inner: ("torch.inner", products.inner),
     "inner": ("Tensor.inner", products.inner),
     torch.tensordot: ("torch.tensordot", products.tensordot),
@@ -83,11 +85,34 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     aten.baddbmm: ("aten.baddbmm", products.baddbmm),
     aten.addbmm: ("aten.addbmm", products.addbmm),
     aten.mv: ("aten.mv", products.mv),
+    aten.addmv: ("aten.addmv", products.addmv),
     aten.inner: ("aten.inner", products.inner),
     aten.linalg_multi_dot: ("aten.linalg_multi_dot", products.multi_dot),
     aten.conv1d: ("aten.conv1d", products.convolution),
     aten.conv2d: ("aten.conv2d", products.convolution),
     aten.conv3d: ("aten.conv3d", products.convolution),
+}
+
+# Calls with weights that are no linear map, and why. nn.MultiheadAttention, an encoder of
+# torch in eval mode and the cells of recurrent networks come to one call with linears inside.
+_INSIDE = "its projections are inside one fused call of torch"
+_IN_PLACE = "it writes its result into its first argument"
+_BILINEAR = "a product of two activations and a weight: only one of one is a linear"
+_FUSED_CALLS = (
+    "_transformer_encoder_layer_fwd _native_multi_head_attention "
+    "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+).split()
+NO_LINEARS: dict[Any, tuple[str, str]] = {
+    F.multi_head_attention_forward: ("torch.nn.functional.multi_head_attention_forward", _INSIDE),
+    **{getattr(torch, name): (f"torch.{name}", _INSIDE) for name in _FUSED_CALLS},
+    **{getattr(aten, name): (f"aten.{name}", _INSIDE) for name in _FUSED_CALLS},
+    F.bilinear: ("torch.nn.functional.bilinear", _BILINEAR),
+    aten.bilinear: ("aten.bilinear", _BILINEAR),
+    **{name: (f"Tensor.{name}", _IN_PLACE) for name in ("addmm_", "addmv_", "baddbmm_", "addbmm_")},
+    aten.addmm_: ("aten.addmm_", _IN_PLACE),
+    aten.addmv_: ("aten.addmv_", _IN_PLACE),
+    aten.baddbmm_: ("aten.baddbmm_", _IN_PLACE),
+    aten.addbmm_: ("aten.addbmm_", _IN_PLACE),
 }
 
 
@@ -116,8 +141,9 @@ def candidates(
                     candidate.factors = None
                     candidate.refused(transform)
                 found += [] if candidate is None else [candidate]
-            elif node.target is F.multi_head_attention_forward:
-                found.append(_fused_attention(node, scope))
+            elif target in NO_LINEARS:
+                spelling, reason = NO_LINEARS[target]
+                found.append(Candidate(node, scope, spelling).refused(reason))
             elif attention and node.target is F.scaled_dot_product_attention:
                 spelling = "torch.nn.functional.scaled_dot_product_attention"
                 found.append(Candidate(node, scope, spelling).refused(FUSED))
@@ -141,8 +167,3 @@ def _match(call: Call, match: Matcher) -> Candidate | None:
     if candidate is not None and not candidate.refusal and (reason := misfit(candidate)):
         return candidate.refused(reason)
     return candidate
-
-
-def _fused_attention(node: fx.Node, scope: Scope) -> Candidate:
-    candidate = Candidate(node, scope, "torch.nn.functional.multi_head_attention_forward")
-    return candidate.refused("its projections are inside one fused call of torch")

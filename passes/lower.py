@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from int8fx.kernels.matmul import int8_matmul
 from int8fx.passes.canonicalize import Candidate
 from int8fx.passes.emit import Emitter
 from int8fx.passes.experts import emit_experts
+from int8fx.passes.values import is_dense
 
 # (call, x, tensors of the weight, bias) -> y, all of them nodes; ``kernels/scheme.py`` has the schemes'
 Product = Callable[[Callable[..., Any], fx.Node, Sequence[fx.Node], fx.Node | None], fx.Node]
@@ -52,9 +53,7 @@ def lower(candidate: Candidate, weight: Sequence[fx.Node], product: Product, fak
         y = emit.steps(y, candidate.y_steps)
         if candidate.addend is not None:
             y = emit.call(torch.add, y, _as_dtype(emit, candidate.addend, output_dtype))
-        if node.meta["example_value"].is_contiguous() > y.meta["example_value"].is_contiguous():
-            # The graph after it may hold a view() that relies on eager's contiguous result.
-            y = emit.method("contiguous", y)
+        y = _laid_out_as(emit, y, node.meta["example_value"])
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return y
@@ -68,9 +67,21 @@ def lower_matmul(candidate: Candidate, fake_mode: Any) -> fx.Node:
     with graph.inserting_before(node):
         emit = Emitter(graph, fake_mode, node)
         y = emit.call(int8_matmul, *(_as_dtype(emit, each, output_dtype) for each in candidate.factors))
+        y = _laid_out_as(emit, y, node.meta["example_value"])
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return y
+
+
+def _laid_out_as(emit: Emitter, y: fx.Node, eager: Tensor) -> fx.Node:
+    """The same values in memory as eager has them: a later ``view()`` may rely on it."""
+    order = eager.dim_order()
+    if not is_dense(eager, order) or is_dense(y.meta["example_value"], order):
+        return y
+    if order == tuple(range(len(order))):
+        return emit.method("contiguous", y)
+    dense = emit.method("contiguous", emit.method("permute", y, order))
+    return emit.method("permute", dense, tuple(map(order.index, range(len(order)))))
 
 
 def _as_dtype(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

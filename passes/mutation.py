@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from int8fx.passes.scope import Scope
+from int8fx.passes.transforms import WRAPS
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,13 @@ def _declares_no_write(node: fx.Node) -> bool:
         return False
     if node.op == "call_method" or hasattr(node.target, "_schema"):
         return True
-    module, name = (getattr(node.target, key, "") for key in ("__module__", "__name__"))
-    if module in ("_operator", "builtins"):
+    module, name = (getattr(node.target, key, None) or "" for key in ("__module__", "__name__"))
+    if module in ("_operator", "builtins") or ("_functorch" in module and name in WRAPS):
         return True
-    # Functions in C++ are named after the operator that they call, and have no flag ``inplace``.
-    packet = None if hasattr(node.target, "__code__") else getattr(torch.ops.aten, name, None)
+    # Functions in C++ are named after the operator that they call, and have no flag ``inplace``; so are
+    # those of torch.functional.
+    in_python = hasattr(node.target, "__code__") and module != "torch.functional"
+    packet = None if in_python else getattr(torch.ops.aten, name, None)
     if packet is None:
         return False
     overloads = (getattr(packet, each) for each in packet.overloads())

@@ -90,6 +90,10 @@ def addmm(call: Call, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha:
     return _scale_reason(call, beta, alpha) or _product(call, mat1, mat2, input)
 
 
+def addmv(call: Call, input: Any, mat: Any, vec: Any, *, beta: Any = 1, alpha: Any = 1) -> Candidate:
+    return _scale_reason(call, beta, alpha) or _product(call, mat, vec, input)
+
+
 def baddbmm(
     call: Call, input: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1
 ) -> Candidate:
@@ -337,13 +341,17 @@ def _with_matrix(
         return candidate.refused(f"the weight is {dimensions}")
     weight = weight.then(*weight_steps)
     candidate = _with_weight(call, x, weight, bias=bias, x_steps=x_steps, y_steps=y_steps)
-    if not candidate.refusal and (reason := no_tensor_reason(x, call.node)):
+    if candidate.refusal:
+        return candidate
+    if reason := no_tensor_reason(x, call.node):
         return candidate.refused(reason)
-    if not candidate.refusal:
+    try:
         repeat = repetition(form_shape(candidate), shape_of(call.node))
-        if isinstance(repeat, str):
-            return candidate.refused(repeat)
-        candidate.y_steps += tuple(method(name, *args) for name, *args in repeat)
+    except ValueError as error:
+        return candidate.refused(str(error))
+    if isinstance(repeat, str):
+        return candidate.refused(repeat)
+    candidate.y_steps += tuple(method(name, *args) for name, *args in repeat)
     return candidate
 
 

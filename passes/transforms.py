@@ -28,6 +28,11 @@ LEVELS = {
     "_func_increment_nesting": "functionalize",
 }
 _LEAVES = {name.replace("increment", "decrement") for name in LEVELS}
+# The calls that wrap a value for a level, and unwrap one. They write to nothing.
+WRAPS = frozenset(
+    "_add_batch_dim _remove_batch_dim _wrap_for_grad _unwrap_for_grad _make_dual _unpack_dual "
+    "_autograd_grad _set_tensor_requires_grad".split()
+)
 _REASON = "inside_transform"
 # Where the value goes: its shape, dtype and memory may be asked for, and it may not be computed with.
 INSIDE = "value_inside_transform"

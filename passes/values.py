@@ -1,7 +1,9 @@
 """What a node's value is, as Dynamo knows it: tensors without contents, ``meta["example_value"]``."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -44,3 +46,17 @@ def differ(left: Any, right: Any) -> bool:
 
 def same_shape(left: tuple, right: tuple) -> bool:
     return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def is_dense(value: Tensor, order: Sequence[int]) -> bool:
+    """Whether a tensor is known to lie in memory without gaps, its dimensions in this order.
+
+    No guard is put on a size that depends on data, as ``is_contiguous`` would.
+    """
+    expected: Any = 1
+    for dim in reversed(order):
+        size = value.shape[dim]
+        if not same_size(size, 1) and not same_size(value.stride(dim), expected):
+            return same_size(value.numel(), 0)
+        expected = expected * torch.sym_max(size, 1)
+    return True

@@ -103,6 +103,12 @@ def of_mv(draw: Draw) -> RandomCall:
     return RandomCall((operand(draw, (N, K), are[0]), operand(draw, (K,), are[1])))
 
 
+def of_addmv(draw: Draw) -> RandomCall:
+    matrix, vector = of_mv(draw).arguments
+    addend = Operand(draw(st.sampled_from([matrix.shape[:1], (1,), ()])), draw(st.booleans()))
+    return RandomCall((addend, matrix, vector))
+
+
 def of_linear(draw: Draw) -> RandomCall:
     K, N = size(draw), size(draw)
     x = operand(draw, (*batch(draw), K), draw(st.integers(0, 4)) == 0)
@@ -238,6 +244,7 @@ GENERATORS: dict[str, Callable[[Draw], RandomCall]] = {
     "baddbmm": of_baddbmm,
     "addbmm": of_addbmm,
     "mv": of_mv,
+    "addmv": of_addmv,
     "inner": of_inner,
     "tensordot": of_tensordot,
     "multi_dot": of_multi_dot,

@@ -118,8 +118,8 @@ def _unsqueezed_weight(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
 
 def _of_a_vector(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:
     w = weight(N, x.shape[-1])
-    y = torch.mv(w, x.mean((0, 1)).to(w.dtype)).expand(*x.shape[:-1], N)
-    return y.clone()  # a later step may write to it
+    y = torch.mv(w, x.mean((0, 1)).to(w.dtype))
+    return y.repeat(*x.shape[:-1], 1)  # a later step may write to it, so nothing is expanded
 
 
 def _tensordot(x: Tensor, _: Tensor, N: int, weight: Weight) -> Tensor:

@@ -2,6 +2,7 @@
 
 import operator
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -108,6 +109,11 @@ SPELLINGS = {
         [(4, K // 4, N)],
         (B, S, 4, K // 4),
     ),
+    "einsum, then a view that eager's strides allow": (
+        lambda x, w: torch.einsum("sbk,nk->bns", x, w).transpose(1, 2).view(B, -1),
+        [(N, K)],
+        (S, B, K),
+    ),
     "x @ a batch of one": (lambda x, w: x @ w.unsqueeze(0), [(K, N)], (S, K)),
     "x @ w[None]": (lambda x, w: x @ w[None], [(K, N)], (B, S, K)),
     "x @ a parameter that is a batch of one": (lambda x, w: x @ w, [(1, K, N)], (B, S, K)),
@@ -135,6 +141,8 @@ SPELLINGS = {
     ),
     "torch.mv": (lambda x, w: torch.mv(w, x), [(N, K)], (K,)),
     "Tensor.mv": (lambda x, w: w.mv(x), [(N, K)], (K,)),
+    "torch.addmv": (lambda x, w, b: torch.addmv(b, w, x), [(N, K), (N,)], (K,)),
+    "Tensor.addmv": (lambda x, w, b: b.addmv(w, x), [(N, K), (1,)], (K,)),
     "torch.inner": (torch.inner, [(N, K)], (B, S, K)),
     "torch.tensordot": (lambda x, w: torch.tensordot(x, w, 1), [(K, N)], (B, S, K)),
     "torch.tensordot of two dimensions": (
@@ -211,6 +219,26 @@ REFUSED = {
         [(N, K), (1, N)],
         r"its linear form has the shape \[1, 40\], and its result \[40\]",
     ),
+    "addmm_": (
+        lambda x, w: x.new_ones(B * S, N).addmm_(flat(x), w),
+        [(K, N)],
+        "it writes its result into its first argument",
+    ),
+    "baddbmm_": (
+        lambda x, w: x.new_ones(B, S, N).baddbmm_(x, w),
+        [(B, K, N)],
+        "it writes its result into its first argument",
+    ),
+    "F.bilinear": (
+        lambda x, w: F.bilinear(x, x, w),
+        [(N, K, K)],
+        "a product of two activations and a weight",
+    ),
+    "a cell of a recurrent network": (
+        lambda x, w, v: torch.gru_cell(x[:, 0], x.new_ones(B, N), w, v),
+        [(3 * N, K), (3 * N, N)],
+        "inside one fused call",
+    ),
     "a chain": (
         lambda x, v, w: torch.linalg.multi_dot([flat(x), v, w]),
         [(K, N), (N, K)],
@@ -246,6 +274,25 @@ def test_refusal_has_a_reason_and_runs_as_inductor(name):
     torch._dynamo.reset()
     with torch.no_grad():
         assert torch.equal(y, torch.compile(model, backend="inductor")(x))
+
+
+# What picks rows by their values: how many there are is known at no time before.
+LAID_OUT = {
+    "w @ x": lambda x, w: (w @ x.t()).sum(1),
+    "einsum, transposed": lambda x, w: torch.einsum("bk,nk->nb", x, w).t().reshape(-1).view(-1, N),
+    "einsum, an order of its own": lambda x, w: torch.einsum("bkt,nk->tbn", x[..., None], w).sum(0),
+    "conv1d": lambda x, w: F.conv1d(x[..., None], w[..., None]).view(-1, N),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_a_number_of_rows_that_depends_on_data(name):
+    model = Spelled(lambda x, w: LAID_OUT[name](x[x[:, 0] > 0], w), (N, K))
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(1))
+    with mock.patch.object(torch._dynamo.config, "capture_dynamic_output_shape_ops", True):
+        y, report = compile_once(model, x)
+    assert [decision.reason for decision in report.decisions] == [""]
+    assert_close_to_float64(y, model.double()(x.double()), K)
 
 
 def test_both_weights_of_one_module_are_told_apart():
@@ -323,3 +370,13 @@ def test_learned_queries_are_an_input(project, dynamic):
         (report.decisions[1].path, False),
     ]
     assert_close_to_float64(y, model.double()(x.double()), K)
+
+
+def test_the_fused_layers_of_an_encoder_have_a_reason():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(K, 2, N, batch_first=True), 2)
+    encoder.eval().requires_grad_(False)
+    _, report = compile_once(encoder, torch.randn(B, S, K))
+    assert [decision.spelling for decision in report.decisions] == [
+        "torch._transformer_encoder_layer_fwd"
+    ] * 2
+    assert all("inside one fused call" in decision.reason for decision in report.decisions)

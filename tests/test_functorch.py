@@ -95,6 +95,17 @@ def test_an_int8_model_inside_a_transform_computes_what_it_does_eagerly(transfor
     assert all("inside torch.func" in decision.reason for decision in decisions)
 
 
+# The rest make a basis in place, which may share memory with whatever their gradients are taken of.
+@pytest.mark.parametrize("transform", ["vmap", "vmap of vmap", "grad", "vmap of grad", "vjp", "jvp"])
+def test_a_weight_that_a_transform_reads_is_int8_outside_of_it(transform, model, x):
+    function, reason = TRANSFORMS[transform]
+    y, decisions = compiled(lambda x: (model[0](x), function(model, x)), x)
+    assert_same(y[1], function(model, x))
+    assert_close_to_float64(y[0], model[0](x).double(), K)
+    inside = f"inside torch.func: {reason}"
+    assert [decision.reason for decision in decisions] == ["", inside, inside]
+
+
 def test_linears_before_and_after_a_transform_are_rewritten(model, x):
     first, last = model[0], model[2]
 

@@ -1,6 +1,7 @@
 """Graphs that write to weights, activations and what shares their memory: as eager mode has it."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import int8fx
+from int8fx import compilation
 from int8fx.effects import Effects
 from int8fx.passes.mutation import Effect
 from int8fx.passes.select import WRITTEN
@@ -546,3 +548,20 @@ def test_random_writes_through_random_views(target, views, spelling, is_input):
     decisions, _ = assert_as_eager(Model(function))
     if "weight" not in target:
         assert all(decision.accepted for decision in decisions)
+
+
+def test_memory_is_looked_at_as_often_for_many_sub_graphs_as_for_few():
+    """A graph that writes has its memory looked at once a pass, and not once a pass and sub-graph."""
+
+    def looked_at(blocks):
+        def function(x, model):
+            for _ in range(blocks):
+                x = checkpoint(lambda x: F.linear(x, model.weight), x, use_reentrant=False)
+            model.bias.add_(1)
+            return x
+
+        with mock.patch.object(compilation, "Memory", wraps=compilation.Memory) as looked:
+            assert_as_eager(Model(function), calls=1)
+        return looked.call_count
+
+    assert looked_at(6) == looked_at(2)
