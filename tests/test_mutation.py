@@ -113,7 +113,9 @@ def test_a_weight_that_the_graph_writes_to_stays_in_float(name):
         return before, F.linear(x, model.weight), F.linear(x, model.other)
 
     decisions, _ = assert_as_eager(Model(function))
-    assert [decision.reason for decision in decisions] == [WRITTEN, WRITTEN, ""]
+    # What writes may be a product itself, as addmm_ is.
+    linears = [each for each in decisions if each.spelling == "torch.nn.functional.linear"]
+    assert [linear.reason for linear in linears] == [WRITTEN, WRITTEN, ""]
 
 
 def test_an_embedding_that_is_renormalised_is_written_to_as_well():
