@@ -17,10 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from int8fx import smollm2
-from int8fx.evaluation import Settings, contender, evaluate
-from int8fx.texts import load_with_tokens
-from int8fx.timing import machine
+from int8fx.analysis.evaluate import Settings, contender, evaluate
+from int8fx.bench import smollm2
+from int8fx.bench.texts import load_with_tokens
+from int8fx.bench.timing import machine
 from int8fx.torch_private import compile_counts
 
 # Threshold 0 takes nothing out, so the decompositions are the same there.

@@ -23,11 +23,11 @@ from figures import plain
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from int8fx import smollm2
-from int8fx.contenders import Contender, in_bfloat16
-from int8fx.identity import snapshot
-from int8fx.timing import Timing, machine, timing_of
-from int8fx.weights import STORE
+from int8fx.bench import smollm2
+from int8fx.bench.contenders import Contender, in_bfloat16
+from int8fx.bench.timing import Timing, machine, timing_of
+from int8fx.weights.identity import snapshot
+from int8fx.weights.store import STORE
 
 
 @dataclass(frozen=True)

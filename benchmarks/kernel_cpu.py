@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from int8fx.kernels import ops
+from int8fx.bench.timing import interleaved
 from int8fx.kernels.cpu import int8_linear as cpu
-from int8fx.timing import interleaved
+from int8fx.kernels.ops import int8_linear as ops
 
 CACHE_BYTES = 256 << 20  # more than a last-level cache holds
 Calls = list[Callable[[], object]]

@@ -23,8 +23,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from int8fx.bench import Build, Run, compiled, llmint8, measure
-from int8fx.timing import machine
+from int8fx.bench.linears import (
+    Build,
+    Run,
+    compiled,
+    llmint8,
+    measure,
+)
+from int8fx.bench.timing import machine
 
 # (K, N) of the models' linears
 SHAPES = {

@@ -46,9 +46,9 @@ from transformers import (
 )
 
 import int8fx
-from int8fx import smollm2
-from int8fx.contenders import Contender, in_bfloat16, weight_bytes
-from int8fx.timing import Timing, machine, timing_of
+from int8fx.bench import smollm2
+from int8fx.bench.contenders import Contender, in_bfloat16, weight_bytes
+from int8fx.bench.timing import Timing, machine, timing_of
 
 PREFILL, DECODE = 512, 64
 DECODING = f"decode {DECODE}"

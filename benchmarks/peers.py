@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from int8fx.bench import Missing
+from int8fx.bench.linears import Missing
 
 HEADS = ("lm_head",)
 

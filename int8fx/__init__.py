@@ -1,17 +1,19 @@
 """LLM.int8() as a torch.compile backend: ``torch.compile(model, backend="llmint8")``."""
 
+import int8fx.kernels.devices  # the rows of the kernel table
+import int8fx.weights.operators  # noqa: F401  what torch's operators do with an Int8Weight
 import int8fx_autoload
+from int8fx.analysis.explain import explain
+from int8fx.analysis.explanation.explanation import Explanation
+from int8fx.analysis.suggest import Suggestion, suggest
 from int8fx.backend import llmint8
-from int8fx.changes import refresh
-from int8fx.checkpoint import load_checkpoint, save_checkpoint
-from int8fx.explain import explain
-from int8fx.explanation import Explanation
+from int8fx.compiler.report import Report, collect_reports
 from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
-from int8fx.quantize import decisions, dequantize_, quantize_
-from int8fx.quantized_weight import Int8Weight
-from int8fx.report import Report, collect_reports
-from int8fx.suggest import Suggestion, suggest
+from int8fx.weights.changes import refresh
+from int8fx.weights.checkpoint import load_checkpoint, save_checkpoint
+from int8fx.weights.quantize import decisions, dequantize_, quantize_
+from int8fx.weights.tensor import Int8Weight
 
 int8fx_autoload.register()
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from int8fx.cli import main
+from int8fx.cli.app import main
 
 sys.exit(main())

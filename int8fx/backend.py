@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
+from int8fx.compiler.report import collect_reports
+from int8fx.compiler.watch import Watch
 from int8fx.options import Options, inductor_patches
-from int8fx.report import collect_reports
 from int8fx.torch_private import check_torch, levels_left
-from int8fx.watch import Watch
 from int8fx_autoload import after_import
 
 
@@ -39,7 +39,7 @@ def llmint8(
     checked = Options.parse(options)
     patches = inductor_patches(mode, checked)
 
-    from int8fx.pipeline import compile_graph
+    from int8fx.compiler.pipeline import compile_graph
 
     watch.graphs += 1
     with levels_left(), collect_reports() as reports:

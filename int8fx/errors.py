@@ -14,7 +14,7 @@ class BudgetError(UserError, ValueError):
 
 
 class ReleasedWeightError(RuntimeError):
-    """A weight that only a compiled graph may read, see ``int8fx/release.py``."""
+    """A weight that only a compiled graph may read, see ``int8fx/compiler/release.py``."""
 
     def __init__(self, what: str) -> None:
         super().__init__(

@@ -5,13 +5,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from int8fx.kernels.quantize import DECOMPOSITIONS
-from int8fx.kernels.scheme import Choice, Settings
+from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS
+from int8fx.kernels.schemes.scheme import Choice, Settings
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
 # leaves it in float, and so do we. These are the names that transformers' models give it; a weight
-# tied to an embedding is recognised as a head without its name (``passes/select.py``).
+# tied to an embedding is recognised as a head without its name (``passes/linears/select.py``).
 OUTPUT_HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection")
 
 # Inductor's own, unless the user patches them. The assertions on each buffer's sizes check what the
@@ -48,7 +48,7 @@ class Options:
     Attributes:
         threshold: an activation with ``|x| >= threshold`` is an outlier and stays in 16-bit; 0
             means no decomposition (plain vector-wise int8).
-        decomposition: ``"column"`` or ``"token"``, see ``kernels/quantize.py``.
+        decomposition: ``"column"`` or ``"token"``, see ``kernels/ops/quantize_reference.py``.
         scheme: how linears are quantised: a name of ``int8fx.SCHEMES``.
         rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
         group_size: how many weights along K share a scale, in schemes that quantise by groups.

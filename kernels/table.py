@@ -16,10 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8fx.kernels import ops
-from int8fx.kernels.cpu import int8_linear as cpu
-from int8fx.kernels.gpu import device as gpu
-
 log = logging.getLogger(__name__)
 
 
@@ -36,13 +32,13 @@ class Kernel:
         unpack: ``(weight, N, K)`` back to ``w_int8 [N, K]``, bit for bit.
         falls_back: whether the reference serves where this kernel cannot be loaded.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
-            linears of it, and how many at most (``passes/join_linears.py``).
+            linears of it, and how many at most (``passes/int8/join_linears.py``).
         normed: the operator that takes the place of ``joined``'s and of the norm that it reads
-            (``passes/fuse_norms.py``); None: there is none.
+            (``passes/int8/fuse_norms.py``); None: there is none.
         experts: the operator that takes the place of ``expert_linear``, with its arguments
-            (``kernels/experts.py``); None: that one serves.
+            (``kernels/ops/expert_linear.py``); None: that one serves.
         attends: whether its ``attention`` of few rows, or of many, is faster than torch's
-            (``kernels/attention.py``).
+            (``kernels/ops/attention.py``).
         whole_rows: whether Inductor generates the quantisation of a row, in the kernel that computes
             the row, so that it must not split long rows.
     """
@@ -66,51 +62,22 @@ class Kernel:
         return frozenset((joined, self.normed(), self.experts())) - {None}
 
 
-def _as_it_is(w_int8: Tensor) -> Tensor:
+def as_it_is(w_int8: Tensor) -> Tensor:
     return w_int8
 
 
-def _same_shape(N: int, K: int) -> tuple[int, int]:
+def same_shape(N: int, K: int) -> tuple[int, int]:
     return N, K
 
 
-def _still_as_it_is(weight: Tensor, N: int, K: int) -> Tensor:
+def still_as_it_is(weight: Tensor, N: int, K: int) -> Tensor:
     return weight
 
 
-def _cpu_operator() -> tuple[Any, int]:
-    return ops.quantized_linears_cpu, 64
+REFERENCE = Kernel("plain PyTorch", lambda: None, as_it_is, same_shape, still_as_it_is)
 
-
-def _cpu_attends(few: bool) -> bool:
-    return few or cpu.isa() != "amx_int8"  # torch's multiplies many rows by AMX
-
-
-REFERENCE = Kernel("plain PyTorch", lambda: None, _as_it_is, _same_shape, _still_as_it_is)
-
-KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel(
-        "C++",
-        cpu.load,
-        cpu.pack,
-        cpu.packed_shape,
-        cpu.unpack,
-        joined=_cpu_operator,
-        attends=_cpu_attends,
-    ),
-    "cuda": Kernel(
-        "Triton",
-        gpu.load,
-        _as_it_is,
-        _same_shape,
-        _still_as_it_is,
-        falls_back=False,
-        joined=gpu.operator,
-        normed=gpu.norm_operator,
-        experts=gpu.expert_operator,
-        whole_rows=True,
-    ),
-}
+# The row of each device; ``kernels/devices.py`` writes them.
+KERNELS: dict[str, Kernel] = {}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ rounding of the result to its dtype.
 import torch
 from torch import Tensor
 
-from int8fx.kernels.quantize import quantize_reference, quantize_weight
+from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
 
 # Half a step, and the fp32 division before the rounding: 127 steps of relative error 2**-24.
 HALF = 0.5 + 127 * 2.0**-23

@@ -28,18 +28,19 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from int8fx import pipeline, torch_private
-from int8fx.compilation import Compilation
-from int8fx.kernels import ops
-from int8fx.kernels.attention import attention, attention_reference
-from int8fx.kernels.experts import expert_linear
-from int8fx.kernels.once import once
-from int8fx.kernels.scheme import WeightFormat
-from int8fx.passes.canonicalize import Candidate
-from int8fx.passes.decision import Decision
-from int8fx.passes.flops import flops
-from int8fx.passes.weight_expression import WeightExpression
-from int8fx.weights import STORE, PackedWeight
+from int8fx import torch_private
+from int8fx.compiler import pipeline
+from int8fx.compiler.compilation import Compilation
+from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.attention import attention, attention_reference
+from int8fx.kernels.ops.expert_linear import expert_linear
+from int8fx.kernels.ops.once import once
+from int8fx.passes.graph.flops import flops
+from int8fx.passes.graph.weight_expression import WeightExpression
+from int8fx.passes.linears.canonicalize import Candidate
+from int8fx.passes.linears.decision import Decision
+from int8fx.weights.store import STORE, PackedWeight
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Random calls of every spelling of a linear map: shapes that broadcast, repeat or are empty.
 
-``GENERATORS`` has one function for each spelling of ``passes/canonicalize.py``; a call's operands are
+``GENERATORS`` has one function for each spelling of ``passes/linears/canonicalize.py``; a call's
+operands are
 activations, or parameters that may be transposed or repeated before they are used.
 """
 
@@ -14,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from int8fx.passes.canonicalize import SPELLINGS
+from int8fx.passes.linears.canonicalize import SPELLINGS
 
 Draw = Callable[..., Any]
 SIZES = (16, 24, 3, 1, 24, 16, 8, 0)

@@ -7,10 +7,10 @@ import torch
 from torch import fx, nn
 
 import int8fx
-from int8fx import pipeline
-from int8fx.compilation import capture
+from int8fx.compiler import pipeline
+from int8fx.compiler.capture import capture
 from int8fx.options import Options
-from int8fx.passes.decision import Decision
+from int8fx.passes.linears.decision import Decision
 
 
 def backend_decisions(model: nn.Module, inputs: Mapping[str, Any]) -> list[Decision]:

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 import int8fx
 from int8fx import torch_private
-from int8fx.effects import Effects
-from int8fx.passes.mutation import Memory
-from int8fx.passes.scope import Scope
+from int8fx.compiler.effects import Effects
+from int8fx.passes.graph.mutation import Memory
+from int8fx.passes.graph.scope import Scope
 
 
 def compile_once(

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from int8fx.kernels import table
-from int8fx.kernels.attention import attention, attention_reference
 from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.kernels.ops.attention import attention, attention_reference
 
 REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")

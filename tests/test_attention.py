@@ -7,8 +7,8 @@ from support import compile_once
 from torch import nn
 
 import int8fx
-from int8fx.kernels.matmul import int8_matmul
-from int8fx.kernels.quantize import MAX_K, quantize_reference
+from int8fx.kernels.ops.int8_matmul import int8_matmul
+from int8fx.kernels.ops.quantize_reference import MAX_K, quantize_reference
 
 ON = {"attention": True}
 

@@ -175,7 +175,7 @@ def test_gradients_flow_to_the_input_of_frozen_weights(x, threshold, decompositi
     upstream = torch.randn(y.shape)
     y.backward(upstream)
     # The gradient is that of the int8 weight: straight through the rounding of x.
-    from int8fx.kernels.quantize import quantize_weight
+    from int8fx.kernels.ops.quantize_reference import quantize_weight
 
     w_int8, w_scale = quantize_weight(linear.weight)
     expected = upstream.double() @ (w_int8.double() * w_scale.double()[:, None])

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from int8fx.bench.models import check_name
+from int8fx.bench.smollm2 import cache_directory
 from int8fx.errors import UserError
 from int8fx.kernels.cpu import build, int8_linear
-from int8fx.models import check_name
-from int8fx.smollm2 import cache_directory
 
 OURS = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 # A library runs as soon as it is loaded.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError
-from int8fx.kernels.quantize import quantize_weight
+from int8fx.kernels.ops.quantize_reference import quantize_weight
 
 K, N = 64, 96
 

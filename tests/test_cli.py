@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import int8fx.cli
-from int8fx import models, smollm2
+import int8fx.cli.app
+from int8fx.bench import models, smollm2
 from int8fx.errors import UserError
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
     """Exit code, stdout, and the lines of stderr."""
-    code = int8fx.cli.main(arguments)
+    code = int8fx.cli.app.main(arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err.splitlines()
 
@@ -32,7 +32,7 @@ def test_version(capsys):
 
 
 def test_help_lists_the_commands():
-    result = CliRunner().invoke(int8fx.cli.app, ["--help"])
+    result = CliRunner().invoke(int8fx.cli.app.app, ["--help"])
     assert result.exit_code == 0
     commands = ("demo", "explain", "evaluate", "quantize", "bench", "suggest")
     assert [name for name in commands if name not in result.output] == []
@@ -41,7 +41,7 @@ def test_help_lists_the_commands():
 def test_help_imports_no_model_code():
     # transformers takes seconds to import, and help needs none of it.
     script = (
-        "import sys; from int8fx.cli import main; main(['demo', '--help']);"
+        "import sys; from int8fx.cli.app import main; main(['demo', '--help']);"
         "sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
@@ -90,14 +90,16 @@ def test_bad_input_is_one_line(capsys, arguments, words):
 @pytest.mark.parametrize("option", ["--html", "--plot"])
 def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(capsys, monkeypatch, tmp_path, option):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("int8fx.texts.load_with_tokens", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "int8fx.bench.texts.load_with_tokens", lambda *_, **__: pytest.fail("it was loaded")
+    )
     code, _, err = run(capsys, "explain", option, str(tmp_path / "figure.png"))
     assert code == 1
     assert "drawing needs matplotlib" in err[-1] and 'pip install "int8fx[plot]"' in err[-1]
 
 
 def failing_command(error: BaseException):
-    @int8fx.cli.one_line_errors
+    @int8fx.cli.app.one_line_errors
     def command(debug: bool) -> None:
         raise error
 
@@ -113,14 +115,14 @@ def failing_command(error: BaseException):
     ],
 )
 def test_errors_of_a_command(capsys, error, code, line):
-    with pytest.raises(int8fx.cli.typer.Exit) as raised:
+    with pytest.raises(int8fx.cli.app.typer.Exit) as raised:
         failing_command(error)(debug=False)
     assert raised.value.exit_code == code
     assert capsys.readouterr().err == line + "\n"
 
 
 def test_debug_shows_the_traceback(capsys):
-    with pytest.raises(int8fx.cli.typer.Exit):
+    with pytest.raises(int8fx.cli.app.typer.Exit):
         failing_command(UserError("no"))(debug=True)
     assert "Traceback" in capsys.readouterr().err
 

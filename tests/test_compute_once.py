@@ -37,7 +37,7 @@ def run(layers, length=L, dtype=torch.float32):
 
 
 def test_what_every_layer_reads_is_computed_once(monkeypatch):
-    monkeypatch.setattr("int8fx.passes.compute_once.ELEMENTS", 1000)
+    monkeypatch.setattr("int8fx.passes.float.compute_once.ELEMENTS", 1000)
     y, expected, graph = run(4, dtype=torch.bfloat16)
     assert graph.count("int8fx.once") == 2  # cosine and mask
     assert (y - expected).norm() < 0.03 * expected.norm()
@@ -45,12 +45,12 @@ def test_what_every_layer_reads_is_computed_once(monkeypatch):
 
 def test_what_few_read_or_is_small_is_left_to_inductor(monkeypatch):
     assert "int8fx.once" not in run(4, length=2)[2]
-    monkeypatch.setattr("int8fx.passes.compute_once.ELEMENTS", 1000)
+    monkeypatch.setattr("int8fx.passes.float.compute_once.ELEMENTS", 1000)
     assert "int8fx.once" not in run(3)[2]
 
 
 def test_a_reader_may_write_into_it(monkeypatch):
-    monkeypatch.setattr("int8fx.passes.compute_once.ELEMENTS", 100)
+    monkeypatch.setattr("int8fx.passes.float.compute_once.ELEMENTS", 100)
 
     class Writes(nn.Module):
         def __init__(self):
@@ -71,7 +71,7 @@ def test_a_reader_may_write_into_it(monkeypatch):
 
 
 def test_a_value_with_a_gradient_is_left_alone(monkeypatch):
-    monkeypatch.setattr("int8fx.passes.compute_once.ELEMENTS", 100)
+    monkeypatch.setattr("int8fx.passes.float.compute_once.ELEMENTS", 100)
     torch._dynamo.reset()
 
     class Scaled(nn.Module):

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import int8fx
 from int8fx import torch_private
+from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.kernels.cpu import int8_linear, pages
-from int8fx.kernels.schemes import int8
-from int8fx.passes.weight_expression import WeightExpression
-from int8fx.weights import STORE, Slot, WeightStore, WeightSwap
+from int8fx.kernels.formats import int8
+from int8fx.passes.graph.weight_expression import WeightExpression
+from int8fx.weights.store import STORE, WeightStore
 
 K, N = 64, 96
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from int8fx.kernels import ops
 from int8fx.kernels.cpu import build
 from int8fx.kernels.cpu import int8_linear as cpu
-from int8fx.kernels.linear import linear_reference
-from int8fx.kernels.quantize import EVERYTHING, quantize_reference, quantize_weight
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.linear_reference import linear_reference
+from int8fx.kernels.ops.quantize_reference import EVERYTHING, quantize_reference, quantize_weight
 
 REASON = cpu.load()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")

@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from int8fx import demo
-from int8fx.contenders import (
+from int8fx.analysis.metrics import Accuracy
+from int8fx.bench.contenders import (
     Contender,
     Speed,
     in_bfloat16,
@@ -16,10 +16,10 @@ from int8fx.contenders import (
     measure,
     weight_bytes,
 )
+from int8fx.bench.models import quiet_transformers
+from int8fx.cli import demo
+from int8fx.compiler.report import Report
 from int8fx.errors import UserError
-from int8fx.evaluate import Accuracy
-from int8fx.models import quiet_transformers
-from int8fx.report import Report
 from int8fx.torch_private import compile_counts
 
 CAPACITY = 24

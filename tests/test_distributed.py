@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError
-from int8fx.kernels.quantize import quantize_weight
+from int8fx.kernels.ops.quantize_reference import quantize_weight
 
 K, N, RANKS = 64, 96, 2
 

@@ -16,11 +16,12 @@ from bounds import FP32
 from torch import Tensor
 
 import int8fx
-from int8fx.kernels import ops, table
+from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
-from int8fx.kernels.quantize import EVERYTHING
-from int8fx.kernels.scheme import Choice, Settings, eagerly
-from int8fx.kernels.schemes.int8 import PER_CHANNEL
+from int8fx.kernels.formats.int8 import PER_CHANNEL
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.quantize_reference import EVERYTHING
+from int8fx.kernels.schemes.scheme import Choice, Settings, eagerly
 
 REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")

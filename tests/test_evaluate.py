@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from int8fx.evaluate import ROWS_AT_ONCE, compare, sample_text, token_kl, token_nll, windows
+from int8fx.analysis.metrics import (
+    ROWS_AT_ONCE,
+    compare,
+    sample_text,
+    token_kl,
+    token_nll,
+    windows,
+)
 
 
 def log_of(*rows: list[float]) -> torch.Tensor:

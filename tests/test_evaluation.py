@@ -10,11 +10,18 @@ from rich.console import Console
 from test_explain import tiny
 from torch import nn
 
+from int8fx.analysis.evaluate import (
+    FLOAT,
+    Settings,
+    contender,
+    evaluate,
+    logits_of,
+    quantized,
+)
+from int8fx.analysis.metrics import compare, windows
+from int8fx.analysis.outlier_injection import inject, inject_and_check
 from int8fx.errors import UserError
-from int8fx.evaluate import compare, windows
-from int8fx.evaluation import FLOAT, Settings, contender, evaluate, logits_of, quantized
-from int8fx.injection import inject, inject_and_check
-from int8fx.weights import WeightStore
+from int8fx.weights.store import WeightStore
 
 QUIET = Console(file=io.StringIO())
 

@@ -13,9 +13,9 @@ from toy_models import build
 
 import int8fx
 from int8fx.kernels import table
-from int8fx.kernels.experts import expert_linear, routed_rows, rows_of_experts
-from int8fx.kernels.quantize import quantize_weight
-from int8fx.passes.experts import serve_experts
+from int8fx.kernels.ops.expert_linear import expert_linear, routed_rows, rows_of_experts
+from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.passes.int8.serve_experts import serve_experts
 
 E, N, K, S = 4, 24, 40, 9
 

@@ -14,12 +14,12 @@ from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import int8fx
+from int8fx.analysis.explanation.plots import distinct_inputs, draw, pooled
+from int8fx.analysis.observe import THRESHOLDS
 from int8fx.errors import UserError
-from int8fx.explanation_plots import distinct_inputs, draw, pooled
 from int8fx.kernels.cpu.int8_linear import BLOCK_N, K_MULTIPLE
-from int8fx.kernels.scheme import Settings
-from int8fx.observe import THRESHOLDS
-from int8fx.weights import STORE
+from int8fx.kernels.schemes.scheme import Settings
+from int8fx.weights.store import STORE
 
 K, N, M = 16, 24, 5
 

@@ -17,11 +17,16 @@ from support import compile_once
 from torch import nn
 
 import int8fx
-from int8fx import pipeline
+from int8fx.compiler import pipeline
 from int8fx.kernels import table
 from int8fx.kernels.cpu import build
-from int8fx.kernels.quantize import MAX_K, MIN_SCALE, QMAX, quantize_weight
-from int8fx.weights import STORE
+from int8fx.kernels.ops.quantize_reference import (
+    MAX_K,
+    MIN_SCALE,
+    QMAX,
+    quantize_weight,
+)
+from int8fx.weights.store import STORE
 
 K, N, M = 32, 24, 5
 

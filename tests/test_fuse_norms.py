@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 pytest.importorskip("triton")
 
 from int8fx.kernels.gpu.norm import norm_statistics, normalized_reference
-from int8fx.passes.fuse_norms import fuse_norms
+from int8fx.passes.int8.fuse_norms import fuse_norms
 
 M, K, N = 20, 8, 4
 _library = torch.library.Library("int8fx_test_norms", "DEF")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from int8fx.passes.fuse_sums import fuse_sums
+from int8fx.passes.int8.fuse_sums import fuse_sums
 
 _library = torch.library.Library("int8fx_test_sums", "DEF")
 _library.define("products(Tensor x, bool sums=True) -> Tensor[]")

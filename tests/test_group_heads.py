@@ -10,7 +10,7 @@ from int8fx.kernels import table
 
 @pytest.fixture(autouse=True)
 def no_operator(monkeypatch):
-    """As where ``passes/attend.py`` leaves an attention alone."""
+    """As where ``passes/float/attend.py`` leaves an attention alone."""
     monkeypatch.setattr(table, "attends", lambda device, few: False)
 
 

@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from int8fx.identity import ALL_SETS, CompiledSnapshot, Snapshot, snapshot
 from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.weights.identity import (
+    ALL_SETS,
+    CompiledSnapshot,
+    Snapshot,
+    snapshot,
+)
 
 
 @pytest.fixture(params=[Snapshot, CompiledSnapshot])

@@ -10,7 +10,7 @@ from torch import nn
 
 import int8fx
 from int8fx import torch_private
-from int8fx.kernels import ops
+from int8fx.kernels.ops import int8_linear as ops
 
 # In a process of its own: a fault would end this one.
 CODE = """

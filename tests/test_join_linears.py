@@ -6,10 +6,11 @@ from support import memory_of
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from int8fx.kernels import ops, table
-from int8fx.kernels.quantize import quantize_weight
-from int8fx.passes.emit import Emitter
-from int8fx.passes.join_linears import join_linears
+from int8fx.kernels import table
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.passes.graph.emit import Emitter
+from int8fx.passes.int8.join_linears import join_linears
 
 M, K, LIMIT = 5, 8, 3
 

@@ -9,7 +9,7 @@ from support import compile_once
 from torch import nn
 
 import int8fx
-from int8fx.passes.select import LOW_RANK
+from int8fx.passes.linears.select import LOW_RANK
 
 OWNERLESS = "a buffer that no linear layer owns: it was computed, not learned"
 

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from int8fx.memory import AddressRange, AddressRanges, has_memory
+from int8fx.weights.memory import AddressRange, AddressRanges, has_memory
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,10 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import int8fx
-from int8fx import compilation
-from int8fx.effects import Effects
-from int8fx.passes.mutation import Effect
-from int8fx.passes.select import WRITTEN
+from int8fx.compiler import compilation
+from int8fx.compiler.effects import Effects
+from int8fx.passes.graph.mutation import Effect
+from int8fx.passes.linears.select import WRITTEN
 
 N, K, M = 16, 16, 5
 

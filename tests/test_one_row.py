@@ -23,7 +23,7 @@ class Head(nn.Module):
 
 @pytest.fixture(autouse=True)
 def small_weights_too(monkeypatch):
-    monkeypatch.setattr("int8fx.passes.one_row.LEAST_BYTES", 0)
+    monkeypatch.setattr("int8fx.passes.float.one_row.LEAST_BYTES", 0)
 
 
 def run(*shape, dtype=torch.float32, bias=True):
@@ -48,7 +48,7 @@ def test_one_row_is_a_sum(dtype, bias):
 
 def test_more_rows_and_small_weights_are_products(monkeypatch):
     assert ".sum(-1)" not in run(2, 1)[2]
-    monkeypatch.setattr("int8fx.passes.one_row.LEAST_BYTES", 4 << 20)
+    monkeypatch.setattr("int8fx.passes.float.one_row.LEAST_BYTES", 4 << 20)
     assert ".sum(-1)" not in run(1, 1)[2]
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from int8fx.kernels import ops, table
-from int8fx.kernels.quantize import DECOMPOSITIONS, quantize_reference, quantize_weight
+from int8fx.kernels import table
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS, quantize_reference, quantize_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

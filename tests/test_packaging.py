@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from int8fx.codegen import cache_identity
+from int8fx.compiler.inductor import cache_identity
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,8 @@ def hugging_face(tmp_path):
 
 
 def test_the_checkout_does_not_shadow_the_package_kernels(hugging_face):
-    code = "import kernels, int8fx.kernels.ops, int8fx.passes.lower; print(kernels.whose)"
+    modules = "kernels, int8fx.kernels.ops.int8_linear, int8fx.passes.linears.lower"
+    code = f"import {modules}; print(kernels.whose)"
     assert run(code, ROOT, hugging_face) == "hugging face"
 
 
@@ -69,7 +70,7 @@ def test_a_wheel_holds_everything_and_imports(tmp_path, hugging_face):
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     code = (
-        "import sys, kernels, int8fx, int8fx.kernels.ops, int8fx.pipeline;"
+        "import sys, kernels, int8fx, int8fx.kernels.ops.int8_linear, int8fx.compiler.pipeline;"
         "print(kernels.whose, int8fx.__file__)"
     )
     printed = run(f"import sys; sys.path.insert(0, {str(target)!r}); {code}", tmp_path, hugging_face)

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from support import assert_close_to_float64, compile_once, memory_of
 from torch import nn
 
-from int8fx.kernels import ops
-from int8fx.passes.einsum import linear_map
-from int8fx.passes.fuse_epilogue import fuse_epilogue
-from int8fx.passes.mutation import writes_in_place
-from int8fx.passes.verify import RewriteError, Signature, verify
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.passes.graph.mutation import writes_in_place
+from int8fx.passes.graph.verify import RewriteError, Signature, verify
+from int8fx.passes.int8.fuse_epilogue import fuse_epilogue
+from int8fx.passes.linears.einsum import linear_map
 
 K, N = 16, 24
 

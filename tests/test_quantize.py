@@ -14,11 +14,11 @@ from torch import nn
 import int8fx
 from int8fx import Int8Weight
 from int8fx.kernels import table
-from int8fx.kernels.quantize import quantize_weight
-from int8fx.kernels.schemes.int8 import PER_CHANNEL
-from int8fx.passes.weight_expression import TRANSPOSE, WeightExpression
-from int8fx.quantized_weight import pack
-from int8fx.weights import weight_reason
+from int8fx.kernels.formats.int8 import PER_CHANNEL
+from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.passes.graph.weight_expression import TRANSPOSE, WeightExpression
+from int8fx.weights.parts import pack
+from int8fx.weights.store import weight_reason
 
 K, N = 64, 96
 

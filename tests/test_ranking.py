@@ -247,7 +247,7 @@ def test_a_stream_of_hidden_states_is_no_linears_output(prenorm, scale):
 
 def test_a_search_is_bounded(monkeypatch):
     """Behind so many values no ranking is looked for, and the compile takes no longer for it."""
-    from int8fx.passes import ranking
+    from int8fx.passes.linears import ranking
 
     def far(y):
         for _ in range(40):

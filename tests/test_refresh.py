@@ -10,8 +10,8 @@ from support import Mlp, assert_close_to_float64, interpreted
 from torch import nn
 
 import int8fx
-from int8fx.identity import ALL_SETS, snapshot
-from int8fx.weights import STORE
+from int8fx.weights.identity import ALL_SETS, snapshot
+from int8fx.weights.store import STORE
 
 K, N = 256, 512
 

@@ -129,9 +129,9 @@ def test_quantize_is_the_way_to_a_model_that_everything_reads(model, x):
 
 
 def test_the_log_says_what_happened_and_the_ways_back(model, x, caplog):
-    with caplog.at_level("INFO", "int8fx.release"):
+    with caplog.at_level("INFO", "int8fx.compiler.release"):
         compile_once(model, x, backend_options=RELEASE)
-    (record,) = [record for record in caplog.records if record.name == "int8fx.release"]
+    (record,) = [record for record in caplog.records if record.name == "int8fx.compiler.release"]
     assert "2 weights are in int8 now, for what was compiled alone" in record.getMessage()
     assert re.search(WAYS_BACK, record.getMessage())
 

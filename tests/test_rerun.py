@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from int8fx.rerun import Rerun
+from int8fx.analysis.rerun import Rerun
 
 
 class Counted:

@@ -12,11 +12,18 @@ from support import compile_once
 from torch import nn
 
 import int8fx
-from int8fx.evaluation import contender
+from int8fx.analysis.evaluate import contender
 from int8fx.kernels import table
-from int8fx.kernels.scheme import Choice, Scheme, Settings, WeightFormat, eagerly, unchanged
+from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.groups import grouped
 from int8fx.kernels.schemes.affine import quantize_affine_reference
-from int8fx.kernels.schemes.weight_only import grouped
+from int8fx.kernels.schemes.scheme import (
+    Choice,
+    Scheme,
+    Settings,
+    eagerly,
+    unchanged,
+)
 from int8fx.options import Options
 
 ROOT = Path(__file__).parents[1]
@@ -303,7 +310,7 @@ import operator
 
 import torch
 
-from int8fx.kernels.scheme import Scheme, WeightFormat, unchanged
+from int8fx.kernels.schemes.scheme import Scheme, WeightFormat, unchanged
 
 FACTOR = 1.0
 library = torch.library.Library("int8fx_of_a_test", "DEF")

@@ -13,9 +13,15 @@ from test_explain import assert_counted_by_hand
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import int8fx
-from int8fx import Int8Weight, smollm2
-from int8fx.evaluate import sample_text
-from int8fx.evaluation import FLOAT, Settings, contender, evaluate
+from int8fx import Int8Weight
+from int8fx.analysis.evaluate import (
+    FLOAT,
+    Settings,
+    contender,
+    evaluate,
+)
+from int8fx.analysis.metrics import sample_text
+from int8fx.bench import smollm2
 from int8fx.integrations.transformers import Int8FxConfig
 
 PATH = smollm2.cache_directory() / smollm2.CONVERTED

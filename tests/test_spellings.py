@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from random_calls import GENERATORS, Spelled, generator
 
 import int8fx
-from int8fx.passes.canonicalize import SPELLINGS
+from int8fx.passes.linears.canonicalize import SPELLINGS
 
 SETTINGS = settings(
     max_examples=12,

@@ -19,7 +19,7 @@ from weight_changes import CHANGES, STEPS, UNCOUNTED, ThroughNumpy
 
 import int8fx
 from int8fx.torch_private import StorageReference
-from int8fx.weights import STORE
+from int8fx.weights.store import STORE
 
 K, N, E, M = 64, 96, 4, 8
 

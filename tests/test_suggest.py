@@ -9,10 +9,16 @@ from support import compile_once
 from torch import nn
 
 import int8fx
+from int8fx.analysis.metrics import token_kl
+from int8fx.analysis.mixture import Mixtures
+from int8fx.analysis.suggest import (
+    FASTEST,
+    FLOAT,
+    WAYS,
+    Sensitivity,
+    _within_kl,
+)
 from int8fx.errors import BudgetError
-from int8fx.evaluate import token_kl
-from int8fx.mixture import Mixtures
-from int8fx.suggest import FASTEST, FLOAT, WAYS, Sensitivity, _within_kl
 
 K, V = 32, 24
 

@@ -25,7 +25,7 @@ from int8fx import Int8Weight
 from int8fx.errors import CheckpointError
 from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.kernels.cpu import pages
-from int8fx.kernels.quantize import quantize_weight
+from int8fx.kernels.ops.quantize_reference import quantize_weight
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -10,9 +10,9 @@ from support import assert_close_to_float64, compile_once
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from int8fx.kernels.schemes.int8 import PER_CHANNEL, PER_TENSOR
-from int8fx.passes.weight_expression import WeightExpression
-from int8fx.weights import STORE, WeightStore
+from int8fx.kernels.formats.int8 import PER_CHANNEL, PER_TENSOR
+from int8fx.passes.graph.weight_expression import WeightExpression
+from int8fx.weights.store import STORE, WeightStore
 
 K, N = 32, 48
 

@@ -2,7 +2,8 @@
 
 What accelerate offloads waits as its entry of the ``state_dict``, on the CPU or on disk, and comes to
 its module for each call: there it makes every parameter of its own entry alone. An int8 weight has
-two (``int8fx/state_dict.py``), so from the import of this module on a hook of accelerate is given such
+two (``int8fx/weights/state_dict.py``), so from the import of this module on a hook of accelerate is
+given such
 weights whole. Nothing has to be called: an int8 weight imports this when accelerate first offloads it.
 Hooks of modules without int8 weights work as they did.
 
@@ -18,8 +19,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
-from int8fx import state_dict
-from int8fx.quantized_weight import Int8Weight
+from int8fx.weights import state_dict
+from int8fx.weights.tensor import Int8Weight
 
 
 class _Whole(Mapping[str, Any]):

@@ -6,10 +6,10 @@
 bitsandbytes' operators return a list of outlier columns, whose length only the data tells. Dynamo
 breaks the graph there, twice a linear, unless it may trace such operators: importing this module
 allows that, for this process, and logs it: Dynamo asks before it calls any backend, so nothing narrower
-would do. What the backend makes of them is in ``passes/bitsandbytes_nodes.py``.
+would do. What the backend makes of them is in ``passes/linears/bitsandbytes_nodes.py``.
 
 Checkpoints need nothing from here: ``weight`` and ``SCB`` are read by ``load_state_dict`` and
-``int8fx.load_checkpoint`` (``int8fx/state_dict.py``), and ``to_bitsandbytes`` writes them.
+``int8fx.load_checkpoint`` (``int8fx/weights/state_dict.py``), and ``to_bitsandbytes`` writes them.
 """
 
 import logging
@@ -18,9 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from int8fx.kernels.quantize import QMAX
-from int8fx.state_dict import BITSANDBYTES_FORMAT, BITSANDBYTES_SCALE, SCALE
+from int8fx.kernels.ops.quantize_reference import QMAX
 from int8fx.torch_private import trace_operators_of_dynamic_shape
+from int8fx.weights.state_dict import BITSANDBYTES_FORMAT, BITSANDBYTES_SCALE, SCALE
 
 log = logging.getLogger(__name__)
 

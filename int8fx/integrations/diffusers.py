@@ -26,11 +26,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from int8fx import state_dict
 from int8fx.errors import CheckpointError
 from int8fx.options import Options
-from int8fx.quantize import OPTIONS, decisions, dequantize_, keeps_transposed
-from int8fx.quantized_weight import Int8Weight
+from int8fx.weights import state_dict
+from int8fx.weights.quantize import OPTIONS, decisions, dequantize_
+from int8fx.weights.sites import keeps_transposed
+from int8fx.weights.tensor import Int8Weight
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from int8fx import torch_private
-from int8fx.watch import IN_PLACE
+from int8fx.compiler.watch import IN_PLACE
 
 # The requests for the backend at the time when a model was looked for in them.
 _seen: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()

@@ -16,9 +16,9 @@ from typing import Any
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
-from int8fx.identity import State, state_of
-from int8fx.quantized_weight import Int8Weight
 from int8fx.torch_private import version_of
+from int8fx.weights.identity import State, state_of
+from int8fx.weights.tensor import Int8Weight
 
 BEFORE = "_int8fx_before_merge"
 

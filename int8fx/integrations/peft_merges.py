@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from int8fx.weights import STORE
+from int8fx.weights.store import STORE
 
 _WATCHED = "_int8fx_watched"
 

@@ -10,7 +10,7 @@ The last line needs no import: ``int8fx_autoload.py`` tells transformers of the 
 not installed the same line raises a ``ValueError`` that names int8fx (``READER``).
 
 Each weight is quantised as it is read, so memory peaks one weight above the int8 model. The files
-that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/state_dict.py``). What a
+that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/weights/state_dict.py``). What a
 ``device_map`` leaves on the CPU for a GPU, or on disk, comes back whole
 (``int8fx/integrations/accelerate.py``).
 """
@@ -28,19 +28,19 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from int8fx import checkpoint, sharding, state_dict
 from int8fx.errors import CheckpointError
 from int8fx.kernels.cpu import pages
 from int8fx.options import Options
-from int8fx.quantize import (
+from int8fx.weights import checkpoint, sharding, state_dict
+from int8fx.weights.distributed import local
+from int8fx.weights.quantize import (
     OPTIONS,
     decisions,
     dequantize_,
-    keeps_transposed,
-    local,
     warn_of_experts,
 )
-from int8fx.quantized_weight import Int8Weight
+from int8fx.weights.sites import keeps_transposed
+from int8fx.weights.tensor import Int8Weight
 
 METHOD = "int8fx"
 # transformers skips a quantisation that it does not know, and loads the files as if they were float.

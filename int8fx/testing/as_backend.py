@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from int8fx.report import Report, collect_reports
+from int8fx.compiler.report import Report, collect_reports
 
 TOLERANCE = 0.05
 _WIDENED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -25,7 +25,7 @@ def int8_linear(
     w_scale: Tensor,
     bias: Tensor | None,
 ) -> Any:
-    """The formula of ``kernels/linear.py``; NotImplemented for what is not on a GPU.
+    """The formula of ``kernels/ops/linear_reference.py``; NotImplemented for what is not on a GPU.
 
     Args:
         weight: ``[N, K]`` int8; the others as there.

@@ -25,8 +25,9 @@ The counters are zeros that the kernel which computes x writes (``zeros_for_coun
 nor memory that outlives a call and that two streams could share. The order of summation is fixed in
 both, so a result is the same bits every time.
 
-Source: Dettmers et al. 2022, "LLM.int8()", equation 8. References: ``kernels/quantize.py`` and
-``kernels/linear.py``.
+Source: Dettmers et al. 2022, "LLM.int8()", equation 8. References:
+``kernels/ops/quantize_reference.py`` and
+``kernels/ops/linear_reference.py``.
 """
 
 import torch
@@ -39,8 +40,8 @@ from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
 from int8fx.kernels.gpu.split import sum_of_tile
-from int8fx.kernels.linear import linear_reference
-from int8fx.kernels.quantize import quantize_reference
+from int8fx.kernels.ops.linear_reference import linear_reference
+from int8fx.kernels.ops.quantize_reference import quantize_reference
 
 MAX_M = 16
 BLOCK_O = 16  # outlier columns a step

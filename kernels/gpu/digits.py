@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8fx.kernels.quantize import MIN_SCALE, QMAX
+from int8fx.kernels.ops.quantize_reference import MIN_SCALE, QMAX
 
 DIGITS = 3
 BASE = 2.0 * QMAX

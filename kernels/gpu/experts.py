@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from int8fx.kernels.experts import check_routing, setup_context, sorted_rows
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.columns import find_columns
 from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_reference
@@ -50,6 +49,7 @@ from int8fx.kernels.gpu.routing import (
     tiles,
 )
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
+from int8fx.kernels.ops.expert_linear import check_routing, setup_context, sorted_rows
 
 BLOCK_O = 16  # outlier columns a step
 _GROUP_M = 8
@@ -187,7 +187,7 @@ def expert_linear(
     experts: Tensor | None,
     ends: Tensor | None = None,
 ) -> Tensor:
-    """``int8fx::expert_linear`` (``kernels/experts.py``) on a GPU.
+    """``int8fx::expert_linear`` (``kernels/ops/expert_linear.py``) on a GPU.
 
     Args:
         x: ``[S, K]``, fp32, bf16 or fp16.

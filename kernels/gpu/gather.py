@@ -31,7 +31,7 @@ from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.norm import normalized_at
 from int8fx.kernels.gpu.rows import ROW_BYTES, chunks_of_row
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
-from int8fx.kernels.quantize import quantize_reference
+from int8fx.kernels.ops.quantize_reference import quantize_reference
 
 BLOCK_O = 32
 _FEW_ROWS, _MANY_ROWS = 256, 1024

@@ -10,7 +10,7 @@ alive at once, and spill.
 With few tiles, SPLIT_K programs share one, each with its part of K and of the outliers (``split.py``).
 With many, some have EXTRA_M rows more (``tall.py``).
 
-Source: Dettmers et al. 2022, "LLM.int8()", equation 8. Reference: ``kernels/linear.py``.
+Source: Dettmers et al. 2022, "LLM.int8()", equation 8. Reference: ``kernels/ops/linear_reference.py``.
 """
 
 import triton

@@ -9,8 +9,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from int8fx.kernels import tuning
-from int8fx.kernels.gpu import configs
+from int8fx.kernels.gpu import configs, tuning
 
 
 def launch(

@@ -36,8 +36,8 @@ from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
 from int8fx.kernels.gpu.launch import empty, launch, precision
 from int8fx.kernels.gpu.rounding import int8_rows, quantize_rows
-from int8fx.kernels.ops import linears_backward, linears_setup
-from int8fx.kernels.quantize import EVERYTHING
+from int8fx.kernels.ops.gradients import linears_backward, linears_setup
+from int8fx.kernels.ops.quantize_reference import EVERYTHING
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP_M = 8  # tiles of rows that share the weight's tiles in L2
@@ -368,7 +368,7 @@ def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor,
     return x_gathered, w_gathered, count, counters
 
 
-# Gradients are straight-through, as in kernels/ops.py.
+# Gradients are straight-through, as in kernels/ops/int8_linear.py.
 def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     linears_setup(ctx, inputs[:-1], output)
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8fx.kernels import quantize as reference
 from int8fx.kernels.gpu.launch import empty
+from int8fx.kernels.ops import quantize_reference as reference
 
 # Written as a decimal: Inductor copies constants into its output as they print.
 MIN_SCALE = tl.constexpr(1.1754943508222875e-38)
@@ -15,7 +15,8 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``kernels/quantize.py``'s token decomposition, in fewer instructions of Inductor's kernel.
+    """``kernels/ops/quantize_reference.py``'s token decomposition, in fewer instructions of Inductor's
+    kernel.
 
     - The maximum is taken of the bits, as integers: of floats Inductor's takes four instructions,
       since it looks for NaN, which as an integer is larger than all others.

@@ -4,7 +4,7 @@
 
 Which columns these are takes more instructions than a row does: a program asks once, for several steps
 of rows, and keeps the answer in registers, as it keeps the rows between their absmax and their int8.
-Reference: ``kernels/quantize.py``.
+Reference: ``kernels/ops/quantize_reference.py``.
 """
 
 import triton

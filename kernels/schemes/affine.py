@@ -17,11 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8fx.kernels import ops, table
+from int8fx.kernels import table
+from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.int8 import PER_CHANNEL, PER_TENSOR
 from int8fx.kernels.gpu import composed
-from int8fx.kernels.quantize import MIN_SCALE, QMAX, split_outliers
-from int8fx.kernels.scheme import Call, Lowering, Scheme, Settings, WeightFormat
-from int8fx.kernels.schemes.int8 import PER_CHANNEL, PER_TENSOR
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.quantize_reference import MIN_SCALE, QMAX, split_outliers
+from int8fx.kernels.schemes.scheme import (
+    Call,
+    Lowering,
+    Scheme,
+    Settings,
+)
 
 # Rounding x / scale and the zero point moves an end of the range by a whole step at most.
 _RANGE = QMAX - 0.5
@@ -36,7 +43,8 @@ def quantize_affine_reference(
 
     Args:
         x: ``[*, K]``, fp32, bf16 or fp16.
-        threshold, decomposition: as of ``kernels/quantize.py``. An outlier counts as 0 in the range.
+        threshold, decomposition: as of ``kernels/ops/quantize_reference.py``. An outlier counts as 0
+        in the range.
         per_tensor: one scale for all rows, or one each.
         zero_point: the middle of the range is not 0.
 
@@ -95,7 +103,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple:
-    """Straight-through, carried by ``x_outlier``; see ``kernels/ops.py``."""
+    """Straight-through, carried by ``x_outlier``; see ``kernels/ops/int8_linear.py``."""
     return (grads[3] if ctx.decomposed else None), None, None, None, None
 
 

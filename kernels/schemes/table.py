@@ -1,7 +1,8 @@
 """All schemes, by name.
 
 A new one is a file beside this one, and a row here. The file defines a ``Scheme``
-(``kernels/scheme.py``): how it keeps weights, as any number of tensors of any shape and dtype (packed
+(``kernels/schemes/scheme.py``): how it keeps weights, as any number of tensors of any shape and dtype
+(packed
 4-bit weights, zero points, a scale for each group), and its product, written once against ``call``.
 From the row on options, rules, reports, ``explain``, ``evaluate`` and the command know it, and the
 tests, which take their cases from this table, hold its lowering against its reference:
@@ -12,8 +13,8 @@ tests, which take their cases from this table, hold its lowering against its ref
 from collections.abc import Callable
 from typing import Any
 
-from int8fx.kernels.scheme import Scheme
 from int8fx.kernels.schemes import affine, int8, weight_only
+from int8fx.kernels.schemes.scheme import Scheme
 
 DEFAULT = int8.LLM_INT8.name
 

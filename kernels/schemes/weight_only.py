@@ -15,7 +15,6 @@ in 16-bit may do the same.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8fx.kernels import ops
-from int8fx.kernels.quantize import EVERYTHING, weight_scale
-from int8fx.kernels.scheme import Call, Scheme, Settings, WeightFormat, unchanged
+from int8fx.kernels.formats.groups import dequantize_groups, grouped
+from int8fx.kernels.formats.int8 import PER_CHANNEL
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.quantize_reference import EVERYTHING
 from int8fx.kernels.schemes import int8
-from int8fx.kernels.schemes.int8 import PER_CHANNEL
+from int8fx.kernels.schemes.scheme import (
+    Call,
+    Scheme,
+    Settings,
+    unchanged,
+)
 
 
 def lower_per_channel(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
@@ -49,31 +54,6 @@ W8A16 = Scheme(
 
 
 # --- by groups ------------------------------------------------------------------------------------
-
-
-@functools.cache
-def grouped(group_size: int) -> WeightFormat:
-    """``w_int8 [N, G · group_size]``, padded with zeros, and ``w_scale [N, G]`` fp32."""
-
-    def quantize(weight: Tensor) -> tuple[Tensor, ...]:
-        K = weight.shape[1]
-        padded = F.pad(weight.detach().to(torch.float32), (0, -K % group_size))
-        groups = padded.unflatten(1, (-1, group_size))
-        w_scale = weight_scale(groups)
-        w_int8 = torch.round(groups / w_scale.unsqueeze(-1)).to(torch.int8)
-        return w_int8.flatten(1).contiguous(), w_scale
-
-    def dequantize(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
-        w_int8, w_scale = tensors
-        return dequantize_groups(w_int8, w_scale, K)
-
-    return WeightFormat(f"int8 by groups of {group_size}", ("int8", "scale"), quantize, dequantize)
-
-
-def dequantize_groups(w_int8: Tensor, w_scale: Tensor, K: int) -> Tensor:
-    """ŵ ``[N, K]`` fp32."""
-    groups = w_int8.unflatten(1, (w_scale.shape[1], -1)).to(torch.float32)
-    return (groups * w_scale.unsqueeze(-1)).flatten(1)[:, :K]
 
 
 def group_linear_reference(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from int8fx.kernels.gpu.digits import digits_reference
 from int8fx.kernels.gpu.gemm import gemm_reference
 from int8fx.kernels.gpu.norm import norm_statistics, normalized_reference
 from int8fx.kernels.gpu.rounding import quantize_rows
-from int8fx.kernels.quantize import quantize_reference
+from int8fx.kernels.ops.quantize_reference import quantize_reference
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

@@ -28,8 +28,8 @@ from int8fx.kernels.gpu import experts as gpu_experts
 from int8fx.kernels.gpu import experts_gradient, launch
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
-from int8fx.kernels.quantize import quantize_weight
-from int8fx.kernels.scheme import Settings
+from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.kernels.schemes.scheme import Settings
 
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()

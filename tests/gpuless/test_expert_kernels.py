@@ -25,7 +25,7 @@ from int8fx.kernels.gpu.experts import (
     quantize_experts_kernel,
 )
 from int8fx.kernels.gpu.experts_gradient import expert_gradient_kernel
-from int8fx.kernels.quantize import quantize_reference, quantize_weight
+from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
 
 THRESHOLD = 6.0
 # As in test_kernels.py: half a unit in the last place, and fp32 sums in another order.

@@ -53,7 +53,7 @@ from int8fx.kernels.gpu.norm import (
 )
 from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.gpu.rows import chunks_of_row
-from int8fx.kernels.quantize import quantize_reference, quantize_weight
+from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
 
 THRESHOLD = 6.0
 # Of the result's dtype: half a unit in the last place, and fp32 sums in another order.

@@ -1,0 +1,1 @@
+"""What int8 does to a model: explain, evaluate, suggest."""

@@ -1,0 +1,135 @@
+"""``int8fx.explain``: one run of a model, and everything that the backend does to it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from int8fx.analysis.explanation.explanation import Explanation
+from int8fx.analysis.explanation.record import Row, Totals, decibels
+from int8fx.options import Options
+
+if TYPE_CHECKING:
+    from int8fx.analysis.observe import Graph, Observation, Seen
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What ``torch.compile(model, backend="llmint8", options=options)`` does to a model.
+
+    Runs ``model(*args, **kwargs)`` once under ``torch.no_grad()``, its linears in int8, without
+    Inductor: it takes the time of some eager runs. Compiled forms of the model, and its weights, stay
+    as they are; what the model itself changes by running (a KV cache, a batch norm in training)
+    changes.
+
+    Args:
+        model: a module or a function, compiled or not. A weight that is in int8 already is compared
+            with the float values that it stands for.
+        options: those of the backend, see ``int8fx.Options``.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
+    """
+    checked = Options.parse(options)
+    # The compile's modules are imported when they are needed, as by the backend.
+    from int8fx import torch_private
+    from int8fx.analysis.observe import Observation
+    from int8fx.kernels import table
+
+    torch_private.check_torch()
+    model = torch_private.uncompiled(model)
+    observation = Observation(model, checked)
+    observation.run(model, args, kwargs)
+
+    others = sum(
+        graph.other_flops * runs
+        for graph, runs in zip(observation.graphs, observation.runs, strict=True)
+    )
+    rows = _in_shares(list(_rows(observation)), others)
+    return Explanation(
+        rows=tuple(rows),
+        totals=_totals(model, rows, others),
+        threshold=checked.threshold,
+        kernel=table.describe(),
+        unused=_unused(observation),
+        graphs=len(observation.graphs),
+        graph_breaks=observation.breaks,
+        recompiles=observation.recompiles,
+    )
+
+
+def _rows(observation: "Observation") -> Iterator[Row]:
+    counted: set[tuple] = set()
+    for ((number, index), path), seen in observation.by_linear.items():
+        graph = observation.graphs[number]
+        counts = seen.stored is not None and seen.stored.identity not in counted
+        if seen.stored is not None:
+            counted.add(seen.stored.identity)
+        # A product of two activations has no observer: it ran as often as its graph.
+        calls = observation.runs[number] if seen.stored is None else seen.calls
+        yield _row(graph, index, path, seen, calls, counts)
+
+
+def _row(graph: "Graph", index: int, path: str, seen: "Seen", calls: int, counts: bool) -> Row:
+    decision = graph.decisions[index]
+    absmax, columns = seen.channel_absmax, seen.outlier_columns
+    quantized = decision.accepted and seen.calls > 0
+    return Row(
+        path=path,
+        spelling=decision.spelling,
+        shape=decision.shape,
+        accepted=decision.accepted,
+        reason=decision.reason,
+        scheme=decision.scheme,
+        calls=calls,
+        rows=seen.rows,
+        outlier_columns=None if columns is None else int(columns.sum()),
+        outlier_elements=None if columns is None else seen.outlier_elements,
+        input_absmax=None if absmax is None else absmax.max().item(),
+        sqnr_db=decibels(seen.signal, seen.noise) if quantized else None,
+        sqnr_db_at={at: decibels(seen.signal, noise) for at, noise in seen.noise_at.items()},
+        channel_absmax=() if absmax is None else tuple(absmax.tolist()),
+        float_bytes=0 if seen.stored is None else seen.stored.float_bytes,
+        kept_bytes=0 if seen.stored is None else seen.stored.kept_bytes,
+        counts_bytes=counts,
+        flops=graph.flops[index] * calls,
+        share=0.0,
+    )
+
+
+def _in_shares(rows: Sequence[Row], others: int) -> list[Row]:
+    total = others + sum(row.flops for row in rows)
+    return [dataclasses.replace(row, share=row.flops / total if total else 0.0) for row in rows]
+
+
+def _totals(model: Any, rows: Sequence[Row], others: int) -> Totals:
+    accepted = [row for row in rows if row.accepted]
+    kept = [row for row in accepted if row.counts_bytes]
+    left = [row for row in rows if row.counts_bytes and not row.accepted]
+    return Totals(
+        candidates=len(rows),
+        accepted=len(accepted),
+        float_bytes=sum(row.float_bytes for row in kept),
+        kept_bytes=sum(row.kept_bytes for row in kept),
+        left_bytes=sum(row.float_bytes for row in left),
+        model_bytes=_model_bytes(model),
+        flops=others + sum(row.flops for row in rows),
+        accepted_share=sum(row.share for row in accepted),
+    )
+
+
+def _model_bytes(model: Any) -> int:
+    if not isinstance(model, nn.Module):
+        return 0
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _unused(observation: "Observation") -> tuple[str, ...]:
+    """What decides on nothing in any graph."""
+    first, *rest = [graph.unused for graph in observation.graphs] or [()]
+    return tuple(pattern for pattern in first if all(pattern in unused for unused in rest))

@@ -1,0 +1,1 @@
+"""What ``explain`` found, as data, text, a page and pictures."""

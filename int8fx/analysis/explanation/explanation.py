@@ -1,0 +1,57 @@
+"""What ``int8fx.explain`` found, for people and for programs."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from int8fx.analysis.explanation.html import fragment, page
+from int8fx.analysis.explanation.plots import draw
+from int8fx.analysis.explanation.record import Findings, _finite
+from int8fx.analysis.explanation.text import _kind_table, _row_table, as_text, sentences
+
+
+class Explanation(Findings):
+    """What the backend makes of a model, on the inputs of one run.
+
+    ``print`` shows it as a table; in a notebook it shows itself.
+    """
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def __rich__(self) -> RenderableType:
+        # The summary last: it is what a terminal shows when everything has scrolled by.
+        return Group(_row_table(self), "", _kind_table(self.rows), "", *map(Text, sentences(self)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it: an infinite SQNR is None with ``exact: true``."""
+        values = asdict(self)
+        for row in values["rows"]:
+            row["exact"] = row["sqnr_db"] == math.inf
+            row["sqnr_db"] = _finite(row["sqnr_db"])
+            at = row["sqnr_db_at"]
+            row["sqnr_db_at"] = {f"{key:g}": _finite(value) for key, value in at.items()}
+        return values
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes one page that needs no other file, with the tables and the pictures.
+
+        Raises:
+            UserError: matplotlib is not installed.
+        """
+        Path(path).write_text(page(self), encoding="utf-8")
+
+    def plot(self, path: str | Path) -> None:
+        """Draws outliers, SQNR, memory and threshold sensitivity; the suffix chooses the format.
+
+        Raises:
+            UserError: matplotlib is not installed.
+        """
+        draw(self).savefig(path)
+
+    def _repr_html_(self) -> str:
+        return fragment(self)

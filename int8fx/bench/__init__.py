@@ -1,0 +1,1 @@
+"""What benchmarks, the demo and the command share."""

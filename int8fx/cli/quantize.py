@@ -1,0 +1,80 @@
+"""``int8fx quantize``: a model's files in, int8 files out, as transformers reads them back."""
+
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from int8fx.analysis.explanation.record import mib
+from int8fx.bench import models
+from int8fx.bench.progress import step
+from int8fx.errors import QUANTISED, UserError
+from int8fx.integrations.transformers import Int8FxConfig
+from int8fx.weights.tensor import Int8Weight
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written; ``print`` it with rich, or take ``to_dict``.
+
+    Attributes:
+        model, directory: from where and to where.
+        linears: how many weights are in int8 now.
+        model_bytes: of all parameters and buffers, in memory.
+        file_bytes: of the directory.
+    """
+
+    model: str
+    directory: str
+    linears: int
+    model_bytes: int
+    file_bytes: int
+
+    def __rich__(self) -> Text:
+        return Text(
+            f"{self.linears} linears of {self.model} in int8; the model takes {mib(self.model_bytes)} "
+            f"MiB, its files in {self.directory} {mib(self.file_bytes)} MiB"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize_files(name: str, directory: Path, options: dict[str, Any], progress: Console) -> Saved:
+    """Loads a model straight into int8 and saves it with its tokenizer.
+
+    Args:
+        name: a directory or a hub name.
+        directory: is made, whole or not at all; it is not there yet.
+        options: of ``int8fx.quantize_``.
+
+    Raises:
+        UserError: the model cannot be loaded, or the directory cannot be made, and why.
+    """
+    model, tokenizer = models.load(name, progress, quantization_config=Int8FxConfig(**options))
+    if model.hf_quantizer.pre_quantized:
+        raise UserError(f"MODEL {name}{QUANTISED}")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with step(progress, f"Writing {directory}"), models.quiet_transformers():
+            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=directory.parent))
+            try:
+                made = unfinished / directory.name
+                model.save_pretrained(made)
+                tokenizer.save_pretrained(made)
+                made.replace(directory)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"OUT {directory}: {error}") from error
+    return Saved(
+        model=name,
+        directory=str(directory),
+        linears=sum(isinstance(each, Int8Weight) for each in model.parameters()),
+        model_bytes=model.get_memory_footprint(),
+        file_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+    )

@@ -1,0 +1,1 @@
+"""One compile: from Dynamo's graph to a callable."""

@@ -1,0 +1,115 @@
+"""canonicalize and select: finds every linear of a compile, and decides on each."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from int8fx import torch_private
+from int8fx.compiler.compilation import Compilation
+from int8fx.kernels import table
+from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR
+from int8fx.kernels.schemes.scheme import Choice
+from int8fx.options import Options
+from int8fx.passes.graph.transforms import leave_transforms
+from int8fx.passes.graph.weight_expression import WeightExpression
+from int8fx.passes.linears.canonicalize import Candidate, candidates
+from int8fx.passes.linears.decision import Decision
+from int8fx.passes.linears.low_rank import factors
+from int8fx.passes.linears.ranking import Rankings
+from int8fx.passes.linears.select import (
+    REQUIRES_GRAD,
+    Selection,
+    module_path,
+    refusal,
+    shape_of_weight,
+)
+from int8fx.weights.store import weight_reason
+from int8fx.weights.tensor import Int8Weight
+
+log = logging.getLogger(__name__)
+
+
+# What a product of two activations is: a scale per token, and no outliers.
+OF_ACTIVATIONS = ABSMAX_VECTOR.name
+
+
+def canonicalize(compilation: Compilation) -> None:
+    """Finds every linear and matmul, in one form whatever its spelling."""
+    leave_transforms(compilation.root, torch_private.is_level_wrapper)
+    compilation.found = candidates(
+        compilation.root, compilation.paths.get, compilation.options.attention
+    )
+
+
+def select(compilation: Compilation) -> None:
+    """Decides which are rewritten."""
+    options = compilation.options
+    rankings = Rankings(compilation.root, compilation.tensors.__contains__)
+    shapes = {
+        candidate: shape_of_weight(candidate.weight, compilation.tensors)
+        for candidate in compilation.found
+        if candidate.weight is not None
+    }
+    selection = Selection(
+        tensors=compilation.tensors,
+        paths=compilation.paths,
+        skip=options.skip,
+        only=options.only,
+        skips_by_default=options.skips_by_default,
+        kernel_reason=table.refusal,
+        memory=compilation.memory(),
+        records_gradients=compilation.records_gradients,
+        weight_reason=functools.partial(_weight_reason, options),
+        ranked_by=rankings.ranked_by,
+        factors=factors(shapes, rankings.origins),
+        attention=options.attention,
+    )
+    for candidate in compilation.found:
+        reason = refusal(candidate, selection)
+        dimensions = shapes.get(candidate, ())
+        path = module_path(candidate, selection)
+        choice = _choice(compilation, candidate, path)
+        routed = candidate.routing is not None
+        if not reason and routed and choice.scheme.experts is None:
+            reason = f"scheme {choice.scheme.name!r} has no product for experts"
+        decision = Decision(
+            path=path,
+            spelling=candidate.spelling,
+            shape=(dimensions[-2], dimensions[-1]) if len(dimensions) in (2, 3) else None,
+            accepted=not reason,
+            reason=reason,
+            scheme="" if reason else OF_ACTIVATIONS if candidate.weight is None else choice.scheme.name,
+            experts=dimensions[0] if len(dimensions) == 3 else 0,
+        )
+        log.debug("%s", decision)
+        compilation.decisions.append(decision)
+        if not reason:
+            compilation.accepted.append(candidate)
+        if not reason and candidate.weight is not None:
+            compilation.choices[candidate] = choice
+            compilation.products[candidate] = choice.lower_experts if routed else choice.lower
+    _warn_of_trainable(compilation.decisions)
+
+
+def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice:
+    weight = candidate.weight and compilation.tensors.get(candidate.weight.placeholder)
+    kept = weight.activation_options if isinstance(weight, Int8Weight) else None
+    return compilation.options.choice(path, kept)
+
+
+def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:
+    return weight_reason(tensor, expression, options.choice(path).weight_format)
+
+
+def _warn_of_trainable(decisions: Sequence[Decision]) -> None:
+    trainable = sum(decision.reason == REQUIRES_GRAD for decision in decisions)
+    if trainable:
+        warnings.warn(
+            f"llmint8 left {trainable} linears in float, because their weights require grad: call "
+            "the model under torch.no_grad(), or freeze it with model.requires_grad_(False)",
+            UserWarning,
+            stacklevel=2,
+        )

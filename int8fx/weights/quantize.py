@@ -1,0 +1,191 @@
+"""``quantize_`` and ``dequantize_``: a model's weights to int8 and back, in place, one by one."""
+
+import importlib
+import logging
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8fx import torch_private
+from int8fx.options import Options
+from int8fx.passes.linears.decision import Decision
+from int8fx.passes.linears.select import (
+    only_reason,
+    skip_reason,
+)
+from int8fx.weights import state_dict, structure
+from int8fx.weights.distributed import _map_local, local
+from int8fx.weights.sites import ALREADY, _by_weight, _sites
+from int8fx.weights.tensor import Int8Weight
+
+log = logging.getLogger(__name__)
+
+OPTIONS = ("threshold", "decomposition", "skip", "only")
+
+
+def quantize_(model: nn.Module, **options: Any) -> nn.Module:
+    """Replaces the weights of a model's linears by their int8 form, in place.
+
+    One weight after another, so that memory peaks one weight above the final size. The modules stay
+    what they are; each ``weight`` becomes an ``Int8Weight``, whose ``state_dict`` entries are
+    ``weight`` (int8) and ``weight_scale`` (``int8fx/weights/state_dict.py``). The model runs eagerly,
+    and
+    compiles with ``backend="llmint8"`` to what the float model would compile to, bit for bit.
+
+    Args:
+        model: on any device, "meta" included. Weights that are in int8 already stay; those that a
+            compile released (``release_weights``) may be read by everything from then on.
+        options: ``threshold``, ``decomposition``, ``skip``, ``only``, as for ``torch.compile``
+            (``int8fx.Options``). The first two are kept with the weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an option is unknown or out of range, no weight of the model can be quantised, or
+            FSDP2 has it in use already; the message says why not. The model is as it was.
+    """
+    checked = Options.parse(options, "quantize_", OPTIONS)
+    sites = _sites(model, checked)
+    released = [p for p in model.parameters() if isinstance(p, Int8Weight) and p.released]
+    experts = _experts(model, checked)
+    if not released and not any(site.accepted or site.reason == ALREADY for site in sites):
+        found = (*(site.decision for site in sites), *experts)
+        reasons = "".join(f"\n  {decision}" for decision in found)
+        raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
+    shards = _shards(model, "quantize_")
+    for kept in released:
+        kept.released = False
+    for shared in _by_weight(sites):
+        weight = shared[0].weight
+        quantized = _quantized(weight, shared[0].transposed, checked)
+        if id(weight) in shards:
+            torch_private.replace_shard(shards[id(weight)], quantized)
+        for site in shared:
+            site.module.weight = quantized
+            state_dict.attach(site.module)
+    state_dict.check_on_load(model)
+    for site in sites:
+        log.debug("%s", site.decision)
+    _tell_hugging_face("quantized", model, options)
+    warn_of_experts(model, experts)
+    return model
+
+
+def decisions(model: nn.Module, **options: Any) -> list[Decision]:
+    """What ``quantize_`` would do with each linear of a model and with its experts, and why."""
+    checked = Options.parse(options, "quantize_", OPTIONS)
+    return [*(site.decision for site in _sites(model, checked)), *_experts(model, checked)]
+
+
+EXPERTS = "experts in one batch of matrices: the backend quantises them when it compiles the model"
+
+
+def _experts(model: nn.Module, options: Options) -> list[Decision]:
+    found = []
+    for path, batch in structure.experts(model):
+        reason = skip_reason(path, options.skip) or only_reason(path, options.only) or EXPERTS
+        found.append(structure.of_experts(path, batch, reason))
+    return found
+
+
+def warn_of_experts(model: nn.Module, found: Sequence[Decision]) -> None:
+    """Warns once of experts among these decisions that nobody asked to leave in float."""
+    left = [decision for decision in found if decision.reason == EXPERTS]
+    if left:
+        warnings.warn(structure.warning_of(model, left), UserWarning, stacklevel=3)
+
+
+def first_int8(model: Any) -> str:
+    """The name of the first parameter in int8, of a module that has one; or empty."""
+    if not isinstance(model, nn.Module):
+        return ""
+    return next((n for n, p in model.named_parameters() if isinstance(local(p), Int8Weight)), "")
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replaces the int8 weights of a model by float parameters, in place: ``w_int8 · w_scale``.
+
+    Args:
+        dtype: of the parameters; by default that which each weight had.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a weight is offloaded by accelerate, or FSDP2 has the model in use; it is as it was.
+    """
+    shards = _shards(model, "dequantize_")
+    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(local(weight), Int8Weight):
+                if weight.is_meta and hasattr(module, "_hf_hook"):
+                    raise ValueError(
+                        f"dequantize_: a weight of shape {list(weight.shape)} is offloaded; bring it "
+                        "back with accelerate.hooks.remove_hook_from_submodules(model) first"
+                    )
+                owners[id(weight)].append((module, name))
+    for shared in owners.values():
+        weight = getattr(*shared[0])
+        floats = _map_local(
+            weight, lambda part: torch_private.out_of_inference_mode(part.dequantize(dtype))
+        )
+        parameter = nn.Parameter(floats, requires_grad=False)
+        if id(weight) in shards:
+            torch_private.replace_shard(shards[id(weight)], parameter)
+        for module, name in shared:
+            setattr(module, name, parameter)
+    _tell_hugging_face("dequantized", model)
+    return model
+
+
+# Models that write what they are beside their files: where their class is, and what tells them.
+_WITH_FILES = {
+    "transformers.modeling_utils": "int8fx.integrations.transformers",
+    "diffusers.models.modeling_utils": "int8fx.integrations.diffusers",
+}
+
+
+def _tell_hugging_face(event: str, model: nn.Module, *args: Any) -> None:
+    for needed, integration in _WITH_FILES.items():
+        # Importing it takes seconds; without it no module can be one of its models.
+        if needed in sys.modules:
+            getattr(importlib.import_module(integration), event)(model, *args)
+
+
+def _shards(model: nn.Module, name: str) -> dict[int, Any]:
+    """What FSDP2 keeps of a model.
+
+    Raises:
+        ValueError: it has put weights together already, and would go on with those.
+    """
+    shards = torch_private.fsdp_shards(model)
+    if any(torch_private.was_gathered(shard) for shard in shards.values()):
+        raise ValueError(
+            f"{name}: FSDP2 has this model in use already; call {name} before the model is first called"
+        )
+    return shards
+
+
+# --- which weights -------------------------------------------------------------------------------
+
+
+# --- one weight ----------------------------------------------------------------------------------
+
+
+def _quantized(weight: Tensor, transposed: bool, options: Options) -> nn.Parameter:
+    def quantize(part: Tensor) -> Int8Weight:
+        return Int8Weight.from_float(
+            part,
+            threshold=options.threshold,
+            decomposition=options.decomposition,
+            transposed=transposed,
+        )
+
+    return nn.Parameter(_map_local(weight, quantize), requires_grad=False)

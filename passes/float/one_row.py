@@ -1,0 +1,63 @@
+"""One row: a linear that stays in float, the output head, is in decode a sum along its weight.
+
+    y = linear(x, w, b)        x [..., K] of one row, w [N, K]
+    y = (x.float() * w.float()).sum(-1) + b
+
+Inductor fuses the right side into one walk over the weight, at the speed of memory; a library's product
+of one row reads it at half of that: 3.4 ms instead of 1.8 for SmolLM2's head of 49152 x 576 in bf16,
+7.1 instead of 3.6 for 32000 x 2048 (two cores of Zen 4). Sums are fp32, rounded once.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from int8fx.passes.graph.emit import Emitter
+from int8fx.passes.graph.values import shape_of, tensor_of
+from int8fx.passes.linears.select import DTYPES
+
+LEAST_BYTES = 4 << 20  # smaller weights stay in a cache
+
+
+def one_row(graph: fx.Graph, fake_mode: Any) -> int:
+    """Rewrites every such linear of one graph on a CPU; returns how many that were.
+
+    The caller sees to it that no gradient is asked for: weights would be written out for it.
+    """
+    found = [node for node in graph.find_nodes(op="call_function", target=F.linear) if _serves(node)]
+    for node in found:
+        _rewrite(node, fake_mode)
+    return len(found)
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    return given["input"], given["weight"], given.get("bias")
+
+
+def _serves(node: fx.Node) -> bool:
+    x, w, y = (tensor_of(each) for each in (*_operands(node)[:2], node))
+    if x is None or w is None or y is None:
+        return False
+    # Under autocast the call casts by itself, and its output is of another dtype.
+    alike = x.dtype in DTYPES and x.dtype == w.dtype == y.dtype
+    static = all(isinstance(size, int) for size in (*x.shape, *w.shape))
+    if x.device.type != "cpu" or not alike or not static:
+        return False
+    return x.shape[:-1].numel() == 1 and w.dim() == 2 and w.nbytes >= LEAST_BYTES
+
+
+def _rewrite(node: fx.Node, fake_mode: Any) -> None:
+    x, w, bias = _operands(node)
+    dtype = node.meta["example_value"].dtype
+    with node.graph.inserting_before(node):
+        emit = Emitter(node.graph, fake_mode, node)
+        row = emit.method("float", emit.method("reshape", x, -1))
+        y = emit.method("sum", emit.call(torch.mul, row, emit.method("float", w)), -1)
+        if bias is not None:
+            y = emit.call(torch.add, y, bias)
+        y = emit.method("reshape", emit.method("to", y, dtype), *shape_of(node))
+    node.replace_all_uses_with(y)
+    node.graph.erase_node(node)

@@ -1,0 +1,43 @@
+"""Unlist linears: a call of one linear returns its tensor, and no list of one.
+
+Before::
+
+    y = int8fx.quantized_linears_cpu(x, 6.0, "column", [w], [w_scale], [bias])
+    y1 = y[0]
+
+After::
+
+    y1 = int8fx.quantized_linear_cpu(x, 6.0, "column", w, w_scale, bias)
+
+Inductor's wrapper in C++ (``cpp_wrapper``) calls an operator that returns a list through Python, and
+takes a list of one for the tensor in it: the process crashes
+(``generate_fallback_kernel_with_runtime_lookup_python``, torch 2.13). The new call stays in C++.
+"""
+
+from typing import Any
+
+from torch import fx
+
+from int8fx.kernels.ops import int8_linear as ops
+from int8fx.passes.graph.emit import Emitter
+
+
+def unlist_linears(graph: fx.Graph, fake_mode: Any) -> int:
+    """Rewrites the calls of one linear in one graph; returns how many."""
+    rewritten = 0
+    for call in graph.find_nodes(op="call_function", target=ops.quantized_linears_cpu):
+        x, threshold, decomposition, weights, w_scales, biases = call.args
+        if len(weights) != 1:
+            continue
+        bias = biases[0] if biases else None
+        with graph.inserting_before(call):
+            emit = Emitter(graph, fake_mode, call)
+            y = emit.call(
+                ops.quantized_linear_cpu, x, threshold, decomposition, weights[0], w_scales[0], bias
+            )
+        for item in list(call.users):
+            item.replace_all_uses_with(y)
+            graph.erase_node(item)
+        graph.erase_node(call)
+        rewritten += 1
+    return rewritten
