@@ -21,6 +21,7 @@ from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.kernels.cpu import int8_linear, pages
 from int8fx.kernels.formats import int8
 from int8fx.passes.graph.weight_expression import WeightExpression
+from int8fx.weights import store
 from int8fx.weights.store import STORE, WeightStore
 
 K, N = 64, 96
@@ -115,8 +116,8 @@ def test_a_weight_that_changes_between_its_two_forms_is_packed_again(monkeypatch
             model.weight.mul_(-3)
         return packed[-1]
 
-    original = int8fx.weights._pack
-    monkeypatch.setattr(int8fx.weights, "_pack", pack)
+    original = store._pack
+    monkeypatch.setattr(store, "_pack", pack)
     model.weight.mul_(2)
     call(x)  # one form is of the weight before, the other of that after
     weight = model.weight.double()

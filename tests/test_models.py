@@ -9,7 +9,7 @@ import torch
 from checked import checking
 from toy_models import build
 
-from int8fx.kernels.schemes import int8
+from int8fx.kernels.formats import int8
 from int8fx.torch_private import compile_counts
 
 # Varied on purpose: decoders, encoders, both; vision, audio, several at once; mixtures of experts,

@@ -425,12 +425,13 @@ def test_a_part_of_a_part_is_written_to_with_all_that_it_is_a_part_of_or_not_at_
     assert torch.equal(weight, before[0]) and torch.equal(columns, before[1])
 
 
-def test_a_row_is_a_float_copy(model):
+def test_a_row_is_a_float_copy_to_read(model):
     weight = int8fx.quantize_(model).up.weight
     before = weight.clone()
     row = weight[3]
-    assert type(row) is torch.Tensor and torch.equal(row, before.dequantize()[3])
-    row.zero_()
+    assert torch.equal(row, before.dequantize()[3]) and type(row.clone()) is torch.Tensor
+    with pytest.raises(RuntimeError, match="read-only"):
+        row.zero_()
     assert torch.equal(weight, before)
 
 

@@ -1,4 +1,4 @@
-// int8fx::attention on a CPU (kernels/attention.py). Part of int8_linear.cpp, whose kernels it shares.
+// int8fx::attention on a CPU (kernels/ops/attention.py). Part of int8_linear.cpp, whose kernels it shares.
 #pragma once
 
 void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {

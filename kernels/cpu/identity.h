@@ -1,5 +1,5 @@
 // int8fx::snapshot and int8fx::unchanged: what a list of tensors were at one time, and whether they
-// still are that. A compiled graph asks at each call, of each of its weights; int8fx/identity.py says
+// still are that. A compiled graph asks at each call, of each of its weights; int8fx/weights/identity.py says
 // what is compared.
 //
 // A snapshot is an int64 tensor: of each tensor

@@ -15,7 +15,7 @@ constexpr int64_t SUMS_BYTES = BLOCK_N * sizeof(int32_t);
 
 inline int64_t block_bytes(int64_t k_padded) { return k_padded * BLOCK_N + SUMS_BYTES; }
 
-constexpr float MIN_SCALE = 0x1p-126f;  // kernels/quantize.py says why
+constexpr float MIN_SCALE = 0x1p-126f;  // kernels/ops/quantize_reference.py says why
 
 // Float rows to quantise, and where the result goes.
 struct Input {

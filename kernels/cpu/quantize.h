@@ -1,4 +1,4 @@
-// Quantise: rows of floats to int8 with their outliers taken out, as kernels/quantize.py states it.
+// Quantise: rows of floats to int8 with their outliers taken out, as kernels/ops/quantize_reference.py states it.
 // No include guard: included once per instruction set, as tile.h is, after
 //
 //   load_words             LANES uint16, as uint32

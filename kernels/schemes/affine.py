@@ -8,6 +8,9 @@
 
 The zero point is a whole number, as in the paper, so that an outlier's place holds exactly 0. Weights
 stay symmetric: theirs are, and the paper's gain is from activations such as ReLU's.
+
+``w_sum`` is an fp32 sum, as is that of the product before w_scale. Where one is above the largest
+float, the result is not finite.
 """
 
 import operator

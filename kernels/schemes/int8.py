@@ -4,6 +4,9 @@
 
 All of them are ``int8fx.quantize`` and ``int8fx.int8_linear``; they differ in the threshold (0: no
 decomposition) and in whether a weight has a scale per channel or one for all.
+
+The sum over x̂ and w_int8 is fp32 before it meets w_scale. Where it is above the largest float, the
+result is not finite, though the product of float weights may be.
 """
 
 import dataclasses
