@@ -3,9 +3,9 @@
     python benchmarks/fingerprint.py               # a decode step of SmolLM2-135M in bf16
     python benchmarks/fingerprint.py --rehearse    # a tiny model and few steps: that it runs
 
-One model is compiled with the check and without. Both decode the same tokens in turns, one step each,
-and which of them is first changes from pair to pair. The cost is the median of the pairs' differences,
-of which the quartiles are in brackets.
+One compiled model decodes, with the check at one step and without at the next, and which of a pair is
+first changes from pair to pair. The cost is the median of the pairs' differences, with their quartiles
+in brackets.
 
 Behind each pair, with the processor's caches as a step leaves them, the comparison of all weights runs
 by itself: first of their state alone (versions, addresses, shapes), and then with a set of samples.
@@ -87,19 +87,20 @@ def tiny() -> PreTrainedModel:
 
 def measure(model: PreTrainedModel, sizes: Sizes) -> Cost:
     prompt = torch.randint(model.config.vocab_size, (1, sizes.prefill))
-    contenders = {check: _contender(model, check, sizes) for check in (True, False)}
-    for contender in contenders.values():
-        contender.warm_up(prompt, lambda graphs: None)
+    contender = _contender(model, sizes)
+    contender.warm_up(prompt, lambda graphs: None)
     weights = [weight for weight in model.parameters() if STORE.forms(weight)]
     before = snapshot(weights)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     state, samples = [], []
     for _ in range(sizes.rounds):
-        tokens = {check: each.prefill(prompt) for check, each in contenders.items()}
+        tokens = contender.prefill(prompt)
         # A step fewer than there is room for: the first one after a prefill is not a usual one.
         for step in range(sizes.decode):
             for check in (True, False) if step % 2 else (False, True):
-                taken, tokens[check] = _timed(lambda: contenders[check].decode(tokens[check]))  # noqa: B023
+                for swap in list(STORE.swaps.values()):
+                    swap.check_weights = check
+                taken, tokens = _timed(lambda: contender.decode(tokens))  # noqa: B023
                 if step:
                     seconds[check].append(taken)
             state.append(_timed(lambda: before.matches(weights, sets=0))[0])
@@ -115,10 +116,9 @@ def measure(model: PreTrainedModel, sizes: Sizes) -> Cost:
     )
 
 
-def _contender(model: PreTrainedModel, check: bool, sizes: Sizes) -> Contender:
-    options = {"check_weights": check}
-    compiled = torch.compile(model, backend="llmint8", dynamic=False, options=options)
-    return Contender(str(check), "", model, compiled, sizes.prefill + sizes.decode + 1)
+def _contender(model: PreTrainedModel, sizes: Sizes) -> Contender:
+    compiled = torch.compile(model, backend="llmint8", dynamic=False)
+    return Contender("llmint8", "", model, compiled, sizes.prefill + 2 * sizes.decode + 1)
 
 
 def _timed(run: Callable[[], object]) -> tuple[float, object]:

@@ -53,7 +53,7 @@ class WeightSwap:
         self._float = [slot for slot in slots if not slot.quantized]
         self._kept = list(kept)
         self._store = store
-        self._sets = 1 if check_weights else 0
+        self.check_weights = check_weights  # may be changed between calls
         self._calls = 0
         self._last: _Found | None = None
         # Blocks that share a graph take turns at each call.
@@ -108,7 +108,7 @@ class WeightSwap:
         return found.parts
 
     def _matches(self, found: _Found, tensors: Sequence[Tensor]) -> bool:
-        return found.snapshot.matches(tensors, self._sets, first=self._calls)
+        return found.snapshot.matches(tensors, int(self.check_weights), first=self._calls)
 
     def _look_up(self, tensors: Sequence[Tensor]) -> _Found:
         parts: list[Tensor] = []

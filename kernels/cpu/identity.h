@@ -1,6 +1,6 @@
 // int8fx::snapshot and int8fx::unchanged: what a list of tensors were at one time, and whether they
-// still are that. A compiled graph asks at each call, of each of its weights; int8fx/weights/identity.py says
-// what is compared.
+// still are that. A compiled graph asks at each call, of each of its weights;
+// int8fx/weights/identity.py says what is compared.
 //
 // A snapshot is an int64 tensor: of each tensor
 //   how many words of state, how many hashes | state | hashes of its sets of samples
@@ -73,25 +73,27 @@ inline bool is_trained(const at::Tensor& tensor) {
   return tensor.requires_grad() && tensor.is_leaf() && tensor.grad().defined();
 }
 
+// How many tensors' lines are on their way while those of one are hashed: a line takes longer to come, by
+// a miss of the TLB in a virtual machine, than a tensor's take to be hashed.
+constexpr int64_t AHEAD = 8;
+
 // Whether the contents are those of the snapshot, whose tensors these are.
 inline bool same_contents(at::TensorList tensors, Record record, int64_t first, int64_t sets) {
-  Samples both[2];
-  const auto locate = [&](int64_t i, Samples& samples) {
-    const int64_t wanted = is_trained(tensors[i]) ? SETS : sets;
-    if (record.hashes()) {
-      samples.locate(runs_of(tensors[i]), first, wanted);
+  std::array<Samples, AHEAD + 1> ring;
+  const int64_t count = tensors.size();
+  Record coming = record;
+  int64_t located = 0;
+  for (int64_t i = 0; i < count; ++i, record = record.next()) {
+    for (; located < std::min(i + AHEAD + 1, count); ++located, coming = coming.next()) {
+      if (!coming.hashes()) continue;
+      const at::Tensor& tensor = tensors[located];
+      Samples& samples = ring[located % ring.size()];
+      samples.locate(runs_of(tensor), first, is_trained(tensor) ? SETS : sets);
       samples.fetch();
     }
-  };
-  const int64_t count = tensors.size();
-  if (count) locate(0, both[0]);
-  for (int64_t i = 0; i < count; ++i) {
-    // The next tensor's lines are on their way while these are hashed.
-    const Record here = std::exchange(record, record.next());
-    if (i + 1 < count) locate(i + 1, both[(i + 1) % 2]);
-    const Samples& samples = both[i % 2];
-    for (int64_t set = 0; here.hashes() && set < samples.sets(); ++set)
-      if (samples.hash(set) != here.hash(samples.number(set))) return false;
+    const Samples& samples = ring[i % ring.size()];
+    for (int64_t set = 0; record.hashes() && set < samples.sets(); ++set)
+      if (samples.hash(set) != record.hash(samples.number(set))) return false;
   }
   return true;
 }
