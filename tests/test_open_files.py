@@ -147,7 +147,9 @@ def test_sentence_transformers(environment, tmp_path):
     BertModel(BertConfig(**sizes, num_hidden_layers=1, vocab_size=64)).save_pretrained(
         tmp_path / "bert"
     )
-    words().save_pretrained(tmp_path / "bert")
+    tokenizer = words()
+    tokenizer.pad_token = tokenizer.eos_token  # sentences of a batch have one length
+    tokenizer.save_pretrained(tmp_path / "bert")
     transformer = modules.Transformer(str(tmp_path / "bert"))
     model = sentence_transformers.SentenceTransformer(
         modules=[transformer, modules.Pooling(64)], device="cpu"
