@@ -3,9 +3,10 @@
     python benchmarks/fingerprint.py               # a decode step of SmolLM2-135M in bf16
     python benchmarks/fingerprint.py --rehearse    # a tiny model and few steps: that it runs
 
-One compiled model decodes, with the check at one step and without at the next, and which of a pair is
-first changes from pair to pair. The cost is the median of the pairs' differences, with their quartiles
-in brackets.
+One compiled model decodes. In half of the rounds the check is on at one step and off at the next, and
+which of a pair is first changes from pair to pair. In the others it is on in all steps of a round and
+off in those of the next. The cost is the median of the differences, of pairs of steps or of medians of
+rounds, with quartiles in brackets.
 
 Behind each pair, with the processor's caches as a step leaves them, the comparison of all weights runs
 by itself: first of their state alone (versions, addresses, shapes), and then with a set of samples.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from figures import plain
@@ -43,31 +45,35 @@ class Cost:
 
     Attributes:
         with_check, without: a decode step.
-        difference: of the steps of a pair.
+        pairs, blocks: by how much the check makes a step longer, of two steps and of two rounds.
         state, samples: the comparison of all weights by itself.
         weights: how many there are.
     """
 
     with_check: Timing
     without: Timing
-    difference: Timing
+    pairs: Timing
+    blocks: Timing
     state: Timing
     samples: Timing
     weights: int
 
-    @property
-    def share(self) -> float:
+    def share(self, difference: Timing) -> float:
         """Of a step without the check."""
-        return self.difference.median / self.without.median
+        return difference.median / self.without.median
 
     def __str__(self) -> str:
         return (
             f"a decode step: {_milliseconds(self.with_check)} with the check, "
             f"{_milliseconds(self.without)} without\n"
-            f"the check costs {_microseconds(self.difference)}, {self.share:.2%} of a step\n"
+            f"the check costs, step by step: {self._cost(self.pairs)}\n"
+            f"the check costs, round by round: {self._cost(self.blocks)}\n"
             f"by itself, for {self.weights} weights: state {_microseconds(self.state)}, "
             f"with a set of samples {_microseconds(self.samples)}"
         )
+
+    def _cost(self, difference: Timing) -> str:
+        return f"{_microseconds(difference)}, {self.share(difference):.2%} of a step"
 
 
 def _milliseconds(timing: Timing) -> str:
@@ -92,28 +98,44 @@ def measure(model: PreTrainedModel, sizes: Sizes) -> Cost:
     weights = [weight for weight in model.parameters() if STORE.forms(weight)]
     before = snapshot(weights)
     seconds: dict[bool, list[float]] = {True: [], False: []}
+    rounds: dict[bool, list[float]] = {True: [], False: []}
     state, samples = [], []
-    for _ in range(sizes.rounds):
+    for turn in range(sizes.rounds):
         tokens = contender.prefill(prompt)
         # A step fewer than there is room for: the first one after a prefill is not a usual one.
         for step in range(sizes.decode):
             for check in (True, False) if step % 2 else (False, True):
-                for swap in list(STORE.swaps.values()):
-                    swap.check_weights = check
-                taken, tokens = _timed(lambda: contender.decode(tokens))  # noqa: B023
+                taken, tokens = _step(contender, tokens, check)
                 if step:
                     seconds[check].append(taken)
             state.append(_timed(lambda: before.matches(weights, sets=0))[0])
             samples.append(_timed(lambda: before.matches(weights, 1, first=step))[0])  # noqa: B023
-    pairs = zip(seconds[True], seconds[False], strict=True)
+        for check in (True, False) if turn % 2 else (False, True):
+            tokens, block = contender.prefill(prompt), []
+            for _ in range(sizes.decode):
+                taken, tokens = _step(contender, tokens, check)
+                block.append(taken)
+            rounds[check].append(median(block[1:]))
     return Cost(
         timing_of(seconds[True]),
         timing_of(seconds[False]),
-        timing_of([one - other for one, other in pairs]),
+        _difference(seconds),
+        _difference(rounds),
         timing_of(state),
         timing_of(samples),
         len(weights),
     )
+
+
+def _difference(seconds: dict[bool, list[float]]) -> Timing:
+    pairs = zip(seconds[True], seconds[False], strict=True)
+    return timing_of([one - other for one, other in pairs])
+
+
+def _step(contender: Contender, tokens: object, check: bool) -> tuple[float, object]:
+    for swap in list(STORE.swaps.values()):
+        swap.check_weights = check
+    return _timed(lambda: contender.decode(tokens))
 
 
 def _contender(model: PreTrainedModel, sizes: Sizes) -> Contender:
@@ -141,10 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> Cost:
         torch.set_num_threads(given.threads)
         model = in_bfloat16(smollm2.load(Console(stderr=True))[0])
         cost = measure(model.eval().requires_grad_(False), Sizes(rounds=given.rounds))
-    console.print(machine(), highlight=False)
-    console.print(str(cost), highlight=False)
+    console.print(machine(), highlight=False, soft_wrap=True)
+    console.print(str(cost), highlight=False, soft_wrap=True)
     if given.output:
-        found = {"machine": machine(), "cost": plain(cost), "share": cost.share}
+        found = {"machine": machine(), "cost": plain(cost), "share": cost.share(cost.blocks)}
         given.output.write_text(json.dumps(found, indent=1))
     return cost
 

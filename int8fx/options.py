@@ -60,7 +60,7 @@ class Options:
             in int8, too. Off by default, as in the paper.
         release_weights: whether modules give up their float weights once compiled (``release.py``).
         check_weights: whether each call compares samples of the float weights' content, on a CPU, with
-            what was quantised: about 2 % of a decode step. Without, a weight written behind torch's
+            what was quantised: 1 to 2 % of a decode step. Without, a weight written behind torch's
             back (``.data.mul_()``, numpy, another process) keeps its old values until
             ``int8fx.refresh(model)``; in-place edits, ``.data =``, ``load_state_dict``, optimizers'
             steps and peft's merges are seen all the same.

@@ -18,8 +18,10 @@ def test_it_measures_both_and_says_what_the_check_costs(monkeypatch, tmp_path, c
     cost = fingerprint.main(["--rehearse", "--output", str(tmp_path / "cost.json")])
     assert cost.weights == 2 * 7  # q, k, v, o, gate, up and down of two layers
     said = " ".join(capsys.readouterr().out.split())
-    assert f"the check costs {cost.difference.median * 1e6:.1f} us" in said
-    assert f"{cost.share:.2%} of a step" in said and "by itself, for 14 weights" in said
+    for difference in (cost.pairs, cost.blocks):
+        assert f"{difference.median * 1e6:.1f} us" in said
+        assert f"{cost.share(difference):.2%} of a step" in said
+    assert "by itself, for 14 weights" in said
     written = json.loads((tmp_path / "cost.json").read_text())
-    assert written["share"] == cost.share
+    assert written["share"] == cost.share(cost.blocks)
     assert written["cost"]["samples"]["median"] == cost.samples.median > 0

@@ -84,6 +84,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
     is_trainable = True
     is_compileable = True
     supports_parallel_loading = False  # an int8 weight and its scales may lie in two files
+    quantization_config: Int8FxConfig
 
     def __init__(self, quantization_config: Int8FxConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
@@ -163,13 +164,15 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     def create_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
-    ) -> None:
+    ) -> nn.Parameter:
         owner = _owner(model, param_name)
         weight = param_value.to(target_device)
         if not isinstance(weight, Int8Weight):
             weight = Int8Weight.from_float(weight, **self._form(owner))
         state_dict.attach(owner)
-        setattr(owner, param_name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
+        parameter = nn.Parameter(weight, requires_grad=False)
+        setattr(owner, param_name.rpartition(".")[2], parameter)
+        return parameter
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Raises:

@@ -478,6 +478,7 @@ at::Tensor quantized_linear(
 
 TORCH_LIBRARY_FRAGMENT(int8fx, m) {
   m.def("snapshot(Tensor[] tensors) -> Tensor", snapshot);
+  m.def("joined(Tensor[] snapshots) -> Tensor", joined);
   m.def("unchanged(Tensor[] tensors, Tensor snapshot, int first, int sets) -> bool", unchanged);
 }
 

@@ -123,59 +123,43 @@ inline Runs runs_of(const at::Tensor& tensor) {
   return runs;
 }
 
-// Some sets of a tensor's samples: where they are, to be fetched first and hashed later.
-class Samples {
- public:
-  // `wanted` sets from number `first` on, and after the last the first again. Where a line is no
-  // whole one (no dimension is contiguous), all sets.
-  void locate(const Runs& runs, int64_t first, int64_t wanted) {
-    width_ = runs.width();
-    if (runs.whole()) {
-      first_ = 0, sets_ = total_ = 1, lines_ = runs.lines();
-      for (int64_t line = 0; line < lines_; ++line) at_[line] = runs.line(line);
-      return;
-    }
-    first_ = first % SETS, lines_ = LINES, total_ = SETS;
-    sets_ = width_ < LINE ? SETS : std::min(wanted, SETS);
-    const auto all = static_cast<unsigned __int128>(runs.lines());
-    const char** at = at_.data();
-    for (int64_t set = 0; set < sets_; ++set)
-      for (const uint64_t fraction : FRACTIONS[number(set)])
-        *at++ = runs.line(static_cast<int64_t>(all * fraction >> 64));
+// The lines of one set, which is the only one of a tensor that is compared whole. With a dimension that
+// is not contiguous a line may be a single element.
+inline c10::SmallVector<const char*, WHOLE> lines_of_set(const Runs& runs, int64_t set) {
+  c10::SmallVector<const char*, WHOLE> lines;
+  const auto all = static_cast<unsigned __int128>(runs.lines());
+  if (runs.whole())
+    for (int64_t line = 0; line < runs.lines(); ++line) lines.push_back(runs.line(line));
+  else
+    for (const uint64_t fraction : FRACTIONS[set])
+      lines.push_back(runs.line(static_cast<int64_t>(all * fraction >> 64)));
+  return lines;
+}
+
+inline uint64_t hash_of_line(const char* line, int64_t width) {
+  uint64_t words[LINE / 8] = {}, sum = 0;
+  std::memcpy(words, line, width);
+  for (int64_t word = 0; word < LINE / 8; word += 2)
+    sum += folded_product(words[word] ^ SECRETS[word], words[word + 1] ^ SECRETS[word + 1]);
+  return sum;
+}
+
+inline uint64_t hash_of(const char* const* lines, int64_t count, int64_t width) {
+  uint64_t hash = 0;
+  for (int64_t line = 0; line < count; ++line) {
+    // A width that the compiler knows is eight loads.
+    const uint64_t sum =
+        width == LINE ? hash_of_line(lines[line], LINE) : hash_of_line(lines[line], width);
+    hash = folded_product(hash ^ SECRETS[0], sum ^ SECRETS[1]);
   }
+  return hash;
+}
 
-  void fetch() const {
-    for (int64_t i = 0; i < sets_ * lines_; ++i) {
-      __builtin_prefetch(at_[i]);
-      __builtin_prefetch(at_[i] + width_ - 1);
-    }
+inline void fetch(const char* const* lines, int64_t count, int64_t width) {
+  for (int64_t line = 0; line < count; ++line) {
+    __builtin_prefetch(lines[line]);
+    __builtin_prefetch(lines[line] + width - 1);
   }
-
-  int64_t sets() const { return sets_; }
-  int64_t number(int64_t set) const { return (first_ + set) % total_; }
-
-  uint64_t hash(int64_t set) const {
-    uint64_t hash = 0;
-    for (int64_t line = 0; line < lines_; ++line) {
-      const char* const bytes = at_[set * lines_ + line];
-      // A width that the compiler knows is eight loads.
-      const uint64_t sum = width_ == LINE ? of_line(bytes, LINE) : of_line(bytes, width_);
-      hash = folded_product(hash ^ SECRETS[0], sum ^ SECRETS[1]);
-    }
-    return hash;
-  }
-
- private:
-  static uint64_t of_line(const char* line, int64_t width) {
-    uint64_t words[LINE / 8] = {}, sum = 0;
-    std::memcpy(words, line, width);
-    for (int64_t word = 0; word < LINE / 8; word += 2)
-      sum += folded_product(words[word] ^ SECRETS[word], words[word + 1] ^ SECRETS[word + 1]);
-    return sum;
-  }
-
-  std::array<const char*, SETS * LINES> at_;
-  int64_t first_ = 0, sets_ = 0, total_ = 1, lines_ = 0, width_ = 0;
-};
+}
 
 }  // namespace int8fx
