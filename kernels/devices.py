@@ -1,5 +1,10 @@
-"""The devices of ``kernels/table.py``, a row each. ``import int8fx`` reads this file."""
+"""The devices of ``kernels/table.py``, a row each. ``import int8fx`` reads this file.
 
+What passes and the rest of int8fx ask about a device is answered here and in ``kernels/table.py``, so
+that no other file compares the type of a device.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 from int8fx.kernels import table
@@ -41,3 +46,28 @@ table.KERNELS.update(
         ),
     }
 )
+
+
+@dataclass(frozen=True)
+class FloatSpeed:
+    """What is slow on a device of what stays in float, so that a pass writes it in another way.
+
+    Attributes:
+        attends_head_by_head: torch's attention of one query position is a product for each head
+            (``passes/float/group_heads.py``).
+        one_row_is_slow: a library's product of one row reads its weight slower than a sum that Inductor
+            writes (``passes/float/one_row.py``).
+        computing_again_is_slow: Inductor computes an expression again in each kernel that reads it, and
+            that takes longer than a call (``passes/float/compute_once.py``).
+    """
+
+    attends_head_by_head: bool = False
+    one_row_is_slow: bool = False
+    computing_again_is_slow: bool = False
+
+
+_FLOAT_SPEED = {"cpu": FloatSpeed(True, True, True)}
+
+
+def float_speed(device_type: str) -> FloatSpeed:
+    return _FLOAT_SPEED.get(device_type, FloatSpeed())

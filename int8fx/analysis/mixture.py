@@ -19,8 +19,7 @@ from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.kernels.ops.expert_linear import routed_rows
 from int8fx.kernels.schemes.scheme import eagerly
 from int8fx.options import Options
-from int8fx.passes.linears.canonicalize import Candidate
-from int8fx.passes.linears.lower import Product
+from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.weights.store import WeightStore
 
 

@@ -25,9 +25,8 @@ from int8fx.options import Options
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.flops import flops
 from int8fx.passes.graph.weight_expression import WeightExpression
-from int8fx.passes.linears.canonicalize import Candidate
+from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.passes.linears.decision import Decision
-from int8fx.passes.linears.lower import Product
 from int8fx.weights.store import WeightStore
 from int8fx.weights.tensor import in_float
 

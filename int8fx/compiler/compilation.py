@@ -12,12 +12,11 @@ from int8fx.compiler.effects import Effects, overlapping
 from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
+from int8fx.passes.contract import Outcome
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.scope import Scope
-from int8fx.passes.graph.verify import Signature
-from int8fx.passes.linears.canonicalize import Candidate
+from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.passes.linears.decision import Decision
-from int8fx.passes.linears.lower import Product
 from int8fx.weights.store import STORE, PackedWeight, WeightStore
 
 
@@ -41,7 +40,8 @@ class Compilation:
     slots: list[Slot] = field(default_factory=list)
     packed: list[PackedWeight] = field(default_factory=list)
     packed_nodes: dict[tuple[fx.Node, str, str], list[fx.Node]] = field(default_factory=dict)
-    signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
+    cpp_wrapper: bool = False
+    outcomes: list[Outcome] = field(default_factory=list)
     quantizations: int = 0
     swap: WeightSwap = field(init=False)
     _memory: Memory | None = None

@@ -16,7 +16,8 @@ from int8fx.kernels import table
 from int8fx.kernels.gpu.tuning import tuning
 from int8fx.kernels.schemes.scheme import Scheme
 from int8fx.kernels.schemes.table import decompositions
-from int8fx.passes.int8.unlist_linears import unlist_linears
+from int8fx.passes.graph.arguments import argument
+from int8fx.passes.graph.values import shape_of
 from int8fx.weights.distributed import local
 from int8fx.weights.tensor import Int8Weight
 
@@ -29,9 +30,6 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
     Args:
         patches: Inductor's configuration.
     """
-    if torch_private.writes_cpp_wrapper(patches):
-        for scope in compilation.root.walk():
-            unlist_linears(scope.graph, compilation.fake_mode)
     swap, kept = finish_inputs(compilation)
     examples = [compilation.inputs[position] for position in kept]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
@@ -59,8 +57,8 @@ def _whole_rows(compilation: Compilation) -> dict[str, Any]:
     """
     nodes = (node for scope in compilation.root.walk() for node in scope.graph.nodes)
     operators = table.with_whole_rows()
-    rows = [node.args[0].meta["example_value"] for node in nodes if node.target in operators]
-    return {"split_reductions": False} if any(x.shape[-1] > WHOLE_ROW for x in rows) else {}
+    rows = [shape_of(argument(node, "x"))[-1] for node in nodes if node.target in operators]
+    return {"split_reductions": False} if any(K > WHOLE_ROW for K in rows) else {}
 
 
 def _int8_shards(examples: Sequence[Any]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from int8fx.passes.contract import Outcome
 from int8fx.passes.linears.decision import Decision
 
 
@@ -19,6 +20,8 @@ class Report:
         original: the graph as Dynamo gave it.
         quantizations: how many inputs are quantised (linears that read one input share it).
         float_bytes, int8_bytes: of the rewritten weights, before and after, scales included.
+        passes: what each pass of ``passes/order.py`` changed, and why it left the rest; empty where no
+            linear is in int8.
         unused: patterns of ``skip``, ``only`` and ``rules`` that decide on nothing in this graph.
     """
 
@@ -30,6 +33,7 @@ class Report:
     float_bytes: int
     int8_bytes: int
     unused: tuple[str, ...] = ()
+    passes: tuple[Outcome, ...] = ()
 
     @property
     def accepted(self) -> list[Decision]:
@@ -46,7 +50,8 @@ class Report:
             f"weights {self.float_bytes / 2**20:.1f} -> {self.int8_bytes / 2**20:.1f} MiB"
         )
         unused = [f"  matches nothing in this graph: {pattern}" for pattern in self.unused]
-        return "\n".join([head, *(f"  {decision}" for decision in self.decisions), *unused])
+        passes = [f"  pass {outcome}" for outcome in self.passes if not outcome.is_silent]
+        return "\n".join([head, *(f"  {each}" for each in self.decisions), *unused, *passes])
 
 
 _collectors: ContextVar[tuple[list[Report], ...]] = ContextVar("int8fx_reports", default=())

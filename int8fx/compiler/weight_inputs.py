@@ -65,7 +65,7 @@ def quantize_weights(compilation: Compilation) -> None:
         expression = candidate.weight
         if expression is None:
             continue
-        key = _packed_key(compilation, candidate)
+        key = packed_key(compilation, candidate)
         if key in compilation.packed_nodes:
             continue
         kept = compilation.choices[candidate].weight_format
@@ -82,7 +82,7 @@ def quantize_weights(compilation: Compilation) -> None:
         ]
 
 
-def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
+def packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
     """Candidates with one key share one packed weight."""
     assert candidate.weight is not None
     kept = compilation.choices[candidate].weight_format

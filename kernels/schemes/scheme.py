@@ -58,7 +58,7 @@ class Scheme:
         dequantized_input: x̂ ``[*, K]`` of ``x [*, K]``, in plain PyTorch.
         lower: the product, by operators that every device has.
         quantizer: which of these quantises x, or None; linears of one input share its call
-            (``passes/int8/fuse_prologue.py``).
+            (``passes/int8/share_quantizations.py``).
         decompositions: which of them Inductor is given to fuse instead of a call, and the aten form.
         experts: the same as ``lower`` for rows that each meet a matrix of their own, with the pair
             ``experts`` and ``ends`` of ``kernels/ops/expert_linear.py`` in the place of the bias; None

@@ -1,4 +1,4 @@
-"""Attend: attentions of many query rows, and of few, become an operator of our own.
+"""Attend: attentions of few query rows, and of many, become an operator of int8fx.
 
 Before::
 
@@ -13,7 +13,6 @@ After::
 for: the operator has none.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -26,45 +25,66 @@ from int8fx.kernels.ops.attention import (
     WIDEST_HEAD,
     attention,
 )
+from int8fx.passes.contract import Context, Result
 from int8fx.passes.float.sdpa import Attention, attentions
 from int8fx.passes.graph.emit import Emitter
-from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of, tensor_of
 from int8fx.passes.linears.select import DTYPES
 
-
-def attend(graph: fx.Graph, fake_mode: Any, memory: Memory, few: bool) -> int:
-    """Replaces the attentions of one graph, of few rows or of many; returns how many that were."""
-    wanted = _few_rows if few else _many_rows
-    found = [each for each in attentions(graph, memory) if wanted(each) and _serves(each)]
-    return sum(_replace(each, fake_mode) for each in found)
-
-
-attend_few = functools.partial(attend, few=True)
-attend_many = functools.partial(attend, few=False)
+MORE_ROWS = f"more than {FEW_ROWS} query rows read a key head"
+FEWER_ROWS = f"fewer than {MANY_ROWS} query rows"
+DTYPE = "it is not all in one of fp32, bf16 and fp16, as under autocast"
+MASK = "its mask is neither bool, fp32 nor of the query's dtype"
+WIDE = f"its heads are wider than {WIDEST_HEAD}"
+LAYOUT = "its result lies in memory in another way"
 
 
-def _few_rows(call: Attention) -> bool:
+def attend_few_rows(graph: fx.Graph, context: Context) -> Result:
+    """Replaces the attentions of few rows in one graph; changed: how many."""
+    return _attend(graph, context, few=True)
+
+
+def attend_many_rows(graph: fx.Graph, context: Context) -> Result:
+    """Replaces the attentions of many rows in one graph; changed: how many."""
+    return _attend(graph, context, few=False)
+
+
+def _attend(graph: fx.Graph, context: Context, few: bool) -> Result:
+    result = Result()
+    for call in attentions(graph, context.memory(), result):
+        if not context.attends(call.device, few):
+            reason = f"torch's own is as fast on {call.device}"
+        else:
+            reason = _other_rows(call, few) or _unserved(call) or _replace(call, context.fake_mode)
+        if reason:
+            result.refuse(reason)
+        else:
+            result.changed += 1
+    return result
+
+
+def _other_rows(call: Attention, few: bool) -> str:
     _, H, M, _ = shape_of(call.q)
-    return isinstance(M, int) and H // shape_of(call.k)[1] * M <= FEW_ROWS
+    if few:
+        has_few = isinstance(M, int) and H // shape_of(call.k)[1] * M <= FEW_ROWS
+        return "" if has_few else MORE_ROWS
+    return "" if M >= MANY_ROWS else FEWER_ROWS
 
 
-def _many_rows(call: Attention) -> bool:
-    return call.q.meta["example_value"].shape[2] >= MANY_ROWS
-
-
-def _serves(call: Attention) -> bool:
-    """Whether the operator computes the same."""
+def _unserved(call: Attention) -> str:
+    """Why the operator does not compute the same, or empty."""
     q, k, v, y = (each.meta["example_value"] for each in (call.q, call.k, call.v, call.node))
     # Under autocast the call casts by itself, and its output is of another dtype than q.
-    alike = q.dtype in DTYPES and {q.dtype} == {k.dtype, v.dtype, y.dtype}
+    if q.dtype not in DTYPES or {q.dtype} != {k.dtype, v.dtype, y.dtype}:
+        return DTYPE
     mask = tensor_of(call.mask)
-    mask_fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
-    fits = alike and mask_fits and q.shape[3] <= WIDEST_HEAD and v.shape[3] <= WIDEST_HEAD
-    return call.on_cpu and fits
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return MASK
+    return WIDE if max(q.shape[3], v.shape[3]) > WIDEST_HEAD else ""
 
 
-def _replace(call: Attention, fake_mode: Any) -> bool:
+def _replace(call: Attention, fake_mode: Any) -> str:
+    """Puts the operator in its place; or why it cannot be."""
     node, graph = call.node, call.node.graph
     scale = 1 / math.sqrt(shape_of(call.q)[3]) if call.scale is None else call.scale
     with graph.inserting_before(node):
@@ -72,10 +92,10 @@ def _replace(call: Attention, fake_mode: Any) -> bool:
         y = emit.call(attention, call.q, call.k, call.v, call.mask, call.is_causal, scale)
     if _strides(y) != _strides(node):
         graph.erase_node(y)  # a reader may view it as it lies in memory
-        return False
+        return LAYOUT
     node.replace_all_uses_with(y)
     graph.erase_node(node)
-    return True
+    return ""
 
 
 def _strides(node: fx.Node) -> list[str]:

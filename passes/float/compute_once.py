@@ -9,11 +9,12 @@ SmolLM2 that was a ninth of the time (two cores of Zen 4); written once, it is n
 """
 
 import math
-from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
+from int8fx.kernels.devices import float_speed
 from int8fx.kernels.ops.once import once
+from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of, tensor_of
@@ -22,9 +23,12 @@ from int8fx.passes.graph.weight_expression import is_view_or_cast
 READERS = 4  # with fewer, Inductor's way is as good
 ELEMENTS = 4096  # less is computed in the time of a call
 
+FEW_READERS = f"fewer than {READERS} calls read it"
 
-def compute_once(graph: fx.Graph, fake_mode: Any, memory: Memory) -> int:
-    """Does so in one graph; returns for how many values."""
+
+def compute_once(graph: fx.Graph, context: Context) -> Result:
+    """Does so in one graph; changed: for how many values."""
+    memory, result = context.memory(), Result()
     positional: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
@@ -32,22 +36,28 @@ def compute_once(graph: fx.Graph, fake_mode: Any, memory: Memory) -> int:
             positional.add(node)
             if _is_large_result(node, memory):
                 found.append(node)
-    found = [node for node in found if _readers(node, positional) >= READERS]
-    for node in found:
+    read = [node for node in found if _readers(node, positional) >= READERS]
+    for node in read:
         with graph.inserting_after(node):
-            value = Emitter(graph, fake_mode, node).call(once, node)
+            value = Emitter(graph, context.fake_mode, node).call(once, node)
         node.replace_all_uses_with(value, delete_user_cb=lambda user, value=value: user is not value)
-    return len(found)
+    result.changed = len(read)
+    result.refuse(FEW_READERS, len(found) - len(read))
+    return result
 
 
 def _is_positional(node: fx.Node, positional: set[fx.Node]) -> bool:
-    """Computed from integers and vectors (inverse frequencies) alone, on a CPU, without a gradient."""
+    """Computed from integers and vectors (inverse frequencies) alone, without a gradient."""
     value = tensor_of(node)
-    if value is not None and (value.device.type != "cpu" or value.requires_grad):
+    if value is not None and (value.requires_grad or not _is_slow(value)):
         return False
     if node.op == "placeholder":
         return value is None or not value.is_floating_point() or value.dim() <= 1
     return node.op in ("call_function", "call_method") and positional.issuperset(node.all_input_nodes)
+
+
+def _is_slow(value: Tensor) -> bool:
+    return float_speed(value.device.type).computing_again_is_slow
 
 
 def _is_large_result(node: fx.Node, memory: Memory) -> bool:

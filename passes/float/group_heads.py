@@ -23,25 +23,43 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.kernels.devices import float_speed
+from int8fx.passes.contract import Context, Result
 from int8fx.passes.float.sdpa import Attention, attentions
 from int8fx.passes.graph.emit import Emitter
-from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of
 
-
-def group_heads(graph: fx.Graph, fake_mode: Any, memory: Memory) -> int:
-    """Groups the heads of every decode attention of one graph; returns how many that were."""
-    grouped = [attention for attention in attentions(graph, memory) if _is_decode(attention)]
-    for attention in grouped:
-        _group(attention, fake_mode)
-    return len(grouped)
+POSITIONS = "it has several query positions"
+CAUSAL = "it is causal"
+MASK = "its mask is not the same for all heads"
+NOTHING_SHARED = "each query head has a key head of its own"
 
 
-def _is_decode(attention: Attention) -> bool:
-    """One query position on a CPU, heads that share keys, and a mask that they share."""
+def group_heads(graph: fx.Graph, context: Context) -> Result:
+    """Groups the heads of every decode attention of one graph; changed: how many that were."""
+    result = Result()
+    for attention in attentions(graph, context.memory(), result):
+        if reason := _reason(attention):
+            result.refuse(reason)
+        else:
+            _group(attention, context.fake_mode)
+            result.changed += 1
+    return result
+
+
+def _reason(attention: Attention) -> str:
+    """Why it is no decode attention whose heads share keys, or empty."""
+    if not float_speed(attention.device).attends_head_by_head:
+        return f"torch's own groups them on {attention.device}"
+    if attention.is_causal:
+        return CAUSAL
+    if attention.mask is not None and shape_of(attention.mask)[1:3] != (1, 1):
+        return MASK
+    # Sizes that vary are compared last: a comparison may guard the compiled graph.
     q, k = shape_of(attention.q), shape_of(attention.k)
-    mask_fits = attention.mask is None or shape_of(attention.mask)[1:3] == (1, 1)
-    return attention.on_cpu and not attention.is_causal and mask_fits and k[1] < q[1] and q[2] == 1
+    if k[1] >= q[1]:
+        return NOTHING_SHARED
+    return POSITIONS if q[2] != 1 else ""
 
 
 def _group(attention: Attention, fake_mode: Any) -> None:

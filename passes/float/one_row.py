@@ -14,22 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.kernels.devices import float_speed
+from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.values import shape_of, tensor_of
 from int8fx.passes.linears.select import DTYPES
 
 LEAST_BYTES = 4 << 20  # smaller weights stay in a cache
 
+UNKNOWN = "its input, weight or result is no tensor"
+DTYPE = "it is not all in one of fp32, bf16 and fp16, as under autocast"
+SIZES = "its sizes vary"
+ROWS = "it has several rows, or none"
+SMALL = "its weight is small enough for a cache"
 
-def one_row(graph: fx.Graph, fake_mode: Any) -> int:
-    """Rewrites every such linear of one graph on a CPU; returns how many that were.
 
-    The caller sees to it that no gradient is asked for: weights would be written out for it.
+def one_row(graph: fx.Graph, context: Context) -> Result:
+    """Rewrites every such linear of one graph; changed: how many that were.
+
+    It does not apply where a gradient is asked for: weights would be written out for it.
     """
-    found = [node for node in graph.find_nodes(op="call_function", target=F.linear) if _serves(node)]
-    for node in found:
-        _rewrite(node, fake_mode)
-    return len(found)
+    result = Result()
+    for node in graph.find_nodes(op="call_function", target=F.linear):
+        if reason := _reason(node):
+            result.refuse(reason)
+        else:
+            _rewrite(node, context.fake_mode)
+            result.changed += 1
+    return result
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
@@ -37,16 +49,21 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
     return given["input"], given["weight"], given.get("bias")
 
 
-def _serves(node: fx.Node) -> bool:
+def _reason(node: fx.Node) -> str:
+    """Why a linear stays a product, or empty."""
     x, w, y = (tensor_of(each) for each in (*_operands(node)[:2], node))
     if x is None or w is None or y is None:
-        return False
+        return UNKNOWN
+    if not float_speed(x.device.type).one_row_is_slow:
+        return f"a product of one row is as fast on {x.device.type}"
     # Under autocast the call casts by itself, and its output is of another dtype.
-    alike = x.dtype in DTYPES and x.dtype == w.dtype == y.dtype
-    static = all(isinstance(size, int) for size in (*x.shape, *w.shape))
-    if x.device.type != "cpu" or not alike or not static:
-        return False
-    return x.shape[:-1].numel() == 1 and w.dim() == 2 and w.nbytes >= LEAST_BYTES
+    if x.dtype not in DTYPES or not x.dtype == w.dtype == y.dtype:
+        return DTYPE
+    if not all(isinstance(size, int) for size in (*x.shape, *w.shape)):
+        return SIZES
+    if x.shape[:-1].numel() != 1:
+        return ROWS
+    return "" if w.dim() == 2 and w.nbytes >= LEAST_BYTES else SMALL
 
 
 def _rewrite(node: fx.Node, fake_mode: Any) -> None:

@@ -1,16 +1,20 @@
 """A call of ``F.scaled_dot_product_attention``, as the passes that rewrite it see it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.passes.contract import Result
 from int8fx.passes.graph.mutation import Memory
-from int8fx.passes.graph.values import same_shape, shape_of
+from int8fx.passes.graph.values import device_type, same_shape, shape_of
 
 _ALL = slice(None)
 _NEW_AXIS = (_ALL, _ALL, None, _ALL, _ALL)
+DROPOUT = "it drops probabilities"
+SHAPES = "its batches, or heads, are repeated in another way than by groups"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -33,20 +37,22 @@ class Attention:
     scale: float | None
 
     @classmethod
-    def of(cls, node: fx.Node, memory: Memory) -> "Attention | None":
-        """None for a call with dropout, or of other shapes."""
+    def of(cls, node: fx.Node, memory: Memory) -> "Attention | str":
+        """Why it is another, for a call with dropout, or of other shapes."""
         given: dict[str, Any] = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
         q, k, v = (given[name] for name in ("query", "key", "value"))
         if not given.get("enable_gqa", False):
             k, v = (_before_repeat(each, node, memory) or each for each in (k, v))
-        if given.get("dropout_p", 0.0) or not _are_alike(*(shape_of(each) for each in (q, k, v, node))):
-            return None
+        if given.get("dropout_p", 0.0):
+            return DROPOUT
+        if not _are_alike(*(shape_of(each) for each in (q, k, v, node))):
+            return SHAPES
         causal, scale = given.get("is_causal", False), given.get("scale")
         return cls(node, q, k, v, given.get("attn_mask"), causal, scale)
 
     @property
-    def on_cpu(self) -> bool:
-        return self.q.meta["example_value"].device.type == "cpu"
+    def device(self) -> str:
+        return device_type(self.q)
 
 
 def _are_alike(q: Any, k: Any, v: Any, y: Any) -> bool:
@@ -58,10 +64,18 @@ def _are_alike(q: Any, k: Any, v: Any, y: Any) -> bool:
     return fits and same_shape(y, (B, H, M, DV)) and heads != 0 and H % heads == 0
 
 
-def attentions(graph: fx.Graph, memory: Memory) -> list[Attention]:
-    """Those of one graph, in order."""
-    nodes = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    return [attention for node in nodes if (attention := Attention.of(node, memory)) is not None]
+def attentions(graph: fx.Graph, memory: Memory, result: Result) -> Iterator[Attention]:
+    """Those of one graph, in order, each as it is once those before it are rewritten.
+
+    Args:
+        result: of a pass, which refuses the others.
+    """
+    for node in graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        attention = Attention.of(node, memory)
+        if isinstance(attention, Attention):
+            yield attention
+        else:
+            result.refuse(attention)
 
 
 def _before_repeat(node: Any, reader: fx.Node, memory: Memory) -> fx.Node | None:

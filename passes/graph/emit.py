@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from int8fx.passes.graph.arguments import arranged
 from int8fx.passes.graph.weight_expression import Step
 
 
@@ -26,6 +27,11 @@ class Emitter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self._annotate(self.graph.call_function(target, args, kwargs), target)
+
+    def named(self, target: Callable[..., Any], **values: Any) -> fx.Node:
+        """A call whose arguments are given by their names."""
+        args, kwargs = arranged(target, values)
+        return self.call(target, *args, **kwargs)
 
     def method(self, name: str, *args: Any) -> fx.Node:
         def run(value: Any, *rest: Any) -> Any:

@@ -23,6 +23,11 @@ def no_tensor_reason(x: Any, y: Any) -> str:
     return "" if known else "its input or its result is no tensor"
 
 
+def device_type(node: fx.Node) -> str:
+    """Of a node that is a tensor."""
+    return node.meta["example_value"].device.type
+
+
 def shape_of(node: Any) -> Any:
     """A tuple, of symbols where a size varies; or None."""
     value = tensor_of(node)

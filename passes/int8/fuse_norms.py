@@ -24,6 +24,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.passes.contract import Context, Result
+from int8fx.passes.graph.arguments import argument, given
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of, tensor_of
@@ -32,24 +34,43 @@ from int8fx.passes.int8.norms import Norm, norm_of
 _FEW_ROWS = 16  # quantised by whoever computes them (``kernels/gpu/decode.py``)
 _VIEWS = ("view", "reshape")
 
+READ_ELSEWHERE = "something else reads the norm as well"
+FEW = f"{_FEW_ROWS} rows or fewer are quantised by Inductor's kernel of the norm"
+NO_OUTLIERS = "the linears have no outliers to take out"
+SUM_ON_THE_WAY = "the sum before the norm is not of two tensors in memory"
+ON_THE_WAY = "what is normalised is computed on the way, and not in memory"
+WRITTEN = "the graph writes to what the norm or its linears read"
 
-def fuse_norms(graph: fx.Graph, fake_mode: Any, reader: Any, normed: Any, memory: Memory) -> int:
-    """Moves the norms of one graph; returns how many.
 
-    Args:
-        reader: the operator that reads them.
-        normed: the one that takes the place of both.
-    """
-    moved = 0
-    for call in graph.find_nodes(op="call_function", target=reader):
-        h, lead = _below_view(call.args[0])
-        norm = norm_of(h)
-        if norm is None or not _is_alone(h, call) or not _pays(norm, call):
+def fuse_norms(graph: fx.Graph, context: Context) -> Result:
+    """Moves the norms of one graph; changed: how many."""
+    memory, result = context.memory(), Result()
+    for device in context.devices:
+        joined, normed = context.joined(device), context.normed(device)
+        if joined is None or normed is None:
             continue
-        if not memory.written_between(norm.x, call, _read(norm, call)):
-            _move(graph, fake_mode, call, h, norm, lead, normed)
-            moved += 1
-    return moved
+        for call in graph.find_nodes(op="call_function", target=joined[0]):
+            h, lead = _below_view(argument(call, "x"))
+            norm = norm_of(h)
+            if norm is None:
+                continue
+            reason = _reason(norm, h, call, memory) if isinstance(norm, Norm) else norm
+            if reason:
+                result.refuse(reason)
+                continue
+            assert isinstance(norm, Norm)
+            _move(context.fake_mode, call, h, norm, lead, normed)
+            result.changed += 1
+    return result
+
+
+def _reason(norm: Norm, h: fx.Node, call: fx.Node, memory: Memory) -> str:
+    """Why a norm that linears read stays where it is, or empty."""
+    if not _is_alone(h, call):
+        return READ_ELSEWHERE
+    if reason := _no_gain(norm, call):
+        return reason
+    return WRITTEN if memory.written_between(norm.x, call, _read(norm, call)) else ""
 
 
 def _below_view(x: Any) -> tuple[fx.Node, tuple | None]:
@@ -63,20 +84,21 @@ def _below_view(x: Any) -> tuple[fx.Node, tuple | None]:
 
 def _is_alone(h: fx.Node, call: Any) -> bool:
     """Whether nothing else reads a norm, or the view of it that the linears read."""
-    return set(call.args[0].users) == {call} and set(h.users) <= {call, call.args[0]}
+    x = argument(call, "x")
+    return set(x.users) == {call} and set(h.users) <= {call, x}
 
 
-def _pays(norm: Norm, call: Any) -> bool:
+def _no_gain(norm: Norm, call: Any) -> str:
+    """Why Inductor does as well with the norm, or empty."""
     *lead, _ = shape_of(norm.x)
     rows = math.prod(lead)
     if isinstance(rows, int) and rows <= _FEW_ROWS:
-        return False
-    _, threshold, decomposition, *_ = call.args
-    if threshold == 0 or decomposition not in ("column", "token"):
-        return False
+        return FEW
+    if argument(call, "threshold") == 0 or argument(call, "decomposition") not in ("column", "token"):
+        return NO_OUTLIERS
     if _is_sum(_below_dropout(norm.x)):
-        return _addends(norm) is not None
-    return _is_stored(norm.x, norm.nodes)
+        return "" if _addends(norm) is not None else SUM_ON_THE_WAY
+    return "" if _is_stored(norm.x, norm.nodes) else ON_THE_WAY
 
 
 def _read(norm: Norm, call: fx.Node) -> set[fx.Node]:
@@ -108,7 +130,7 @@ def _addends(norm: Norm) -> tuple[fx.Node, fx.Node] | None:
 
 def _is_stored(x: Any, readers: frozenset[fx.Node]) -> bool:
     """Whether a value is written to memory whatever becomes of ``readers``."""
-    is_result = x.target is operator.getitem and tensor_of(x.args[0]) is None  # of one of ours
+    is_result = x.target is operator.getitem and tensor_of(x.args[0]) is None  # of an operator's list
     if x.op == "placeholder" or is_result or x.users.keys() - readers:
         return True
     is_view = x.op == "call_method" and x.target in _VIEWS
@@ -125,31 +147,27 @@ def _below_dropout(x: Any) -> Any:
 
 
 def _move(
-    graph: fx.Graph,
-    fake_mode: Any,
-    call: Any,
-    h: fx.Node,
-    norm: Norm,
-    lead: tuple | None,
-    normed: Any,
+    fake_mode: Any, call: fx.Node, h: fx.Node, norm: Norm, lead: tuple | None, normed: Any
 ) -> None:
+    graph, read = call.graph, given(call)
+    h_viewed = read.pop("x")
     addends = _addends(norm)
     x, addend = addends or (norm.x, None)
     # What was read is read no later. A sum is made where it was: others may read it before the linears.
     with graph.inserting_before(norm.x.next if addends else h):
         emit = Emitter(graph, fake_mode, call)
-        given = (x, addend, norm.kind, norm.weight, norm.bias, norm.eps, *call.args[1:])
-        made = emit.call(normed, *given)
+        vectors = {"norm_weight": norm.weight, "norm_bias": norm.bias}
+        made = emit.named(normed, x=x, addend=addend, norm=norm.kind, **vectors, eps=norm.eps, **read)
         # The sum comes after the linears' results.
-        total = emit.item(made, len(call.args[3])) if addends else None
+        total = emit.item(made, len(read["weights"])) if addends else None
     with graph.inserting_before(call):
         for item in list(call.users):
-            y = emit.item(made, item.args[1])
+            y = emit.item(made, item.args[1])  # type: ignore[arg-type]
             if lead is not None:
                 y = emit.method("view", y, *lead, shape_of(y)[-1])
             item.replace_all_uses_with(y)
             graph.erase_node(item)
-    _erase_unread(graph, {call, call.args[0], *norm.nodes})
+    _erase_unread(graph, {call, h_viewed, *norm.nodes})
     if total is not None:
         norm.x.replace_all_uses_with(total)
         graph.erase_node(norm.x)

@@ -29,39 +29,38 @@ import torch
 from torch import fx
 
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.passes.contract import Context, Result
+from int8fx.passes.graph.arguments import argument, given
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.mutation import Memory
+from int8fx.passes.graph.values import device_type
 
-_WEIGHT, _W_SCALE, _BIAS = 4, 5, 6  # int8_linear's arguments
+KINDS_OF_BIAS = "linears of one input have biases of several dtypes, or some have none"
 
 
-def join_linears(
-    graph: fx.Graph,
-    fake_mode: Any,
-    joined: Callable[[str], tuple[Any, int] | None],
-    memory: Memory,
-) -> int:
-    """Joins the linears of one graph; returns how many calls they became.
-
-    Args:
-        joined: for a device type, the operator that takes the place of both and how many linears it
-            takes at most; or None.
-    """
-    calls = 0
+def join_linears(graph: fx.Graph, context: Context) -> Result:
+    """Joins the linears of one graph; changed: how many calls they became."""
+    memory, result = context.memory(), Result()
     for quantize in graph.find_nodes(op="call_function", target=ops.quantize):
-        found = joined(quantize.args[0].meta["example_value"].device.type)
+        device = device_type(argument(quantize, "x"))
+        found = context.joined(device)
         if found is None:
+            result.refuse(f"{device} has no operator that quantises and multiplies")
             continue
         operator_, limit = found
         linears = _readers(quantize)
         early = {linear for linear in linears if _has_early_bias(linear, quantize, memory)}
-        for group in _groups(linears, early, limit):
-            _join(graph, fake_mode, quantize, group, early.issuperset(group), operator_)
-            calls += 1
+        alike = _by_bias(linears, early)
+        groups = list(_groups(alike, limit))
+        for group in groups:
+            _join(graph, context.fake_mode, quantize, group, early.issuperset(group), operator_)
         for item in list(quantize.users):
             graph.erase_node(item)
         graph.erase_node(quantize)
-    return calls
+        result.changed += len(groups)
+        result.refuse(KINDS_OF_BIAS, len(alike) - 1)
+        result.refuse(f"a call takes {limit} linears at most", len(groups) - len(alike))
+    return result
 
 
 def _readers(quantize: fx.Node) -> list[fx.Node]:
@@ -73,23 +72,25 @@ def _readers(quantize: fx.Node) -> list[fx.Node]:
 
 def _has_early_bias(linear: fx.Node, quantize: fx.Node, memory: Memory) -> bool:
     """Whether a linear's bias is what it is where its input is quantised already."""
-    bias = linear.args[_BIAS]
+    bias = argument(linear, "bias")
     is_input = isinstance(bias, fx.Node) and bias.op == "placeholder"
-    return is_input and not memory.written_between(quantize, linear, [bias])  # type: ignore[list-item]
+    return is_input and not memory.written_between(quantize, linear, [bias])
 
 
-def _groups(
-    linears: Sequence[fx.Node], early: Collection[fx.Node], limit: int
-) -> Iterator[list[fx.Node]]:
-    """Linears that one call can take: all with an early bias of one dtype, or all without."""
-    by_bias: dict[torch.dtype | None, list[fx.Node]] = {}
+def _by_bias(linears: Sequence[fx.Node], early: Collection[fx.Node]) -> list[list[fx.Node]]:
+    """Linears that a call can take together: all with an early bias of one dtype, or all without."""
+    alike: dict[torch.dtype | None, list[fx.Node]] = {}
     for linear in linears:
-        bias: Any = linear.args[_BIAS]
+        bias = argument(linear, "bias")
         key = bias.meta["example_value"].dtype if linear in early else None
-        by_bias.setdefault(key, []).append(linear)
-    for alike in by_bias.values():
-        for start in range(0, len(alike), limit):
-            yield alike[start : start + limit]
+        alike.setdefault(key, []).append(linear)
+    return list(alike.values())
+
+
+def _groups(alike: Sequence[list[fx.Node]], limit: int) -> Iterator[list[fx.Node]]:
+    for linears in alike:
+        for start in range(0, len(linears), limit):
+            yield linears[start : start + limit]
 
 
 def _join(
@@ -98,14 +99,15 @@ def _join(
     quantize: fx.Node,
     linears: list[fx.Node],
     early: bool,
-    target: Any,
+    target: Callable[..., Any],
 ) -> None:
-    biases = [linear.args[_BIAS] for linear in linears]
+    weights, w_scales, biases = (
+        [argument(linear, name) for linear in linears] for name in ("weight", "w_scale", "bias")
+    )
     with graph.inserting_before(quantize):
         emit = Emitter(graph, fake_mode, linears[0])
-        weights = [linear.args[_WEIGHT] for linear in linears]
-        w_scales = [linear.args[_W_SCALE] for linear in linears]
-        call = emit.call(target, *quantize.args, weights, w_scales, biases if early else [])
+        read = {"weights": weights, "w_scales": w_scales, "biases": biases if early else []}
+        call = emit.named(target, **given(quantize), **read)
         outputs = [emit.item(call, index) for index in range(len(linears))]
     for linear, y, bias in zip(linears, outputs, biases, strict=True):
         if isinstance(bias, fx.Node) and not early:

@@ -48,53 +48,68 @@ class Norm:
     nodes: frozenset[fx.Node] = field(repr=False)
 
 
-def norm_of(h: Any) -> Norm | None:
-    """The norm that a node is the result of, or None."""
+def norm_of(h: Any) -> Norm | str | None:
+    """The norm that a node is the result of; why no kernel computes it, if it is another norm; or
+    None."""
     if tensor_of(h) is None:
         return None
     norm = _one_call(h) if h.target in _LAYER | _RMS else _spelled_out(h)
-    return norm if norm is not None and _is_plain(norm, h) else None
+    return (_misfit(norm, h) or norm) if isinstance(norm, Norm) else norm
 
 
-def _is_plain(norm: Norm, h: fx.Node) -> bool:
-    """Whether its operands are what a kernel reads as they are: rows, and vectors that are there."""
+def _misfit(norm: Norm, h: fx.Node) -> str:
+    """Why a kernel cannot read its operands as they are, rows and vectors that are there; or empty."""
     x, result = tensor_of(norm.x), tensor_of(h)
     if x is None or result is None or x.shape != result.shape or x.dim() < 2:
-        return False
+        return "the norm is not of rows of a matrix"
     if norm.kind != "rms, rounded" and result.dtype != x.dtype:
-        return False
+        return "the norm's result has another dtype than its input"
+    if not {x.dtype, result.dtype} <= _FLOATS:
+        return f"the norm is in {x.dtype}"
     vectors: list[Any] = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
-    return {x.dtype, result.dtype} <= _FLOATS and all(
-        isinstance(each, fx.Node) and each.op == "placeholder" and shape_of(each) == (x.shape[-1],)
-        for each in vectors
-    )
+    for each in vectors:
+        if not isinstance(each, fx.Node) or each.op != "placeholder":
+            return "the norm's weight or bias is computed in the graph"
+        if shape_of(each) != (x.shape[-1],):
+            return "the norm's weight or bias is no vector of its K"
+    return ""
 
 
-def _one_call(h: Any) -> Norm | None:
+def _one_call(h: Any) -> Norm | str:
     is_rms = h.target in _RMS
     names = "input normalized_shape weight eps" if is_rms else "input normalized_shape weight bias eps"
     given = dict(zip(names.split(), h.args, strict=False)) | h.kwargs
     weight, bias, eps = (given.get(name) for name in ("weight", "bias", "eps"))
-    if weight is None or len(given["normalized_shape"]) != 1:
-        return None
+    if weight is None:
+        return "the norm has no weight"
+    if len(given["normalized_shape"]) != 1:
+        return "the norm is over several dimensions"
     if eps is None:
         eps = torch.finfo(torch.float32).eps if is_rms else 1e-5
     kind = "rms" if is_rms else "layer" if bias is None else "layer, bias"
     return Norm(kind, given["input"], weight, bias, eps, frozenset({h}))
 
 
-def _spelled_out(h: Any) -> Norm | None:
+def _spelled_out(h: Any) -> Norm | str | None:
     product = _without_cast(h)
+    if product is not h and _calls(product, _CASTS):
+        return None if norm_of(product) is None else "the norm is rounded twice"
+    reason = None
     for weight, scaled in _factors(product):
         n, vector = _without_cast(scaled), _without_cast(weight)
         for x32, rstd in _factors(n):
             x, found = _without_cast(x32), _mean_square(rstd)
             kind = _kind(h, scaled, vector, weight)
-            if kind is None or found is None or _without_cast(found.x32) is not x:
-                continue
-            nodes = {h, product, weight, scaled, n, x32, rstd, *found.nodes} - {x, vector}
-            return Norm(kind, x, vector, None, found.eps, frozenset(nodes))
-    return None
+            if not isinstance(found, _MeanSquare):
+                reason = reason or found
+            elif _without_cast(found.x32) is not x:
+                reason = "the norm divides by the mean square of another value"
+            elif kind is None:
+                reason = "the norm is rounded at another place than in the kernels"
+            else:
+                nodes = {h, product, weight, scaled, n, x32, rstd, *found.nodes} - {x, vector}
+                return Norm(kind, x, vector, None, found.eps, frozenset(nodes))
+    return reason
 
 
 def _kind(h: Any, scaled: Any, vector: Any, weight: Any) -> str | None:
@@ -115,18 +130,22 @@ class _MeanSquare:
     nodes: frozenset[fx.Node]
 
 
-def _mean_square(rstd: Any) -> _MeanSquare | None:
-    """``rsqrt(mean(x32 ** 2) + eps)``, of the last dimension."""
-    total: Any = rstd.args[0] if _calls(rstd, _RSQRT) else None
-    if not (_calls(total, _ADD) and len(total.args) == 2 and isinstance(total.args[1], float)):
+def _mean_square(rstd: Any) -> _MeanSquare | str | None:
+    """``rsqrt(mean(x32 ** 2) + eps)``, of the last dimension; why it is another; None: no ``rsqrt``."""
+    if not _calls(rstd, _RSQRT):
         return None
+    total: Any = rstd.args[0]
+    if not (_calls(total, _ADD) and len(total.args) == 2 and isinstance(total.args[1], float)):
+        return "the norm adds no number eps to its mean square"
     mean, eps = total.args
     square = _operand_of_mean(mean)
+    if square is None:
+        return "the norm's mean is not over the last dimension"
     if not (_calls(square, _SQUARE) or (_calls(square, _POWER) and square.args[1] == 2)):
-        return None
+        return "the norm's mean is not of squares"
     value = tensor_of(square.args[0])
     if value is None or value.dtype != torch.float32:
-        return None
+        return "the norm's mean square is not in fp32"
     return _MeanSquare(square.args[0], eps, frozenset({total, mean, square, square.args[0]}))
 
 

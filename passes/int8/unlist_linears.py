@@ -14,30 +14,33 @@ takes a list of one for the tensor in it: the process crashes
 (``generate_fallback_kernel_with_runtime_lookup_python``, torch 2.13). The new call stays in C++.
 """
 
-from typing import Any
-
 from torch import fx
 
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.passes.contract import Context, Result
+from int8fx.passes.graph.arguments import given
 from int8fx.passes.graph.emit import Emitter
 
+SEVERAL = "the call is of several linears"
 
-def unlist_linears(graph: fx.Graph, fake_mode: Any) -> int:
-    """Rewrites the calls of one linear in one graph; returns how many."""
-    rewritten = 0
+
+def unlist_linears(graph: fx.Graph, context: Context) -> Result:
+    """Rewrites the calls of one linear in one graph; changed: how many."""
+    result = Result()
     for call in graph.find_nodes(op="call_function", target=ops.quantized_linears_cpu):
-        x, threshold, decomposition, weights, w_scales, biases = call.args
+        values = given(call)
+        weights, w_scales, biases = (values.pop(name) for name in ("weights", "w_scales", "biases"))
         if len(weights) != 1:
+            result.refuse(SEVERAL)
             continue
         bias = biases[0] if biases else None
         with graph.inserting_before(call):
-            emit = Emitter(graph, fake_mode, call)
-            y = emit.call(
-                ops.quantized_linear_cpu, x, threshold, decomposition, weights[0], w_scales[0], bias
-            )
+            emit = Emitter(graph, context.fake_mode, call)
+            one = {"weight": weights[0], "w_scale": w_scales[0], "bias": bias}
+            y = emit.named(ops.quantized_linear_cpu, **values, **one)
         for item in list(call.users):
             item.replace_all_uses_with(y)
             graph.erase_node(item)
         graph.erase_node(call)
-        rewritten += 1
-    return rewritten
+        result.changed += 1
+    return result

@@ -1,6 +1,6 @@
 """A linear or matmul that was found, in one form whatever its spelling."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,3 +92,23 @@ class Candidate:
     def refused(self, reason: str) -> "Candidate":
         self.refusal = reason
         return self
+
+
+# (call, x, tensors of the weight, bias) -> y, all of them nodes; ``kernels/schemes/scheme.py`` has the
+# schemes'
+Product = Callable[[Callable[..., Any], fx.Node, Sequence[fx.Node], fx.Node | None], fx.Node]
+
+
+@dataclass(frozen=True, eq=False)
+class Accepted:
+    """A candidate that is rewritten, and into what.
+
+    Attributes:
+        weight: the parts of its packed weight, placeholders of the outermost graph; empty where both
+            operands are activations.
+        product: emits ``y [*, N]`` of x's dtype from ``x [*, K]``; None where both are activations.
+    """
+
+    candidate: Candidate
+    weight: Sequence[fx.Node] = ()
+    product: Product | None = None

@@ -1,4 +1,4 @@
-"""Fuse sums: partial results of a split product are added up by the kernel that reads them.
+"""Defer split-K reduction: the kernel that reads a split product adds up its parts.
 
 Before::
 
@@ -18,15 +18,16 @@ microsecond of its last programs, and not a launch.
 
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.passes.contract import Context, Result
+from int8fx.passes.graph.arguments import set_argument, takes
 from int8fx.passes.graph.weight_expression import is_view_or_cast
 
-_ARGUMENT = "sums"
+_ARGUMENT = "sums"  # whether an operator adds up by itself
 # What Inductor calls, and does not write.
 _CALLED = frozenset(
     {
@@ -47,22 +48,24 @@ _CALLED = frozenset(
 )
 
 
-def fuse_sums(graph: fx.Graph) -> int:
-    """Leaves sums to the readers where they take them for nothing; returns at how many calls."""
-    left = 0
+LEAVES = "a result leaves the graph"
+CALLED = "a library's kernel reads a result"
+NEXT_PRODUCT = "the next int8 product reads a result"
+
+
+def defer_split_k_reduction(graph: fx.Graph, context: Context) -> Result:
+    """Leaves sums to the readers where they take them for nothing; changed: at how many calls."""
+    result = Result()
     for node in graph.nodes:
-        position = _position(node.target)
-        if position is not None and all(map(_is_written, _readers(node))):
-            node.args = (*node.args[:position], False)
-            left += 1
-    return left
-
-
-def _position(target: Any) -> int | None:
-    """Where an operator takes whether it adds up by itself, as its last argument; or None."""
-    schema = getattr(target, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema is not None else []
-    return len(names) - 1 if names[-1:] == [_ARGUMENT] else None
+        if not takes(node.target, _ARGUMENT):
+            continue
+        reason = next((reason for each in _readers(node) if (reason := _reason(each))), "")
+        if reason:
+            result.refuse(reason)
+        else:
+            set_argument(node, _ARGUMENT, False)
+            result.changed += 1
+    return result
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -74,6 +77,10 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _is_written(reader: fx.Node) -> bool:
-    """Whether Inductor writes the kernel of a node."""
-    return reader.op != "output" and reader.target not in _CALLED and _position(reader.target) is None
+def _reason(reader: fx.Node) -> str:
+    """Why Inductor does not write the kernel of a node, or empty."""
+    if reader.op == "output":
+        return LEAVES
+    if reader.target in _CALLED:
+        return CALLED
+    return NEXT_PRODUCT if takes(reader.target, _ARGUMENT) else ""

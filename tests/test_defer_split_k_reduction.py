@@ -1,4 +1,4 @@
-"""fuse_sums: which readers take the sum of partial results for nothing, and which results are left."""
+"""defer_split_k_reduction: which readers take the sum of partial results for nothing, and which results are left."""
 
 import operator
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from int8fx.passes.int8.fuse_sums import fuse_sums
+from int8fx.passes.int8.defer_split_k_reduction import defer_split_k_reduction
 
 _library = torch.library.Library("int8fx_test_sums", "DEF")
 _library.define("products(Tensor x, bool sums=True) -> Tensor[]")

@@ -1,0 +1,40 @@
+"""What the passes may know of a compile."""
+
+from torch import Tensor
+
+from int8fx.compiler.compilation import Compilation
+from int8fx.compiler.weight_inputs import packed_key
+from int8fx.kernels import table
+from int8fx.kernels.schemes.table import quantizers
+from int8fx.passes.contract import Context
+from int8fx.passes.linears.candidate import Accepted, Candidate
+
+
+def context_of(compilation: Compilation, for_inductor: bool) -> Context:
+    """The context of the passes, once the weights are quantised.
+
+    Args:
+        for_inductor: whether Inductor compiles the graphs.
+    """
+    inputs = (value for value in compilation.inputs if isinstance(value, Tensor))
+    return Context(
+        fake_mode=compilation.fake_mode,
+        find_memory=compilation.memory,
+        devices=tuple(sorted({value.device.type for value in inputs})),
+        needs_autograd=compilation.needs_autograd,
+        for_inductor=for_inductor,
+        cpp_wrapper=compilation.cpp_wrapper,
+        quantizers=quantizers(),
+        joined=table.joined,
+        normed=table.normed,
+        experts=table.experts,
+        attends=table.attends,
+        accepted=[_accepted(compilation, candidate) for candidate in compilation.accepted],
+    )
+
+
+def _accepted(compilation: Compilation, candidate: Candidate) -> Accepted:
+    if candidate.weight is None:
+        return Accepted(candidate)
+    weight = compilation.packed_nodes[packed_key(compilation, candidate)]
+    return Accepted(candidate, weight, compilation.products[candidate])

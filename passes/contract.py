@@ -1,0 +1,156 @@
+"""What a pass is: a name, a rewrite of one graph, and when it applies.
+
+    rewrite(graph, context) -> Result      how many places it changed, and why it left others
+    applies(context) -> str                empty, or why the pass does not run at all
+
+``passes/order.py`` is the table of all passes, ``passes/README.md`` says how to add one. A pass learns
+about the compile from its ``Context`` alone, so that a test can run it on a graph of a few nodes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from int8fx.passes.graph.mutation import Memory
+from int8fx.passes.graph.scope import Scope
+from int8fx.passes.graph.verify import Signature
+from int8fx.passes.linears.candidate import Accepted
+
+
+@dataclass
+class Result:
+    """What a pass did to one graph.
+
+    Attributes:
+        changed: how many places it rewrote; the pass says what it counts.
+        refused: of the places that it looked at and left: why, and how many.
+    """
+
+    changed: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def refuse(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.refused[reason] += count
+
+
+@dataclass
+class Context:
+    """What the passes of one compile ask, and what they tell.
+
+    Attributes:
+        fake_mode: of the graphs' values.
+        find_memory: the memory of all graphs as they are when it is called.
+        devices: the types of the devices of the graph's inputs.
+        needs_autograd: whether a backward pass may come: most operators of ours have none.
+        for_inductor: whether Inductor compiles the graphs; else they run operator by operator.
+        cpp_wrapper: whether Inductor writes its wrapper in C++.
+        quantizers: the operators whose equal calls the linears of one input share.
+        joined, normed, experts, attends: what serves on a type of device (``kernels/table.py``).
+        accepted: the linears that are rewritten, in the order in which they run.
+        signatures: for ``verify``: of each rewritten node, what it was and what it is.
+        quantizations: how many calls quantise an input, once linears share them.
+    """
+
+    fake_mode: Any
+    find_memory: Callable[[], Memory]
+    devices: tuple[str, ...] = ()
+    needs_autograd: bool = False
+    for_inductor: bool = True
+    cpp_wrapper: bool = False
+    quantizers: frozenset[Any] = frozenset()
+    joined: Callable[[str], tuple[Any, int] | None] = lambda device: None
+    normed: Callable[[str], Any] = lambda device: None
+    experts: Callable[[str], Any] = lambda device: None
+    attends: Callable[[str, bool], bool] = lambda device, few: False
+    accepted: Sequence[Accepted] = ()
+    signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
+    quantizations: int = 0
+    _memory: Memory | None = None
+
+    def memory(self) -> Memory:
+        """Where the graphs write to, as they were when the pass began."""
+        # What a pass does to one graph changes nothing in another: it is found once a pass.
+        if self._memory is None:
+            self._memory = self.find_memory()
+        return self._memory
+
+    def begin(self) -> None:
+        """A pass begins: what the one before found may no longer be so."""
+        self._memory = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a pass in a whole compile: ``Result`` over all graphs.
+
+    Attributes:
+        name: of the pass.
+        skipped: why it did not run, or empty.
+    """
+
+    name: str
+    changed: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    skipped: str = ""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there is nothing to say: it found no place to look at."""
+        return not (self.changed or self.refused or self.skipped)
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.name}: not run, {self.skipped}"
+        left = [f"{count} x {reason}" for reason, count in self.refused.items()]
+        return f"{self.name}: {self.changed} changed" + (f"; left {', '.join(left)}" if left else "")
+
+
+def _always(context: Context) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A row of ``passes/order.py``.
+
+    Attributes:
+        name: the same in the code, the log, the report, ``explain`` and the documentation.
+        rewrite: changes one graph in place; sub-graphs are graphs of their own.
+        applies: why the pass does not run in a compile, or empty.
+    """
+
+    name: str
+    rewrite: Callable[[fx.Graph, Context], Result]
+    applies: Callable[[Context], str] = _always
+
+    def run(self, root: Scope, context: Context) -> Outcome:
+        """Rewrites every graph below ``root``."""
+        if skipped := self.applies(context):
+            return Outcome(self.name, skipped=skipped)
+        context.begin()
+        changed, refused = 0, Counter[str]()
+        for scope in root.walk():
+            result = self.rewrite(scope.graph, context)
+            changed += result.changed
+            refused += result.refused
+        return Outcome(self.name, changed, dict(refused.most_common()))
+
+
+def together(outcomes: Sequence[Sequence[Outcome]]) -> tuple[Outcome, ...]:
+    """The outcomes of several compiles as those of one, a pass each."""
+    by_name: dict[str, list[Outcome]] = {}
+    for each in (each for compiled in outcomes for each in compiled):
+        by_name.setdefault(each.name, []).append(each)
+    return tuple(_sum(name, members) for name, members in by_name.items())
+
+
+def _sum(name: str, members: Sequence[Outcome]) -> Outcome:
+    ran = [each for each in members if not each.skipped]
+    if not ran:
+        return members[0]
+    refused = sum((Counter(each.refused) for each in ran), Counter[str]())
+    return Outcome(name, sum(each.changed for each in ran), dict(refused.most_common()))
