@@ -1,4 +1,4 @@
-"""defer_split_k_reduction: which readers take the sum of partial results for nothing, and which results are left."""
+"""defer_split_k_reduction: which readers add up partial results for nothing, and what is left."""
 
 import operator
 
@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from int8fx.passes.int8.defer_split_k_reduction import defer_split_k_reduction
+from int8fx.passes.int8.defer_split_k_reduction import (
+    CALLED,
+    LEAVES,
+    NEXT_PRODUCT,
+    defer_split_k_reduction,
+)
+from int8fx.testing.support import context_of
 
 _library = torch.library.Library("int8fx_test_sums", "DEF")
 _library.define("products(Tensor x, bool sums=True) -> Tensor[]")
@@ -35,28 +41,29 @@ def quantize(graph: fx.Graph, y: fx.Node) -> fx.Node:
 
 
 @pytest.mark.parametrize(
-    ("readers", "left"),
+    ("readers", "reason"),
     [
-        ([add], True),
-        ([view, add], True),
-        ([], False),
-        ([view], False),
-        ([view, attend, add], False),
-        ([multiply, add], False),
+        ([add], ""),
+        ([view, add], ""),
+        ([], LEAVES),
+        ([view], LEAVES),
+        ([view, attend, add], CALLED),
+        ([multiply, add], CALLED),
     ],
     ids=lambda value: (
         "-".join(each.__name__ for each in value) if isinstance(value, list) else str(value)
     ),
 )
-def test_sums_are_left_to_kernels_that_inductor_writes(readers, left):
+def test_sums_are_left_to_kernels_that_inductor_writes(readers, reason):
     graph = fx.Graph()
     call = graph.call_function(products, (graph.placeholder("x"),))
     y = graph.call_function(operator.getitem, (call, 0))
     for reader in readers:
         y = reader(graph, y)
     graph.output(y)
-    assert fuse_sums(graph) == left
-    assert call.args[1:] == ((False,) if left else ())
+    result = defer_split_k_reduction(graph, context_of(graph))
+    assert (result.changed, result.refused) == ((0, {reason: 1}) if reason else (1, {}))
+    assert call.args[1:] == (() if reason else (False,))
 
 
 def test_one_result_that_nothing_reads_keeps_all_sums_of_a_call():
@@ -64,18 +71,21 @@ def test_one_result_that_nothing_reads_keeps_all_sums_of_a_call():
     call = graph.call_function(products, (graph.placeholder("x"),))
     q, k = (graph.call_function(operator.getitem, (call, index)) for index in range(2))
     graph.output((add(graph, q), k))
-    assert fuse_sums(graph) == 0
+    result = defer_split_k_reduction(graph, context_of(graph))
+    assert (result.changed, result.refused) == (0, {LEAVES: 1})
 
 
 def test_the_next_product_adds_nothing_up_for_the_one_before():
     graph = fx.Graph()
     call = graph.call_function(products, (graph.placeholder("x"),))
     graph.output(quantize(graph, graph.call_function(operator.getitem, (call, 0))))
-    assert fuse_sums(graph) == 1
+    result = defer_split_k_reduction(graph, context_of(graph))
+    assert (result.changed, result.refused) == (1, {NEXT_PRODUCT: 1})
     assert len(call.args) == 1
 
 
 def test_operators_that_do_not_ask_are_left_alone():
     graph = fx.Graph()
     graph.output(add(graph, add(graph, graph.placeholder("x"))))
-    assert fuse_sums(graph) == 0
+    result = defer_split_k_reduction(graph, context_of(graph))
+    assert (result.changed, result.refused) == (0, {})

@@ -14,7 +14,7 @@ from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.passes.int8.serve_experts import serve_experts
 from int8fx.testing.bounds import expected_and_bound
 from int8fx.testing.checked import checking
-from int8fx.testing.support import assert_close_to_float64, compile_once
+from int8fx.testing.support import assert_close_to_float64, compile_once, context_of
 from int8fx.testing.toy_models import build
 
 E, N, K, S = 4, 24, 40, 9
@@ -265,9 +265,11 @@ def test_a_device_may_have_an_operator_of_its_own(x):
     arguments[0].meta["example_value"] = x
     call = graph.call_function(expert_linear, (arguments[0], 6.0, "column", *arguments[1:], None))
     graph.output(call)
-    assert serve_experts(graph, lambda device: None) == 0
+    refused = serve_experts(graph, context_of(graph)).refused
+    assert refused == {"cpu has no operator of its own for experts": 1}
     assert call.target is expert_linear
-    assert serve_experts(graph, {"cpu": torch.add}.get) == 1
+    result = serve_experts(graph, context_of(graph, experts={"cpu": torch.add}.get))
+    assert (result.changed, result.refused) == (1, {})
     assert call.target is torch.add and call.args[1:3] == (6.0, "column")
 
 

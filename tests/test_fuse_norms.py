@@ -1,23 +1,36 @@
 """fuse_norms: which spellings are norms, which norms move, and that the result is the same."""
 
 import operator
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from int8fx.testing.support import memory_of
+from int8fx.testing.support import context_of
 
 pytest.importorskip("triton")
 
+import int8fx
+from int8fx.kernels import table
 from int8fx.kernels.gpu.norm import norm_statistics, normalized_reference
-from int8fx.passes.int8.fuse_norms import fuse_norms
+from int8fx.passes.contract import Result
+from int8fx.passes.int8.fuse_norms import (
+    FEW,
+    NO_OUTLIERS,
+    ON_THE_WAY,
+    READ_ELSEWHERE,
+    SUM_ON_THE_WAY,
+    WRITTEN,
+    fuse_norms,
+)
+from int8fx.passes.outcome import Outcome
 
 M, K, N = 20, 8, 4
 _library = torch.library.Library("int8fx_test_norms", "DEF")
 _READS = "float threshold, str decomposition, Tensor[] weights, Tensor[] w_scales, Tensor[] biases"
-_NORM = "Tensor x, Tensor? addend, str norm, Tensor weight, Tensor? bias, float eps"
+_NORM = "Tensor x, Tensor? addend, str norm, Tensor norm_weight, Tensor? norm_bias, float eps"
 _library.define(f"linears(Tensor x, {_READS}) -> Tensor[]")
 _library.define(f"normed({_NORM}, {_READS}) -> Tensor[]")
 linears = torch.ops.int8fx_test_norms.linears.default
@@ -30,15 +43,26 @@ def _linears(x, threshold, decomposition, weights, w_scales, biases) -> list[Ten
 
 
 @torch.library.impl(_library, "normed", "CompositeExplicitAutograd")
-def _normed(x, addend, norm, weight, bias, eps, *read) -> list[Tensor]:
+def _normed(x, addend, norm, norm_weight, norm_bias, eps, *read) -> list[Tensor]:
     total = x.clone() if addend is None else x + addend
-    h = normalized_reference(total, *norm_statistics(total, norm, eps), weight, bias, norm)
+    h = normalized_reference(total, *norm_statistics(total, norm, eps), norm_weight, norm_bias, norm)
     outputs = _linears(h, *read)
     return outputs if addend is None else [*outputs, total]
 
 
-for _name in ("linears", "normed"):
-    torch.library.register_fake(f"int8fx_test_norms::{_name}", globals()[f"_{_name}"], lib=_library)
+def _shapes(x, w_scales) -> list[Tensor]:
+    """A weight may be packed: its scales tell N."""
+    return [x.new_empty(*x.shape[:-1], len(w_scale)) for w_scale in w_scales]
+
+
+@torch.library.register_fake("int8fx_test_norms::linears", lib=_library)
+def _(x, threshold, decomposition, weights, w_scales, biases) -> list[Tensor]:
+    return _shapes(x, w_scales)
+
+
+@torch.library.register_fake("int8fx_test_norms::normed", lib=_library)
+def _(x, addend, norm, norm_weight, norm_bias, eps, *read) -> list[Tensor]:
+    return _shapes(x, read[3]) + ([] if addend is None else [torch.empty_like(x)])
 
 
 class Base(nn.Module):
@@ -223,22 +247,23 @@ class TwoDimensions(Base):
         return self.read(F.layer_norm(x, (M, K), weight))[0]
 
 
-LEFT = [
-    ReadTwice,
-    WithoutOutliers,
-    Everything,
-    NotRounded,
-    OverRows,
-    Cubed,
-    OfAnother,
-    Gemma,
-    Computed,
-    SumOfComputed,
-    DroppedSum,
-    Broadcast,
-    Overwritten,
-    TwoDimensions,
-]
+COMPUTED_WEIGHT = "the norm's weight or bias is computed in the graph"
+LEFT = {
+    ReadTwice: READ_ELSEWHERE,
+    WithoutOutliers: NO_OUTLIERS,
+    Everything: NO_OUTLIERS,
+    NotRounded: "the norm is rounded twice",
+    OverRows: "the norm's mean is not over the last dimension",
+    Cubed: "the norm's mean is not of squares",
+    OfAnother: "the norm divides by the mean square of another value",
+    Gemma: COMPUTED_WEIGHT,
+    Computed: ON_THE_WAY,
+    SumOfComputed: SUM_ON_THE_WAY,
+    DroppedSum: SUM_ON_THE_WAY,
+    Broadcast: SUM_ON_THE_WAY,
+    Overwritten: WRITTEN,
+    TwoDimensions: "the norm is over several dimensions",
+}
 
 
 def captured(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
@@ -260,13 +285,20 @@ def rows(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(*shape, K, generator=generator).half() for _ in range(2))
 
 
-def fused(gm: fx.GraphModule) -> int:
+def fuse(gm: fx.GraphModule) -> Result:
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     (mode, *_) = [value.fake_mode for value in values if isinstance(value, Tensor)]
-    moved = fuse_norms(gm.graph, mode, linears, normed, memory_of(gm.graph, mode))
+    context = context_of(
+        gm.graph,
+        mode,
+        devices=("cpu",),
+        joined={"cpu": (linears, 3)}.get,
+        normed={"cpu": normed}.get,
+    )
+    result = fuse_norms(gm.graph, context)
     gm.graph.lint()
     gm.recompile()
-    return moved
+    return result
 
 
 def same(left: object, right: object) -> bool:
@@ -280,7 +312,7 @@ def test_a_norm_moves_and_the_result_is_the_same(kind, lead):
     gm, examples = captured(kind(), *rows(lead))
     with torch.no_grad():
         before = gm(*examples)
-        assert fused(gm) == 1
+        assert fuse(gm) == Result(1)
         assert same(gm(*examples), before)
     (call,) = gm.graph.find_nodes(op="call_function", target=normed)
     x, addend, norm, weight, bias, eps, threshold, *_ = call.args
@@ -299,7 +331,7 @@ def test_a_norm_is_left_to_inductor(kind):
     model = kind()
     gm, _ = captured(model, *rows((M,)))
     printed = str(gm.graph)
-    assert fused(gm) == 0
+    assert fuse(gm) == Result(0, Counter({LEFT[kind]: 1}))
     assert str(gm.graph) == printed
 
 
@@ -315,7 +347,7 @@ def test_few_rows_are_left_and_an_unknown_number_moves():
             for x in inputs:
                 torch._dynamo.mark_dynamic(x, 0)
         gm, _ = captured(Base(), *inputs)
-        assert fused(gm) == moved, lead
+        assert fuse(gm) == Result(moved, Counter({FEW: 1} if moved == 0 else {})), lead
 
 
 def test_results_that_nothing_reads_are_no_obstacle():
@@ -326,7 +358,38 @@ def test_results_that_nothing_reads_are_no_obstacle():
     gm, examples = captured(OnlyTheSecond(), *rows((M,)))
     with torch.no_grad():
         before = gm(*examples)
-        assert fused(gm) == 1
+        assert fuse(gm) == Result(1)
         assert same(gm(*examples), before)
     (read,) = gm.graph.find_nodes(op="call_function", target=operator.getitem)
     assert read.args[1] == 1
+
+
+class Normalised(nn.Module):
+    """Two norms of Llama's kind; the second is a result of the model as well."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.RMSNorm(32), nn.RMSNorm(32)
+        self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        h = self.second(self.up(self.first(x)))
+        return self.down(h), h
+
+
+def test_explain_says_why_a_norm_is_not_fused(monkeypatch):
+    model, x = Normalised().requires_grad_(False), torch.randn(20, 32)
+    shown = int8fx.explain(model, x)
+    (outcome,) = [each for each in shown.passes if each.name == "fuse_norms"]
+    assert outcome.skipped == "no operator of cpu takes a norm and its linears"
+    assert outcome.skipped.split()[-1] in str(shown)
+
+    monkeypatch.setattr(table, "normed", lambda device: normed)
+    shown = int8fx.explain(model, x)
+    (outcome,) = [each for each in shown.passes if each.name == "fuse_norms"]
+    assert outcome == Outcome("fuse_norms", 1, {READ_ELSEWHERE: 1})
+    (line,) = [line for line in str(shown).splitlines() if line.startswith("fuse_norms")]
+    assert line.split() == ["fuse_norms", "1", "1", "left:", *READ_ELSEWHERE.split()]
+    assert f"<td>1 left: {READ_ELSEWHERE}</td>" in shown._repr_html_()
+    assert shown.to_dict()["passes"][6]["refused"] == {READ_ELSEWHERE: 1}

@@ -9,8 +9,8 @@ from int8fx.kernels import table
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.passes.graph.emit import Emitter
-from int8fx.passes.int8.join_linears import join_linears
-from int8fx.testing.support import memory_of
+from int8fx.passes.int8.join_linears import KINDS_OF_BIAS, join_linears
+from int8fx.testing.support import context_of
 
 M, K, LIMIT = 5, 8, 3
 
@@ -66,23 +66,24 @@ class Example:
 
 
 @pytest.mark.parametrize(
-    ("biases", "calls"),
+    ("biases", "calls", "refused"),
     [
-        ([None], 1),
-        ([None, None, None], 1),
-        ([None] * 4, 2),
-        (["placeholder", "placeholder"], 1),
-        ([None, "placeholder"], 2),
-        (["computed", None], 1),
+        ([None], 1, {}),
+        ([None, None, None], 1, {}),
+        ([None] * 4, 2, {"a call takes 3 linears at most": 1}),
+        (["placeholder", "placeholder"], 1, {}),
+        ([None, "placeholder"], 2, {KINDS_OF_BIAS: 1}),
+        (["computed", None], 1, {}),
     ],
     ids=str,
 )
-def test_linears_of_one_activation_become_calls_of_at_most_three(biases, calls):
+def test_linears_of_one_activation_become_calls_of_at_most_three(biases, calls, refused):
     example = Example(biases)
     before = example.run()
-    memory = memory_of(example.graph, example.mode)
-    made = join_linears(example.graph, example.mode, lambda device: (joined_operator, LIMIT), memory)
-    assert made == calls == example.count(joined_operator)
+    context = context_of(example.graph, example.mode, joined=lambda device: (joined_operator, LIMIT))
+    result = join_linears(example.graph, context)
+    assert result.changed == calls == example.count(joined_operator)
+    assert result.refused == refused
     assert example.count(ops.quantize) == example.count(ops.int8_linear) == 0
     for y, expected in zip(example.run(), before, strict=True):
         torch.testing.assert_close(y, expected)
@@ -92,7 +93,7 @@ def test_a_device_without_such_an_operator_keeps_its_graph():
     example = Example([None, None])
     before = str(example.graph)
     asked = []
-    memory = memory_of(example.graph, example.mode)
-    assert join_linears(example.graph, example.mode, asked.append, memory) == 0
-    assert asked == ["cpu"]
+    result = join_linears(example.graph, context_of(example.graph, example.mode, joined=asked.append))
+    assert (result.changed, asked) == (0, ["cpu"])
+    assert result.refused == {"cpu has no operator that quantises and multiplies": 1}
     assert str(example.graph) == before

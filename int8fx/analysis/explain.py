@@ -40,6 +40,7 @@ def explain(
     from int8fx import torch_private
     from int8fx.analysis.observe import Observation
     from int8fx.kernels import table
+    from int8fx.passes.outcome import together
 
     torch_private.check_torch()
     model = torch_private.uncompiled(model)
@@ -57,6 +58,7 @@ def explain(
         threshold=checked.threshold,
         kernel=table.describe(),
         unused=_unused(observation),
+        passes=together(observation.outcomes),
         graphs=len(observation.graphs),
         graph_breaks=observation.breaks,
         recompiles=observation.recompiles,

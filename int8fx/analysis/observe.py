@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from int8fx import torch_private
 from int8fx.analysis.explanation.record import GraphBreak
 from int8fx.compiler.compilation import Compilation
-from int8fx.compiler.pipeline import rewrite_graph
+from int8fx.compiler.pipeline import outcomes_of, rewrite_graph
 from int8fx.kernels.schemes.scheme import Choice, eagerly
 from int8fx.options import Options
 from int8fx.passes.graph.emit import Emitter
@@ -27,6 +27,7 @@ from int8fx.passes.graph.flops import flops
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.passes.linears.decision import Decision
+from int8fx.passes.outcome import Outcome
 from int8fx.weights.store import WeightStore
 from int8fx.weights.tensor import in_float
 
@@ -115,6 +116,7 @@ class Observation:
         runs: how often each graph ran.
         by_linear: what was seen, by graph, candidate and module path: modules that share a
             graph are told apart.
+        outcomes: of the passes, by graph, were it compiled.
         breaks: Dynamo's graph breaks.
         recompiles: why frames were compiled again.
     """
@@ -123,6 +125,7 @@ class Observation:
         self.graphs: list[Graph] = []
         self.runs: list[int] = []
         self.by_linear: dict[tuple[Place, str], Seen] = {}
+        self.outcomes: list[list[Outcome]] = []
         self.breaks: tuple[GraphBreak, ...] = ()
         self.recompiles: tuple[str, ...] = ()
         self._options = options
@@ -150,6 +153,8 @@ class Observation:
             self._recompiled.append(compile_id)
         number = len(self.graphs)
         self.runs.append(0)
+        # What is observed are calls that no pass knows: they are tried on a graph of their own.
+        self.outcomes.append(outcomes_of(gm, inputs, self._options, self._store))
         rewritten = rewrite_graph(
             gm, inputs, self._options, self._store, lambda compilation: self._watch(number, compilation)
         )

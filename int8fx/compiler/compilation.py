@@ -12,11 +12,11 @@ from int8fx.compiler.effects import Effects, overlapping
 from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
-from int8fx.passes.contract import Outcome
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.scope import Scope
 from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.passes.linears.decision import Decision
+from int8fx.passes.outcome import Outcome
 from int8fx.weights.store import STORE, PackedWeight, WeightStore
 
 

@@ -19,8 +19,8 @@ from int8fx.compiler.weight_inputs import behind, finish_inputs, quantize_weight
 from int8fx.kernels import table
 from int8fx.options import Options
 from int8fx.passes import order
-from int8fx.passes.contract import Outcome
 from int8fx.passes.graph.verify import verify
+from int8fx.passes.outcome import Outcome
 from int8fx.weights.changes import watch as watch_changes
 from int8fx.weights.store import STORE, WeightStore
 

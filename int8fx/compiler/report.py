@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from int8fx.passes.contract import Outcome
 from int8fx.passes.linears.decision import Decision
+from int8fx.passes.outcome import Outcome
 
 
 @dataclass(frozen=True)

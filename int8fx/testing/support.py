@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import int8fx
 from int8fx import torch_private
 from int8fx.compiler.effects import Effects
+from int8fx.passes.contract import Context
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.scope import Scope
 
@@ -56,6 +57,11 @@ def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:
 def memory_of(graph: fx.Graph, fake_mode: Any = None) -> Memory:
     """What a pass asks about the writes of one graph without sub-graphs."""
     return Memory(Scope(types.SimpleNamespace(graph=graph)), Effects(fake_mode))  # type: ignore[arg-type]
+
+
+def context_of(graph: fx.Graph, fake_mode: Any = None, **given: Any) -> Context:
+    """What a pass is given for one graph without sub-graphs; ``given`` are fields of the context."""
+    return Context(fake_mode, lambda: memory_of(graph, fake_mode), **given)
 
 
 class Mlp(nn.Module):

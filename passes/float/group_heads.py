@@ -51,12 +51,14 @@ def _reason(attention: Attention) -> str:
     """Why it is no decode attention whose heads share keys, or empty."""
     if not float_speed(attention.device).attends_head_by_head:
         return f"torch's own groups them on {attention.device}"
+    q, k = shape_of(attention.q), shape_of(attention.k)
+    if isinstance(q[2], int) and q[2] != 1:
+        return POSITIONS
     if attention.is_causal:
         return CAUSAL
     if attention.mask is not None and shape_of(attention.mask)[1:3] != (1, 1):
         return MASK
     # Sizes that vary are compared last: a comparison may guard the compiled graph.
-    q, k = shape_of(attention.q), shape_of(attention.k)
     if k[1] >= q[1]:
         return NOTHING_SHARED
     return POSITIONS if q[2] != 1 else ""

@@ -11,7 +11,13 @@ from rich.text import Text
 from int8fx.analysis.explanation.html import fragment, page
 from int8fx.analysis.explanation.plots import draw
 from int8fx.analysis.explanation.record import Findings, _finite
-from int8fx.analysis.explanation.text import _kind_table, _row_table, as_text, sentences
+from int8fx.analysis.explanation.text import (
+    as_text,
+    kind_table,
+    pass_table,
+    row_table,
+    sentences,
+)
 
 
 class Explanation(Findings):
@@ -25,7 +31,10 @@ class Explanation(Findings):
 
     def __rich__(self) -> RenderableType:
         # The summary last: it is what a terminal shows when everything has scrolled by.
-        return Group(_row_table(self), "", _kind_table(self.rows), "", *map(Text, sentences(self)))
+        tables = [row_table(self), kind_table(self.rows)]
+        tables += [pass_table(self.passes)] if self.passes else []
+        spaced = (shown for table in tables for shown in (table, ""))
+        return Group(*spaced, *map(Text, sentences(self)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it: an infinite SQNR is None with ``exact: true``."""

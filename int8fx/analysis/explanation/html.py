@@ -11,6 +11,7 @@ from int8fx.analysis.explanation.record import (
     by_kind,
     memory,
     outliers,
+    pass_rows,
     sqnr,
 )
 from int8fx.analysis.explanation.text import sentences
@@ -36,10 +37,12 @@ def fragment(explanation: Findings) -> str:
     summary = "".join(f"<li>{html.escape(line)}</li>" for line in sentences(explanation))
     kinds = by_kind(explanation.rows).items()
     groups = ((name, scheme, str(len(members))) for (name, scheme), members in kinds)
+    passes = pass_rows(explanation.passes)
     return (
         f'<div class="int8fx"><style>{STYLE}</style><ul>{summary}</ul>'
         f"{_table(('modules', 'scheme', 'count'), ((each, '') for each in groups))}"
-        f"{_table(HEADINGS, map(_row, explanation.rows))}</div>"
+        f"{_table(HEADINGS, map(_row, explanation.rows))}"
+        f"{_table(('pass', 'changed', 'left'), ((each, '') for each in passes))}</div>"
     )
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from int8fx.passes.outcome import Outcome
+
 
 @dataclass(frozen=True)
 class Row:
@@ -95,6 +97,7 @@ class Findings:
         threshold: of the outliers counted.
         kernel: what computes the int8 linears, by device type.
         unused: patterns of ``skip``, ``only`` and ``rules`` that decide on nothing.
+        passes: what each pass changes in the graphs, and why it leaves the rest.
         graphs: how many Dynamo made.
         graph_breaks, recompiles: why it made more than one.
     """
@@ -104,6 +107,7 @@ class Findings:
     threshold: float
     kernel: dict[str, str]
     unused: tuple[str, ...]
+    passes: tuple[Outcome, ...]
     graphs: int
     graph_breaks: tuple[GraphBreak, ...]
     recompiles: tuple[str, ...]
@@ -144,6 +148,19 @@ def by_kind(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         groups.setdefault((kind(row.path), row.scheme or "float"), []).append(row)
     return groups
+
+
+def pass_rows(passes: Iterable[Outcome]) -> list[tuple[str, str, str]]:
+    """Cells of a table: the pass, how many places it changed, and why others stay, a line a reason."""
+    rows = []
+    for each in passes:
+        if each.is_silent:
+            continue
+        left = [f"{count} left: {reason}" for reason, count in each.refused.items()]
+        first, *rest = [f"not run: {each.skipped}"] if each.skipped else left or [""]
+        rows.append((each.name, "" if each.skipped else str(each.changed), first))
+        rows += [("", "", line) for line in rest]
+    return rows
 
 
 def mib(count: int) -> str:

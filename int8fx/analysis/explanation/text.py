@@ -9,7 +9,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from int8fx.analysis.explanation.record import Findings, Row, by_kind, memory, mib, outliers, sqnr
+from int8fx.analysis.explanation.record import (
+    Findings,
+    Row,
+    by_kind,
+    memory,
+    mib,
+    outliers,
+    pass_rows,
+    sqnr,
+)
+from int8fx.passes.outcome import Outcome
 
 WIDTH = 80
 
@@ -22,7 +32,7 @@ def as_text(shown: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _row_table(explanation: Findings) -> Table:
+def row_table(explanation: Findings) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("module", overflow="fold")
     for column in ("N x K", "scheme", "outliers", "SQNR", "MiB", "FLOPs"):
@@ -46,7 +56,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _kind_table(rows: Sequence[Row]) -> Table:
+def kind_table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("modules", overflow="fold")
     for column in ("count", "scheme", "max |x|", "min SQNR", "MiB", "FLOPs"):
@@ -64,6 +74,17 @@ def _kind_table(rows: Sequence[Row]) -> Table:
             memory(sum(row.float_bytes for row in counted), sum(row.kept_bytes for row in counted)),
             f"{sum(row.share for row in members):.1%}",
         )
+    return table
+
+
+def pass_table(passes: Sequence[Outcome]) -> Table:
+    """What the passes do to the graphs, and where they hold back."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("pass", no_wrap=True)
+    table.add_column("changed", justify="right", no_wrap=True)
+    table.add_column("left", overflow="fold")
+    for row in pass_rows(passes):
+        table.add_row(*map(escape, row))
     return table
 
 
