@@ -3,6 +3,8 @@
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS
@@ -64,6 +66,8 @@ class Options:
             back (``.data.mul_()``, numpy, another process) keeps its old values until
             ``int8fx.refresh(model)``; in-place edits, ``.data =``, ``load_state_dict``, optimizers'
             steps and peft's merges are seen all the same.
+        dump_graphs: a folder for each graph before and after each pass (``compiler/graphs.py``); None:
+            nothing is written.
         skips_by_default: whether a weight that is also an embedding stays in float, and what is
             ranked: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
@@ -80,6 +84,7 @@ class Options:
     attention: bool = False
     release_weights: bool = False
     check_weights: bool = True
+    dump_graphs: Path | None = None
     skips_by_default: bool = True
     given: frozenset[str] = frozenset()
 
@@ -240,6 +245,18 @@ def _flag(asked: str, value: Any) -> bool:
     return value
 
 
+def _folder(asked: str, value: Any) -> Path | None:
+    allowed = "a path of a folder, which is made if it is not there, or None"
+    if value is None:
+        return None
+    if not isinstance(value, str | PathLike) or not str(value):
+        raise _refuse(asked, value, allowed)
+    folder = Path(value)
+    if folder.exists() and not folder.is_dir():
+        raise _refuse(asked, value, allowed)
+    return folder
+
+
 def _patches(asked: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _refuse(asked, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
@@ -258,4 +275,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "attention": _flag,
     "release_weights": _flag,
     "check_weights": _flag,
+    "dump_graphs": _folder,
 }

@@ -12,6 +12,7 @@ from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.context import context_of
 from int8fx.compiler.decide import canonicalize, select
 from int8fx.compiler.foreign import replace_bitsandbytes
+from int8fx.compiler.graphs import GraphDump, readable
 from int8fx.compiler.inductor import codegen
 from int8fx.compiler.release import release
 from int8fx.compiler.report import Report, publish
@@ -92,23 +93,28 @@ def decide(
 
 def rewrite_what_was_accepted(compilation: Compilation) -> None:
     """The passes, for Inductor; a graph without an int8 linear stays as it is."""
+    folder = compilation.options.dump_graphs
+    dump = None if folder is None else GraphDump(folder, compilation.root.gm)
     if replace_bitsandbytes(compilation) or compilation.accepted:
-        rewrite(compilation, for_inductor=True)
+        rewrite(compilation, for_inductor=True, dump=dump)
 
 
-def rewrite(compilation: Compilation, for_inductor: bool) -> None:
+def rewrite(compilation: Compilation, for_inductor: bool, dump: GraphDump | None = None) -> None:
     """Runs the passes of ``passes/order.py``, with the weights quantised.
 
     Args:
         for_inductor: whether Inductor compiles the graphs; else they run operator by operator.
+        dump: writes the graph before and after each.
     """
     watch_changes()
     quantize_weights(compilation)
     context = context_of(compilation, for_inductor)
-    for each in order.PASSES:
+    for number, each in enumerate(order.PASSES, 1):
         outcome = each.run(compilation.root, context)
         log.debug("%s", outcome)
         compilation.outcomes.append(outcome)
+        if dump is not None:
+            dump.passed(number, each.name)
     compilation.quantizations = context.quantizations
     verify(compilation.root, context.signatures)
 
@@ -118,8 +124,8 @@ def report(compilation: Compilation) -> None:
     made = Report(
         decisions=tuple(compilation.decisions),
         kernel=table.describe(),
-        original=_readable(compilation.original),
-        graph=_readable(compilation.root.gm),
+        original=readable(compilation.original),
+        graph=readable(compilation.root.gm),
         quantizations=compilation.quantizations,
         passes=tuple(compilation.outcomes),
         float_bytes=sum(weight.float_bytes for weight in compilation.packed),
@@ -128,7 +134,3 @@ def report(compilation: Compilation) -> None:
     )
     log.info("%s", made)
     publish(made)
-
-
-def _readable(gm: fx.GraphModule) -> str:
-    return gm.print_readable(print_output=False)
