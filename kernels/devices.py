@@ -7,6 +7,8 @@ that no other file compares the type of a device.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.gpu import device as gpu
@@ -71,3 +73,33 @@ _FLOAT_SPEED = {"cpu": FloatSpeed(True, True, True)}
 
 def float_speed(device_type: str) -> FloatSpeed:
     return _FLOAT_SPEED.get(device_type, FloatSpeed())
+
+
+_MULTIPLY_ACTIVATIONS = ("cpu",)
+
+
+def activations_reason(device_type: str) -> str:
+    """Why a product of two activations is not in int8 on a device, or empty.
+
+    A GPU has fused attention, which a product of its own, matrix by matrix, would only slow down.
+    """
+    if device_type in _MULTIPLY_ACTIVATIONS:
+        return ""
+    return (
+        f"two activations on {device_type}: their int8 product is there on {_MULTIPLY_ACTIVATIONS} only"
+    )
+
+
+def same_kind(left: torch.device, right: torch.device) -> bool:
+    """Whether one kernel serves both, so that what is packed for one is packed for the other."""
+    return left.type == right.type
+
+
+def has_memory(device: torch.device) -> bool:
+    """Whether tensors there have contents."""
+    return device.type != "meta"
+
+
+def host_reads(device: torch.device) -> bool:
+    """Whether the host reads contents there without waiting for the device."""
+    return device.type == "cpu"

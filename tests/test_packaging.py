@@ -158,3 +158,58 @@ def test_only_one_module_touches_private_torch_names():
             if names:
                 found[str(source.relative_to(ROOT))] = names
     assert found == {}
+
+
+DEVICES = {"cpu", "cuda", "meta", "mps", "xpu", "hpu", "xla", "hip"}
+ASKED_OF_A_TENSOR = {"is_cpu", "is_cuda", "is_mps", "is_xpu", "is_hpu", "is_xla"}
+
+
+def device_comparisons(source: str) -> set[str]:
+    """Where a source compares the type of a device, or asks a tensor for it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in ASKED_OF_A_TENSOR:
+            found.add(ast.unparse(node))
+        if any(map(_names_a_device, _compared(node))):
+            found.add(ast.unparse(node))
+    return found
+
+
+def _compared(node: ast.AST) -> list[ast.expr]:
+    """What a node compares, the members of a tuple, list or set one by one."""
+    if isinstance(node, ast.MatchValue):
+        return [node.value]
+    operands = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+    return [part for each in operands for part in getattr(each, "elts", [each])]
+
+
+def _names_a_device(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute) and node.attr == "type":
+        return ast.unparse(node.value).endswith("device")
+    return isinstance(node, ast.Constant) and node.value in DEVICES
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x.device.type == 'cpu'",
+        "x.device.type != y.device.type",
+        "if device in ('cuda', 'mps'): pass",
+        "served = 'cuda' == kind",
+        "y = x.is_cuda",
+        "match kind:\n    case 'cuda': pass",
+    ],
+)
+def test_the_guard_sees_comparisons_of_devices(source):
+    assert device_comparisons(source)
+
+
+def test_only_kernels_compare_the_type_of_a_device():
+    """Passes and the rest ask ``kernels/devices.py`` and ``kernels/table.py``."""
+    found = {}
+    for top in ("int8fx", "passes"):
+        for source in (ROOT / top).rglob("*.py"):
+            compared = device_comparisons(source.read_text())
+            if compared and "testing" not in source.parts:
+                found[str(source.relative_to(ROOT))] = compared
+    assert found == {}

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.kernels.devices import host_reads
 from int8fx.torch_private import storage_id, version_of
 from int8fx.weights.memory import has_memory
 
@@ -97,7 +98,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _content(tensor: Tensor) -> Tensor | None:
     """The bits of elements spread over a tensor; None where its memory may not be read."""
-    readable = has_memory(tensor) and tensor.device.type == "cpu" and not tensor.is_neg()
+    readable = has_memory(tensor) and host_reads(tensor.device) and not tensor.is_neg()
     if not readable or tensor.numel() == 0 or tensor.element_size() not in _BITS or tensor.is_complex():
         return None
     bits = tensor.detach().view(_BITS[tensor.element_size()])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import table
+from int8fx.kernels.devices import has_memory, same_kind
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.torch_private import with_aliasing_of
 from int8fx.weights.parts import Part
@@ -126,9 +127,9 @@ def _to(func: Any, args: tuple, kwargs: dict) -> Any:
     device = torch.device(kwargs.get("device") or weight.device)
     if not dtype.is_floating_point:
         return _on_the_float_values(func, args, kwargs)
-    if device.type == "meta":
+    if not has_memory(device):
         return weight.on_meta(dtype=dtype)
-    if device.type == weight.device.type:
+    if same_kind(device, weight.device):
         move = {"device": device, "copy": True}
         packed, w_scale = weight.packed.to(**move), weight.w_scale.to(**move)
         return weight.with_packed(packed, w_scale, dtype=dtype, size=weight.shape)
@@ -150,7 +151,7 @@ def _copy(func: Any, args: tuple, kwargs: dict) -> Any:
         source = _quantized(source, target)
     if source.transposed is not target.transposed:
         raise RuntimeError("an int8 weight cannot take the values of a transposed one: scales differ")
-    if source.device.type != target.device.type:
+    if not same_kind(source.device, target.device):
         source = source.to(target.device)
     if target.part_of is not None:
         target.part_of.write(source.w_int8, source.w_scale)
@@ -186,7 +187,7 @@ def _quantized(source: Tensor, target: Int8Weight) -> Int8Weight:
 def _empty_like(func: Any, args: tuple, kwargs: dict) -> Any:
     """``Module.to_empty`` makes so what values are to be loaded into; others want a float tensor."""
     weight, device = args[0], torch.device(kwargs.get("device") or args[0].device)
-    if not weight.is_meta or device.type == "meta":
+    if not weight.is_meta or not has_memory(device):
         return _on_the_float_values(func, args, kwargs)
     w_int8 = torch.zeros(weight.w_scale.shape[0], weight.K, dtype=torch.int8, device=device)
     return weight.like(w_int8, torch.zeros_like(weight.w_scale, device=device))

@@ -149,8 +149,7 @@ def _few_columns(site: _Site, options: Options) -> str:
 
 
 def _device(site: _Site, options: Options) -> str:
-    device = site.weight.device.type
-    return "" if device == "meta" else table.refusal(device) or ""
+    return "" if site.weight.is_meta else table.refusal(site.weight.device.type) or ""
 
 
 Rule = Callable[[_Site, Options], str]
@@ -206,7 +205,7 @@ def _holders(model: nn.Module) -> dict[int, list[_Holder]]:
         for name, tensor in tensors:
             part = local(tensor)
             # Those have no memory of their own to share.
-            without = part.device.type == "meta" or isinstance(part, Int8Weight)
+            without = part.is_meta or isinstance(part, Int8Weight)
             key = id(tensor) if without else storage_id(part)
             holders[key].append(_Holder(path, module, name))
     return holders

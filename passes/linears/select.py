@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from int8fx.kernels.devices import activations_reason, same_kind
 from int8fx.kernels.ops.quantize_reference import overflow_reason
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.passes.linears.canonicalize import Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# A GPU has fused attention, which a product of its own, matrix by matrix, would only slow down.
-MATMUL_DEVICES = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ def _product_of_activations(candidate: Candidate, selection: Selection) -> str:
         allowed = "int8 takes the place of fp32, bf16 and fp16 only"
         return f"a product of {left.dtype} and {right.dtype}: {allowed}"
     for device in (left.device.type, right.device.type):
-        if device not in MATMUL_DEVICES:
-            return f"two activations on {device}: their int8 product is there on {MATMUL_DEVICES} only"
+        if reason := activations_reason(device):
+            return reason
     K = left.shape[-1]
     # A size that varies is checked when it runs.
     return overflow_reason(K) if isinstance(K, int) else ""
@@ -234,7 +233,7 @@ def _device(candidate: Candidate, selection: Selection) -> str:
     assert candidate.weight is not None and candidate.x is not None
     weight = selection.tensors[candidate.weight.placeholder]
     input_device = candidate.x.meta["example_value"].device
-    if weight.device.type != input_device.type:
+    if not same_kind(weight.device, input_device):
         return f"input on {input_device}, weight on {weight.device}"
     return selection.kernel_reason(weight.device.type) or ""
 
