@@ -189,8 +189,13 @@ def test_out_of_memory_while_packing_again_leaves_no_stale_weight(x, monkeypatch
 
 @pytest.mark.parametrize(
     ("module", "step"),
-    [(table, "pack"), (pipeline, "quantize_weights"), (pipeline, "codegen"), (pipeline, "report")],
-    ids=["pack", "quantize_weights", "codegen", "report"],
+    [
+        (table, "pack"),
+        (pipeline, "quantize_weights"),
+        (pipeline, "call_inductor"),
+        (pipeline, "report"),
+    ],
+    ids=["pack", "quantize_weights", "call_inductor", "report"],
 )
 def test_an_interrupt_at_any_step_leaves_the_model_and_the_next_call_works(
     x, monkeypatch, module, step
@@ -202,7 +207,9 @@ def test_an_interrupt_at_any_step_leaves_the_model_and_the_next_call_works(
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    compiled = torch.compile(model, backend="llmint8", options={"release_weights": step == "codegen"})
+    compiled = torch.compile(
+        model, backend="llmint8", options={"release_weights": step == "call_inductor"}
+    )
     with monkeypatch.context() as patch:
         patch.setattr(module, step, interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -96,8 +96,8 @@ def select(compilation: Compilation) -> None:
 
 def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice:
     weight = candidate.weight and compilation.tensors.get(candidate.weight.placeholder)
-    kept = weight.activation_options if isinstance(weight, Int8Weight) else None
-    return compilation.options.choice(path, kept)
+    settings = weight.activation_options if isinstance(weight, Int8Weight) else None
+    return compilation.options.choice(path, settings)
 
 
 def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:

@@ -1,4 +1,4 @@
-"""The last steps of a compile: Inductor on the rewritten graph, behind the swap of its weights."""
+"""The last steps of a compile: Inductor on the rewritten graph, called with its packed weights."""
 
 import functools
 import hashlib
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
-from int8fx.compiler.weight_inputs import behind, finish_inputs
+from int8fx.compiler.weight_inputs import finish_inputs, with_packed_weights
 from int8fx.kernels import table
 from int8fx.kernels.gpu.tuning import tuning
 from int8fx.kernels.schemes.scheme import Scheme
@@ -24,14 +24,14 @@ from int8fx.weights.tensor import Int8Weight
 WHOLE_ROW = 8192  # elements that Inductor reduces in one launch, however few rows there are
 
 
-def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on the rewritten graph, behind the swap of its weights.
+def call_inductor(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on the rewritten graph, called with its packed weights.
 
     Args:
         patches: Inductor's configuration.
     """
-    swap, kept = finish_inputs(compilation)
-    examples = [compilation.inputs[position] for position in kept]
+    swap, kept_inputs = finish_inputs(compilation)
+    examples = [compilation.inputs[position] for position in kept_inputs]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
     with tuning(torch_private.tunes(patches)):
         compiled = torch_private.compile_with_inductor(
@@ -45,7 +45,7 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
         return compiled
     if not compilation.needs_autograd:
         compiled = torch_private.below_autograd(compiled)
-    return behind(swap, compiled)
+    return with_packed_weights(swap, compiled)
 
 
 def _whole_rows(compilation: Compilation) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from int8fx.compiler.context import context_of
 from int8fx.compiler.decide import canonicalize, select
 from int8fx.compiler.foreign import replace_bitsandbytes
 from int8fx.compiler.graphs import GraphDump, readable
-from int8fx.compiler.inductor import codegen
+from int8fx.compiler.inductor import call_inductor
 from int8fx.compiler.release import release
 from int8fx.compiler.report import Report, publish
-from int8fx.compiler.weight_inputs import behind, finish_inputs, quantize_weights
+from int8fx.compiler.weight_inputs import finish_inputs, quantize_weights, with_packed_weights
 from int8fx.kernels import table
 from int8fx.options import Options
 from int8fx.passes import order
@@ -41,9 +41,9 @@ def compile_graph(
     compilation = decide(gm, inputs, options, STORE)
     compilation.cpp_wrapper = torch_private.writes_cpp_wrapper(patches)
     rewrite_what_was_accepted(compilation)
-    compiled = codegen(compilation, patches)
+    compiled = call_inductor(compilation, patches)
     if options.release_weights:
-        compilation.swap.replaced(release(compilation))
+        compilation.swap.mark_quantized(release(compilation))
     report(compilation)
     return compiled
 
@@ -67,7 +67,7 @@ def rewrite_graph(
     watch(compilation)
     rewrite(compilation, for_inductor=False)
     swap, _ = finish_inputs(compilation)
-    return behind(swap, runner(compilation.root.gm))
+    return with_packed_weights(swap, runner(compilation.root.gm))
 
 
 def outcomes_of(

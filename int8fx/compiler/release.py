@@ -46,13 +46,13 @@ def release(compilation: Compilation) -> Collection[int]:
 
     A weight that something else needs in float stays; a warning names it.
     """
-    released, kept = set(), []
+    released, reasons = set(), []
     for slot in compilation.slots:
-        if slot.quantized or slot.kept is OF_BITSANDBYTES:
+        if slot.quantized or slot.weight_format is OF_BITSANDBYTES:
             continue
         reason = _release(compilation, slot)
         if reason:
-            kept.append(f"{compilation.paths[compilation.placeholders[slot.position]]}: {reason}")
+            reasons.append(f"{compilation.paths[compilation.placeholders[slot.position]]}: {reason}")
         else:
             released.add(slot.position)
     if released:
@@ -62,8 +62,8 @@ def release(compilation: Compilation) -> Collection[int]:
             "weights back, rounded as they are",
             len(released),
         )
-    if kept:
-        warnings.warn("release_weights kept " + "; ".join(kept), UserWarning, stacklevel=2)
+    if reasons:
+        warnings.warn("release_weights kept " + "; ".join(reasons), UserWarning, stacklevel=2)
     return released
 
 
@@ -84,8 +84,8 @@ def _release(compilation: Compilation, slot: Slot) -> str:
         return "it is packed in more than one form"
     if placeholder in compilation.root.graph.find_nodes(op="placeholder"):
         return "the graph reads it in float as well"
-    if slot.kept is not PER_CHANNEL:
-        return f"the scheme keeps it {slot.kept.name}"
+    if slot.weight_format is not PER_CHANNEL:
+        return f"the scheme keeps it {slot.weight_format.name}"
     weight = _int8_weight(compilation, slot, tensor)
     if weight is None:
         return f"it is seen through {slot.expression.recipe}"
@@ -113,7 +113,7 @@ def _apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 def _int8_weight(compilation: Compilation, slot: Slot, tensor: Tensor) -> Int8Weight | None:
     """What takes the place of a parameter, sharing the memory that was packed for the graph."""
-    packed, w_scale = compilation.store.get(tensor, slot.expression, slot.kept).tensors
+    packed, w_scale = compilation.store.get(tensor, slot.expression, slot.weight_format).tensors
     settings = next(
         choice.settings
         for candidate, choice in compilation.choices.items()
@@ -129,6 +129,8 @@ def _int8_weight(compilation: Compilation, slot: Slot, tensor: Tensor) -> Int8We
             threshold=settings.threshold,
             decomposition=settings.decomposition,
         )
-        if weight.shape == tensor.shape and not weight_reason(weight, slot.expression, slot.kept):
+        if weight.shape == tensor.shape and not weight_reason(
+            weight, slot.expression, slot.weight_format
+        ):
             return weight
     return None

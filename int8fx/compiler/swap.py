@@ -9,7 +9,7 @@ from torch import Tensor
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.weights.identity import Snapshot
-from int8fx.weights.store import WeightStore, _Found
+from int8fx.weights.store import Found, WeightStore
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Slot:
     Attributes:
         position: of its tensor among the graph's inputs.
         expression: what makes its rows of that tensor.
-        kept: how it is quantised.
+        weight_format: how it is quantised.
         quantized: whether the tensor is an ``Int8Weight``.
     """
 
     position: int
     expression: WeightExpression
-    kept: WeightFormat
+    weight_format: WeightFormat
     quantized: bool
 
 
@@ -38,29 +38,29 @@ class WeightSwap:
 
     Args:
         slots: the graph's weights.
-        kept: the positions of the inputs that stay.
+        kept_inputs: the positions of the inputs that stay.
         check_weights: whether a call compares samples of the weights' content, or only their state.
     """
 
     def __init__(
         self,
         slots: Sequence[Slot],
-        kept: Sequence[int],
+        kept_inputs: Sequence[int],
         store: WeightStore,
         check_weights: bool = True,
     ) -> None:
         self._slots = list(slots)
         self._float = [slot for slot in slots if not slot.quantized]
-        self._kept = list(kept)
+        self._kept_inputs = list(kept_inputs)
         self._store = store
         self.check_weights = check_weights  # may be changed between calls
         self._calls = 0
-        self._last: _Found | None = None
+        self._last: Found | None = None
         # Blocks that share a graph take turns at each call.
-        self._seen: dict[tuple[int, ...], _Found] = {}
+        self._seen: dict[tuple[int, ...], Found] = {}
         store.swaps[id(self)] = self
 
-    def replaced(self, positions: Collection[int]) -> None:
+    def mark_quantized(self, positions: Collection[int]) -> None:
         """From the next call on, the inputs at these positions are ``Int8Weight``s."""
         self._slots = [
             dataclasses.replace(slot, quantized=slot.quantized or slot.position in positions)
@@ -71,7 +71,7 @@ class WeightSwap:
         self._seen.clear()
 
     def __call__(self, args: Sequence) -> list:
-        return [args[position] for position in self._kept] + self.packed(args)
+        return [args[position] for position in self._kept_inputs] + self.packed(args)
 
     def packed(self, args: Sequence) -> list[Tensor]:
         """The packed weights for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
@@ -85,7 +85,7 @@ class WeightSwap:
             if slot.quantized:
                 parts += (tensor.packed, tensor.w_scale)
             else:
-                parts += (next(of_floats) for _ in slot.kept.parts)
+                parts += (next(of_floats) for _ in slot.weight_format.parts)
         return parts
 
     def _packed_floats(self, args: Sequence) -> list[Tensor]:
@@ -107,18 +107,18 @@ class WeightSwap:
             found = self._last = self._seen[identity] = self._look_up(tensors)
         return found.parts
 
-    def _matches(self, found: _Found, tensors: Sequence[Tensor]) -> bool:
+    def _matches(self, found: Found, tensors: Sequence[Tensor]) -> bool:
         return found.snapshot.matches(tensors, int(self.check_weights), first=self._calls)
 
-    def _look_up(self, tensors: Sequence[Tensor]) -> _Found:
+    def _look_up(self, tensors: Sequence[Tensor]) -> Found:
         parts: list[Tensor] = []
         snapshots: list[Snapshot] = []
         for slot, tensor in zip(self._float, tensors, strict=True):
-            parts += self._store.get(tensor, slot.expression, slot.kept).tensors
+            parts += self._store.get(tensor, slot.expression, slot.weight_format).tensors
             # Of each at once: a weight that another thread writes to meanwhile is packed in its new
             # state for the next slot, and what was packed for this one is of its old state.
             snapshots.append(self._store.snapshot(tensor))
-        return _Found(type(snapshots[0]).joined(snapshots), parts)
+        return Found(type(snapshots[0]).joined(snapshots), parts)
 
     def forget(self, identities: Set[int]) -> None:
         """Drops what was found for weights that have changed, or are gone."""

@@ -19,16 +19,16 @@ def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
     for scope in compilation.root.walk():
         # Views and casts of weights that nothing reads any more would run at every call.
         _drop_unused_views(scope.graph)
-    kept = _kept_inputs(compilation)
+    kept_inputs = _kept_inputs(compilation)
     for scope in compilation.root.walk():
         scope.gm.recompile()
     compilation.swap = WeightSwap(
-        compilation.slots, kept, compilation.store, compilation.options.check_weights
+        compilation.slots, kept_inputs, compilation.store, compilation.options.check_weights
     )
-    return compilation.swap, kept
+    return compilation.swap, kept_inputs
 
 
-def behind(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:
+def with_packed_weights(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """A callable with the signature of the graph as Dynamo gave it."""
 
     def call(*args: Any) -> Any:
@@ -47,7 +47,7 @@ def _drop_unused_views(graph: fx.Graph) -> None:
 def _kept_inputs(compilation: Compilation) -> list[int]:
     """Erases weights that nothing reads any more; the positions of the inputs that stay."""
     swapped = {slot.position for slot in compilation.slots}
-    kept = []
+    positions = []
     for position, node in enumerate(compilation.placeholders):
         # bitsandbytes' int8 parameter comes beside the weight that its products read.
         kind = type(compilation.inputs[position]).__name__
@@ -55,8 +55,8 @@ def _kept_inputs(compilation: Compilation) -> list[int]:
         if unread and not node.users:
             compilation.root.graph.erase_node(node)
         else:
-            kept.append(position)
-    return kept
+            positions.append(position)
+    return positions
 
 
 def quantize_weights(compilation: Compilation) -> None:
@@ -68,22 +68,24 @@ def quantize_weights(compilation: Compilation) -> None:
         key = packed_key(compilation, candidate)
         if key in compilation.packed_nodes:
             continue
-        kept = compilation.choices[candidate].weight_format
+        weight_format = compilation.choices[candidate].weight_format
         tensor = compilation.tensors[expression.placeholder]
-        packed = compilation.store.get(tensor, expression, kept)
+        packed = compilation.store.get(tensor, expression, weight_format)
         position = compilation.placeholders.index(expression.placeholder)
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
-        compilation.slots.append(Slot(position, expression, kept, isinstance(tensor, Int8Weight)))
+        compilation.slots.append(
+            Slot(position, expression, weight_format, isinstance(tensor, Int8Weight))
+        )
         compilation.packed.append(packed)
         compilation.packed_nodes[key] = [
             compilation.add_input(f"{name}{part}", value)
-            for part, value in zip(kept.parts, packed.tensors, strict=True)
+            for part, value in zip(weight_format.parts, packed.tensors, strict=True)
         ]
 
 
 def packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
     """Candidates with one key share one packed weight."""
     assert candidate.weight is not None
-    kept = compilation.choices[candidate].weight_format
-    return candidate.weight.placeholder, candidate.weight.recipe, kept.name
+    weight_format = compilation.choices[candidate].weight_format
+    return candidate.weight.placeholder, candidate.weight.recipe, weight_format.name

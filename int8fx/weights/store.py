@@ -204,7 +204,7 @@ before_swaps(STORE.let_go)
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What the store had for some weights as they were then."""
 
     snapshot: Snapshot

@@ -179,9 +179,9 @@ class Rankings:
         roots = [self._root(operand) for operand in operands]
         return any(
             self._is_made_of(operand, root)
-            for root, kept in zip(roots, operands, strict=True)
+            for root, own in zip(roots, operands, strict=True)
             for operand in operands
-            if operand is not kept
+            if operand is not own
         )
 
     def _root(self, node: fx.Node) -> fx.Node:
