@@ -43,6 +43,14 @@ def interpreted(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
     return torch.no_grad()(torch.compile(model, backend=backend, fullgraph=True, dynamic=False))
 
 
+def reports_of(call: Callable[[], Any]) -> list[int8fx.Report]:
+    """The reports of what a call compiles, from the beginning."""
+    torch._dynamo.reset()
+    with int8fx.collect_reports() as reports:
+        call()
+    return reports
+
+
 def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:
     """A loose check of agreement, for tests of the rewriting; bounds.py has the derived one.
 
