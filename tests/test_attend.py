@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.ops.attention import attention, attention_reference
+from int8fx.passes.float.attend import DTYPE, FEWER_ROWS, MORE_ROWS
+from int8fx.passes.float.sdpa import DROPOUT
 from int8fx.testing.attentions import (
     GROUP,
     HEADS,
@@ -23,6 +25,7 @@ from int8fx.testing.attentions import (
     repeated,
 )
 from int8fx.testing.bounds import attention_bound
+from int8fx.testing.support import compile_once, outcome_of, reports_of
 
 REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")
@@ -250,3 +253,54 @@ def test_gradients_of_the_inputs_flow(attends):
     torch._dynamo.reset()
     torch.compile(model, backend="llmint8", fullgraph=True)(x, k, v, mask).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+def passes_of(attend, **sizes):
+    """What came of the passes on an attention behind an int8 linear."""
+    _, report = compile_once(Attention(attend).requires_grad_(False), *inputs(S=S, **sizes))
+    names = ("attend_few_rows", "group_heads", "attend_many_rows")
+    return tuple(outcome_of(report, name) for name in names)
+
+
+REASONS = {
+    "neither few": (repeated, {"L": 6}, MORE_ROWS, FEWER_ROWS),
+    "nor many": (repeated, {"L": 31}, MORE_ROWS, FEWER_ROWS),
+    "dropout": (dropped, {"L": S}, DROPOUT, DROPOUT),
+    "autocast": (cast, {"L": 1}, DTYPE, FEWER_ROWS),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_an_attention_stays_for_a_reason_of_each_pass(attends, name):
+    attend, sizes, of_few, of_many = REASONS[name]
+    few, _, many = passes_of(attend, **sizes)
+    assert (few.changed, few.refused) == (0, {of_few: 1})
+    assert (many.changed, many.refused) == (0, {of_many: 1})
+
+
+def test_where_torchs_own_is_as_fast_the_passes_say_so(monkeypatch):
+    monkeypatch.setattr(table, "attends", lambda device, few: False)
+    few, _, many = passes_of(repeated, L=S)
+    assert few.refused == many.refused == {"torch's own is as fast on cpu": 1}
+
+
+def test_a_gradient_keeps_both_passes_away(attends):
+    model = Attention(native).requires_grad_(False)
+    x, *others = inputs(S, S)
+    (report,) = reports_of(
+        lambda: torch.compile(model, backend="llmint8", fullgraph=True)(x.requires_grad_(), *others)
+    )
+    for name in ("attend_few_rows", "attend_many_rows"):
+        assert outcome_of(report, name).skipped == "a gradient may be asked for"
+
+
+def test_an_attention_of_an_attention(attends):
+    """The second reads what took the first one's place."""
+
+    def twice(q, k, v, mask):
+        return native(native(q, k, v, mask), k, v, mask)
+
+    for L in (1, S):
+        y, expected, graph = compare(twice, *inputs(L, S))
+        assert graph.count("int8fx.attention") == 2
+        torch.testing.assert_close(y, expected)

@@ -390,39 +390,6 @@ def test_autocast_inside_the_model(x):
     assert_close_to_float64(y, twin.b(twin.a(x.double())), K)
 
 
-def test_an_input_written_between_two_linears_is_quantised_twice(x):
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(K, K), nn.Linear(K, K)
-
-        def forward(self, x):
-            x = x.clone()
-            y = self.a(x)
-            x.add_(y)
-            return y + self.b(x)
-
-    model = Residual().requires_grad_(False)
-    y, report = compile_once(model, x)
-    assert report.quantizations == 2
-    check(y, model, x)
-
-
-def test_linears_of_one_input_share_its_quantisation(x):
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.v = (nn.Linear(K, N) for _ in range(3))
-
-        def forward(self, x):
-            return self.q(x) + self.k(x) * self.v(x)
-
-    model = Attention().requires_grad_(False)
-    y, report = compile_once(model, x)
-    assert report.quantizations == 1
-    check(y, model, x)
-
-
 def test_module_compile_and_functions(model, x):
     torch._dynamo.reset()
 

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from int8fx.testing.support import compile_once
+from int8fx.passes.float.compute_once import FEW_READERS
+from int8fx.testing.support import compile_once, outcome_of
 
 K, L = 16, 80
 
@@ -90,3 +91,13 @@ def test_a_value_with_a_gradient_is_left_alone(monkeypatch):
     got, model.frequency.grad = model.frequency.grad, None
     model(x, positions).sum().backward()
     assert (got - model.frequency.grad).norm() < 0.05 * model.frequency.grad.norm()
+
+
+def test_what_few_read_is_counted_with_the_reason(monkeypatch):
+    monkeypatch.setattr("int8fx.passes.float.compute_once.ELEMENTS", 1000)
+    torch.manual_seed(0)
+    model = Rotary(3).requires_grad_(False)
+    _, report = compile_once(model, torch.randn(2, L, K), torch.tensor(3))
+    outcome = outcome_of(report, "compute_once")
+    assert outcome.changed == 0
+    assert outcome.refused.keys() == {FEW_READERS}

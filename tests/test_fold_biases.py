@@ -21,7 +21,7 @@ from int8fx.passes.int8.fold_biases import (
     WRITTEN,
     fold_biases,
 )
-from int8fx.testing.support import assert_close_to_float64, compile_once, context_of
+from int8fx.testing.support import assert_close_to_float64, compile_once, context_of, outcome_of
 
 K, N = 16, 24
 
@@ -49,8 +49,7 @@ def adds(report) -> int:
 
 
 def refused(report) -> dict[str, int]:
-    (outcome,) = [each for each in report.passes if each.name == "fold_biases"]
-    return outcome.refused
+    return outcome_of(report, "fold_biases").refused
 
 
 def test_a_bias_after_a_matmul_moves_into_the_linear(x):

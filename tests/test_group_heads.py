@@ -5,7 +5,20 @@ import torch
 import torch.nn.functional as F
 
 from int8fx.kernels import table
-from int8fx.testing.attentions import GROUP, HEADS, causal, compare, inputs, native, repeat, repeated
+from int8fx.passes.float.group_heads import CAUSAL, MASK, NOTHING_SHARED, POSITIONS
+from int8fx.passes.float.sdpa import SHAPES
+from int8fx.testing.attentions import (
+    GROUP,
+    HEADS,
+    Attention,
+    causal,
+    compare,
+    inputs,
+    native,
+    repeat,
+    repeated,
+)
+from int8fx.testing.support import compile_once, outcome_of
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +61,20 @@ def test_other_attentions_are_left_alone(attend, given):
     y, expected, graph = run(attend, **given)
     assert "f32[2, 2, 3, 8]" not in graph
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("attend", "given", "reason"),
+    [
+        (repeated, {"L": 2}, POSITIONS),
+        (repeated, {"L": 1, "mask_heads": HEADS * GROUP}, MASK),
+        (causal, {"L": 1}, CAUSAL),
+        (cache_written_after_the_repeat, {"L": 1}, SHAPES),
+        (native, {"L": 1, "heads": HEADS * GROUP}, NOTHING_SHARED),
+    ],
+    ids=["two positions", "a mask for each head", "causal", "written between", "nothing shared"],
+)
+def test_an_attention_stays_for_a_reason(attend, given, reason):
+    _, report = compile_once(Attention(attend).requires_grad_(False), *inputs(S=10, **given))
+    outcome = outcome_of(report, "group_heads")
+    assert (outcome.changed, outcome.refused) == (0, {reason: 1})

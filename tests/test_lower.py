@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from int8fx.kernels.ops import int8_linear as ops
-from int8fx.testing.support import assert_close_to_float64, compile_once
+from int8fx.testing.support import assert_close_to_float64, compile_once, outcome_of
 
 K, N = 16, 24
 
@@ -64,7 +64,7 @@ def lowered(function, x: Tensor, **options) -> tuple[Tensor, str, int]:
             return function(x, self.linear.weight, self.linear.bias)
 
     y, report = compile_once(Model(), x, backend_options=options)
-    outcome = next(each for each in report.passes if each.name == "lower")
+    outcome = outcome_of(report, "lower")
     assert outcome.refused == {}
     return y, code(report.graph), outcome.changed
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from int8fx.testing.support import compile_once
+from int8fx.passes.float.one_row import DTYPE, ROWS, SMALL
+from int8fx.testing.support import compile_once, outcome_of
 
 K, N = 32, 40
 
@@ -59,3 +60,36 @@ def test_under_autocast_it_stays():
         (_, y), report = compile_once(model, torch.randn(1, K), dynamic=False)
     assert y.dtype == torch.bfloat16
     assert ".sum(-1)" not in report.graph
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((2, 1), torch.float32, ROWS),
+        ((0,), torch.float32, ROWS),
+        ((1,), torch.float64, DTYPE),
+    ],
+    ids=["two rows", "no rows", "float64"],
+)
+def test_a_product_stays_for_a_reason(shape, dtype, reason):
+    class Apart(nn.Module):
+        """An int8 linear beside the head, which reads another input."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.lm_head = nn.Linear(K, K), nn.Linear(K, N, dtype=dtype)
+
+        def forward(self, x, h):
+            return self.body(x), self.lm_head(h)
+
+    h = torch.randn(*shape, K, dtype=dtype)
+    _, report = compile_once(Apart().requires_grad_(False), torch.randn(3, K), h, dynamic=False)
+    outcome = outcome_of(report, "one_row")
+    assert (outcome.changed, outcome.refused) == (0, {reason: 1})
+
+
+def test_a_small_weight_is_a_reason(monkeypatch):
+    monkeypatch.setattr("int8fx.passes.float.one_row.LEAST_BYTES", 4 << 20)
+    model = Head(True).requires_grad_(False)
+    _, report = compile_once(model, torch.randn(1, K), dynamic=False)
+    assert outcome_of(report, "one_row").refused == {SMALL: 1}

@@ -1,5 +1,6 @@
 """share_quantizations: which quantisations become one, and why others stay."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from int8fx.kernels.schemes.affine import quantize_affine
 from int8fx.passes.contract import Result
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.int8.share_quantizations import OTHER_SETTINGS, WRITTEN, share_quantizations
-from int8fx.testing.support import compile_once, context_of
+from int8fx.testing.support import assert_close_to_float64, compile_once, context_of, outcome_of
 
 QUANTIZERS = frozenset({ops.quantize, quantize_affine})
 COLUMN, TOKEN = (ops.quantize, 6.0, "column"), (ops.quantize, 6.0, "token")
@@ -76,22 +77,51 @@ class Three(nn.Module):
         self.q, self.k, self.v = (nn.Linear(K, 24) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.q(x) + self.k(x) + self.v(x)
+        return self.q(x) + self.k(x) * self.v(x)
 
 
-def test_the_report_counts_what_was_shared():
-    _, report = compile_once(Three().requires_grad_(False), torch.randn(M, K))
+@pytest.fixture
+def x():
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(1))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x):
+        x = x.clone()
+        y = self.a(x)
+        x.add_(y)
+        return y + self.b(x)
+
+
+def check(y: Tensor, model: nn.Module, x: Tensor) -> None:
+    assert_close_to_float64(y, copy.deepcopy(model).double()(x.double()), K)
+
+
+def test_an_input_written_between_two_linears_is_quantised_twice(x):
+    model = Residual().requires_grad_(False)
+    y, report = compile_once(model, x)
+    assert report.quantizations == 2
+    assert outcome_of(report, "share_quantizations").refused == {WRITTEN: 1}
+    check(y, model, x)
+
+
+def test_linears_of_one_input_share_its_quantisation(x):
+    model = Three().requires_grad_(False)
+    y, report = compile_once(model, x)
     assert report.quantizations == 1
-    (outcome,) = [each for each in report.passes if each.name == "share_quantizations"]
+    outcome = outcome_of(report, "share_quantizations")
     assert (outcome.changed, outcome.refused) == (2, {})
     assert "  pass share_quantizations: 2 changed" in str(report).splitlines()
+    check(y, model, x)
 
 
-def test_the_report_says_why_one_input_is_quantised_twice():
+def test_the_report_says_why_one_input_is_quantised_twice(x):
     rules = [("k", "absmax-vector")]
-    _, report = compile_once(
-        Three().requires_grad_(False), torch.randn(M, K), backend_options={"rules": rules}
-    )
+    _, report = compile_once(Three().requires_grad_(False), x, backend_options={"rules": rules})
     assert report.quantizations == 2
     line = f"  pass share_quantizations: 1 changed; left 1 x {OTHER_SETTINGS}"
     assert line in str(report).splitlines()

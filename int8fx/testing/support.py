@@ -14,6 +14,7 @@ from int8fx.compiler.effects import Effects
 from int8fx.passes.contract import Context
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.scope import Scope
+from int8fx.passes.outcome import Outcome
 
 
 def compile_once(
@@ -49,6 +50,12 @@ def reports_of(call: Callable[[], Any]) -> list[int8fx.Report]:
     with int8fx.collect_reports() as reports:
         call()
     return reports
+
+
+def outcome_of(report: int8fx.Report, name: str) -> Outcome:
+    """What came of a pass."""
+    (outcome,) = [each for each in report.passes if each.name == name]
+    return outcome
 
 
 def assert_close_to_float64(y: Tensor, expected: Tensor, K: int) -> None:
