@@ -46,7 +46,7 @@ class Context:
         fake_mode: of the graphs' values.
         find_memory: the memory of all graphs as they are when it is called.
         devices: the types of the devices of the graph's inputs.
-        needs_autograd: whether a backward pass may come: most operators of ours have none.
+        needs_autograd: whether a backward pass may come: most operators of int8fx have none.
         for_inductor: whether Inductor compiles the graphs; else they run operator by operator.
         cpp_wrapper: whether Inductor writes its wrapper in C++.
         quantizers: the operators whose equal calls the linears of one input share.
