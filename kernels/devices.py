@@ -1,4 +1,4 @@
-"""The devices of ``kernels/table.py``, a row each. ``import int8fx`` reads this file."""
+"""The rows of ``kernels/table.py``, one a device. ``import int8fx`` reads this file."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def _cpu_attends(few: bool) -> bool:
 
 table.KERNELS.update(
     {
-        "cpu": table.Kernel(
+        table.key_of("cpu"): table.Kernel(
             "C++",
             cpu.load,
             cpu.pack,
@@ -27,7 +27,7 @@ table.KERNELS.update(
             joined=_cpu_operator,
             attends=_cpu_attends,
         ),
-        "cuda": table.Kernel(
+        table.key_of("cuda"): table.Kernel(
             "Triton",
             gpu.load,
             table.as_it_is,
