@@ -120,8 +120,8 @@ class Options:
         """The scheme of a module, and its settings.
 
         Args:
-            kept: what a quantised weight has from ``quantize_``: it goes before the defaults, and behind
-                what was given for this compile.
+            kept: what a quantised weight has from ``quantize_``: it goes before the defaults, and
+                behind what was given for this compile.
         """
         rule = self.rule(path)
         if rule is not None:

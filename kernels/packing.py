@@ -2,8 +2,8 @@
 
     packed = (the integers as the kernel lays them out, the other parts, the format's derived parts)
 
-Where no kernel of a device has a layout for the format, as on the meta device, the integers stay as they
-are stored.
+Where no kernel of a device has a layout for the format, as on the meta device, the integers stay as
+they are stored.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def pack(weight_format: WeightFormat, stored: Sequence[Tensor], N: int, K: int) 
 
 
 def pack_codes(codes: Tensor, family: str = table.INT8) -> Tensor:
-    """The first part as a kernel takes it; as it is where there is none for it, or nothing in it: of few
-    rows or columns, some processes hold none."""
+    """The first part as a kernel takes it; as it is where there is none for it, or nothing in it: of
+    few rows or columns, some processes hold none."""
     if 0 in codes.shape or not table.lays_out(codes.device.type, family):
         return codes
     return torch.ops.int8fx.pack_weight(codes, family)

@@ -1,9 +1,9 @@
 """Which kernel serves an operator on weights of a format, on which device: one table.
 
-A row has the operator, the format's family and the device for its key, and says how the integers of a
-weight are laid out for the kernel and back, and how the kernel is loaded. A kernel that cannot be loaded
-gives its reason, and the reference serves on a CPU. On a GPU nothing does: the reference would be slower
-than the 16-bit linear that it replaces, so linears stay in float, with that reason.
+A row has the operator, the format's family and the device for its key. It says how the integers of a
+weight are laid out for the kernel and back, and how the kernel is loaded. A kernel that cannot be
+loaded gives its reason, and the reference serves on a CPU. On a GPU nothing does: the reference would
+be slower than the 16-bit linear that it replaces, so linears stay in float, with that reason.
 
 A product without a row on any device is made of torch's operators: the weight is de-quantised at each
 call and multiplied in float. ``without_kernel`` says so, and reports and ``explain`` show it.
@@ -186,8 +186,8 @@ def describe() -> dict[str, str]:
 
 
 def pack(codes: Tensor, family: str = INT8) -> Tensor:
-    """The integers ``[N, ...]`` of a weight as the kernel of their device takes them; ``[E, N, ...]`` one
-    by one.
+    """The integers ``[N, ...]`` of a weight as the kernel of their device takes them; ``[E, N, ...]``
+    one by one.
 
     Raises:
         ValueError: the device has no kernel, and others have.

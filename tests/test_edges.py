@@ -10,6 +10,7 @@ subnormals' spacing. Three things are allowed besides, each where it can happen 
 - A library's product in 16-bit may do the same; ``w8a16-group`` is one.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -137,7 +138,7 @@ def settings_of(name: str) -> list[Any]:
 def test_a_scheme_at_the_edges(name, dtype, isa):
     weight = weight_of(dtype)
     for settings in settings_of(name):
-        choice = Choice(int8fx.SCHEMES[name], settings)
+        choice = int8fx.SCHEMES[name].choice(**asdict(settings))
         packed = choice.quantize(weight)
         for kind in (*KINDS, "all kinds"):
             x = rows_of(kind, dtype)

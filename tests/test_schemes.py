@@ -16,6 +16,7 @@ from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
 from int8fx.kernels.formats.groups import grouped
 from int8fx.kernels.schemes.affine import quantize_affine_reference
 from int8fx.kernels.schemes.scheme import Scheme, eagerly
+from int8fx.kernels.schemes.settings import NoSettings
 from int8fx.options import Options
 from int8fx.testing.bounds import FP32
 from int8fx.testing.support import compile_once
@@ -339,9 +340,8 @@ def lower(call, x, weight, bias, settings):
     return call(torch.nn.functional.linear, x, weight[0], bias)
 
 
-KEPT = WeightFormat(
-    "whole", (Part("whole", None, (ROWS, COLUMNS)),), lambda weight: (weight.clone(),), lambda kept, N, K: kept[0]
-)
+WHOLE = Part("whole", None, (ROWS, COLUMNS))
+KEPT = WeightFormat("whole", (WHOLE,), lambda weight: (weight.clone(),), lambda kept, N, K: kept[0])
 SCHEME = Scheme(
     "later", "x times a factor", "a test", lambda settings: KEPT, lower=lower, quantizer=scaled,
     decompositions={scaled: decomposed},
@@ -403,18 +403,25 @@ def test_the_first_rule_that_matches_wins():
         {
             "threshold": 4.0,
             "scheme": "w8a16",
-            "rules": [("a.*", "llm.int8", {"threshold": 2.0}), ("*.b", "absmax-row"), ("a.b", "w8a16")],
+            "rules": [
+                ("a.*", "llm.int8", {"threshold": 2.0}),
+                ("*.b", "absmax-row"),
+                ("a.b", "w8a16"),
+                ("*.e", "llm.int8-zeropoint"),
+            ],
         }
     )
-    chosen = {path: options.choice(path) for path in ("a.b", "c.b", "c.d")}
+    chosen = {path: options.choice(path) for path in ("a.b", "c.b", "c.d", "c.e")}
     assert {path: choice.scheme.name for path, choice in chosen.items()} == {
         "a.b": "llm.int8",
         "c.b": "absmax-row",
         "c.d": "w8a16",
+        "c.e": "llm.int8-zeropoint",
     }
+    assert chosen["c.e"].settings.threshold == 4.0
     assert chosen["a.b"].settings.threshold == 2.0
-    assert chosen["c.b"].settings.threshold == 4.0
-    assert options.unused(["a.b", "c.b"]) == ("rules: 'a.b': w8a16",)
+    assert chosen["c.b"].settings == NoSettings()
+    assert options.unused(["a.b", "c.b", "c.e"]) == ("rules: 'a.b': w8a16",)
 
 
 @pytest.mark.parametrize(

@@ -299,8 +299,8 @@ class _AsItIs(ConversionOps):
 
 
 class _Deserialize(_Operation):
-    """The entries of a weight, as ``weight`` and ``weight_scale``, to the weight; a float ``weight`` stays
-    what it is."""
+    """The entries of a weight, as ``weight`` and ``weight_scale``, to the weight; a float ``weight``
+    stays what it is."""
 
     @property
     def reverse_op(self) -> ConversionOps:

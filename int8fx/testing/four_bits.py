@@ -2,8 +2,8 @@
 
     ŵ[n, k] = (w_int4[n, k] - zero_point[n, g]) · scale[n, g],   g = k // group
 
-Two integers are packed into a byte, the even column in its low half. The file is all that there is of the
-scheme: nothing of int8fx knows it before ``int8fx.SCHEMES`` does.
+Two integers are packed into a byte, the even column in its low half. The file is all that there is of
+the scheme: nothing of int8fx knows it before ``int8fx.SCHEMES`` does.
 """
 
 import functools

@@ -53,20 +53,25 @@ class Piece:
         others[index] = 0
         for part, old, new in zip(self._format.parts, whole, stored, strict=True):
             place = part.piece(rows, columns)
-            if _is_shared(part, form, rows, columns) and (old[place] != new).any():
-                # Integers that are all zero, as in a weight to be loaded, mean the same by any scale.
-                read = part.dim_of("N") == 0
-                differ = (old[place] != new).flatten(1).any(1) if old.dim() > 1 else old[place] != new
-                if others[rows][differ].any() if read else others.any():
-                    raise RuntimeError(
-                        f"columns {columns.start} to {columns.stop} of an {self._format.kind} weight of "
-                        f"{form[0]} rows cannot take values with other {part.name}s: a row has one "
-                        f"{part.name} for all of its columns. A checkpoint of shards is read into "
-                        "shards along the same dimension; int8fx.dequantize_(model) before it is saved "
-                        "lifts that"
-                    )
+            shared = _is_shared(part, form, rows, columns)
+            if shared and not _may_change(part, old[place], new, others, index[0]):
+                raise RuntimeError(
+                    f"columns {columns.start} to {columns.stop} of {self._format.a_weight} of "
+                    f"{form[0]} rows cannot take values with other {part.name}s: a row has one "
+                    f"{part.name} for all of its columns. A checkpoint of shards is read into shards "
+                    "along the same dimension; int8fx.dequantize_(model) before it is saved lifts that"
+                )
             old[place] = new
         return whole
+
+
+def _may_change(part: Part, old: Tensor, new: Tensor, others: Tensor, rows: slice) -> bool:
+    """Whether a part can be replaced without a change of other integers that it is of: where it differs
+    they are all zero, as in a weight that is yet to be loaded, and mean the same by any scale."""
+    differs = old != new
+    if part.dim_of("N") != 0:
+        return not (differs.any() and others.any())
+    return not others[rows][differs.reshape(len(differs), -1).any(1)].any()
 
 
 def _is_shared(part: Part, form: tuple[int, int], rows: slice, columns: slice) -> bool:

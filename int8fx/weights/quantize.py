@@ -34,9 +34,9 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
 
     One weight after another, so that memory peaks one weight above the final size. The modules stay
     what they are; each ``weight`` becomes an ``Int8Weight``, whose ``state_dict`` entries are those of
-    its format, of int8 ``weight`` and ``weight_scale`` (``int8fx/weights/state_dict.py``). The model runs
-    eagerly, and compiles with ``backend="llmint8"`` to what the float model would compile to with the
-    same options, bit for bit.
+    its format, of int8 ``weight`` and ``weight_scale`` (``int8fx/weights/state_dict.py``). The model
+    runs eagerly, and compiles with ``backend="llmint8"`` to what the float model would compile to with
+    the same options, bit for bit.
 
     Args:
         model: on any device, "meta" included. Weights that are quantised already stay; those that a

@@ -53,9 +53,8 @@ def _int8_reason(weight: QuantizedWeight, expression: WeightExpression, kept: We
     whole = (weight.N, weight.K)
     if isinstance(rows, QuantizedWeight) and not rows.transposed and rows.shape == whole:
         return ""
-    article = "an" if weight.weight_format.kind == "int8" else "a"
     seen = expression.recipe or "its transpose"
-    return f"{article} {weight.weight_format.kind} weight cannot be seen through {seen}"
+    return f"{weight.weight_format.a_weight} cannot be seen through {seen}"
 
 
 @dataclass(eq=False)

@@ -6,9 +6,9 @@ For int8 per channel that is ``w_int8 · w_scale``, with ``w_int8 [N, K]`` int8 
 ``Int8Weight`` is the name of the class for users, whatever the format.
 
 It holds the tensors that its device's kernel takes (``kernels/packing.py``) and no second form;
-``stored`` unpacks them, bit for bit. To the rest of torch it is a float tensor of the shape that it had,
-with the values that its parts stand for, which may be read and moved; what may write to them is in
-``int8fx/weights/operators.py``.
+``stored`` unpacks them, bit for bit. To the rest of torch it is a float tensor of the shape that it
+had, with the values that its parts stand for, which may be read and moved; what may write to them is
+in ``int8fx/weights/operators.py``.
 
 A product with it is that of its scheme, by the same operators that the backend puts into a graph, so
 eager and compiled results are one arithmetic. Compiled by another backend, AOTAutograd takes it apart
@@ -199,8 +199,7 @@ class QuantizedWeight(ComputedValues):
     @property
     def described(self) -> str:
         """As messages call it."""
-        kind = self.weight_format.kind
-        return f"{'an' if kind.startswith(('int8', '8')) else 'a'} {kind} weight of shape {list(self.shape)}"
+        return f"{self.weight_format.a_weight} of shape {list(self.shape)}"
 
     @property
     def int8_bytes(self) -> int:

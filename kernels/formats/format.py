@@ -147,6 +147,11 @@ class WeightFormat:
         return "int8" if self.bits == 8 else f"{self.bits}-bit"
 
     @property
+    def a_weight(self) -> str:
+        """The same with its article."""
+        return f"{'an' if self.bits == 8 else 'a'} {self.kind} weight"
+
+    @property
     def packed_names(self) -> tuple[str, ...]:
         """Of the tensors that a product takes."""
         return tuple(part.name for part in (*self.parts, *self.derived))
@@ -198,10 +203,9 @@ class WeightFormat:
 
 
 def _falls_on(piece: slice, step: int, size: int) -> bool:
-    whole = (piece.start, piece.stop) == (0, size)
-    return whole or (
-        step > 0 and piece.start % step == 0 and (piece.stop % step == 0 or piece.stop == size)
-    )
+    if (piece.start, piece.stop) == (0, size):
+        return True
+    return step > 0 and piece.start % step == 0 and (piece.stop % step == 0 or piece.stop == size)
 
 
 def stacked(weight_format: WeightFormat, weight: Tensor) -> tuple[Tensor, ...]:

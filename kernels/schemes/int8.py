@@ -69,7 +69,7 @@ def dequantized_input(x: Tensor, settings: Outliers) -> Tensor:
 def at_once(
     x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, settings: Outliers
 ) -> Tensor | None:
-    """By the operator that ``passes/int8/join_linears.py`` puts into graphs, where the device has it."""
+    """By the operator that ``passes/int8/join_linears.py`` puts into graphs, where a device has it."""
     joined = table.joined(x.device.type)
     if joined is None:
         return None
