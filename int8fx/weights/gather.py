@@ -97,7 +97,8 @@ def _rows_of_each_part(part: Any, cut: Cut) -> tuple[Tensor, ...]:
     if not (cut.rows and cut.scales_apart and all(each.dim_of("N") == 0 for each in kept.parts)):
         raise RuntimeError(
             f"FSDP2 cannot cut a weight of shape {list(cut.size)}, {kept.name}, into {cut.ranks} parts "
-            f"along dimension {cut.dimension}: allowed are equal numbers of rows; leave it in float (skip)"
+            f"along dimension {cut.dimension}: allowed are equal numbers of rows; leave it in float "
+            "(skip)"
         )
     return tuple(tensor.contiguous() for tensor in part.stored())
 

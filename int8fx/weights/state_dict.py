@@ -77,6 +77,12 @@ def keys_of(key: str, weight: Any) -> set[str]:
     )
 
 
+def is_in(state: Mapping[str, Any], key: str, weight: Any) -> bool:
+    """Whether a ``state_dict`` holds the values of the parameter ``key``, in float or in integers."""
+    quantized = isinstance(weight, QuantizedWeight)
+    return key in state or (quantized and key_of(key, weight.weight_format.parts[0]) in state)
+
+
 def keys_beside(key: str) -> tuple[str, str, str]:
     """What may come with the int8 values under ``key``: our scales, or bitsandbytes' and its format."""
     owner = key.rpartition(".")[0]
@@ -301,7 +307,9 @@ class _Entry:
     def _of(self, stored: list[Tensor]) -> QuantizedWeight:
         made = self.weight.with_stored(stored, self.weight.N, self.weight.K)
         # A file that is mapped must not be what a weight consists of.
-        return made.clone() if made.packed is stored[0] else made
+        if made.packed is not stored[0]:
+            return made
+        return made.with_packed([tensor.clone() for tensor in made.tensors])
 
 
 def read(key: str, like: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight | None:

@@ -88,7 +88,7 @@ class QuantizedWeight(ComputedValues):
         """Of packed tensors; or a parameter of another quantised weight, as ``nn.Parameter`` makes it:
         ``type(parameter)(tensor, requires_grad=False)`` is what accelerate puts in its place.
         """
-        return cls._of_packed(tensors, **form) if "choice" in form else _parameter(*tensors, **form)
+        return cls._of_packed(tensors, **form) if "choice" in form else _parameter(tensors[0], **form)
 
     @classmethod
     def _of_packed(
@@ -187,6 +187,11 @@ class QuantizedWeight(ComputedValues):
     def options(self) -> dict[str, Any]:
         """What ``quantize_`` takes for such a weight."""
         return self.choice.options
+
+    @property
+    def activation_options(self) -> dict[str, Any]:
+        """The same without the scheme."""
+        return asdict(self.choice.settings)
 
     @property
     def threshold(self) -> float:

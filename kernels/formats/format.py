@@ -132,8 +132,8 @@ class WeightFormat:
         follow = [part for part in self.parts if part.dims[:1] == (ROWS,)]
         if len(set(names)) != len(names) or not self.parts or not follow:
             raise ValueError(
-                f"weight format {self.name!r} has the parts {names}: it needs names that differ, and one "
-                "of the stored ones has to have the rows of the weight"
+                f"weight format {self.name!r} has the parts {names}: their names have to differ, and "
+                "one of those that are stored has to have the rows of the weight"
             )
 
     @property
