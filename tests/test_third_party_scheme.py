@@ -16,6 +16,7 @@ from torch import nn
 import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError, ReleasedWeightError
+from int8fx.kernels import table
 from int8fx.testing.four_bits import W4A16
 from int8fx.testing.support import Mlp, compile_once
 
@@ -35,6 +36,8 @@ each_scheme = pytest.mark.parametrize("name", NAMES)
 def another_package(monkeypatch):
     """What importing it would do."""
     monkeypatch.setitem(int8fx.SCHEMES, W4A16.name, W4A16)
+    yield
+    table.kernel_for.cache_clear()
 
 
 def model_of(seed=0, width=K):
@@ -291,6 +294,37 @@ class Tiny(nn.Module):
         from types import SimpleNamespace
 
         return SimpleNamespace(logits=self.head(self.body(self.embedding(input_ids))))
+
+
+# --- a kernel that lays it out ---------------------------------------------------------------------
+
+
+def test_what_is_stored_does_not_depend_on_a_kernels_layout(monkeypatch, tmp_path):
+    """A layout of the same shape and another order: nothing but the kernel's row knows it."""
+    plain = quantized(W4A16.name)
+    family = plain.up.weight.weight_format.family
+    row = table.Kernel(
+        "rows upside down",
+        load=lambda: None,
+        pack=lambda codes: torch.cat([codes.flip(0), codes[:1]]),
+        packed_shape=lambda rows, columns: (rows + 1, columns),
+        unpack=lambda packed, rows, columns: packed[:rows].flip(0),
+    )
+    monkeypatch.setitem(table.KERNELS, table.key_of("cpu", family, W4A16.operator), row)
+    table.kernel_for.cache_clear()
+    model = quantized(W4A16.name)
+    assert model.up.weight.packed.shape == (N + 1, K // 2)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert torch.equal(pickle.loads(pickle.dumps(plain)).up.weight, model.up.weight)
+    assert torch.equal(model.up.weight[:32].dequantize(), plain.up.weight[:32].dequantize())
+    assert torch.equal(model(batch()), plain(batch()))
+    y, report = compile_once(model, batch())
+    assert [decision.note for decision in report.decisions] == ["", ""]
+    torch.testing.assert_close(y, plain(batch()))
+    torch._dynamo.reset()
+    exported = torch.compile(model, backend="aot_eager", fullgraph=True)(batch())
+    assert torch.equal(exported, plain(batch()))
 
 
 # --- what does not fit ---------------------------------------------------------------------------
