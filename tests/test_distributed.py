@@ -26,9 +26,10 @@ import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError
 from int8fx.kernels.ops.quantize_reference import quantize_weight
-from int8fx.testing.four_bits import W4A16
 from int8fx.testing.bounds import expected_and_bound
-from int8fx.testing.support import Mlpfrom int8fx.weights import sharding
+from int8fx.testing.four_bits import W4A16
+from int8fx.testing.support import Mlp
+from int8fx.weights import sharding
 
 K, N, RANKS = 64, 96, 2
 
