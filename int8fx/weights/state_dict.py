@@ -120,8 +120,10 @@ def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, meta
         weight = state.get(prefix + name)
         if isinstance(weight, QuantizedWeight):
             weight.check_readable(prefix + name)
-            del state[prefix + name]
-            state.update(entries(prefix + name, weight))
+            found = entries(prefix + name, weight)
+            state.update(found)
+            if prefix + name not in found:
+                del state[prefix + name]
 
 
 def entries(key: str, weight: QuantizedWeight) -> dict[str, Tensor]:
