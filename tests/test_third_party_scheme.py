@@ -409,8 +409,41 @@ def test_settings_that_a_scheme_does_not_have_are_named_with_what_it_has(options
         assert [word for word in words if word not in str(raised.value)] == []
 
 
-def test_a_weight_whose_package_is_not_imported_says_so(monkeypatch):
+def test_a_weight_whose_package_is_not_imported_says_so(monkeypatch, tmp_path):
     pickled = pickle.dumps(quantized(W4A16.name).up.weight)
+    int8fx.save_checkpoint(quantized(W4A16.name), tmp_path)
     monkeypatch.delitem(int8fx.SCHEMES, W4A16.name)
     with pytest.raises(ValueError, match=r"scheme 'w4a16' is not in int8fx.SCHEMES"):
         pickle.loads(pickled)
+    with pytest.raises(
+        CheckpointError, match=r"up.weight_scheme: scheme 'w4a16' is not in int8fx.SCHEM"
+    ):
+        int8fx.load_checkpoint(quantized("llm.int8"), tmp_path)
+
+
+def test_models_of_other_settings_are_compiled_apart():
+    """The same functions, in graphs that differ by what is bound to them alone."""
+    model, x = model_of().up, batch()
+    for group in (16, 64, 16):
+        y, _ = compile_once(model, x, backend_options={"scheme": W4A16.name, "group": group})
+        settings = W4A16.choice(group=group).settings
+        expected = W4A16.reference(x, model.weight, model.bias, settings)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@each_scheme
+def test_conv1d_of_hugging_face_keeps_its_shape(name, tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, x = nn.Sequential(Conv1D(N, K)).requires_grad_(False), batch()
+    y, _ = compile_once(copy.deepcopy(conv), x, backend_options=options_of(name))
+    other = copy.deepcopy(conv)
+    nn.init.zeros_(other[0].weight)
+    for each in (conv, other):
+        int8fx.quantize_(each, **options_of(name))
+    assert conv[0].weight.shape == (K, N) and conv[0].weight.transposed
+    torch.testing.assert_close(conv(x), y)
+    int8fx.save_checkpoint(conv, tmp_path)
+    assert torch.equal(int8fx.load_checkpoint(other, tmp_path)(x), conv(x))
+    assert torch.equal(conv[0].weight[:, :48].dequantize(), conv[0].weight.dequantize()[:, :48])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from int8fx.errors import CheckpointError
 from int8fx.torch_private import persistent_tensors
-from int8fx.weights.state_dict import check, checks_on_load, is_in, keys_of
+from int8fx.weights.state_dict import check, check_schemes, checks_on_load, is_in, keys_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -64,6 +64,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     tensors: dict[str, Tensor] = {}
     for file in _files(Path(path)):
         tensors.update(_read(file))
+    check_schemes(persistent_tensors(model), tensors)
     tied = _check_names(model, tensors)
     if not checks_on_load(model):  # it was never quantised
         check(model, tensors)

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 from int8fx import torch_private
 from int8fx.errors import CheckpointError
-from int8fx.kernels.formats.format import COLUMNS, ROWS, Part, WeightFormat
+from int8fx.kernels import packing
+from int8fx.kernels.formats.format import COLUMNS, ROWS, WeightFormat
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import QMAX
 from int8fx.kernels.schemes.table import scheme_named
@@ -47,15 +48,18 @@ from int8fx.weights.tensor import QuantizedWeight
 
 SCALE = "_scale"
 SCHEME = "_scheme"
+INTEGERS = (torch.int8, torch.uint8)
 # bitsandbytes keeps its scales beside the weight, under a name of its own.
 BITSANDBYTES_SCALE = "SCB"
 BITSANDBYTES_FORMAT = "weight_format"
 
 
-def key_of(key: str, part: Part) -> str:
-    """Under which name an entry holds a part of the weight ``key``: integers in the weight's own shape
-    have its own name."""
-    return key if part.dims == (ROWS, COLUMNS) else f"{key}_{part.name}"
+def part_names(key: str, weight_format: WeightFormat) -> list[str]:
+    """Under which names a ``state_dict`` holds the parts of the weight ``key``: integers in its shape
+    have its own."""
+    first, *others = weight_format.parts
+    is_own = first.dims == (ROWS, COLUMNS) and first.dtype in INTEGERS
+    return [key if is_own else f"{key}_{first.name}", *(f"{key}_{part.name}" for part in others)]
 
 
 def is_plain(weight_format: WeightFormat) -> bool:
@@ -65,22 +69,23 @@ def is_plain(weight_format: WeightFormat) -> bool:
 
 def names_of(key: str, weight_format: WeightFormat) -> list[str]:
     """The names of the entries that ``entries`` makes."""
-    names = [key_of(key, part) for part in weight_format.parts]
+    names = part_names(key, weight_format)
     return names if is_plain(weight_format) else [*names, key + SCHEME]
 
 
 def keys_of(key: str, weight: Any) -> set[str]:
     """Every name under which a ``state_dict`` may hold something of the parameter ``key``."""
     keys = {key, key + SCHEME, *keys_beside(key)}
-    return (
-        keys.union(names_of(key, weight.weight_format)) if isinstance(weight, QuantizedWeight) else keys
-    )
+    if isinstance(weight, QuantizedWeight):
+        keys.update(names_of(key, weight.weight_format))
+    return keys
 
 
 def is_in(state: Mapping[str, Any], key: str, weight: Any) -> bool:
     """Whether a ``state_dict`` holds the values of the parameter ``key``, in float or in integers."""
-    quantized = isinstance(weight, QuantizedWeight)
-    return key in state or (quantized and key_of(key, weight.weight_format.parts[0]) in state)
+    if not isinstance(weight, QuantizedWeight):
+        return key in state
+    return key in state or part_names(key, weight.weight_format)[0] in state
 
 
 def keys_beside(key: str) -> tuple[str, str, str]:
@@ -129,8 +134,7 @@ def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, meta
 def entries(key: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """What a ``state_dict`` holds of a weight."""
     kept, found = weight.weight_format, {}
-    for part, tensor in zip(kept.parts, weight.stored(), strict=True):
-        name = key_of(key, part)
+    for name, tensor in zip(part_names(key, kept), weight.stored(), strict=True):
         # A copy, as the integers are: writers drop one of two names with the same memory.
         found[name] = (
             in_its_shape(tensor, weight).unsqueeze(0)
@@ -202,7 +206,7 @@ class _Entry:
         if value is not None and value.is_floating_point():
             self._check_shape(key, value, tuple(weight.shape))
             return
-        self._check_scheme()
+        self.check_scheme()
         if is_plain(weight.weight_format):
             self._check_plain(value, self.scale)
         else:
@@ -231,7 +235,7 @@ class _Entry:
         if value.amin() < -QMAX:
             raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
 
-    def _check_scheme(self) -> None:
+    def check_scheme(self) -> None:
         """Whether what is stored is of the weight's format."""
         kept, entry = self.weight.weight_format, self.state.get(self.key + SCHEME)
         if entry is None or entry.is_meta:
@@ -248,7 +252,7 @@ class _Entry:
 
     def _check_parts(self) -> None:
         key, weight, kept = self.key, self.weight, self.weight.weight_format
-        names = {key_of(key, part): part for part in kept.parts}
+        names = dict(zip(part_names(key, kept), kept.parts, strict=True))
         missing = [name for name in (*names, key + SCHEME) if name not in self.state]
         if len(missing) == len(names) + 1:
             return
@@ -292,26 +296,32 @@ class _Entry:
                 return None
             scale = self.scale
             assert scale is not None
-            w_scale = scale.detach().to(torch.float32, copy=True)
-            return self._of([in_its_shape(value.detach(), weight), w_scale])
-        names = [key_of(self.key, part) for part in weight.weight_format.parts]
+            return self._of([in_its_shape(value, weight), scale.to(torch.float32)])
+        names = part_names(self.key, weight.weight_format)
         if names[0] not in self.state:
             return None
-        return self._of(
-            [
-                in_its_shape(value.detach(), weight)  # type: ignore[union-attr]
-                if name == self.key
-                else self.state[name].detach().clone()
-                for name in names
-            ]
-        )
+        own = {self.key: in_its_shape(value, weight)} if names[0] == self.key else {}
+        return self._of([own.get(name, self.state[name]) for name in names])
 
     def _of(self, stored: list[Tensor]) -> QuantizedWeight:
-        made = self.weight.with_stored(stored, self.weight.N, self.weight.K)
-        # A file that is mapped must not be what a weight consists of.
-        if made.packed is not stored[0]:
-            return made
-        return made.with_packed([tensor.clone() for tensor in made.tensors])
+        stored = [part.detach() for part in stored]
+        weight = self.weight
+        packed = packing.pack(weight.weight_format, stored, weight.N, weight.K)
+        # A file that is mapped, or somebody else's tensor, must not be what a weight consists of.
+        return weight.with_packed(
+            [tensor.clone() if any(tensor is part for part in stored) else tensor for tensor in packed]
+        )
+
+
+def check_schemes(weights: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Whether the weights that a ``state_dict`` holds are of the formats that they have in the model.
+
+    Raises:
+        CheckpointError: names the first that is not, and both formats.
+    """
+    for key, weight in weights:
+        if isinstance(weight, QuantizedWeight):
+            _Entry(key, weight, state).check_scheme()
 
 
 def read(key: str, like: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight | None:
