@@ -103,7 +103,7 @@ class WeightFormat:
             name are the same.
         parts: what is stored, the integers first.
         quantize: ``weight [N, K]`` of any floating dtype to the parts.
-        dequantize: ``(parts, N, K)`` to ŵ ``[N, K]`` fp32.
+        dequantize: ``(parts, N, K)`` to ŵ ``[N, K]`` fp32, a new tensor; in fp64 of scales in fp64.
         bits: of an integer.
         granularity: what shares a scale: ``"tensor"``, ``"channel"``, or a number of weights along K.
         zero_point: whether a part of that name says which integer stands for 0.
