@@ -2,13 +2,13 @@
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS
-from int8fx.kernels.schemes.scheme import Choice, Settings
+from int8fx.kernels.schemes.scheme import Choice, Scheme
+from int8fx.kernels.schemes.settings import checked_setting, checks_of, not_allowed
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
@@ -48,12 +48,10 @@ class Options:
     """What the user may choose.
 
     Attributes:
-        threshold: an activation with ``|x| >= threshold`` is an outlier and stays in 16-bit; 0
-            means no decomposition (plain vector-wise int8).
-        decomposition: ``"column"`` or ``"token"``, see ``kernels/ops/quantize_reference.py``.
         scheme: how linears are quantised: a name of ``int8fx.SCHEMES``.
+        settings: those that were given of the settings of ``scheme``, or of a rule's scheme. Each is an
+            option by its own name, as ``threshold``; what a scheme has is its ``settings``.
         rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
-        group_size: how many weights along K share a scale, in schemes that quantise by groups.
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten. What they name is
             rewritten even if it is a buffer that no linear owns, a low-rank factor, or has few columns.
@@ -73,11 +71,9 @@ class Options:
         given: the names of those that the user gave; the others are defaults.
     """
 
-    threshold: float = 6.0
-    decomposition: str = "column"
     scheme: str = DEFAULT
+    settings: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
-    group_size: int = 128
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -99,36 +95,52 @@ class Options:
 
         Args:
             taker: whose options these are, for messages.
-            allowed: the names of those that it takes; all by default.
+            allowed: the names of those that it takes, settings of schemes apart; all by default.
 
         Raises:
             ValueError: names the option, what was given and what is allowed.
         """
         given = dict(given or {})
         allowed = _CHECKS if allowed is None else allowed
-        for name in given:
-            if name not in allowed:
-                raise ValueError(
-                    f"unknown option {name!r} for {taker}; allowed: {', '.join(sorted(allowed))}"
-                )
         values = {
-            name: _CHECKS[name](f"option {name!r} of {taker}", value) for name, value in given.items()
+            name: _CHECKS[name](f"option {name!r} of {taker}", given[name])
+            for name in given
+            if name in allowed
         }
-        return cls(**values, skips_by_default="skip" not in given, given=frozenset(given))
+        used = [SCHEMES[name] for name in _schemes_of(values)]
+        settings = {
+            name: _setting(name, value, used, taker, allowed)
+            for name, value in given.items()
+            if name not in allowed
+        }
+        skips = "skip" not in given
+        return cls(**values, settings=settings, skips_by_default=skips, given=frozenset(given))
 
-    def choice(self, path: str, kept: Mapping[str, Any] | None = None) -> Choice:
+    @property
+    def threshold(self) -> float:
+        """Of outliers, where a scheme has them."""
+        return self.settings.get("threshold", SCHEMES[DEFAULT].choice().settings.threshold)
+
+    def choice(self, path: str, kept: Choice | None = None) -> Choice:
         """The scheme of a module, and its settings.
 
         Args:
-            kept: settings that an int8 weight has from ``quantize_``: they go before the defaults, and
+            kept: what a quantised weight has from ``quantize_``: it goes before the defaults, and
                 behind what was given for this compile.
         """
-        settings = {setting.name: getattr(self, setting.name) for setting in fields(Settings)}
-        settings |= {name: value for name, value in (kept or {}).items() if name not in self.given}
         rule = self.rule(path)
-        if rule is None:
-            return Choice(SCHEMES[self.scheme], Settings(**settings))
-        return Choice(SCHEMES[rule.scheme], Settings(**settings | dict(rule.settings)))
+        if rule is not None:
+            return self.settled(SCHEMES[rule.scheme], path, kept)
+        if kept is not None and "scheme" not in self.given:
+            return self.settled(kept.scheme, path, kept)
+        return self.settled(SCHEMES[self.scheme], path, kept)
+
+    def settled(self, scheme: Scheme, path: str, kept: Choice | None) -> Choice:
+        """A scheme with the settings that a module has for it."""
+        rule = self.rule(path)
+        settings = {} if kept is None else asdict(kept.settings)
+        settings |= {**self.settings, **({} if rule is None else rule.settings)}
+        return scheme.choice(**{name: settings[name] for name in settings if name in scheme.reads})
 
     def rule(self, path: str) -> Rule | None:
         """The rule that decides on a module's scheme."""
@@ -170,33 +182,15 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
 # The checks of ``_CHECKS``. ``asked`` names the option and whose it is, for messages.
 
 
-def _refuse(asked: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{asked}: given {value!r} ({type(value).__name__}); allowed: {allowed}")
-
-
-def _threshold(asked: str, value: Any) -> float:
-    allowed = "a number >= 0; 0 means no decomposition, float('inf') that nothing is an outlier"
-    # bool is an int to isinstance, and threshold=True is a mistake. NaN fails the comparison.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise _refuse(asked, value, allowed)
-    return float(value)
-
-
-def _decomposition(asked: str, value: Any) -> str:
-    if value not in DECOMPOSITIONS:
-        raise _refuse(asked, value, " or ".join(map(repr, DECOMPOSITIONS)))
-    return value
-
-
 def _scheme(asked: str, value: Any) -> str:
     if not isinstance(value, str) or value not in SCHEMES:
-        raise _refuse(asked, value, ", ".join(map(repr, SCHEMES)))
+        raise not_allowed(asked, value, ", ".join(map(repr, SCHEMES)))
     return value
 
 
 def _rules(asked: str, value: Any) -> tuple[Rule, ...]:
     if not isinstance(value, (list, tuple)):
-        raise _refuse(asked, value, _RULES)
+        raise not_allowed(asked, value, _RULES)
     return tuple(_rule(asked, rule) for rule in value)
 
 
@@ -208,26 +202,48 @@ _RULES = (
 
 def _rule(asked: str, value: Any) -> Rule:
     if not isinstance(value, (list, tuple)) or len(value) not in (2, 3):
-        raise _refuse(asked, value, _RULES)
+        raise not_allowed(asked, value, _RULES)
     pattern, scheme, *rest = value
     settings = rest[0] if rest else {}
     if not isinstance(pattern, str) or not isinstance(settings, Mapping):
-        raise _refuse(asked, value, _RULES)
-    allowed = SCHEMES[_scheme(asked, scheme)].reads
-    for setting in settings:
-        if setting not in allowed:
-            known = ", ".join(sorted(allowed)) or "none"
-            raise _refuse(asked, value, f"settings that {scheme!r} reads: {known}")
+        raise not_allowed(asked, value, _RULES)
+    checks = checks_of(SCHEMES[_scheme(asked, scheme)].settings)
+    for name in settings:
+        if name not in checks:
+            known = ", ".join(sorted(checks)) or "none"
+            raise not_allowed(asked, value, f"settings that {scheme!r} reads: {known}")
     checked = {
-        key: _CHECKS[key](f"{asked}, setting {key!r} of {scheme!r}", given)
-        for key, given in settings.items()
+        name: checked_setting(f"{asked}, setting {name!r} of {scheme!r}", given, checks[name])
+        for name, given in settings.items()
     }
     return Rule(pattern, scheme, checked)
 
 
-def _group_size(asked: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 16:
-        raise _refuse(asked, value, "a multiple of 16")
+def _schemes_of(values: Mapping[str, Any]) -> list[str]:
+    """The names of the schemes that some options use."""
+    return [values.get("scheme", DEFAULT), *(rule.scheme for rule in values.get("rules", ()))]
+
+
+def _setting(
+    name: str, value: Any, used: Collection[Scheme], taker: str, allowed: Collection[str]
+) -> Any:
+    """A setting of the schemes in use, checked by each that has it.
+
+    Raises:
+        ValueError: none has it, or it refuses the value.
+    """
+    owners = [scheme for scheme in used if name in scheme.reads]
+    others = [scheme for scheme in SCHEMES.values() if name in scheme.reads]
+    if not others:
+        known = sorted({*allowed, *(each for scheme in used for each in scheme.reads)})
+        raise ValueError(f"unknown option {name!r} for {taker}; allowed: {', '.join(known)}")
+    asked = f"option {name!r} of {taker}"
+    for scheme in owners or others[:1]:
+        value = checked_setting(asked, value, checks_of(scheme.settings)[name])
+    if not owners:
+        names = ", ".join(repr(scheme.name) for scheme in used)
+        known = sorted({each for scheme in used for each in scheme.reads})
+        raise not_allowed(asked, value, f"settings that {names} reads: {', '.join(known) or 'none'}")
     return value
 
 
@@ -235,13 +251,13 @@ def _patterns(asked: str, value: Any) -> tuple[str, ...]:
     # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
     listed = isinstance(value, (list, tuple, set, frozenset))
     if not listed or not all(isinstance(pattern, str) for pattern in value):
-        raise _refuse(asked, value, 'a list of fnmatch patterns on module paths, as ["*.mlp.*"]')
+        raise not_allowed(asked, value, 'a list of fnmatch patterns on module paths, as ["*.mlp.*"]')
     return tuple(value)
 
 
 def _flag(asked: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _refuse(asked, value, "True or False")
+        raise not_allowed(asked, value, "True or False")
     return value
 
 
@@ -250,25 +266,22 @@ def _folder(asked: str, value: Any) -> Path | None:
     if value is None:
         return None
     if not isinstance(value, str | PathLike) or not str(value):
-        raise _refuse(asked, value, allowed)
+        raise not_allowed(asked, value, allowed)
     folder = Path(value)
     if folder.exists() and not folder.is_dir():
-        raise _refuse(asked, value, allowed)
+        raise not_allowed(asked, value, allowed)
     return folder
 
 
 def _patches(asked: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _refuse(asked, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
+        raise not_allowed(asked, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
     return dict(value)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "threshold": _threshold,
-    "decomposition": _decomposition,
     "scheme": _scheme,
     "rules": _rules,
-    "group_size": _group_size,
     "skip": _patterns,
     "only": _patterns,
     "inductor": _patches,

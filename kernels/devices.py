@@ -25,7 +25,7 @@ def _cpu_attends(few: bool) -> bool:
 
 table.KERNELS.update(
     {
-        "cpu": table.Kernel(
+        table.key_of("cpu"): table.Kernel(
             "C++",
             cpu.load,
             cpu.pack,
@@ -34,7 +34,7 @@ table.KERNELS.update(
             joined=_cpu_operator,
             attends=_cpu_attends,
         ),
-        "cuda": table.Kernel(
+        table.key_of("cuda"): table.Kernel(
             "Triton",
             gpu.load,
             table.as_it_is,

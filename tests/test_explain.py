@@ -16,7 +16,6 @@ import int8fx
 from int8fx.analysis.explanation.plots import distinct_inputs, draw, pooled
 from int8fx.analysis.observe import THRESHOLDS
 from int8fx.errors import UserError
-from int8fx.kernels.schemes.scheme import Settings
 from int8fx.testing.hand_counts import assert_counted_by_hand
 from int8fx.testing.toy_llama import llama, tiny
 from int8fx.weights.store import STORE
@@ -50,7 +49,7 @@ def test_outliers_and_sqnr_by_hand(model, x):
     expected = x.double() @ linear.weight.double().t() + linear.bias.double()
     for threshold in (6.0, *THRESHOLDS):
         scheme = int8fx.SCHEMES["llm.int8"]
-        y = scheme.reference(x, linear.weight, linear.bias, Settings(threshold=threshold))
+        y = scheme.reference(x, linear.weight, linear.bias, scheme.settings(threshold=threshold))
         decibels = 10 * math.log10(expected.square().sum() / (y - expected).square().sum())
         assert row.sqnr_db_at[threshold] == pytest.approx(decibels, abs=0.01)
     assert row.sqnr_db == row.sqnr_db_at[6.0]

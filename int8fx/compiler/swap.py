@@ -20,7 +20,7 @@ class Slot:
         position: of its tensor among the graph's inputs.
         expression: what makes its rows of that tensor.
         weight_format: how it is quantised.
-        quantized: whether the tensor is an ``Int8Weight``.
+        quantized: whether the tensor is a ``QuantizedWeight``.
     """
 
     position: int
@@ -61,7 +61,7 @@ class WeightSwap:
         store.swaps[id(self)] = self
 
     def mark_quantized(self, positions: Collection[int]) -> None:
-        """From the next call on, the inputs at these positions are ``Int8Weight``s."""
+        """From the next call on, the inputs at these positions are ``QuantizedWeight``s."""
         self._slots = [
             dataclasses.replace(slot, quantized=slot.quantized or slot.position in positions)
             for slot in self._slots
@@ -74,7 +74,7 @@ class WeightSwap:
         return [args[position] for position in self._kept_inputs] + self.packed(args)
 
     def packed(self, args: Sequence) -> list[Tensor]:
-        """The packed weights for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
+        """The packed weights for these arguments: the tensors of the first, of the second, ..."""
         packed = self._packed_floats(args)
         if len(self._float) == len(self._slots):
             return packed
@@ -83,9 +83,9 @@ class WeightSwap:
         for slot in self._slots:
             tensor = args[slot.position]
             if slot.quantized:
-                parts += (tensor.packed, tensor.w_scale)
+                parts += tensor.tensors
             else:
-                parts += (next(of_floats) for _ in slot.weight_format.parts)
+                parts += (next(of_floats) for _ in slot.weight_format.packed_names)
         return parts
 
     def _packed_floats(self, args: Sequence) -> list[Tensor]:

@@ -11,7 +11,7 @@ from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.passes.graph.weight_expression import is_view_or_cast
 from int8fx.passes.linears import bitsandbytes_nodes
 from int8fx.passes.linears.canonicalize import Candidate
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 
 def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
@@ -75,12 +75,12 @@ def quantize_weights(compilation: Compilation) -> None:
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
         compilation.slots.append(
-            Slot(position, expression, weight_format, isinstance(tensor, Int8Weight))
+            Slot(position, expression, weight_format, isinstance(tensor, QuantizedWeight))
         )
         compilation.packed.append(packed)
         compilation.packed_nodes[key] = [
             compilation.add_input(f"{name}{part}", value)
-            for part, value in zip(weight_format.parts, packed.tensors, strict=True)
+            for part, value in zip(weight_format.packed_names, packed.tensors, strict=True)
         ]
 
 
