@@ -1,5 +1,5 @@
 // Attention of many query rows, block by block of keys, in fp32 (FlashAttention: Dao et al. 2022,
-// arXiv 2205.14135). No include guard: included once per instruction set, after quantize.h.
+// arXiv 2205.14135). Part of kernel.h.
 //
 //   y[r] = sum over l of softmax over l(q[r] · k[l] · scale + mask[r, l]) v[l]
 //

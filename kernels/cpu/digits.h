@@ -12,9 +12,9 @@
 // Beside a product in fp32 (weight_only.h), which converts every weight: 1.2 to 1.6 times its speed at
 // one row of 576 to 2048 channels in the cache (fp32, Zen 4), and within 10 % of it at four rows.
 //
-// Included after dot.h, tile.h and quantize.h, with
-//
-//   digit_quads            of LANES integers, 4 by 4: the lowest bytes of a quad, the next higher, ...
+// No include guard: included after dot.h and kernel.h by instruction sets whose Activation is unsigned.
+
+static_assert(HasDigitHooks<Isa> && std::is_same_v<Isa::Activation, uint8_t>);
 
 constexpr int BASE_BITS = 8;
 constexpr float BASE = 1 << BASE_BITS;
@@ -51,12 +51,12 @@ void pack_digits(const T* x, int64_t K, int64_t k_padded, uint8_t* out, int64_t 
   const float factor = std::ldexp(1.0f, first), rest = std::ldexp(1.0f, up - first);
   const auto write = [&](Words bytes, int64_t count) {
     alignas(64) uint8_t quads[4 * LANES];
-    store(quads, digit_quads(bytes));
+    store(quads, Isa::digit_quads(bytes));
     for (int64_t i = 0; i < count; i += 4, out += stride) std::memcpy(out, quads + 4 * i, BYTES);
   };
   for_vectors(K, [&](int64_t k, auto count) {
     const Floats v = finite ? load_row(x + k, count) : Floats{};
-    write((Words)to_ints(v * factor * rest) + ZERO_POINTS, count);
+    write((Words)Isa::to_ints(v * factor * rest) + ZERO_POINTS, count);
   });
   for (int64_t k = (K + 3) / 4 * 4; k < k_padded; k += 4) write(Words{} + ZERO_POINTS, 4);
 }
@@ -98,7 +98,7 @@ struct DigitRows {
     }
     Floats sum{};
     for (int d = INT8_ROWS; d-- > 0;) {
-      const int32_t* digit = acc + ((r * INT8_ROWS + d) * PANEL + b) * BLOCK_N + p * LANES;
+      const int32_t* digit = acc + ((r * INT8_ROWS + d) * Isa::PANEL + b) * BLOCK_N + p * LANES;
       sum = sum * BASE + __builtin_convertvector(load<Ints>(digit), Floats);
     }
     return sum * scale;
@@ -107,12 +107,12 @@ struct DigitRows {
 
 template <class T>
 constexpr Product IN_DIGITS{
-    ROW_TILE / DIGITS<T>,
-    ONE_TILE / DIGITS<T>,
+    Isa::ROW_TILE / DIGITS<T>,
+    Isa::ONE_TILE / DIGITS<T>,
     1,
-    PANEL,
-    DIGITS<T> * sizeof(Activation),
+    Isa::PANEL,
+    DIGITS<T> * sizeof(Isa::Activation),
     pack_digits_as<T>,
-    nullptr,
-    nullptr,
+    Isa::enter,
+    Isa::leave,
     multiply_rows<DigitRows<T>, T>};

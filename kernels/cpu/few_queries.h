@@ -1,9 +1,6 @@
 // Attention of a few query rows, the heads that share a key head among them: reading keys and values is
 // all there is to it, and with one key head for each thread at most, threads share its keys, too
-// (Flash-Decoding: Dao et al. 2023). No include guard: included once per instruction set, after
-// attention.h and
-//
-//   add_lanes              the sums of the lanes of LANES vectors
+// (Flash-Decoding: Dao et al. 2023). Part of kernel.h.
 //
 // A part is what some keys give for the rows of a key head: for each row the largest score, the sum of
 // e^(score - largest), and [DV] values weighted with these, as floats.
@@ -29,7 +26,7 @@ void score(const float* q, const T* k, int64_t k_stride, int64_t D, int64_t n, f
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) products[r][l] = sums[r];
     }
-    for (int r = 0; r < R; ++r) store(scores + r * KEYS + l0, add_lanes(products[r]));
+    for (int r = 0; r < R; ++r) store(scores + r * KEYS + l0, Isa::add_lanes(products[r]));
   }
 }
 

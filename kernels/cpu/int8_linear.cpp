@@ -17,7 +17,7 @@
 #include <torch/library.h>
 
 #include "identity.h"
-#include "kernels.h"
+#include "isa/table.h"
 
 using namespace std::string_literals;
 
@@ -234,10 +234,10 @@ void multiply_all(const Product& product, const Activations& a, c10::ArrayRef<We
   threads = std::min(threads, plan.units);
   Queue queue(plan.units, threads);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    if (product.enter) product.enter(a);
+    product.enter(a);
     for (int64_t thread = begin; thread < end; ++thread)
       queue.drain(thread, [&](int64_t unit) { plan.execute(product, a, unit); });
-    if (product.leave) product.leave();
+    product.leave();
   });
 }
 

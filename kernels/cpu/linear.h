@@ -119,7 +119,7 @@ struct Product {
   int64_t panel;           // blocks that are multiplied at once
   int64_t element_bytes;   // of a packed activation
   void (*pack)(const Activations&, int64_t tile);
-  void (*enter)(const Activations&);  // in every thread, around its calls of `multiply`; or null
+  void (*enter)(const Activations&);  // in every thread, around its calls of `multiply`
   void (*leave)();
   void (*multiply)(const Activations&, const Weight&, int64_t m0, int64_t m1, int64_t b0, int64_t b1);
 };

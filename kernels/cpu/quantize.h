@@ -1,9 +1,5 @@
 // Quantise: rows of floats to int8 with their outliers taken out, as kernels/ops/quantize_reference.py states it.
-// No include guard: included once per instruction set, as tile.h is, after
-//
-//   load_words             LANES uint16, as uint32
-//   load_half              LANES fp16
-//   to_ints                rounds to nearest even
+// Part of kernel.h.
 //
 // Two passes, because in the column decomposition a row's scale needs every row's outliers:
 //
@@ -19,9 +15,9 @@ inline Floats load_row(const T* x) {
   if constexpr (std::is_same_v<T, float>) {
     return load<Floats>(x);
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    return (Floats)(load_words(x) << 16);
+    return (Floats)(Isa::load_words(x) << 16);
   } else {
-    return load_half(x);
+    return Isa::load_half(x);
   }
 }
 
@@ -80,7 +76,6 @@ inline Floats regular(const Input& in, Floats v, int64_t k) {
   }
 }
 
-#ifdef INT8FX_FMA
 // x / scale, rounded correctly as a division is, in a third of its time: the product with the correctly
 // rounded reciprocal is off by one unit at most, its remainder is exact in one fma, and a second one
 // corrects it (Markstein, IBM J. Res. Dev. 34(1), 1990, theorem 8.3).
@@ -94,10 +89,9 @@ struct Reciprocal {
 
   Floats operator()(Floats x) const {
     const Floats quotient = x * reciprocal;
-    return fma(fnma(quotient, scale, x), reciprocal, quotient);
+    return Isa::fma(Isa::fnma(quotient, scale, x), reciprocal, quotient);
   }
 };
-#endif
 
 // Of a row whose vectors are value(k, count).
 template <class F>
@@ -129,13 +123,12 @@ void quantize_row(const Input& in, int64_t m) {
   int8_t* out = in.x_int8 + m * in.K;
   const auto write = [&](auto divide) {
     for_vectors(in.K, [&](int64_t k, auto count) {
-      const Bytes quantized = __builtin_convertvector(to_ints(divide(value(k, count))), Bytes);
+      const Bytes quantized = __builtin_convertvector(Isa::to_ints(divide(value(k, count))), Bytes);
       __builtin_memcpy(out + k, &quantized, count);
     });
   };
-#ifdef INT8FX_FMA
-  if (Reciprocal::serves(scale)) return write(Reciprocal(scale));
-#endif
+  if constexpr (Isa::FMA_ROUNDS_ONCE)
+    if (Reciprocal::serves(scale)) return write(Reciprocal(scale));
   write([scale](Floats v) { return v / scale; });
 }
 

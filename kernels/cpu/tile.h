@@ -1,13 +1,4 @@
-// The part of a kernel that is the same for every instruction set: outlier product, epilogue and
-// the walk over tiles. No include guard: kernels.h includes it once per instruction set, in a
-// namespace and under a target pragma of its own, after vectors.h and
-//
-//   ROW_TILE, PANEL        rows x blocks of 16 channels in one tile, at most
-//   ONE_TILE               or so many rows x one block, where no other rows follow
-//   FETCHES_NEAR           whether tile_product fetches the weights that it will multiply itself
-//   OUTLIER_ROWS           rows that share one walk over the outlier columns
-//   tile_product           int8 x int8 -> int32 [rows][PANEL * 16], exact
-//   load_half, store_half  fp16
+// Outlier product, epilogue and the loops over micro-tiles. Part of kernel.h.
 //
 // A row's result is the same whatever rows come with it: integer sums are exact, outliers are added
 // in ascending k in fp32, and a zero outlier adds exactly nothing, so it may be there or not.
@@ -27,7 +18,7 @@ inline void store_as(T* p, Floats v) {
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
     store_bfloat16(p, v);
   } else {
-    store_half(p, v);
+    Isa::store_half(p, v);
   }
 }
 
@@ -87,7 +78,7 @@ inline void outlier_product(int64_t count, const Column& column, const Value& va
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v) store(out + r * PANEL * BLOCK_N + v * LANES, sums[r][v]);
+    for (int v = 0; v < WIDTH; ++v) store(out + r * Isa::PANEL * BLOCK_N + v * LANES, sums[r][v]);
   }
 }
 
@@ -97,7 +88,7 @@ struct PanelColumns {
   const int8_t* w;
   int64_t w_stride;
   int64_t converted = 0;
-  alignas(64) float floats[64 * PANEL * BLOCK_N];
+  alignas(64) float floats[64 * Isa::PANEL * BLOCK_N];
 
   PanelColumns(const Activations& a, const int8_t* w, int64_t w_stride)
       : a(a), w(w), w_stride(w_stride) {}
@@ -108,10 +99,10 @@ struct PanelColumns {
   // The first of them as floats, once for all tiles: as many as the L1 cache has room for.
   template <int B>
   void convert() {
-    constexpr int64_t MOST = sizeof floats / sizeof(float) / (PANEL * BLOCK_N);
+    constexpr int64_t MOST = sizeof floats / sizeof(float) / (Isa::PANEL * BLOCK_N);
     for (const int64_t end = std::min(MOST, a.column_count); converted < end; ++converted)
       for (int v = 0; v < B * PARTS; ++v)
-        store(floats + converted * PANEL * BLOCK_N + v * LANES, vector(a.columns[converted], v));
+        store(floats + converted * Isa::PANEL * BLOCK_N + v * LANES, vector(a.columns[converted], v));
   }
 };
 
@@ -124,10 +115,10 @@ inline void dense_rows(
     for (int b = 0; b < B; ++b) {
       const auto column = [&](int64_t i, int v) {
         if (i < panel.converted)
-          return load<Floats>(panel.floats + (i * PANEL + b) * BLOCK_N + v * LANES);
+          return load<Floats>(panel.floats + (i * Isa::PANEL + b) * BLOCK_N + v * LANES);
         return panel.vector(panel.a.columns[i], b * PARTS + v);
       };
-      outlier_product<R, 1>(panel.a.column_count, column, value, out + (r * PANEL + b) * BLOCK_N);
+      outlier_product<R, 1>(panel.a.column_count, column, value, out + (r * Isa::PANEL + b) * BLOCK_N);
     }
   }
 }
@@ -141,7 +132,7 @@ void outlier_tile(PanelColumns& panel, int64_t m, int64_t rows, float* out) {
   if (a.dense[m / a.row_tile]) {
     panel.convert<B>();
     const auto* values = reinterpret_cast<const float*>(outliers);
-    dense_rows<OUTLIER_ROWS, B>(panel, values, rows, r, out);
+    dense_rows<Isa::OUTLIER_ROWS, B>(panel, values, rows, r, out);
     dense_rows<4, B>(panel, values, rows, r, out);
     dense_rows<1, B>(panel, values, rows, r, out);
   }
@@ -149,7 +140,7 @@ void outlier_tile(PanelColumns& panel, int64_t m, int64_t rows, float* out) {
     const int64_t count = a.outlier_count[m + r];
     const auto column = [&](int64_t i, int v) { return panel.vector(outliers[i].k, v); };
     const auto value = [&](int64_t i, int) { return outliers[i].value; };
-    outlier_product<1, B>(count, column, value, out + r * PANEL * BLOCK_N);
+    outlier_product<1, B>(count, column, value, out + r * Isa::PANEL * BLOCK_N);
     outliers += count;
   }
 }
@@ -189,10 +180,10 @@ struct Reading {
 constexpr int64_t LONG_K = 1024;
 
 inline Reading reading(const Activations& a, int64_t int8_rows) {
-  if (!FETCHES_NEAR || a.M > a.row_tile) return {PANEL, 0, false};
+  if (!FETCHES_NEAR || a.M > a.row_tile) return {Isa::PANEL, 0, false};
   if (a.K < LONG_K || int8_rows > 6) return {1, 12 << 10, true};
   // A single row of long blocks is what hardware prefetchers are made for.
-  return {PANEL, int8_rows > 1 ? 4 << 10 : 0, true};
+  return {Isa::PANEL, int8_rows > 1 ? 4 << 10 : 0, true};
 }
 
 // What the rows of a tile give: LLM.int8()'s, an integer product and an outlier product.
@@ -200,7 +191,7 @@ struct MixedRows {
   static constexpr int INT8_ROWS = 1;  // in the integer product, for a row of x
   const Activations& a;
   PanelColumns columns;
-  alignas(64) float outlier[ONE_TILE * PANEL * BLOCK_N];
+  alignas(64) float outlier[Isa::ONE_TILE * Isa::PANEL * BLOCK_N];
 
   MixedRows(const Activations& a, const int8_t* w, int64_t w_stride) : a(a), columns(a, w, w_stride) {}
 
@@ -210,7 +201,7 @@ struct MixedRows {
   }
   // Vector p of block b: of row m + r, whose integer sums are in acc.
   Floats product(const int32_t* acc, int64_t m, int64_t r, int b, int p) const {
-    const int64_t at = (r * PANEL + b) * BLOCK_N + p * LANES;
+    const int64_t at = (r * Isa::PANEL + b) * BLOCK_N + p * LANES;
     const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
     const Floats extra = a.column_count ? load<Floats>(outlier + at) : Floats{};
     return product * a.x_scale[m + r] + extra;
@@ -229,7 +220,7 @@ template <class Rows, class T, int B>
 void multiply_panel(
     const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t block,
     const Reading& how) {
-  alignas(64) int32_t acc[ONE_TILE * PANEL * BLOCK_N];
+  alignas(64) int32_t acc[Isa::ONE_TILE * Isa::PANEL * BLOCK_N];
   const int64_t stride = block_bytes(a.K_padded);
   const int8_t* w = weight.packed + block * stride;
   const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
@@ -253,9 +244,9 @@ template <class Rows, class T>
 void multiply_rows(
     const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
   const Reading how = reading(a, a.M * Rows::INT8_ROWS);
-  if (how.panel == PANEL)
-    for (; b0 + PANEL <= b1; b0 += PANEL)
-      multiply_panel<Rows, T, PANEL>(a, weight, m0, m1, b0, how);
+  if (how.panel == Isa::PANEL)
+    for (; b0 + Isa::PANEL <= b1; b0 += Isa::PANEL)
+      multiply_panel<Rows, T, Isa::PANEL>(a, weight, m0, m1, b0, how);
   for (; b0 < b1; ++b0) multiply_panel<Rows, T, 1>(a, weight, m0, m1, b0, how);
 }
 

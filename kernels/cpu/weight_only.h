@@ -1,17 +1,13 @@
-// Weights in int8 and x as it is: y = (x @ w_int8ᵀ) · w_scale + bias. Included like tile.h, and after
-// it, in a namespace with
-//
-//   ROW_TILE               rows at once, at most
-//   Element, element       what x is packed as, and a value of x as such
-//   X, load_x              4 consecutive k of one row, repeated over a vector
-//   W, load_w, store_w     WIDTH vectors of channels x 4 k, from a packed weight or from what store_w
-//                          wrote, and the channel_of each in the order of its lanes
-//   dot                    adds a product to sums, of which each channel has SHARE in a row
+// Weights in int8 and x as it is: y = (x @ w_int8ᵀ) · w_scale + bias. No include guard: included after
+// kernel.h, in a namespace with a struct FloatIsa.
 //
 // Weights are converted in registers, in the order that they are packed in: a block's 64 bytes are 4 k
 // of 16 channels, and a row's same 4 k are repeated beside them. Where several tiles of rows read a
 // block, it is converted once, into the cache. A row's sums are in the same order whatever rows come
 // with it.
+
+using Element = FloatIsa::Element;
+static_assert(HasFloatProductHooks<FloatIsa, Floats>, "isa/hooks.h lists what weight_only.h needs");
 
 // How far ahead rows that are a single tile fetch weights. On Zen 5 a row of 2048 to 5632 channels takes
 // 0.86 of the time without where memory gives it 75 GB/s and 0.98 where it gives 50; 12 KiB and 4 KiB are
@@ -33,13 +29,13 @@ void dot_rows(const Element* x, const T* w, int64_t k_padded, float* out, Prefet
       if (first == 0) ahead.step();
       for (int i = 0; i < K_MULTIPLE; i += 4, row += 4 * R, columns += QUADS) {
         if (ahead.near && first == 0) __builtin_prefetch(columns + ahead.near, 0, 3);
-        W weights[WIDTH];
-        load_w(weights, columns);
+        FloatIsa::W weights[WIDTH];
+        FloatIsa::load_w(weights, columns);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const X quad = load_x(row + 4 * r);
+          const FloatIsa::X quad = FloatIsa::load_x(row + 4 * r);
 #pragma GCC unroll 4
-          for (int v = 0; v < WIDTH; ++v) dot(sums[r][v], quad, weights[v]);
+          for (int v = 0; v < WIDTH; ++v) FloatIsa::dot(sums[r][v], quad, weights[v]);
         }
       }
     }
@@ -54,7 +50,7 @@ void dot_rows(const Element* x, const T* w, int64_t k_padded, float* out, Prefet
     for (int i = 0; i < R * CHANNELS; ++i) {
       float sum = lanes[i * SHARE];
       for (int j = 1; j < SHARE; ++j) sum += lanes[i * SHARE + j];
-      out[i / CHANNELS * BLOCK_N + first / 4 + channel_of(i % CHANNELS)] = sum;
+      out[i / CHANNELS * BLOCK_N + first / 4 + FloatIsa::channel_of(i % CHANNELS)] = sum;
     }
   }
 }
@@ -63,7 +59,7 @@ template <class T>
 using DotRows = void (*)(const Element*, const T*, int64_t, float*, Prefetch);
 
 template <class T, int... R>
-constexpr std::array<DotRows<T>, ROW_TILE> all_rows(std::integer_sequence<int, R...>) {
+constexpr std::array<DotRows<T>, FloatIsa::ROW_TILE> all_rows(std::integer_sequence<int, R...>) {
   return {dot_rows<R + 1, T>...};
 }
 
@@ -72,8 +68,8 @@ template <class Y, class T>
 inline void multiply_tile(
     const Activations& a, const Weight& weight, int64_t m, int64_t rows, const T* w,
     const Channels& channels, Prefetch ahead) {
-  static constexpr auto TILES = all_rows<T>(std::make_integer_sequence<int, ROW_TILE>());
-  alignas(64) float sums[ROW_TILE * BLOCK_N];
+  static constexpr auto TILES = all_rows<T>(std::make_integer_sequence<int, FloatIsa::ROW_TILE>());
+  alignas(64) float sums[FloatIsa::ROW_TILE * BLOCK_N];
   TILES[rows - 1](
       static_cast<const Element*>(a.packed) + m * a.K_padded, w, a.K_padded, sums, ahead);
   finish<Y>(weight, m, rows, channels, [&](int64_t r, int p) {
@@ -99,9 +95,9 @@ void multiply_as(
     Prefetch ahead = tiles > 1 ? next_panel(a, weight, m1 - m0, b0, 1) : Prefetch{nullptr, 0, NEAR};
     if (converted)
       for (int64_t i = 0; i < elements; i += WIDTH * AT_ONCE) {
-        W weights[WIDTH];
-        load_w(weights, w + i);
-        store_w(&converted[i], weights);
+        FloatIsa::W weights[WIDTH];
+        FloatIsa::load_w(weights, w + i);
+        FloatIsa::store_w(&converted[i], weights);
       }
     for (int64_t m = m0; m < m1; m += a.row_tile) {
       const int64_t rows = std::min(a.row_tile, m1 - m);
@@ -124,9 +120,9 @@ void pack_as(const Activations& a, int64_t tile) {
     Element* out = static_cast<Element*>(a.packed) + m * a.K_padded + 4 * r;
     int64_t k = 0;
     for (; k + 4 <= a.K; k += 4, out += 4 * rows)
-      for (int i = 0; i < 4; ++i) out[i] = element(x[k + i]);
+      for (int i = 0; i < 4; ++i) out[i] = FloatIsa::element(x[k + i]);
     for (; k < a.K_padded; k += 4, out += 4 * rows)
-      for (int i = 0; i < 4; ++i) out[i] = k + i < a.K ? element(x[k + i]) : Element{};
+      for (int i = 0; i < 4; ++i) out[i] = k + i < a.K ? FloatIsa::element(x[k + i]) : Element{};
   }
 }
 
@@ -154,4 +150,13 @@ void multiply(
 
 // Blocks are multiplied one by one, but a unit has two at least: SmolLM2's decode step took 0.94 of the
 // time so, on average of three runs and before weights were fetched near.
-constexpr Product PRODUCT{ROW_TILE, ROW_TILE, 1, 2, sizeof(Element), pack, nullptr, nullptr, multiply};
+constexpr Product PRODUCT{
+    FloatIsa::ROW_TILE,
+    FloatIsa::ROW_TILE,
+    1,
+    2,
+    sizeof(Element),
+    pack,
+    Isa::enter,
+    Isa::leave,
+    multiply};
