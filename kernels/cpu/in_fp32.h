@@ -2,7 +2,7 @@
 
 template <int ROWS>
 struct InFp32 {
-  static constexpr int ROW_TILE = ROWS;
+  static constexpr int MR = ROWS;
 
   using Element = float;
   using X = Floats;  // 4 consecutive k of a row, again and again

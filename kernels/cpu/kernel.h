@@ -9,10 +9,11 @@ static_assert(
     std::is_same_v<
         decltype(&tile_product<1>),
         void (*)(
-            const Activations&, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride, int32_t* acc,
+            const Lhs&, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride, int32_t* acc,
             Prefetch ahead)>,
     "tile_product<B> multiplies a tile of rows with B micro-panels: exact int32 [rows][PANELS * NR]");
 
+#include "with_dtype.h"
 #include "tile.h"
 #include "quantize.h"
 #include "attention.h"
@@ -20,10 +21,10 @@ static_assert(
 #include "in_fp32.h"
 
 constexpr Product INT8{
-    Isa::ROW_TILE,
-    Isa::ONE_TILE,
-    Isa::ROW_STEP,
-    Isa::PANEL,
+    Isa::MR,
+    Isa::MR_ALONE,
+    Isa::MR_STEP,
+    Isa::PANELS,
     sizeof(Isa::Activation),
     pack_tile,
     Isa::enter,

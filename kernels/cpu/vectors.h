@@ -15,7 +15,7 @@ using Words = Vectors::Words;
 using Halves = Vectors::Halves;
 using Bytes = Vectors::Bytes;
 
-constexpr int PARTS = BLOCK_N / LANES;  // vectors that hold the channels of a micro-panel
+constexpr int PARTS = NR / LANES;  // vectors that hold the channels of a micro-panel
 
 template <class V>
 inline V load(const void* p) {

@@ -27,15 +27,15 @@ constexpr int TILE_ROWS = 16, TILE_K = 64;
 constexpr bool FETCHES_NEAR = false;
 
 // Fewer than 16 rows make shorter tiles; otherwise the last tile is padded with rows of zeros.
-inline int64_t tile_rows(const Activations& a) { return std::min<int64_t>(TILE_ROWS, a.M); }
+inline int64_t tile_rows(const Lhs& a) { return std::min<int64_t>(TILE_ROWS, a.in.M); }
 
 struct Isa : avx512_vnni::VectorIsa {
-  static constexpr int ROW_TILE = 32, ONE_TILE = 32, ROW_STEP = TILE_ROWS, PANEL = 2;
+  static constexpr int MR = 32, MR_ALONE = 32, MR_STEP = TILE_ROWS, PANELS = 2;
   static constexpr int OUTLIER_ROWS = 16, MIN_ROWS = 2;
 
   using Activation = int8_t;
 
-  static void enter(const Activations& a) {
+  static void enter(const Lhs& a) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -55,15 +55,15 @@ struct Isa : avx512_vnni::VectorIsa {
 };
 
 // Rows are packed as the tiles are: [M / 16][K_padded / 64][16][64].
-inline void pack_tile(const Activations& a, int64_t tile) {
+inline void pack_tile(const Lhs& a, int64_t tile) {
   const int64_t height = tile_rows(a);
-  const int64_t end = std::min((tile + 1) * a.row_tile, a.M);
-  for (int64_t m = tile * a.row_tile; m < end; m += TILE_ROWS) {
-    auto* out = static_cast<int8_t*>(a.packed) + m * a.K_padded;
+  const int64_t end = std::min((tile + 1) * a.tiling.rows, a.in.M);
+  for (int64_t m = tile * a.tiling.rows; m < end; m += TILE_ROWS) {
+    auto* out = static_cast<int8_t*>(a.packed.x) + m * a.tiling.K_padded;
     for (int64_t r = 0; r < height; ++r) {
-      const int8_t* x = a.x_int8 + (m + r) * a.K;
-      const int64_t K = m + r < a.M ? a.K : 0;
-      for (int64_t k = 0; k < a.K_padded; k += TILE_K) {
+      const int8_t* x = a.in.x_int8 + (m + r) * a.in.K;
+      const int64_t K = m + r < a.in.M ? a.in.K : 0;
+      for (int64_t k = 0; k < a.tiling.K_padded; k += TILE_K) {
         int8_t* to = out + k * height + r * TILE_K;
         const int64_t count = std::clamp<int64_t>(K - k, 0, TILE_K);
         if (count == TILE_K) {
@@ -92,10 +92,10 @@ void dot_tiles(
   for (int64_t k = 0; k < k_padded; k += TILE_K) {
     ahead.step();
     _tile_loadd(4, x + k * height, TILE_K);
-    _tile_loadd(6, w + k * BLOCK_N, 64);
+    _tile_loadd(6, w + k * NR, 64);
     _tile_dpbssd(0, 4, 6);
     if constexpr (WIDE) {
-      _tile_loadd(7, w2 + k * BLOCK_N, 64);
+      _tile_loadd(7, w2 + k * NR, 64);
       _tile_dpbssd(1, 4, 7);
     }
     if constexpr (TALL) {
@@ -104,20 +104,20 @@ void dot_tiles(
       if constexpr (WIDE) _tile_dpbssd(3, 5, 7);
     }
   }
-  constexpr int64_t ROW = Isa::PANEL * BLOCK_N;
+  constexpr int64_t ROW = Isa::PANELS * NR;
   _tile_stored(0, acc, ROW * 4);
-  if constexpr (WIDE) _tile_stored(1, acc + BLOCK_N, ROW * 4);
+  if constexpr (WIDE) _tile_stored(1, acc + NR, ROW * 4);
   if constexpr (TALL) _tile_stored(2, acc + TILE_ROWS * ROW, ROW * 4);
-  if constexpr (TALL && WIDE) _tile_stored(3, acc + TILE_ROWS * ROW + BLOCK_N, ROW * 4);
+  if constexpr (TALL && WIDE) _tile_stored(3, acc + TILE_ROWS * ROW + NR, ROW * 4);
 }
 
 template <int B>
 void tile_product(
-    const Activations& a, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride,
+    const Lhs& a, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride,
     int32_t* acc, Prefetch ahead) {
-  const auto* x = static_cast<const int8_t*>(a.packed) + m * a.K_padded;
+  const auto* x = static_cast<const int8_t*>(a.packed.x) + m * a.tiling.K_padded;
   const auto tiles = rows > TILE_ROWS ? dot_tiles<true, B == 2> : dot_tiles<false, B == 2>;
-  tiles(x, tile_rows(a), w, w_stride, a.K_padded, acc, ahead);
+  tiles(x, tile_rows(a), w, w_stride, a.tiling.K_padded, acc, ahead);
 }
 
 #include "../kernel.h"

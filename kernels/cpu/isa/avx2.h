@@ -55,7 +55,7 @@ struct VectorIsa : Vectors {
 };
 
 struct Isa : VectorIsa {
-  static constexpr int ROW_TILE = 2, ONE_TILE = 2, ROW_STEP = 1, PANEL = 1, VECTORS = 4;
+  static constexpr int MR = 2, MR_ALONE = 2, MR_STEP = 1, PANELS = 1, VECTORS = 4;
   static constexpr int OUTLIER_ROWS = 4, MIN_ROWS = 1;
 
   using Activation = int16_t;
@@ -83,9 +83,9 @@ struct Isa : VectorIsa {
       store(out + 8 * i, _mm256_permute4x64_epi64(pairs, 0b11011000));
     }
   }
-  static int64_t pack_blocks(const int8_t*, int64_t, int64_t, Activation*) { return 0; }
+  static int64_t pack_groups(const int8_t*, int64_t, int64_t, Activation*) { return 0; }
 
-  static void enter(const Activations&) {}
+  static void enter(const Lhs&) {}
   static void leave() {}
   static const Product& weight_only(const Activations&);
 };

@@ -40,7 +40,7 @@ inline __m512i look_up(const uint8_t* table, __m512i index) {
 }
 
 struct FloatIsa {
-  static constexpr int ROW_TILE = 12;
+  static constexpr int MR = 12;
 
   using Element = uint16_t;
   using X = __m512bh;

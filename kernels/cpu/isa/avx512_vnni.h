@@ -67,7 +67,7 @@ struct VectorIsa : Vectors {
 };
 
 // 16 quads of up to 16 rows: a transpose of 16 x 16 int32.
-inline void pack_block(const int8_t* x, int64_t stride, int64_t rows, uint8_t* out) {
+inline void pack_group(const int8_t* x, int64_t stride, int64_t rows, uint8_t* out) {
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(x + std::min<int64_t>(i, rows - 1) * stride);
   for (int i = 0; i < 16; i += 2) {
@@ -98,7 +98,7 @@ inline void pack_block(const int8_t* x, int64_t stride, int64_t rows, uint8_t* o
 }
 
 struct Isa : VectorIsa {
-  static constexpr int ROW_TILE = 12, ONE_TILE = 16, ROW_STEP = 1, PANEL = 2, VECTORS = 1;
+  static constexpr int MR = 12, MR_ALONE = 16, MR_STEP = 1, PANELS = 2, VECTORS = 1;
   static constexpr int OUTLIER_ROWS = 12, MIN_ROWS = 1;
 
   using Activation = uint8_t;
@@ -114,26 +114,26 @@ struct Isa : VectorIsa {
     sums = (Sums)_mm512_dpbusd_epi32((__m512i)sums, x, w);
   }
   static void store_sums(int32_t* out, const Sums* sums) { store(out, *sums); }
-  static int64_t pack_blocks(const int8_t* x, int64_t K, int64_t rows, Activation* out) {
+  static int64_t pack_groups(const int8_t* x, int64_t K, int64_t rows, Activation* out) {
     if (rows == 1) return 0;  // nothing to transpose
     int64_t k = 0;
-    for (; k + 64 <= K; k += 64) pack_block(x + k, K, rows, out + k * rows);
+    for (; k + 64 <= K; k += 64) pack_group(x + k, K, rows, out + k * rows);
     return k;
   }
 
-  static Words digit_quads(Words integers) {
+  static Words limb_quads(Words integers) {
     const __m128i transpose = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (Words)_mm512_shuffle_epi8((__m512i)integers, _mm512_broadcast_i32x4(transpose));
   }
 
-  static void enter(const Activations&) {}
+  static void enter(const Lhs&) {}
   static void leave() {}
   static const Product& weight_only(const Activations& a);
 };
 
 #include "../dot.h"
 #include "../kernel.h"
-#include "../digits.h"
+#include "../limbs.h"
 
 namespace in_fp32 {
 using FloatIsa = InFp32<6>;
@@ -147,14 +147,18 @@ INT8FX_END_TARGET
 
 namespace int8fx::avx512_vnni {
 
+INT8FX_BEGIN_TARGET(INT8FX_AVX512)
+
 inline const Product& Isa::weight_only(const Activations& a) {
   const bool bf16 = a.dtype == c10::ScalarType::BFloat16;
   if (bf16 && avx512_bf16::supported()) return avx512_bf16::PRODUCT;
   if (a.K > MAX_K) return in_fp32::PRODUCT;
-  if (bf16) return IN_DIGITS<c10::BFloat16>;
-  if (a.dtype == c10::ScalarType::Half) return IN_DIGITS<c10::Half>;
-  return IN_DIGITS<float>;
+  if (bf16) return IN_LIMBS<c10::BFloat16>;
+  if (a.dtype == c10::ScalarType::Half) return IN_LIMBS<c10::Half>;
+  return IN_LIMBS<float>;
 }
+
+INT8FX_END_TARGET
 
 }  // namespace int8fx::avx512_vnni
 

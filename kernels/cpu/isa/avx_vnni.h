@@ -17,7 +17,7 @@ constexpr int LANES = 8;
 #include "../vectors.h"
 
 struct Isa : avx2::VectorIsa {
-  static constexpr int ROW_TILE = 6, ONE_TILE = 6, ROW_STEP = 1, PANEL = 1, VECTORS = 2;
+  static constexpr int MR = 6, MR_ALONE = 6, MR_STEP = 1, PANELS = 1, VECTORS = 2;
   static constexpr int OUTLIER_ROWS = 4, MIN_ROWS = 1;
 
   using Activation = uint8_t;
@@ -35,9 +35,9 @@ struct Isa : avx2::VectorIsa {
     sums = (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, x, w);
   }
   static void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
-  static int64_t pack_blocks(const int8_t*, int64_t, int64_t, Activation*) { return 0; }
+  static int64_t pack_groups(const int8_t*, int64_t, int64_t, Activation*) { return 0; }
 
-  static void enter(const Activations&) {}
+  static void enter(const Lhs&) {}
   static void leave() {}
   static const Product& weight_only(const Activations& a) { return avx2::Isa::weight_only(a); }
 };

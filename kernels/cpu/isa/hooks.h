@@ -25,10 +25,8 @@
 #include <type_traits>
 #include <utility>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include "../linear.h"
+#include "../kernel_table.h"
+#include "../prefetch.h"
 
 namespace int8fx {
 
@@ -37,31 +35,32 @@ template <class I>
 concept HasVectorHooks = requires(
     const void* p, void* out, const float* floats, const int8_t* bytes, typename I::Floats v,
     const typename I::Floats* vectors) {
-  { I::load_words(p) } -> std::same_as<typename I::Words>;   // LANES uint16, as uint32
-  { I::load_half(p) } -> std::same_as<typename I::Floats>;   // LANES fp16
-  { I::store_half(out, v) } -> std::same_as<void>;           // by round-to-nearest-even
+  { I::load_words(p) } -> std::same_as<typename I::Words>;         // LANES uint16, as uint32
+  { I::load_half(p) } -> std::same_as<typename I::Floats>;         // LANES fp16
+  { I::store_half(out, v) } -> std::same_as<void>;                 // round-to-nearest-even
   { I::to_floats(bytes) } -> std::same_as<typename I::Floats>;     // LANES int8
   { I::to_ints(v) } -> std::same_as<typename I::Ints>;             // round-to-nearest-even
   { I::repeat_quad(floats) } -> std::same_as<typename I::Floats>;  // 4 floats, again and again
   { I::add_lanes(vectors) } -> std::same_as<typename I::Floats>;   // of LANES vectors, the sum of each
   { I::fma(v, v, v) } -> std::same_as<typename I::Floats>;         // a · b + c
   { I::fnma(v, v, v) } -> std::same_as<typename I::Floats>;        // c - a · b
+  // Whether fma and fnma round once. If so, rows are quantised without a division.
   requires std::same_as<decltype(I::FMA_ROUNDS_ONCE), const bool>;
 };
 
 // The micro-tile of the int8 product, MR rows x PANELS micro-panels of NR channels.
 template <class I>
-concept HasTileHooks = requires(const Activations& a) {
-  requires I::ROW_TILE > 0;            // rows, at most
-  requires I::ONE_TILE >= I::ROW_TILE;  // rows of a tile that no other rows follow, with one micro-panel
-  requires I::ROW_STEP > 0;       // rows of a tile are a multiple of it
-  requires I::PANEL == 1 || I::PANEL == 2;
-  requires I::OUTLIER_ROWS > 0;  // rows that share one read of the outlier columns
-  requires I::MIN_ROWS > 0;      // with fewer rows the next row of the table is as fast
-  requires sizeof(typename I::Activation) > 0;          // a packed element of x_int8
-  { I::enter(a) } -> std::same_as<void>;                // in every thread, before its products
-  { I::leave() } -> std::same_as<void>;                 // and after them
-  { I::weight_only(a) } -> std::same_as<const Product&>;  // the product with x in float
+concept HasTileHooks = requires(const Lhs& lhs) {
+  requires I::MR > 0;             // rows, at most
+  requires I::MR_ALONE >= I::MR;  // rows of a tile that no other rows follow, with one micro-panel
+  requires I::MR_STEP > 0;        // rows of a tile are a multiple of it
+  requires I::PANELS == 1 || I::PANELS == 2;
+  requires I::OUTLIER_ROWS > 0;   // rows that share one read of the outlier columns
+  requires I::MIN_ROWS > 0;       // with fewer rows the next row of the table is as fast
+  requires sizeof(typename I::Activation) > 0;  // a packed element of x_int8
+  { I::enter(lhs) } -> std::same_as<void>;      // in every thread, before its products
+  { I::leave() } -> std::same_as<void>;         // and after them
+  { I::weight_only(lhs.in) } -> std::same_as<const Product&>;  // the product with x in float
 };
 
 template <class I>
@@ -83,14 +82,14 @@ concept HasDotHooks = requires(
   { I::store_sums(out, done) } -> std::same_as<void>;      // of a micro-panel, in the order of channels
   // Packs rows (x, their length K, their number, out) from their beginning; returns up to which k. An
   // instruction set without a faster way than pack_x returns 0.
-  { I::pack_blocks(bytes, n, n, packed) } -> std::same_as<int64_t>;
+  { I::pack_groups(bytes, n, n, packed) } -> std::same_as<int64_t>;
 };
 
-// For digits.h: x in float as int8 digits, for an unsigned Activation.
+// For limbs.h: x in float as int8 limbs, for an unsigned Activation.
 template <class I>
-concept HasDigitHooks = HasDotHooks<I> && requires(typename I::Words words) {
+concept HasLimbHooks = HasDotHooks<I> && requires(typename I::Words words) {
   // Of LANES integers, 4 by 4: the lowest bytes of the four, the next higher ones, ...
-  { I::digit_quads(words) } -> std::same_as<typename I::Words>;
+  { I::limb_quads(words) } -> std::same_as<typename I::Words>;
 };
 
 // For weight_only.h: a product with x in float, in a namespace with a struct FloatIsa.
@@ -99,7 +98,7 @@ concept HasFloatProductHooks = requires(
     const int8_t* bytes, const typename I::Element* x, typename I::Element* out,
     typename I::W* columns, const typename I::W* columns_to_store, Floats& sums, typename I::X row,
     typename I::W w) {
-  requires I::ROW_TILE > 0;  // rows, at most
+  requires I::MR > 0;  // rows, at most
   { I::load_x(x) } -> std::same_as<typename I::X>;  // 4 consecutive k of a row, again and again
   // Some vectors of channels x 4 k: from a packed weight, or from what store_w wrote.
   { I::load_w(columns, bytes) } -> std::same_as<void>;

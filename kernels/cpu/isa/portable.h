@@ -11,7 +11,7 @@ constexpr int LANES = 4;
 #include "../vectors.h"
 
 struct Isa : Vectors {
-  static constexpr int ROW_TILE = 4, ONE_TILE = 4, ROW_STEP = 1, PANEL = 1, VECTORS = 4;
+  static constexpr int MR = 4, MR_ALONE = 4, MR_STEP = 1, PANELS = 1, VECTORS = 4;
   static constexpr int OUTLIER_ROWS = 4, MIN_ROWS = 1;
   static constexpr bool FMA_ROUNDS_ONCE = false;
 
@@ -36,7 +36,7 @@ struct Isa : Vectors {
     for (int i = 0; i < 4; ++i) sums += w.k[i] * x.k[i];
   }
   static void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
-  static int64_t pack_blocks(const int8_t*, int64_t, int64_t, Activation*) { return 0; }
+  static int64_t pack_groups(const int8_t*, int64_t, int64_t, Activation*) { return 0; }
 
   static Words load_words(const void* p) { return __builtin_convertvector(load<Halves>(p), Words); }
   static Floats load_half(const void* p) {
@@ -66,7 +66,7 @@ struct Isa : Vectors {
   static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
   static Floats fnma(Floats a, Floats b, Floats c) { return c - a * b; }
 
-  static void enter(const Activations&) {}
+  static void enter(const Lhs&) {}
   static void leave() {}
   static const Product& weight_only(const Activations&);
 };
