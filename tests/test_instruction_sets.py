@@ -1,14 +1,18 @@
 """A CPU's instruction sets: a new one is a header and a row, and must give every hook."""
 
+import contextlib
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import include_paths
 
-from int8fx.kernels.cpu import build
+from int8fx.kernels.cpu import build, int8_linear
+from int8fx.kernels.ops import attention, limits
+from int8fx.kernels.ops.quantized_linears import quantized_linears_cpu
 
 FOLDER = build.SOURCE.parent
 PORTABLE = (FOLDER / "isa" / "portable.h").read_text()
@@ -84,3 +88,28 @@ def test_every_hook_of_the_list_is_asked_for(sources):
         code += f"namespace int8fx::without_{hook} {{ {without}\n"
         code += f'static_assert(!({complete}), "{hook}"); }}\n'
     assert errors_of(code, sources) == ""
+
+
+def constant(name: str) -> int:
+    """Of the C++ sources."""
+    sources = "\n".join(header.read_text() for header in FOLDER.glob("*.h"))
+    (value,) = re.findall(rf"constexpr int(?:64_t)? {name} = (\d+);", sources)
+    return int(value)
+
+
+def test_limits_are_those_of_the_operators():
+    """Each is written once in Python and once in C++."""
+    assert constant("NR") == int8_linear.NR
+    assert constant("K_MULTIPLE") == int8_linear.K_MULTIPLE
+    assert constant("MAX_HEAD") == attention.WIDEST_HEAD
+    assert constant("FEW_QUERIES") == attention.FEW_ROWS
+
+
+@pytest.mark.parametrize("dtype", [*limits.DTYPES, torch.float64])
+def test_dtypes_are_those_of_the_operators(dtype):
+    assert int8_linear.load() is None
+    packed = int8_linear.pack(torch.ones(4, 8, dtype=torch.int8))
+    arguments = (torch.ones(2, 8, dtype=dtype), 0.0, "column", [packed], [torch.ones(4)], [])
+    refused = pytest.raises(RuntimeError, match="x must be float32")
+    with contextlib.nullcontext() if dtype in limits.DTYPES else refused:
+        assert quantized_linears_cpu(*arguments)[0].dtype == dtype
