@@ -18,7 +18,7 @@ static_assert(HasLimbHooks<Isa> && std::is_same_v<Isa::Activation, uint8_t>);
 
 constexpr int BASE_BITS = 8;
 constexpr float BASE = 1 << BASE_BITS;
-// Digits are signed: adding 128 to each makes them the bytes of an unsigned sum, which is what the
+// Limbs are signed: adding 128 to each makes them the bytes of an unsigned sum, which is what the
 // product wants.
 constexpr uint32_t ZERO_POINTS = 0x80808080;
 
