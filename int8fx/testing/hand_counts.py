@@ -6,7 +6,7 @@ import pytest
 
 import int8fx
 from int8fx.kernels import table
-from int8fx.kernels.cpu.int8_linear import BLOCK_N, K_MULTIPLE
+from int8fx.kernels.cpu.int8_linear import K_MULTIPLE, NR
 
 
 def packed_bytes(n: int, k: int) -> int:
@@ -14,8 +14,8 @@ def packed_bytes(n: int, k: int) -> int:
     kernel = table.kernel_for("cpu")
     if kernel is None or kernel.name != "C++":
         return n * (k + 4)
-    blocks = math.ceil(n / BLOCK_N)
-    return blocks * (math.ceil(k / K_MULTIPLE) * K_MULTIPLE * BLOCK_N + 4 * BLOCK_N) + 4 * n
+    blocks = math.ceil(n / NR)
+    return blocks * (math.ceil(k / K_MULTIPLE) * K_MULTIPLE * NR + 4 * NR) + 4 * n
 
 
 # Of one layer of SmolLM2-135M, [N, K].

@@ -19,15 +19,10 @@ of them. Even when it is given the query heads of a key head as its rows, two co
 for 9 over 3 of 576 keys, and 16 here; 66 and 28 for 32 over 4; 720 and 100 for 25 heads of their own.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_library = torch.library.Library("int8fx", "FRAGMENT")
-_library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> Tensor"
-)
-attention = torch.ops.int8fx.attention.default
+from int8fx.kernels.ops.library import register
 
 WIDEST_HEAD = 256  # D and DV of the kernel, at most
 # Query positions from which blocks are faster than torch's attention: with fewer, reading the keys is
@@ -59,5 +54,8 @@ def _fake(
     return q.new_empty(B, M, H, v.shape[3]).transpose(1, 2)
 
 
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::attention", _fake, lib=_library)
+attention = register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> Tensor",
+    _attention,
+    _fake,
+)

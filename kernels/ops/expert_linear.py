@@ -3,12 +3,11 @@
     y[s] = x̂[s] @ ŵ[e]ᵀ,   e = experts[s],   ŵ[e] = w_int8[e] · w_scale[e]
 
 ``x̂`` is LLM.int8()'s (``kernels/ops/quantize_reference.py``); with the column decomposition, a column
-is taken out
-where it holds an outlier in any row *of one expert*, since these rows are one product. Weights are
-quantised per expert and per channel. On a CPU it is one C++ product (``quantized_linears_cpu``) for
-each expert that has rows, and no copy of a weight is made, where indexing ``weight[experts]`` in float
-makes one for every row. On a GPU another operator takes its place (``kernels/gpu/experts.py``), which
-asks nothing on the host.
+is taken out where it holds an outlier in any row *of one expert*, since these rows are one product.
+Weights are quantised per expert and per channel. On a CPU it is one C++ product
+(``quantized_linears_cpu``) for each expert that has rows, and no copy of a weight is made, where
+indexing ``weight[experts]`` in float makes one for every row. On a GPU another operator takes its place
+(``kernels/gpu/experts.py``), which asks nothing on the host.
 """
 
 from collections.abc import Iterator
@@ -16,22 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.gradients import input_gradient
-
-_library = torch.library.Library("int8fx", "FRAGMENT")
-_library.define(
-    "expert_linear(Tensor x, float threshold, str decomposition, Tensor weight, Tensor w_scale, "
-    "Tensor? experts, Tensor? ends=None) -> Tensor"
-)
-_library.define(
-    "expert_linear_backward(Tensor grad, Tensor weight, Tensor w_scale, Tensor? experts, "
-    "Tensor? ends, SymInt K) -> Tensor"
-)
-
-expert_linear = torch.ops.int8fx.expert_linear.default
-# An operator of its own, since which experts have rows is known at run time only.
-expert_linear_backward = torch.ops.int8fx.expert_linear_backward.default
+from int8fx.kernels.ops.library import register
+from int8fx.kernels.ops.quantized_linears import quantized_linears_cpu
 
 Rows = slice | Tensor
 
@@ -112,7 +98,7 @@ def _expert_linear(
     """
     y = x.new_zeros((x.shape[0], w_scale.shape[1]))
     for expert, rows in routed_rows(experts, ends, weight.shape[0]):
-        (y[rows],) = ops.quantized_linears_cpu(
+        (y[rows],) = quantized_linears_cpu(
             x[rows], threshold, decomposition, [weight[expert]], [w_scale[expert]], []
         )
     return y
@@ -130,11 +116,6 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.K, ctx.inputs = x.shape[-1], len(inputs)
 
 
-def _backward(ctx, grad: Tensor) -> tuple:
-    grad_x = expert_linear_backward(grad, *ctx.saved_tensors, ctx.K)
-    return (grad_x, *[None] * (ctx.inputs - 1))
-
-
 def _input_gradient(
     grad: Tensor, weight: Tensor, w_scale: Tensor, experts: Tensor | None, ends: Tensor | None, K: int
 ) -> Tensor:
@@ -149,10 +130,25 @@ def _input_gradient_fake(grad, weight, w_scale, experts, ends, K) -> Tensor:
     return grad.new_empty((grad.shape[0], K))
 
 
-_library.impl("expert_linear_backward", _input_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::expert_linear_backward", _input_gradient_fake, lib=_library)
-_library.impl("expert_linear", _expert_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::expert_linear", _fake, lib=_library)
-torch.library.register_autograd(
-    "int8fx::expert_linear", _backward, setup_context=setup_context, lib=_library
+# An operator of its own, since which experts have rows is known at run time only.
+expert_linear_backward = register(
+    "expert_linear_backward(Tensor grad, Tensor weight, Tensor w_scale, Tensor? experts, "
+    "Tensor? ends, SymInt K) -> Tensor",
+    _input_gradient,
+    _input_gradient_fake,
+)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    grad_x = expert_linear_backward(grad, *ctx.saved_tensors, ctx.K)
+    return (grad_x, *[None] * (ctx.inputs - 1))
+
+
+expert_linear = register(
+    "expert_linear(Tensor x, float threshold, str decomposition, Tensor weight, Tensor w_scale, "
+    "Tensor? experts, Tensor? ends=None) -> Tensor",
+    _expert_linear,
+    _fake,
+    setup_context,
+    _backward,
 )

@@ -12,7 +12,7 @@ def input_gradient(grad: Tensor, weight: Tensor, w_scale: Tensor, K: int) -> Ten
     return grad @ (w_int8.to(torch.float32) * w_scale.unsqueeze(1)).to(grad.dtype)
 
 
-def _bias_gradient(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
+def bias_gradient(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(bias_dtype)
 
 
@@ -33,6 +33,6 @@ def linears_backward(ctx, grads: Sequence[Tensor]) -> tuple:
         for grad, weight, w_scale in zip(grads, weights, w_scales, strict=True)
     )
     grad_biases = [
-        _bias_gradient(grad, dtype) for grad, dtype in zip(grads, ctx.bias_dtypes, strict=False)
+        bias_gradient(grad, dtype) for grad, dtype in zip(grads, ctx.bias_dtypes, strict=False)
     ]
     return grad_x, None, None, [None] * count, [None] * count, grad_biases

@@ -17,12 +17,8 @@ attention in 16-bit.
 import torch
 from torch import Tensor
 
+from int8fx.kernels.ops.library import register
 from int8fx.kernels.ops.quantize_reference import overflow_reason, quantize_reference
-
-_library = torch.library.Library("int8fx", "FRAGMENT")
-_library.define("int8_matmul(Tensor left, Tensor right) -> Tensor")
-
-int8_matmul = torch.ops.int8fx.int8_matmul.default
 
 
 def _int8_matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -74,6 +70,6 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
     return (grad @ right.mT).sum_to_size(left.shape), (left.mT @ grad).sum_to_size(right.shape)
 
 
-_library.impl("int8_matmul", _int8_matmul, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::int8_matmul", _fake, lib=_library)
-torch.library.register_autograd("int8fx::int8_matmul", _backward, setup_context=_setup, lib=_library)
+int8_matmul = register(
+    "int8_matmul(Tensor left, Tensor right) -> Tensor", _int8_matmul, _fake, _setup, _backward
+)
