@@ -11,9 +11,10 @@ from torch import Tensor
 
 from int8fx.kernels import table
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.torch_private import with_aliasing_of
 from int8fx.weights.parts import Part
-from int8fx.weights.tensor import DTYPES, Int8Weight, _on, _on_the_float_values, aten
+from int8fx.weights.tensor import Int8Weight, _on, _on_the_float_values, aten
 
 # --- views ---------------------------------------------------------------------------------------
 

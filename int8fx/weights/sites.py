@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from int8fx.kernels import table
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import (
@@ -22,7 +23,7 @@ from int8fx.passes.linears.select import (
 from int8fx.torch_private import storage_id
 from int8fx.weights import structure
 from int8fx.weights.distributed import local
-from int8fx.weights.tensor import DTYPES, Int8Weight
+from int8fx.weights.tensor import Int8Weight
 
 ALREADY = "already in int8"
 

@@ -365,10 +365,6 @@ swap_despite_references(Int8Weight)
 torch.serialization.add_safe_globals([_rebuild, (_rebuild, "int8fx.quantized_weight._rebuild")])
 
 
-# What LLM.int8() takes the place of; a product in another dtype uses the de-quantised weight.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 aten = torch.ops.aten
 
 

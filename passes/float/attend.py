@@ -26,11 +26,11 @@ from int8fx.kernels.ops.attention import (
     WIDEST_HEAD,
     attention,
 )
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.passes.float.sdpa import Attention, attentions
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of, tensor_of
-from int8fx.passes.linears.select import DTYPES
 
 
 def attend(graph: fx.Graph, fake_mode: Any, memory: Memory, few: bool) -> int:

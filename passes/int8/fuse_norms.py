@@ -24,12 +24,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.kernels.ops.limits import DECODE_ROWS
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of, tensor_of
 from int8fx.passes.int8.norms import Norm, norm_of
 
-_FEW_ROWS = 16  # quantised by whoever computes them (``kernels/gpu/decode.py``)
 _VIEWS = ("view", "reshape")
 
 
@@ -69,7 +69,8 @@ def _is_alone(h: fx.Node, call: Any) -> bool:
 def _pays(norm: Norm, call: Any) -> bool:
     *lead, _ = shape_of(norm.x)
     rows = math.prod(lead)
-    if isinstance(rows, int) and rows <= _FEW_ROWS:
+    # Few rows are quantised by the kernel that multiplies them (``kernels/gpu/decode.py``).
+    if isinstance(rows, int) and rows <= DECODE_ROWS:
         return False
     _, threshold, decomposition, *_ = call.args
     if threshold == 0 or decomposition not in ("column", "token"):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.passes.graph.values import shape_of, tensor_of
 
 _ADD = frozenset({operator.add, torch.add, "add"})
@@ -28,7 +29,6 @@ _RSQRT = frozenset({torch.rsqrt, "rsqrt"})
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as"})
 _LAYER = frozenset({F.layer_norm, torch.layer_norm})
 _RMS = frozenset({F.rms_norm, torch.rms_norm})
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _is_plain(norm: Norm, h: fx.Node) -> bool:
     if norm.kind != "rms, rounded" and result.dtype != x.dtype:
         return False
     vectors: list[Any] = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
-    return {x.dtype, result.dtype} <= _FLOATS and all(
+    return {x.dtype, result.dtype} <= set(DTYPES) and all(
         isinstance(each, fx.Node) and each.op == "placeholder" and shape_of(each) == (x.shape[-1],)
         for each in vectors
     )

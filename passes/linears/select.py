@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.kernels.ops.quantize_reference import overflow_reason
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.passes.linears.canonicalize import Candidate
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A GPU has fused attention, which a product of its own, matrix by matrix, would only slow down.
 MATMUL_DEVICES = ("cpu",)
 
