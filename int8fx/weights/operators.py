@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels.devices import has_memory, same_kind
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.torch_private import with_aliasing_of
 from int8fx.weights.pieces import Piece
-from int8fx.weights.tensor import DTYPES, QuantizedWeight, aten, handles, on_float_values
+from int8fx.weights.tensor import QuantizedWeight, aten, handles, on_float_values
 
 # --- views ---------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import (
@@ -21,7 +22,7 @@ from int8fx.passes.linears.select import (
 from int8fx.torch_private import storage_id
 from int8fx.weights import structure
 from int8fx.weights.distributed import local
-from int8fx.weights.tensor import DTYPES, QuantizedWeight
+from int8fx.weights.tensor import QuantizedWeight
 
 ALREADY = "already "  # what the reason of a quantised weight begins with
 

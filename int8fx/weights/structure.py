@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.low_rank import is_low_rank
-from int8fx.passes.linears.select import DTYPES, LEAST_K, LOW_RANK
+from int8fx.passes.linears.select import LEAST_K, LOW_RANK
 
 # What chooses experts, keys or codes, as transformers and others call the classes.
 _ROUTERS = re.compile(r"Router|Gating$|MoE\w*Gate$")

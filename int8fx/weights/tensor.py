@@ -490,10 +490,6 @@ torch.serialization.add_safe_globals(
 )
 
 
-# What LLM.int8() takes the place of; a product in another dtype uses the de-quantised weight.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 aten = torch.ops.aten
 
 

@@ -40,10 +40,11 @@ from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
 from int8fx.kernels.gpu.split import sum_of_tile
+from int8fx.kernels.ops.limits import DECODE_ROWS
 from int8fx.kernels.ops.linear_reference import linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 
-MAX_M = 16
+MAX_M = DECODE_ROWS
 BLOCK_O = 16  # outlier columns a step
 _LIST_BLOCK = 256  # times 16 columns
 _VECTOR_BYTES = 16  # of x, in one load of a thread

@@ -38,7 +38,6 @@ from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
 from int8fx.kernels.gpu.gather import launch_shape
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
 from int8fx.kernels.gpu.launch import empty, launch, precision
-from int8fx.kernels.gpu.linear import DTYPES
 from int8fx.kernels.gpu.rounding import int8_rows
 from int8fx.kernels.gpu.routing import (
     block_of_experts,
@@ -50,6 +49,7 @@ from int8fx.kernels.gpu.routing import (
 )
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.expert_linear import check_routing, setup_context, sorted_rows
+from int8fx.kernels.ops.limits import DTYPES
 
 BLOCK_O = 16  # outlier columns a step
 _GROUP_M = 8

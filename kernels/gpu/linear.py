@@ -37,9 +37,9 @@ from int8fx.kernels.gpu.groups import MAX_GROUP, padded
 from int8fx.kernels.gpu.launch import empty, launch, precision
 from int8fx.kernels.gpu.rounding import int8_rows, quantize_rows
 from int8fx.kernels.ops.gradients import linears_backward, linears_setup
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.kernels.ops.quantize_reference import EVERYTHING
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP_M = 8  # tiles of rows that share the weight's tiles in L2
 
 

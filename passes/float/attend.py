@@ -25,11 +25,11 @@ from int8fx.kernels.ops.attention import (
     WIDEST_HEAD,
     attention,
 )
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.passes.contract import Context, Result
 from int8fx.passes.float.sdpa import Attention, attentions
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.values import shape_of, tensor_of
-from int8fx.passes.linears.select import DTYPES
 
 MORE_ROWS = f"more than {FEW_ROWS} query rows read a key head"
 FEWER_ROWS = f"fewer than {MANY_ROWS} query rows"

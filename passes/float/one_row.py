@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from int8fx.kernels.devices import float_speed
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.values import shape_of, tensor_of
-from int8fx.passes.linears.select import DTYPES
 
 LEAST_BYTES = 4 << 20  # smaller weights stay in a cache
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.kernels.ops.limits import DECODE_ROWS
 from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.arguments import argument, given
 from int8fx.passes.graph.emit import Emitter
@@ -31,11 +32,10 @@ from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of, tensor_of
 from int8fx.passes.int8.norms import Norm, norm_of
 
-_FEW_ROWS = 16  # quantised by whoever computes them (``kernels/gpu/decode.py``)
 _VIEWS = ("view", "reshape")
 
 READ_ELSEWHERE = "something else reads the norm as well"
-FEW = f"{_FEW_ROWS} rows or fewer are quantised by Inductor's kernel of the norm"
+FEW = f"{DECODE_ROWS} rows or fewer are quantised by Inductor's kernel of the norm"
 NO_OUTLIERS = "the linears have no outliers to take out"
 SUM_ON_THE_WAY = "the sum before the norm is not of two tensors in memory"
 ON_THE_WAY = "what is normalised is computed on the way, and not in memory"
@@ -92,7 +92,7 @@ def _no_gain(norm: Norm, call: Any) -> str:
     """Why Inductor does as well with the norm, or empty."""
     *lead, _ = shape_of(norm.x)
     rows = math.prod(lead)
-    if isinstance(rows, int) and rows <= _FEW_ROWS:
+    if isinstance(rows, int) and rows <= DECODE_ROWS:
         return FEW
     if argument(call, "threshold") == 0 or argument(call, "decomposition") not in ("column", "token"):
         return NO_OUTLIERS

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.passes.graph.values import shape_of, tensor_of
 
 _ADD = frozenset({operator.add, torch.add, "add"})
@@ -28,7 +29,6 @@ _RSQRT = frozenset({torch.rsqrt, "rsqrt"})
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as"})
 _LAYER = frozenset({F.layer_norm, torch.layer_norm})
 _RMS = frozenset({F.rms_norm, torch.rms_norm})
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _misfit(norm: Norm, h: fx.Node) -> str:
         return "the norm is not of rows of a matrix"
     if norm.kind != "rms, rounded" and result.dtype != x.dtype:
         return "the norm's result has another dtype than its input"
-    if not {x.dtype, result.dtype} <= _FLOATS:
+    if not {x.dtype, result.dtype} <= set(DTYPES):
         return f"the norm is in {x.dtype}"
     vectors: list[Any] = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
     for each in vectors:

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from int8fx.kernels.devices import activations_reason, same_kind
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.kernels.ops.quantize_reference import overflow_reason
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.passes.linears.canonicalize import Candidate
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
