@@ -86,7 +86,7 @@ def test_the_rewritten_graph_reads_as_documented(x):
     _, report = compile_once(nn.Linear(K, N), x)
     assert "torch._C._nn.linear(" in report.original
     assert "torch._C._nn.linear(" not in report.graph
-    assert "torch.ops.int8fx.quantized_linears_cpu.default(l_args_0_, 6.0, 'column', [" in report.graph
+    assert "torch.ops.int8fx.int8_linears.default(l_args_0_, 6.0, 'column', [" in report.graph
     assert "weight_0_int8" in report.graph
     assert "parameters_weight_:" not in report.graph
 

@@ -2,12 +2,12 @@
 
 Before::
 
-    y = int8fx.quantized_linears_cpu(x, 6.0, "column", [w], [w_scale], [bias])
+    y = int8fx.int8_linears(x, 6.0, "column", [w], [w_scale], [bias])
     y1 = y[0]
 
 After::
 
-    y1 = int8fx.quantized_linear_cpu(x, 6.0, "column", w, w_scale, bias)
+    y1 = int8fx.int8_linears.single(x, 6.0, "column", w, w_scale, bias)
 
 Inductor's wrapper in C++ (``cpp_wrapper``) calls an operator that returns a list through Python, and
 takes a list of one for the tensor in it: the process crashes
@@ -25,7 +25,7 @@ from int8fx.passes.graph.emit import Emitter
 def unlist_linears(graph: fx.Graph, fake_mode: Any) -> int:
     """Rewrites the calls of one linear in one graph; returns how many."""
     rewritten = 0
-    for call in graph.find_nodes(op="call_function", target=ops.quantized_linears_cpu):
+    for call in graph.find_nodes(op="call_function", target=ops.int8_linears):
         x, threshold, decomposition, weights, w_scales, biases = call.args
         if len(weights) != 1:
             continue
@@ -33,7 +33,7 @@ def unlist_linears(graph: fx.Graph, fake_mode: Any) -> int:
         with graph.inserting_before(call):
             emit = Emitter(graph, fake_mode, call)
             y = emit.call(
-                ops.quantized_linear_cpu, x, threshold, decomposition, weights[0], w_scales[0], bias
+                ops.single_int8_linear, x, threshold, decomposition, weights[0], w_scales[0], bias
             )
         for item in list(call.users):
             item.replace_all_uses_with(y)
