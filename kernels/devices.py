@@ -16,7 +16,7 @@ from int8fx.kernels.ops import int8_linear as ops
 
 
 def _cpu_operator() -> tuple[Any, int]:
-    return ops.quantized_linears_cpu, 64
+    return ops.int8_linears, 64
 
 
 def _cpu_attends(few: bool) -> bool:

@@ -89,7 +89,7 @@ def test_their_model_is_one_graph_of_our_operators(floats, x, threshold, called_
     code = [line for line in report.graph.splitlines() if not line.strip().startswith("#")]
     assert not any("bitsandbytes" in line or "set_" in line for line in code)
     # up and gate read one input.
-    assert report.graph.count("int8fx.quantized_linears_cpu") == 2
+    assert report.graph.count("int8fx.int8_linears") == 2
     assert f"{threshold}, 'column'" in report.graph
     ours = int8fx.quantize_(floats, threshold=threshold)
     torch.testing.assert_close(y, ours(x), rtol=0.02, atol=0.02)

@@ -223,7 +223,7 @@ def test_isas_agree_bit_for_bit():
 def weight_only(x: Tensor, weights: list[tuple[Tensor, Tensor]], biases: list[Tensor]) -> list[Tensor]:
     """``x @ (w_int8 · w_scale)ᵀ + bias`` of each weight, by the kernel."""
     packed, scales = [cpu.pack(w_int8) for w_int8, _ in weights], [w_scale for _, w_scale in weights]
-    return ops.quantized_linears_cpu(x, EVERYTHING, "all", packed, scales, biases)
+    return ops.int8_linears(x, EVERYTHING, "all", packed, scales, biases)
 
 
 def check_weight_only(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
@@ -366,7 +366,7 @@ def test_quantising_in_the_same_call_equals_doing_it_before(isa, dtype, decompos
         quantized = quantize_reference(x, threshold, decomposition)
         if threshold == 0:
             quantized = (*quantized[:2], x, None)
-        together = ops.quantized_linears_cpu(x, threshold, decomposition, packed, scales, biases)
+        together = ops.int8_linears(x, threshold, decomposition, packed, scales, biases)
         for y, *operands in zip(together, packed, scales, biases, strict=True):
             expected = ops.int8_linear(*quantized, *operands)
             torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
@@ -385,7 +385,7 @@ def test_quotients_round_as_divisions_do(isa):
     x[:, 0] = 127 * scale.repeat(3, 1).squeeze(1)
     x_int8, x_scale, _, _ = quantize_reference(x, 0.0, "column")
     packed, ones = cpu.pack(torch.eye(K, dtype=torch.int8)), torch.ones(K)
-    (y,) = ops.quantized_linears_cpu(x, 0.0, "column", [packed], [ones], [])
+    (y,) = ops.int8_linears(x, 0.0, "column", [packed], [ones], [])
     assert torch.equal(y, x_int8.float() * x_scale.unsqueeze(1))
 
 

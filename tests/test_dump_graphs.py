@@ -36,7 +36,7 @@ def test_each_pass_that_changed_the_graph_shows_it_before_and_after(model, tmp_p
     assert before.count("torch._C._nn.linear(") == 2
     assert lowered.count("int8fx.int8_linear.default(") == 2
     assert lowered == lowered_again
-    assert joined.count("int8fx.quantized_linears_cpu.default(") == 2
+    assert joined.count("int8fx.int8_linears.default(") == 2
     for text in texts:
         compile(text, "dumped", "exec")
     assert torch.equal(y, compile_once(model, x)[0])
@@ -54,7 +54,7 @@ def test_each_graph_has_a_folder_of_its_own(model, tmp_path):
 def test_explain_writes_the_graphs_that_would_be_compiled_once(model, tmp_path):
     int8fx.explain(model, torch.randn(3, K), options={"dump_graphs": tmp_path})
     (folder,) = tmp_path.iterdir()
-    assert "int8fx.quantized_linears_cpu" in (folder / "04_join_linears.after.py").read_text()
+    assert "int8fx.int8_linears" in (folder / "04_join_linears.after.py").read_text()
 
 
 @pytest.mark.parametrize("given", [3, "", True, b"graphs"], ids=repr)

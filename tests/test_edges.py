@@ -147,7 +147,7 @@ def test_a_scheme_at_the_edges(name, dtype, isa):
 
 def one_call(x: Tensor, weight: Tensor, threshold: float, decomposition: str) -> Tensor:
     packed, w_scale = int8fx.SCHEMES["llm.int8"].choice().quantize(weight)
-    return ops.quantized_linears_cpu(x, threshold, decomposition, [packed], [w_scale], [])[0]
+    return ops.int8_linears(x, threshold, decomposition, [packed], [w_scale], [])[0]
 
 
 @each_isa
@@ -175,7 +175,7 @@ def test_subnormal_rows_are_exact_in_weight_only_products(dtype, isa):
     w_int8 = torch.randint(-3, 4, (N, K), dtype=torch.int8)
     w_int8[:, 0] = 127  # so that the scale is 1
     packed, w_scale = table.pack(w_int8), torch.ones(N)
-    (y,) = ops.quantized_linears_cpu(x, EVERYTHING, "all", [packed], [w_scale], [])
+    (y,) = ops.int8_linears(x, EVERYTHING, "all", [packed], [w_scale], [])
     expected = x.double() @ w_int8.double().t()
     assert torch.equal(y, expected.to(dtype))
     assert (y != 0).any()

@@ -13,7 +13,7 @@ from int8fx.testing.support import compile_once
 pytest.importorskip("triton")
 
 from int8fx.kernels.gpu.experts import expert_linear
-from int8fx.kernels.gpu.linear import quantized_linears
+from int8fx.kernels.gpu.linear import int8_linears_gpu
 from int8fx.kernels.gpu.normed import normed_linears
 
 
@@ -68,7 +68,7 @@ def operands(x_dtype=torch.float16, w_dtype=torch.int8, w_device="cpu", K=16) ->
 )
 def test_operands_that_do_not_go_together(given, error, message):
     with pytest.raises(error, match=message):
-        quantized_linears(*operands(**given))
+        int8_linears_gpu(*operands(**given))
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_a_norm_and_linears_that_the_operator_does_not_take(given, message):
 def test_groups_that_are_too_large_or_half_with_a_bias():
     x, threshold, decomposition, weights, w_scales, _ = operands()
     with pytest.raises(ValueError, match=r"1 to 3 linears, .* given 4 weights and 0 biases"):
-        quantized_linears(x, threshold, decomposition, weights * 4, w_scales * 4, [])
+        int8_linears_gpu(x, threshold, decomposition, weights * 4, w_scales * 4, [])
     with pytest.raises(ValueError, match="given 2 weights and 1 biases"):
-        quantized_linears(x, threshold, decomposition, weights * 2, w_scales * 2, [torch.zeros(8)])
+        int8_linears_gpu(x, threshold, decomposition, weights * 2, w_scales * 2, [torch.zeros(8)])
 
 
 @pytest.mark.parametrize(

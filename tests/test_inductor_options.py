@@ -62,8 +62,8 @@ def test_a_decoder_layer_under_it(options, mode):
 def test_a_single_linear_is_no_list_under_cpp_wrapper(cpp_wrapper):
     model, x = Mlp(32, 24).requires_grad_(False), torch.randn(5, 32)
     y, report = compile_once(model, x, backend_options={"inductor": {"cpp_wrapper": cpp_wrapper}})
-    assert report.graph.count("int8fx.quantized_linear_cpu") == (2 if cpp_wrapper else 0)
-    assert report.graph.count("int8fx.quantized_linears_cpu") == (0 if cpp_wrapper else 2)
+    assert report.graph.count("int8fx.int8_linears.single") == (2 if cpp_wrapper else 0)
+    assert report.graph.count("int8fx.int8_linears.default") == (0 if cpp_wrapper else 2)
     assert (y - model(x)).norm() / model(x).norm() < 0.02
 
 
@@ -73,8 +73,8 @@ def test_the_single_linear_is_the_list_of_one():
     for bias in (None, linear.bias):
         biases = [] if bias is None else [bias]
         rest = (6.0, "column")
-        (expected,) = ops.quantized_linears_cpu(x, *rest, [weight.packed], [weight.w_scale], biases)
-        y = ops.quantized_linear_cpu(x, *rest, weight.packed, weight.w_scale, bias)
+        (expected,) = ops.int8_linears(x, *rest, [weight.packed], [weight.w_scale], biases)
+        y = ops.single_int8_linear(x, *rest, weight.packed, weight.w_scale, bias)
         assert torch.equal(y, expected)
         inputs = [x, *biases]
         wanted = torch.autograd.grad(expected.square().sum(), inputs)

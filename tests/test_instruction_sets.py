@@ -12,7 +12,7 @@ from torch.utils.cpp_extension import include_paths
 
 from int8fx.kernels.cpu import build, int8_linear
 from int8fx.kernels.ops import attention, limits
-from int8fx.kernels.ops.quantized_linears import quantized_linears_cpu
+from int8fx.kernels.ops.int8_linears import int8_linears
 
 FOLDER = build.SOURCE.parent
 PORTABLE = (FOLDER / "isa" / "portable.h").read_text()
@@ -112,4 +112,4 @@ def test_dtypes_are_those_of_the_operators(dtype):
     arguments = (torch.ones(2, 8, dtype=dtype), 0.0, "column", [packed], [torch.ones(4)], [])
     refused = pytest.raises(RuntimeError, match="x must be float32")
     with contextlib.nullcontext() if dtype in limits.DTYPES else refused:
-        assert quantized_linears_cpu(*arguments)[0].dtype == dtype
+        assert int8_linears(*arguments)[0].dtype == dtype

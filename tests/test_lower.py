@@ -25,7 +25,7 @@ def test_the_rewritten_graph_reads_as_documented(x):
     _, report = compile_once(nn.Linear(K, N), x)
     assert "torch._C._nn.linear(" in report.original
     assert "torch._C._nn.linear(" not in report.graph
-    assert "torch.ops.int8fx.quantized_linears_cpu.default(l_args_0_, 6.0, 'column', [" in report.graph
+    assert "torch.ops.int8fx.int8_linears.default(l_args_0_, 6.0, 'column', [" in report.graph
     assert "weight_0_int8" in report.graph
     assert "parameters_weight_:" not in report.graph
 
@@ -97,7 +97,7 @@ def test_an_operand_that_was_lowered_itself(x):
         return F.linear(F.linear(x, w, b), w.t())
 
     y, graph, changed = lowered(twice, x)
-    assert changed == graph.count("quantized_linears_cpu.default(") == 2
+    assert changed == graph.count("int8_linears.default(") == 2
     assert_close_to_float64(y, reference(twice, x), K)
 
 

@@ -71,7 +71,7 @@ def test_opcheck_int8_linear(dtype, with_bias):
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-def test_opcheck_quantized_linears_cpu(with_bias):
+def test_opcheck_int8_linears(with_bias):
     x = normal(3, 16)
     x[0, 3] = 9
     pairs = [quantize_weight(normal(N, 16, seed=N)) for N in (8, 24)]
@@ -80,7 +80,7 @@ def test_opcheck_quantized_linears_cpu(with_bias):
     biases = [normal(8), normal(24)] if with_bias else []
     for given_x in (x, x.clone().requires_grad_()):
         arguments = (given_x, 6.0, "column", weights, scales, biases)
-        torch.library.opcheck(ops.quantized_linears_cpu, arguments)
+        torch.library.opcheck(ops.int8_linears, arguments)
 
 
 def test_opcheck_unpack_weight():
@@ -168,7 +168,7 @@ def test_one_call_is_bit_identical_to_its_parts(x, threshold, decomposition, wit
     weights = [table.pack(w_int8) for w_int8, _ in pairs]
     scales = [w_scale for _, w_scale in pairs]
     biases = [normal(5), normal(40)] if with_bias else []
-    got = ops.quantized_linears_cpu(x, threshold, decomposition, weights, scales, biases)
+    got = ops.int8_linears(x, threshold, decomposition, weights, scales, biases)
     x_int8, x_scale, x_outlier, columns = ops.quantize(x, threshold, decomposition)
     outliers = (x, None) if threshold == 0 else (x_outlier, columns)
     for y, weight, w_scale, bias in zip(got, weights, scales, biases or [None] * 2, strict=True):
@@ -301,7 +301,7 @@ def test_saved_tensors_are_asked_for_once(outputs):
     parts = [table.pack(weight) for weight, _ in quantized], [w_scale for _, w_scale in quantized]
 
     def loss(x):
-        products = ops.quantized_linears_cpu(x, 6.0, "column", *parts, [])
+        products = ops.int8_linears(x, 6.0, "column", *parts, [])
         return sum(y.pow(2).sum() for y in products)
 
     gradients = []

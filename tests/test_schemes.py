@@ -140,7 +140,7 @@ def test_weights_alone_are_one_call_of_the_cpu_kernel():
             return self.first(x) + self.second(x)
 
     _, report = compile_once(Two(), activations(4, K), backend_options={"scheme": "w8a16"})
-    (call,) = [line for line in report.graph.splitlines() if "int8fx.quantized_linears_cpu" in line]
+    (call,) = [line for line in report.graph.splitlines() if "int8fx.int8_linears" in line]
     assert "'all'" in call and "int8fx.quantize.default" not in report.graph
 
 

@@ -20,7 +20,7 @@ M, K, N = 5, 32, 16
 
 
 def graph_of(linears: int, bias: bool) -> tuple[fx.Graph, FakeTensorMode, list[Tensor]]:
-    """One call of ``quantized_linears_cpu``, and the inputs of its graph."""
+    """One call of ``int8_linears``, and the inputs of its graph."""
     generator = torch.Generator().manual_seed(0)
     packed = [quantize_weight(torch.randn(N, K, generator=generator)) for _ in range(linears)]
     values = [torch.randn(M, K, generator=generator)]
@@ -37,7 +37,7 @@ def graph_of(linears: int, bias: bool) -> tuple[fx.Graph, FakeTensorMode, list[T
         rest[2 * linears :],
     )
     emit = Emitter(graph, mode, x)
-    call = emit.call(ops.quantized_linears_cpu, x, 6.0, "token", weights, w_scales, biases)
+    call = emit.call(ops.int8_linears, x, 6.0, "token", weights, w_scales, biases)
     graph.output(tuple(emit.item(call, index) for index in range(linears)))
     return graph, mode, values
 
@@ -48,9 +48,9 @@ def test_a_call_of_one_linear_returns_its_tensor(bias):
     before = fx.GraphModule({}, graph)(*values)
     assert unlist_linears(graph, context_of(graph, mode)) == Result(1)
     graph.lint()
-    (call,) = graph.find_nodes(op="call_function", target=ops.quantized_linear_cpu)
+    (call,) = graph.find_nodes(op="call_function", target=ops.single_int8_linear)
     assert call.args[1:3] == (6.0, "token") and (call.args[5] is not None) == bias
-    assert not graph.find_nodes(op="call_function", target=ops.quantized_linears_cpu)
+    assert not graph.find_nodes(op="call_function", target=ops.int8_linears)
     after = fx.GraphModule({}, graph)(*values)
     assert torch.equal(after[0], before[0])
 

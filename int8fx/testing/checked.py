@@ -128,7 +128,7 @@ def _check_once(seen: Seen, args: Sequence[Any], y: Tensor) -> Tensor:
 
 
 CHECKS: dict[Any, Callable[[Seen, Sequence[Any], Any], Any]] = {
-    ops.quantized_linears_cpu: _check_linears,
+    ops.int8_linears: _check_linears,
     expert_linear: _check_experts,
     attention: _check_attention,
     once: _check_once,

@@ -118,7 +118,7 @@ at::Tensor int8_linear(
 }
 
 // quantize() and int8_linear() of every weight, in one call.
-std::vector<at::Tensor> quantized_linears(
+std::vector<at::Tensor> int8_linears(
     const at::Tensor& x_any, double threshold, c10::string_view decomposition,
     at::TensorList packed, at::TensorList w_scales, at::TensorList biases) {
   TORCH_CHECK(packed.size() == w_scales.size() && (biases.empty() || packed.size() == biases.size()),
@@ -144,11 +144,11 @@ std::vector<at::Tensor> quantized_linears(
   return outputs;
 }
 
-at::Tensor quantized_linear(
+at::Tensor single_int8_linear(
     const at::Tensor& x, double threshold, c10::string_view decomposition, const at::Tensor& packed,
     const at::Tensor& w_scale, const std::optional<at::Tensor>& bias) {
   const at::TensorList biases = bias.has_value() ? at::TensorList(*bias) : at::TensorList();
-  return quantized_linears(x, threshold, decomposition, packed, w_scale, biases)[0];
+  return int8_linears(x, threshold, decomposition, packed, w_scale, biases)[0];
 }
 
 TORCH_LIBRARY_FRAGMENT(int8fx, m) {
@@ -160,8 +160,8 @@ TORCH_LIBRARY_FRAGMENT(int8fx, m) {
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("int8_linear", int8_linear);
   m.impl("attention", attention);
-  m.impl("quantized_linears_cpu", quantized_linears);
-  m.impl("quantized_linear_cpu", quantized_linear);
+  m.impl("int8_linears", int8_linears);
+  m.impl("int8_linears.single", single_int8_linear);
 }
 
 }  // namespace

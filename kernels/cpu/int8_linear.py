@@ -1,4 +1,4 @@
-"""The CPU kernels of ``int8_linear`` and ``quantized_linears_cpu``: loading, and the weight's packing.
+"""The CPU kernels of ``int8_linear`` and ``int8_linears``: loading, and the weight's packing.
 
 The operators are implemented in C++ (``int8_linear.cpp``) and registered from there, so that a
 compiled graph calls them without Python in between.

@@ -39,12 +39,12 @@ def operator() -> tuple[Any, int]:
     """The operator that quantises and multiplies, and how many linears it takes at most."""
     from int8fx.kernels.gpu.groups import MAX_GROUP
 
-    return torch.ops.int8fx.quantized_linears.default, MAX_GROUP
+    return torch.ops.int8fx.int8_linears_gpu.default, MAX_GROUP
 
 
 def norm_operator() -> Any:
     """The operator that takes the place of a norm and of that which reads it."""
-    return torch.ops.int8fx.normed_linears.default
+    return torch.ops.int8fx.normed_linears_gpu.default
 
 
 def expert_operator() -> Any:

@@ -43,8 +43,8 @@ from int8fx.kernels.ops.quantize_reference import EVERYTHING
 _GROUP_M = 8  # tiles of rows that share the weight's tiles in L2
 
 
-@triton_op("int8fx::quantized_linears", mutates_args=())
-def quantized_linears(
+@triton_op("int8fx::int8_linears_gpu", mutates_args=())
+def int8_linears_gpu(
     x: Tensor,
     threshold: float,
     decomposition: str,
@@ -379,4 +379,4 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple:
     return gradients[: len(ctx.needs_input_grad)]
 
 
-quantized_linears.register_autograd(_backward, setup_context=_setup)
+int8_linears_gpu.register_autograd(_backward, setup_context=_setup)

@@ -27,7 +27,7 @@ from int8fx.kernels.gpu.norm import (
 )
 
 
-@triton_op("int8fx::normed_linears", mutates_args=())
+@triton_op("int8fx::normed_linears_gpu", mutates_args=())
 def normed_linears(
     x: Tensor,
     addend: Tensor | None,
@@ -53,14 +53,14 @@ def normed_linears(
         eps: is added to the mean square.
         threshold: an element of h is an outlier when ``|h| >= threshold``; not 0.
         decomposition: ``"column"`` or ``"token"``.
-        weights, w_scales, biases, sums: as ``quantized_linears`` takes them.
+        weights, w_scales, biases, sums: as ``int8_linears_gpu`` takes them.
 
     Returns:
         each ``[*, N_i]``, of h's dtype; with an addend ``x + addend`` after them.
 
     Raises:
         ValueError: a norm or a decomposition of another name, or a threshold of 0; and what
-            ``quantized_linears`` raises.
+            ``int8_linears_gpu`` raises.
     """
     if norm not in NORMS or decomposition not in ("column", "token") or threshold == 0:
         raise ValueError(

@@ -5,7 +5,7 @@
 ``x̂`` is LLM.int8()'s (``kernels/ops/quantize_reference.py``); with the column decomposition, a column
 is taken out where it holds an outlier in any row *of one expert*, since these rows are one product.
 Weights are quantised per expert and per channel. On a CPU it is one C++ product
-(``quantized_linears_cpu``) for each expert that has rows, and no copy of a weight is made, where
+(``int8_linears``) for each expert that has rows, and no copy of a weight is made, where
 indexing ``weight[experts]`` in float makes one for every row. On a GPU another operator takes its place
 (``kernels/gpu/experts.py``), which asks nothing on the host.
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels.ops.gradients import input_gradient
+from int8fx.kernels.ops.int8_linears import int8_linears
 from int8fx.kernels.ops.library import register
-from int8fx.kernels.ops.quantized_linears import quantized_linears_cpu
 
 Rows = slice | Tensor
 
@@ -98,7 +98,7 @@ def _expert_linear(
     """
     y = x.new_zeros((x.shape[0], w_scale.shape[1]))
     for expert, rows in routed_rows(experts, ends, weight.shape[0]):
-        (y[rows],) = quantized_linears_cpu(
+        (y[rows],) = int8_linears(
             x[rows], threshold, decomposition, [weight[expert]], [w_scale[expert]], []
         )
     return y

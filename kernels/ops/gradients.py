@@ -24,7 +24,7 @@ def linears_setup(ctx, inputs, output) -> None:
 
 
 def linears_backward(ctx, grads: Sequence[Tensor]) -> tuple:
-    """Of any operator with the arguments of ``quantized_linears_cpu``."""
+    """Of any operator with the arguments of ``int8_linears``."""
     saved = ctx.saved_tensors  # may be asked for once: gradient checkpointing computes it again then
     count = len(saved) // 2
     weights, w_scales = saved[:count], saved[count:]

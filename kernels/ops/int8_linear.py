@@ -7,26 +7,26 @@ the gradient of the input is ``grad @ ŵ``, which ``x_outlier`` carries (``quant
 
 **The operators.** One file of this folder is one operator: its schema, its plain-PyTorch kernel, its
 fake implementation and its gradient. Faster kernels register themselves for their dispatch key and are
-listed in ``kernels/table.py``. This module has the others of an int8 linear, too, for code that needs
-several of them.
+listed in ``kernels/table.py``. Operators whose names end in ``_gpu`` are a GPU's own, in Triton. This
+module has the others of an int8 linear, too, for code that needs several of them.
 """
 
 import torch
 from torch import Tensor
 
 from int8fx.kernels.ops.gradients import bias_gradient, input_gradient
+from int8fx.kernels.ops.int8_linears import int8_linears, single_int8_linear
 from int8fx.kernels.ops.library import register
 from int8fx.kernels.ops.linear_reference import linear_reference
 from int8fx.kernels.ops.pack_weight import pack_weight, unpack_weight
 from int8fx.kernels.ops.quantize import quantize
-from int8fx.kernels.ops.quantized_linears import quantized_linear_cpu, quantized_linears_cpu
 
 __all__ = [
     "int8_linear",
+    "int8_linears",
     "pack_weight",
     "quantize",
-    "quantized_linear_cpu",
-    "quantized_linears_cpu",
+    "single_int8_linear",
     "unpack_weight",
 ]
 

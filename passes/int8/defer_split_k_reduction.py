@@ -2,12 +2,12 @@
 
 Before::
 
-    y = int8fx.quantized_linears(x, 6.0, "column", [w], [w_scale], [])
+    y = int8fx.int8_linears_gpu(x, 6.0, "column", [w], [w_scale], [])
     z = residual + y[0]
 
 After::
 
-    y = int8fx.quantized_linears(x, 6.0, "column", [w], [w_scale], [], False)
+    y = int8fx.int8_linears_gpu(x, 6.0, "column", [w], [w_scale], [], False)
     z = residual + y[0]
 
 Where a product has too few tiles for a GPU's processors, K is split among them. Inductor adds the

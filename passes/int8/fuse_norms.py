@@ -4,11 +4,13 @@ Before::
 
     s = residual + y0
     h = rms_norm(s, weight)                    (also spelled out, ``norms.py``)
-    y = int8fx.quantized_linears(h, 6.0, "column", [w], [w_scale], [])
+    y = int8fx.int8_linears_gpu(h, 6.0, "column", [w], [w_scale], [])
 
 After::
 
-    y = int8fx.normed_linears(y0, residual, "rms", weight, None, eps, 6.0, "column", [w], [w_scale], [])
+    y = int8fx.normed_linears_gpu(
+        y0, residual, "rms", weight, None, eps, 6.0, "column", [w], [w_scale], []
+    )
     s = y[1]
 
 For 17 rows and more h then never is in memory (``kernels/gpu/norm.py``). Left to Inductor: rows few

@@ -8,13 +8,13 @@ Before::
 
 After::
 
-    y = int8fx.quantized_linears(x, 6.0, "column", [w1, w2], [w_scale1, w_scale2], [])
+    y = int8fx.int8_linears_gpu(x, 6.0, "column", [w1, w2], [w_scale1, w_scale2], [])
     y1, y2 = y[0], y[1]
 
 So q/k/v are one product, and gate/up are. A bias that is computed in the graph may come after the
 quantisation, or be written to until then; it is added after the product instead.
 
-A CPU has such an operator as well (``int8fx.quantized_linears_cpu``), although Inductor could fuse
+A CPU has such an operator as well (``int8fx.int8_linears``), although Inductor could fuse
 the quantisation with a norm. A norm and two linears in bf16 with six outlier columns took that way,
 on two cores with AMX, 1.48 times as long at M = 512 (K = 576, N = 1536; 1.31 at K = N = 4096), for
 the dense copy of the outliers; 1.04 and 1.13 times at M = 16, and 1.00 and 0.98 at M = 1. And it is

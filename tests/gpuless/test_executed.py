@@ -255,7 +255,7 @@ def test_gradients_are_straight_through(monkeypatch, M):
     packed, scales = zip(*map(quantize_weight, weights), strict=True)
     biases = [torch.zeros(N, requires_grad=True) for N in (48, 32)]
     x = (3 * torch.randn(M, 64, generator=generator)).requires_grad_(True)
-    outputs = gpu.quantized_linears(x, 6.0, "column", packed, scales, biases)
+    outputs = gpu.int8_linears_gpu(x, 6.0, "column", packed, scales, biases)
     upstream = [torch.randn(y.shape, generator=generator) for y in outputs]
     torch.autograd.backward(outputs, upstream)
     expected = 0

@@ -1,8 +1,8 @@
-"""``int8fx::quantized_linears_cpu``: several int8 linears of one x in float, in one call.
+"""``int8fx::int8_linears``: several int8 linears of one x in float, in one call.
 
     quantize(x), then int8_linear of each weight
 
-``quantized_linear_cpu`` is the same of one weight, whose result is no list
+``single_int8_linear``, its overload ``single``, is the same of one weight, whose result is no list
 (``passes/int8/unlist_linears.py``).
 """
 
@@ -55,8 +55,8 @@ def _linears_fake(x, threshold, decomposition, weights, w_scales, biases) -> lis
     return [_fake_of(x, w_scale) for w_scale in w_scales]
 
 
-quantized_linears_cpu = register(
-    "quantized_linears_cpu(Tensor x, float threshold, str decomposition, "
+int8_linears = register(
+    "int8_linears(Tensor x, float threshold, str decomposition, "
     "Tensor[] weights, Tensor[] w_scales, Tensor[] biases) -> Tensor[]",
     _linears,
     _linears_fake,
@@ -74,7 +74,7 @@ def _as_lists(x, threshold, decomposition, weight, w_scale, bias) -> tuple:
 
 def _linear(x, threshold, decomposition, weight, w_scale, bias) -> Tensor:
     arguments = _as_lists(x, threshold, decomposition, weight, w_scale, bias)
-    return quantized_linears_cpu(*arguments)[0]
+    return int8_linears(*arguments)[0]
 
 
 def _linear_fake(x, threshold, decomposition, weight, w_scale, bias) -> Tensor:
@@ -90,8 +90,8 @@ def _linear_backward(ctx, grad: Tensor) -> tuple:
     return grad_x, None, None, None, None, (grad_biases[0] if grad_biases else None)
 
 
-quantized_linear_cpu = register(
-    "quantized_linear_cpu(Tensor x, float threshold, str decomposition, "
+single_int8_linear = register(
+    "int8_linears.single(Tensor x, float threshold, str decomposition, "
     "Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor",
     _linear,
     _linear_fake,
