@@ -10,6 +10,7 @@ Each dimension of a part follows an axis of the weight, or has a size of its own
 piece of each part belongs to some rows and columns of the weight: for slices, shards, and checks.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class WeightFormat:
         """The same with its article."""
         return f"{'an' if self.bits == 8 else 'a'} {self.kind} weight"
 
-    @property
+    @functools.cached_property
     def packed_names(self) -> tuple[str, ...]:
         """Of the tensors that a product takes."""
         return tuple(part.name for part in (*self.parts, *self.derived))
