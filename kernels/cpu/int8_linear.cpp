@@ -18,6 +18,7 @@
 
 #include "identity.h"
 #include "kernels.h"
+#include "storage.h"
 
 using namespace std::string_literals;
 
@@ -518,5 +519,5 @@ INT8FX_EXPORT void int8fx_forbid_data_access(c10::StorageImpl* storage, const ch
   if (message)
     storage->release_data_and_set_meta_custom_data_ptr_error_msg_(std::string(message));
   else
-    storage->clear_data_ptr_access_error_msg_();
+    int8fx::allow_data_access(storage);
 }
