@@ -1,10 +1,10 @@
-"""Makes README.md readable on the page of a package index, in the checkout that a release is built from::
+"""Makes README.md readable on a package index's page, in the checkout that a release is built from::
 
     python .ci/index_page.py https://github.com/OWNER/int8fx v0.1.0
 
-Links and images that name a file of the repository become addresses of that file at the tag, since a
-package index shows the page without the files. ``pyproject.toml`` gets the repository's addresses, which
-the index lists beside the page.
+A package index shows the page without the repository's files. So links and images that name such a file
+become its address at the tag. ``pyproject.toml`` gets the repository's addresses, which the index lists
+beside the page.
 """
 
 import re

@@ -263,7 +263,7 @@ def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Cal
     What the user compiled of the model stays as it is and counts against no limit of ours: Dynamo
     keeps what it compiled by code object, so the function that calls the model gets a new one; frames
     after a graph break, whose code is the model's, are told apart by ``isolate_recompiles``. A release
-    without it (2.11) keeps those beside the user's, and its backend check tells them apart.
+    without it (2.11, 2.12) keeps those beside the user's, and its backend check tells them apart.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
