@@ -26,13 +26,17 @@ TRIED_ON = ("2.11.0", "2.13.0", "2.14.1")
 MINIMUM = (2, 11)
 
 
+def release() -> tuple[int, ...]:
+    """Of torch: ``(2, 13)``."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
 def check_torch() -> None:
     """Raises:
     RuntimeError: this torch is too old, or lacks a private name that the backend stands on.
     """
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    tried = " and ".join(TRIED_ON)
-    if release < MINIMUM:
+    tried = ", ".join(TRIED_ON)
+    if release() < MINIMUM:
         raise RuntimeError(
             f"int8fx needs torch >= {'.'.join(map(str, MINIMUM))} (tried on {tried}), "
             f"and this is torch {torch.__version__}"
