@@ -53,7 +53,7 @@ def test_no_release_that_is_there_is_replaced_by_an_older_one():
 
 
 # Brought by transformers, and used with it alone.
-BROUGHT = {"tqdm"}
+BROUGHT = {"tokenizers", "tqdm"}
 
 
 def imported() -> set[str]:
