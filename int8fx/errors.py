@@ -1,5 +1,7 @@
 """What a user can put right."""
 
+import importlib.metadata
+
 
 class UserError(Exception):
     """Names what was given and what is allowed; the command shows it as one line."""
@@ -7,6 +9,14 @@ class UserError(Exception):
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint that does not fit the model, or is damaged: names the tensor."""
+
+
+class ReleaseError(UserError, ImportError):
+    """A release of another library that lacks what int8fx needs of it; both are named."""
+
+    def __init__(self, library: str, oldest: str) -> None:
+        found = importlib.metadata.version(library)
+        super().__init__(f"int8fx needs {library} >= {oldest}, and this is {library} {found}")
 
 
 class BudgetError(UserError, ValueError):

@@ -7,6 +7,7 @@ and says so: ``check_torch`` names what is missing.
 import contextlib
 import functools
 import gc
+import inspect
 import re
 import sys
 import threading
@@ -21,17 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.forks import free_in_children
 
-TRIED_ON = ("2.13.0", "2.14.1")
-MINIMUM = (2, 13)
+TRIED_ON = ("2.11.0", "2.13.0", "2.14.1")
+MINIMUM = (2, 11)
+
+
+def release() -> tuple[int, ...]:
+    """Of torch: ``(2, 13)``."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def check_torch() -> None:
     """Raises:
     RuntimeError: this torch is too old, or lacks a private name that the backend stands on.
     """
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    tried = " and ".join(TRIED_ON)
-    if release < MINIMUM:
+    tried = ", ".join(TRIED_ON)
+    if release() < MINIMUM:
         raise RuntimeError(
             f"int8fx needs torch >= {'.'.join(map(str, MINIMUM))} (tried on {tried}), "
             f"and this is torch {torch.__version__}"
@@ -261,16 +266,17 @@ def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Cal
 
     What the user compiled of the model stays as it is and counts against no limit of ours: Dynamo
     keeps what it compiled by code object, so the function that calls the model gets a new one; frames
-    after a graph break, whose code is the model's, are told apart by ``isolate_recompiles``.
+    after a graph break, whose code is the model's, are told apart by ``isolate_recompiles``. A release
+    without it (2.11, 2.12) keeps those beside the user's, and its backend check tells them apart.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
     apart = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
-    # The overloads of 2.13 leave the last argument out.
-    compile_: Callable[..., Any] = torch.compile
-    return compile_(apart, backend=backend, dynamic=False, isolate_recompiles=True)
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
+    return torch.compile(apart, backend=backend, dynamic=False, **options)
 
 
 def current_compile() -> tuple[str, int]:

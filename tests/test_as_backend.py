@@ -102,6 +102,12 @@ def compiled_kernels(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported():
+    """pytester forgets what a test imports. A second import would register operators twice."""
+    torch.compile(nn.Linear(8, 8).requires_grad_(False), backend="llmint8")(torch.randn(2, 8))
+
+
 def test_a_suite_runs_on_llmint8_and_nothing_is_widened_that_was_not_declared(pytester):
     pytester.makepyfile(SUITE)
     result = pytester.runpytest_subprocess(*PLUGIN)

@@ -431,7 +431,7 @@ def test_a_torch_that_cannot_be_served_is_refused_by_name(monkeypatch):
     from int8fx.torch_private import check_torch
 
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    with pytest.raises(RuntimeError, match=r"needs torch >= 2.13 \(tried on .*\).*2.9.1"):
+    with pytest.raises(RuntimeError, match=r"needs torch >= 2.11 \(tried on .*\).*2.9.1"):
         check_torch()
 
 

@@ -27,6 +27,7 @@ from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.testing.four_bits import W4A16
+from int8fx.torch_private import release
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -132,7 +133,11 @@ def test_generate_compiled(floats):
     assert reports and all(len(report.accepted) == 3 for report in reports)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+# Of a mask, and with the backend "inductor" alone, too: error: ‘tmp2’ was not declared in this scope.
+NO_MASK = pytest.mark.skipif(release() < (2, 12), reason="torch 2.11 writes C++ that does not compile")
+
+
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=NO_MASK), "static"])
 def test_generate_with_the_whole_model_compiled(floats, cache):
     config = AutoConfig.from_pretrained(floats[0], num_hidden_layers=1)
     model = int8fx.quantize_(LlamaForCausalLM(config).eval())

@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 128
 
 def sample_text() -> str:
     """The English text that ships with the package; see ``data/README.md``."""
-    return resources.files("int8fx").joinpath("data", "emma.txt").read_text(encoding="utf-8")
+    return (resources.files("int8fx") / "data" / "emma.txt").read_text(encoding="utf-8")
 
 
 def windows(token_ids: Tensor, length: int, count: int | None = None) -> Tensor:

@@ -172,8 +172,7 @@ def verify(wheel: Path) -> None:
     """Raises:
     UserError: the file is not, byte for byte, the wheel that this release was tried with.
     """
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         raise UserError(f"{wheel.name} has SHA-256 {digest}, and {WHEEL_SHA256} was expected: not used")
 

@@ -47,6 +47,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
+        return 'a model needs transformers: install with  python -m pip install "int8fx[transformers]"'
     first = (str(error).strip().splitlines() or ["no message"])[0]
     return f"{type(error).__name__}: {first} (--debug shows where)"
 

@@ -16,7 +16,7 @@ linears run on one row an image, and every pixel of the result depends on them.
 import importlib
 import logging
 from collections.abc import Iterator, Mapping
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ SKIP = (
 )
 
 
-class _Method(StrEnum):
+class _Method(str, Enum):
     """diffusers asks a method for its ``value``."""
 
     INT8FX = "int8fx"

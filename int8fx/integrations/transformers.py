@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
-from transformers.integrations.accelerate import get_device
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from int8fx.errors import CheckpointError
+from int8fx.errors import CheckpointError, ReleaseError
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
@@ -42,6 +40,12 @@ from int8fx.weights.quantize import (
 )
 from int8fx.weights.sites import keeps_transposed
 from int8fx.weights.tensor import QuantizedWeight
+
+try:
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.integrations.accelerate import get_device
+except ImportError as error:
+    raise ReleaseError("transformers", "5.17.0") from error
 
 METHOD = "int8fx"
 # transformers skips a quantisation that it does not know, and loads the files as if they were float.
@@ -107,6 +111,10 @@ class Int8FxQuantizer(HfQuantizer):
         _ask_for_reader(config, False)
         return config
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same, and all that there is in 5.17."""
+        return self.update_attn_implementation(config)
+
     def is_on_disk(self, name: str) -> bool:
         """Whether a parameter stays on disk, from where accelerate brings it for each call."""
         return self.device_map is not None and get_device(self.device_map, name) == "disk"
@@ -146,6 +154,14 @@ class Int8FxQuantizer(HfQuantizer):
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Deserialize}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How int8 files are read. Releases up to 5.20 do not know ``serialized_names``, and find a
+        pattern anywhere in a name."""
+        if not self.pre_quantized or hasattr(HfQuantizer, "serialized_names"):
+            return super().get_weight_conversions()
+        ((target, names),) = self.serialized_names.items()
+        return [WeightConverter([f"{name}$" for name in names], target, [_Deserialize(self)])]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
         """For saving: of a model with offloaded weights, brought back module by module; of one in
@@ -309,7 +325,7 @@ class _Deserialize(_Operation):
     def convert(  # type: ignore[override]
         self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, Any]:
-        tensors = {name: _single(value) for name, value in input_dict.items()}
+        tensors = {name.removesuffix("$"): _single(value) for name, value in input_dict.items()}
         if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
             return tensors
         prefix = full_layer_name.removesuffix("weight")

@@ -16,7 +16,7 @@ An update of a whole tensor is in every set. What moves a few elements may be in
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Snapshot:
         self._contents = [_content(tensor) for tensor in tensors]
 
     @classmethod
-    def joined(cls, snapshots: Sequence[Self]) -> Self:
+    def joined(cls, snapshots: Sequence["Snapshot"]) -> "Snapshot":
         """One of the tensors of all of them."""
         whole = cls(())
         whole._states = [state for each in snapshots for state in each._states]
@@ -77,7 +77,7 @@ class CompiledSnapshot(Snapshot):
         self._states = torch.ops.int8fx.snapshot(tensors)
 
     @classmethod
-    def joined(cls, snapshots: Sequence[Self]) -> Self:
+    def joined(cls, snapshots: Sequence["Snapshot"]) -> "Snapshot":
         whole = cls(())
         whole._states = torch.ops.int8fx.joined([each._states for each in snapshots])
         return whole

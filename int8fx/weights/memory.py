@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class AddressRange(NamedTuple):
     end: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Self:
+    def of(cls, tensor: Tensor) -> "AddressRange":
         return cls(tensor.device, tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
 
 

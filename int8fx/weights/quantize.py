@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from int8fx import torch_private
+from int8fx.errors import ReleaseError
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import (
@@ -158,7 +159,23 @@ def _tell_hugging_face(event: str, model: nn.Module, *args: Any) -> None:
     for needed, integration in _WITH_FILES.items():
         # Importing it takes seconds; without it no module can be one of its models.
         if needed in sys.modules:
-            getattr(importlib.import_module(integration), event)(model, *args)
+            try:
+                tell = getattr(importlib.import_module(integration), event)
+            except ReleaseError as error:
+                _warn_of_release(error, needed, model)
+            else:
+                tell(model, *args)
+
+
+def _warn_of_release(error: ReleaseError, needed: str, model: nn.Module) -> None:
+    base = getattr(sys.modules[needed], "PreTrainedModel", ())
+    if any(isinstance(module, base) for module in model.modules()):
+        warnings.warn(
+            f"{error}: save_pretrained of {type(model).__name__} cannot write int8 files here, and "
+            "int8fx.save_checkpoint can",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _shards(model: nn.Module, name: str) -> dict[int, Any]:

@@ -162,7 +162,7 @@ def _open(library: Path) -> int:
     finally:
         os.close(folder)
     with open(opened, "rb", closefd=False) as file:
-        if hashlib.file_digest(file, "sha256").hexdigest().encode() != expected:
+        if hashlib.sha256(file.read()).hexdigest().encode() != expected:
             os.close(opened)
             raise DamagedError("it is not as it was compiled (cut off?)")
     return opened

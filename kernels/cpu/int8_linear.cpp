@@ -15,6 +15,7 @@
 #include "identity.h"
 #include "multiply.h"
 #include "operands.h"
+#include "storage.h"
 
 using namespace std::string_literals;
 
@@ -193,5 +194,5 @@ INT8FX_EXPORT void int8fx_forbid_data_access(c10::StorageImpl* storage, const ch
   if (message)
     storage->release_data_and_set_meta_custom_data_ptr_error_msg_(std::string(message));
   else
-    storage->clear_data_ptr_access_error_msg_();
+    int8fx::allow_data_access(storage);
 }

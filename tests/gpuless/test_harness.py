@@ -35,6 +35,24 @@ def product_kernel(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * BLOCK + column, y.to(y_ptr.dtype.element_ty))
 
 
+@triton.jit
+def nan_and_fma_kernel(x_ptr, y_ptr, minimum_ptr, clamped_ptr, fma_ptr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    x, y = tl.load(x_ptr + index), tl.load(y_ptr + index)
+    tl.store(minimum_ptr + index, tl.minimum(x, y))
+    tl.store(clamped_ptr + index, tl.clamp(x, -y, y))
+    tl.store(fma_ptr + index, tl.fma(y, y, -1.0 - 0.0 * y))
+
+
+def test_minima_and_clamps_leave_nan_out_and_an_fma_rounds_once():
+    x, y = torch.tensor([float("nan"), 3.0] * 8), torch.full((16,), 1 + 2**-13)
+    minimum, clamped, fma = torch.empty(3, 16)
+    interpret(nan_and_fma_kernel)[(1,)](x, y, minimum, clamped, fma, BLOCK=16)
+    assert torch.equal(minimum, y)
+    assert torch.equal(clamped[1::2], y[1::2]) and torch.equal(clamped[::2], -y[::2])
+    assert torch.equal(fma, torch.full((16,), 2**-12 + 2**-26))  # the last bit is lost in y * y
+
+
 def test_a_kernel_is_interpreted_and_still_compiles_afterwards():
     x, y = torch.arange(1.0, 17.0), torch.empty(16)
     interpret(scale_kernel)[(1,)](x, y, BLOCK=16)

@@ -5,7 +5,7 @@
 ``kernel`` is an ordinary ``@triton.jit`` function, and the environment variable ``TRITON_INTERPRET``
 stays unset: with it set, torch cannot trace a ``triton_op``, and nothing can be compiled.
 
-What the stock interpreter (triton 3.8 and 3.9) lacks for that, and ``install`` adds:
+What the stock interpreter (triton 3.6 to 3.9) lacks for that, and ``install`` adds:
 
 1. A ``@triton.jit`` function called from another raises; among them are ``tl.max``, ``tl.zeros`` and
    ``tl.cdiv``. They are routed to the interpreter.
@@ -20,6 +20,8 @@ What the stock interpreter (triton 3.8 and 3.9) lacks for that, and ``install`` 
    integers. So do ``+ - * /``, which compute with the bits, and minima and maxima, which compare them.
 6. The result of a comparison carries the type of what was compared: made a block of, a scalar turns
    into integers, which no mask may be. It stays boolean.
+7. triton 3.6 alone: minima, maxima and clamps that leave a NaN out pass it on, and ``tl.fma`` rounds
+   twice. They get what 3.9 does; of fp32, ``tl.fma`` is computed in fp64. It needs numpy below 2.4.
 """
 
 import functools
@@ -29,10 +31,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import triton
 
 # Binds the builtins min and max to tl.minimum and tl.maximum when it is imported, which has to
 # happen before anything patches triton.language.
-import triton.compiler.code_generator  # noqa: F401
+import triton.compiler.code_generator
 import triton.language as tl
 import triton.runtime.interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
@@ -96,6 +99,8 @@ def install() -> None:
     stock._patch_lang = _LANGUAGE.patch
     stock.ReduceOps.apply_impl = _with_numpy_combiners(stock.ReduceOps.apply_impl)
     builder = stock.InterpreterBuilder
+    if not hasattr(stock, "_interpreter") or not hasattr(stock._interpreter, "fma_fp32"):
+        _bring_up_to_date(builder)
     builder.create_dot = _dot
     builder.create_splat = _with_booleans(builder.create_splat)
     builder.cast_impl = _with_bf16(builder.cast_impl)
@@ -103,6 +108,34 @@ def install() -> None:
     for name in ("fadd", "fsub", "fmul", "fdiv", "minimumf", "minnumf", "maximumf", "maxnumf"):
         setattr(builder, f"create_{name}", _in_fp32(getattr(builder, f"create_{name}")))
     JITFunction.__call__ = _nested_call
+
+
+def _bring_up_to_date(builder: Any) -> None:
+    """What releases do that have an fma of their own, on one that has none.
+
+    Raises:
+        RuntimeError: this numpy makes no scalar of an array of one, as such a release does everywhere.
+    """
+    if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is numpy "
+            f"{np.__version__}"
+        )
+    builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+    builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    builder.create_clampf = _clamp
+    builder.create_fma = _fma
+
+
+def _clamp(self: Any, x: Any, low: Any, high: Any, propagate_nans: Any) -> TensorHandle:
+    if propagate_nans == tl.PropagateNan.NONE:
+        return self.binary_op(self.binary_op(x, low, np.fmax), high, np.fmin)
+    return self.ternary_op(x, low, high, np.clip)
+
+
+def _fma(_self: Any, x: Any, y: Any, z: Any) -> TensorHandle:
+    product = np.multiply(x.data, y.data, dtype=np.float64)
+    return TensorHandle((product + z.data).astype(z.data.dtype), z.dtype.scalar)
 
 
 class _Language:

@@ -1,0 +1,34 @@
+# Environments with one release each of Python, torch and what builds on it. Sourced, with bash.
+
+environment="$(mktemp -d)"
+trap 'rm -rf "$environment"' EXIT
+export PATH="$environment/bin:$PATH"
+
+# interpreter VERSION: the Python of that version, on the path or among pyenv's.
+interpreter() {
+    local candidate
+    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do
+        if "$candidate" -c '' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Python $1 is not installed here" >&2
+    return 1
+}
+
+# stack VERSION ARGUMENTS...: an environment with that Python and what pip installs, and nothing else.
+stack() {
+    local python
+    rm -rf "$environment"
+    python="$(interpreter "$1")"
+    shift
+    "$python" -m venv "$environment"
+    "$environment/bin/pip" install -q "$@"
+    "$environment/bin/python" -c 'import platform, torch, transformers as t
+print("Python", platform.python_version(), "torch", torch.__version__, "transformers", t.__version__)'
+}
+
+tests() {
+    "$environment/bin/python" -m pytest -q -n auto --dist worksteal "$@"
+}
