@@ -1,12 +1,19 @@
 """Where the kernel tests run: in the interpreter, or on the GPU where there is one."""
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from nogpu import fake_cuda
 from nogpu.interpreter import interpret
 from torch import Tensor
+
+_LAUNCHER: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar(
+    "launcher", default=None
+)
 
 
 def is_on_a_gpu() -> bool:
@@ -15,9 +22,22 @@ def is_on_a_gpu() -> bool:
 
 def launchable(kernel: Any) -> Any:
     """What ``[grid](...)`` launches on CPU tensors, wherever that is."""
+    launcher = _LAUNCHER.get()
+    if launcher is not None:
+        return launcher(kernel)
     if is_on_a_gpu():
         return Carried(kernel, torch.device("cuda"))
     return interpret(kernel)
+
+
+@contextlib.contextmanager
+def launched_by(launcher: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, ``launchable`` is ``launcher``."""
+    token = _LAUNCHER.set(launcher)
+    try:
+        yield
+    finally:
+        _LAUNCHER.reset(token)
 
 
 class Carried:
