@@ -77,13 +77,16 @@ def _int8_shards(examples: Sequence[Any]) -> str:
 
 
 PACKAGE = Path(__file__).parents[1]
+# What is compiled for a GPU follows from its table of tiles, too.
+SOURCES = ("*.py", "gpu/tables/*.json")
 
 
 def sources(package: Path = PACKAGE) -> list[Path]:
     """Every source of this package, in all of its folders."""
     # A walk does not enter symbolic links, and two folders of a checkout are some.
     folders = (package, package / "passes", package / "kernels")
-    return sorted({source for folder in folders for source in folder.resolve().rglob("*.py")})
+    found = (folder.resolve().rglob(pattern) for folder in folders for pattern in SOURCES)
+    return sorted(set().union(*found))
 
 
 @functools.cache
