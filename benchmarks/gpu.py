@@ -18,13 +18,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT / "tests" / "gpuless")]
-
-from gpu_day.driver import Driver  # noqa: E402
-from gpu_day.process import Run, start  # noqa: E402
-from gpu_day.steps import BY_NAME, PARTS  # noqa: E402
+from gpu_day.driver import Driver
+from gpu_day.process import ROOT, Run, start
+from gpu_day.steps import BY_NAME, PARTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,17 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "gpuless"), str(Path(__file__).parent)]
+import gpu_model
+import torch
+from gpu_day import acceptance
+from gpu_day.shapes import LAYERS, OUTLIERS, WAYS, Layer
 
-import gpu_model  # noqa: E402
-import specimens  # noqa: E402
-import torch  # noqa: E402
-from gpu_day import acceptance  # noqa: E402
-from gpu_day.shapes import LAYERS, OUTLIERS, WAYS, Layer  # noqa: E402
-
-from int8fx.kernels.gpu import configs, decode, digits  # noqa: E402
-from int8fx.kernels.gpu.gather import launch_shape  # noqa: E402
+from int8fx.kernels.gpu import configs, decode, digits
+from int8fx.kernels.gpu.gather import launch_shape
+from int8fx.testing.gpuless import specimens
 
 PAGE = Path(__file__).with_name("gpu.md")
 TOKENS = (1, 16, 128, 512, 4096)
@@ -54,7 +51,7 @@ another are counted in full on top of everything else: in what gathers (the witn
 outlier that it names, the list, what it lists), and at the end of a product that is split. The
 instructions of a norm are those of our kernel (`kernels/gpu/norm.py`), compiled for each GPU. Of fp16,
 of up to 16 tokens, and without outliers they are those of the code that Inductor generates for an H100
-(`tests/gpuless/norm_kernels.py`). AMD's are not modelled.
+(`int8fx/testing/gpuless/norm_kernels.py`). AMD's are not modelled.
 
 Not in the model, either: Triton leaves no int8 product in flight on an H100. It waits once in a step
 of a short tile, and twice in one of a tall tile, which is 1.5 times as much work. By an estimate, 70 to
@@ -117,11 +114,10 @@ NormKernels = dict[str, dict[str, dict[int, tuple[int, int]]]]
 
 @functools.cache
 def norm_kernels() -> NormKernels:
-    """``tests/gpuless/norm_kernels.py``'s table, from a process of its own."""
-    script = ROOT / "tests" / "gpuless" / "norm_kernels.py"
+    """``int8fx/testing/gpuless/norm_kernels.py``'s table, from a process of its own."""
     names = (gpu.arch for gpu in gpu_model.GPUS if gpu.arch.startswith("sm_"))
     architectures = list(dict.fromkeys(names))  # the first GPU's is the first
-    command = [sys.executable, str(script), *architectures]
+    command = [sys.executable, "-m", "int8fx.testing.gpuless.norm_kernels", *architectures]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     table = json.loads(done.stdout)
     return {

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from gpu_day import acceptance, comparison, contenders, counters, lines, reader
 from gpu_day.driver import Driver

@@ -2,23 +2,19 @@
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parent / "gpuless"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu_model
 import gpu_modelled
-import specimens
 from gpu_day import acceptance
 from gpu_day.shapes import LAYERS
 
 from int8fx.kernels.gpu.gather import launch_shape
+from int8fx.testing.gpuless import specimens
 
 H100 = gpu_model.GPUS[0]
 

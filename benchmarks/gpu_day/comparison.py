@@ -64,9 +64,9 @@ def spearman(left: tuple[float, ...], right: tuple[float, ...]) -> float | None:
 def cost_model(gpu: Any) -> Model:
     """``gpu_model.py`` for one data sheet."""
     import gpu_model
-    import specimens
 
     from int8fx.kernels.gpu import configs, decode, digits
+    from int8fx.testing.gpuless import specimens
 
     def microseconds(line: Line, tile: dict[str, int]) -> float | None:
         M, N, K = line["M"], line["N"], line["K"]

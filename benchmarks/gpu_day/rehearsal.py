@@ -7,9 +7,9 @@ from typing import Any
 
 def rehearse() -> None:
     """For good: the process is for this alone."""
-    from layers import serve_cpu_tensors_with_gpu_kernels
-    from nogpu import fake_cuda
-    from nogpu.interpreter import interpret_launches
+    from int8fx.testing.gpuless.layers import serve_cpu_tensors_with_gpu_kernels
+    from int8fx.testing.nogpu import fake_cuda
+    from int8fx.testing.nogpu.interpreter import interpret_launches
 
     fake_cuda.install("H100")
     serve_cpu_tensors_with_gpu_kernels()
@@ -22,7 +22,7 @@ def compiles(rehearses: bool) -> Iterator[None]:
     if not rehearses:
         yield
         return
-    from nogpu.inductor import retargeted
+    from int8fx.testing.nogpu.inductor import retargeted
 
     with retargeted():
         yield

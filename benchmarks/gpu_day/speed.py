@@ -49,7 +49,8 @@ def compile_everything(run: Run) -> None:
 
 def _compiled(run: Run, job: Job, who: str, call: Callable[[], Any]) -> bool:
     try:
-        call()
+        with run.place.torch().no_grad():
+            call()
     except Exception as error:  # which is told again where it is timed
         run.say(**job.labels, who=who, error=_short(error))
         return False

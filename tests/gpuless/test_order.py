@@ -15,11 +15,11 @@ import test_kernels as kernels
 import torch
 import triton
 import triton.language as tl
-from nogpu.guard import poisoned, poisoned_like
-from nogpu.order import GUARDS, MissingBarrier, Stuck, simulate
-from where import launched_by
 
 from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
+from int8fx.testing.gpuless.where import launched_by
+from int8fx.testing.nogpu.guard import poisoned, poisoned_like
+from int8fx.testing.nogpu.order import GUARDS, MissingBarrier, Stuck, simulate
 
 SEEDS = range(12)
 RESIDENT = pytest.mark.parametrize("resident", [1, 2, 5], ids="{} in flight".format)

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 import triton
-from layers import generated, serve_cpu_tensors_with_gpu_kernels
-from nogpu import fake_cuda
 from torch import nn
 
 from int8fx.kernels.gpu import configs, tile_tables
 from int8fx.kernels.gpu.configs import DecodeConfig, GemmConfig
 from int8fx.kernels.gpu.tile_tables import TileTable, file_name, load, using
+from int8fx.testing.gpuless.layers import generated, serve_cpu_tensors_with_gpu_kernels
+from int8fx.testing.nogpu import fake_cuda
 
 GPU = fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()

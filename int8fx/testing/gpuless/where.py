@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from nogpu import fake_cuda
-from nogpu.interpreter import interpret
 from torch import Tensor
+
+from int8fx.testing.nogpu import fake_cuda
+from int8fx.testing.nogpu.interpreter import interpret
 
 _LAUNCHER: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar(
     "launcher", default=None
