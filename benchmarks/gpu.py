@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py A --out DIR  # is it right? cases, tests, sanitizer, graphs
     python benchmarks/gpu.py B --out DIR  # how fast? linears, tiles, decode, a decoder, counters
-    python benchmarks/gpu.py read DIR     # writes benchmarks/gpu_measured.md, and a table of tiles
+    python benchmarks/gpu.py read DIR...  # writes benchmarks/gpu_measured.md, and a table of tiles
     python benchmarks/gpu.py --rehearse   # all of it on this CPU, interpreted, with tiny shapes
 
 Each part takes less than seven minutes on one H200-class GPU and 16 cores. Every step is a process with
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.what == "read":
         from gpu_day.reader import write
 
-        print(write(given.folder, given.to))
+        print(write(given.folders, given.to))
         return 0
     if given.rehearse:
         return _rehearse(given.out)
@@ -58,7 +58,7 @@ def _rehearse(out: Path | None) -> int:
     print(results.read_text())
     from gpu_day.reader import write
 
-    print(write(out, out))
+    print(write([out], out))
     return max(map(_faults, drivers.values()))
 
 
@@ -79,7 +79,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "what", nargs="?", choices=(*PARTS, "read"), help="a part, or what reads results"
     )
-    parser.add_argument("folder", nargs="?", type=Path, help="of results, for read")
+    parser.add_argument("folders", nargs="*", type=Path, help="of results, for read")
     parser.add_argument("--out", type=Path, help="a folder for results")
     parser.add_argument("--resume", type=Path, help="results of before; what is done there is left out")
     parser.add_argument("--to", type=Path, default=ROOT, help="for read: a checkout to write into")
@@ -90,7 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if not (given.step or given.what or given.rehearse):
         parser.error("say A, B, read or --rehearse")
-    if given.what == "read" and given.folder is None:
+    if given.what == "read" and not given.folders:
         parser.error("read takes a folder of results")
     if given.what in PARTS and given.out is None:
         parser.error("say --out DIR, where results go")

@@ -107,28 +107,40 @@ def _graphs_of(
 
 
 def decoder(run: Run) -> None:
-    """Prefill and decode, with the most memory that each takes."""
-    torch = run.place.torch()
+    """Prefill and decode, with the most memory that they take."""
+    torch, faults = run.place.torch(), 0
     for who in WHO[1:2] if run.rehearses else WHO:
-        model = llama(run, run.place.depths[0])  # anew: what one kept, the next should not have
         torch._dynamo.reset()
+        began = time.monotonic()
         try:
-            _decoder_of(run, model, who)
+            us = {phase: _timed(run, call) for phase, call in calls(run, who).items()}
         except Exception as error:
+            faults += 1
             run.say(ok=False, who=who, error=f"{type(error).__name__}: {error}"[:300])
-        del model
+            continue
+        seconds = round(time.monotonic() - began, 1)
+        run.say(who=who, us=us, peak_GiB=_peak(torch, run.place), seconds=seconds)
+    sys.exit(faults > 0)
 
 
-def _decoder_of(run: Run, model: Any, who: str) -> None:
+def calls(run: Run, who: str) -> dict[str, Callable[[], Any]]:
+    """A prefill, and a step of decode for each batch, of a new model."""
     place, torch = run.place, run.place.torch()
-    began = time.monotonic()
-    with torch.no_grad(), compiles(run.rehearses):
-        call = _compiled(torch, model, who, replays=not run.rehearses)
-        prompt = torch.zeros(1, place.prompt, dtype=torch.int64)
-        us = {"prefill": _timed(run, lambda: call(input_ids=prompt, use_cache=False, logits_to_keep=1))}
-        for batch in place.batches:
-            us[f"decode {batch}"] = _timed(run, _decode_step(run, model, call, batch))
-    run.say(who=who, us=us, peak_GiB=_peak(torch, place), seconds=round(time.monotonic() - began, 1))
+    model = llama(run, place.depths[0])
+    step = _compiled(torch, model, who, replays=not run.rehearses)
+    prompt = torch.zeros(1, place.prompt, dtype=torch.int64)
+    made = {"prefill": lambda: step(input_ids=prompt, use_cache=False, logits_to_keep=1)}
+    with torch.no_grad():
+        made |= {f"decode {batch}": _decode_step(run, model, step, batch) for batch in place.batches}
+
+    def within(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run_() -> Any:
+            with torch.no_grad(), compiles(run.rehearses):
+                return call()
+
+        return run_
+
+    return {phase: within(call) for phase, call in made.items()}
 
 
 def _timed(run: Run, call: Callable[[], Any]) -> float:

@@ -49,6 +49,17 @@ def read(path: Path) -> list[Line]:
     return found
 
 
+def latest(found: Iterable[Line]) -> list[Line]:
+    """Of each step, what its last run said: one that failed may have been run again."""
+    runs: dict[str, list[list[Line]]] = {}
+    for line in found:
+        of = runs.setdefault(line["step"], [[]])
+        of[-1].append(line)
+        if "ended" in line:
+            of.append([])
+    return [line for of in runs.values() for line in next(run for run in reversed(of) if run)]
+
+
 def of_step(lines: Iterable[Line], step: str) -> Iterator[Line]:
     """What a step has found."""
     return (line for line in lines if line["step"] == step and "ended" not in line)

@@ -14,18 +14,18 @@ PAGE = Path("benchmarks") / "gpu_measured.md"
 TABLES = Path("kernels") / "gpu" / "tables"
 
 
-def write(folder: Path, to: Path) -> str:
-    """Writes what a folder of results gives into a checkout; says which files.
+def write(folders: Sequence[Path], to: Path) -> str:
+    """Writes what folders of results give into a checkout, later ones before earlier; says which files.
 
     Raises:
         ValueError: nobody measured anything there, or it is a rehearsal, which is for no checkout.
     """
     from int8fx.kernels.gpu.tile_tables import file_name
 
-    found = lines.read(folder)
+    found = lines.latest(line for folder in folders for line in lines.read(folder))
     machine = _machine(found)
     if machine["device"] == REHEARSED and (to / "pyproject.toml").exists():
-        raise ValueError(f"{folder} is a rehearsal, and {to} a checkout: name another folder with --to")
+        raise ValueError(f"this is a rehearsal, and {to} a checkout: name another folder with --to")
     table = tables.measured(found)
     written = {to / PAGE: page(found)}
     if table.products or table.decodes:

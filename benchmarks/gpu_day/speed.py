@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_day import contenders, tables
+from gpu_day import contenders, decoder, tables
 from gpu_day.process import Run, in_shards
 from gpu_day.rehearsal import gpu_operators
 from gpu_day.shapes import EPS, THRESHOLD, WAYS, Layer, activation, operands
@@ -41,18 +41,18 @@ def compile_everything(run: Run) -> None:
     count = 0
     for number, job in run.share(_all_jobs(run)):
         run.say(begins=number, **job.labels)
-        for who, call in job.calls().items():
-            count += _compiled(run, job, who, call)
+        for name, call in job.calls().items():
+            count += _compiled(run, job, name, call)
         run.place.synchronize()
     run.say(shard=run.shard[0], calls=count)
 
 
-def _compiled(run: Run, job: Job, who: str, call: Callable[[], Any]) -> bool:
+def _compiled(run: Run, job: Job, name: str, call: Callable[[], Any]) -> bool:
     try:
         with run.place.torch().no_grad():
             call()
     except Exception as error:  # which is told again where it is timed
-        run.say(**job.labels, who=who, error=_short(error))
+        run.say(**job.labels, call=name, error=_short(error))
         return False
     return True
 
@@ -62,7 +62,10 @@ def _short(error: Exception) -> str:
 
 
 def _all_jobs(run: Run) -> Iterator[Job]:
-    return itertools.chain(linear_jobs(run), tile_jobs(run), decode_jobs(run))
+    """What takes longest to compile comes first."""
+    who = decoder.WHO[1:2] if run.rehearses else decoder.WHO
+    decoders = (Job({"who": each}, functools.partial(decoder.calls, run, each)) for each in who)
+    return itertools.chain(decoders, linear_jobs(run), tile_jobs(run), decode_jobs(run))
 
 
 def linears(run: Run) -> None:
