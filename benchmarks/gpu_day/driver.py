@@ -21,7 +21,7 @@ from gpu_day.process import ROOT, Run
 from gpu_day.steps import STEPS, Step
 
 # Of a rehearsal, whose processes share the cores of a busy machine.
-PATIENCE = 5
+PATIENCE = 8
 
 
 @dataclass(frozen=True)

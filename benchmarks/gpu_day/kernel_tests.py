@@ -24,13 +24,12 @@ def kernel_tests(run: Run) -> None:
 
 
 class Reporter:
-    """A plug-in that keeps a share of the tests, and says a line for each that does not pass."""
+    """A plug-in that keeps a share of the tests, and says a line for each."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._to = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # pytest captures the other one
         self._numbers: dict[str, int] = {}
-        self._outcomes = {"passed": 0, "failed": 0, "skipped": 0}
 
     def _say(self, **found: Any) -> None:
         self._to.write("\n" + lines.text(self._run.step, **found))  # behind pytest's dots
@@ -47,11 +46,11 @@ class Reporter:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and report.outcome == "passed":
             return
-        self._outcomes[report.outcome] += 1
-        if report.outcome == "failed":
-            self._say(ok=False, test=report.nodeid, error=report.longreprtext[-600:])
-            if not self._is_alive():
-                sys.exit("the GPU's context is lost: the rest runs in another process")
+        failed = report.outcome == "failed"
+        told = {"ok": False, "error": report.longreprtext[-600:]} if failed else {}
+        self._say(test=report.nodeid, outcome=report.outcome, **told)
+        if failed and not self._is_alive():
+            sys.exit("the GPU's context is lost: the rest runs in another process")
 
     def _is_alive(self) -> bool:
         import torch
@@ -62,7 +61,3 @@ class Reporter:
         except RuntimeError:
             return False
         return True
-
-    def pytest_sessionfinish(self) -> None:
-        failed = self._outcomes["failed"] > 0
-        self._say(ok=not failed, shard=self._run.shard[0], **self._outcomes)

@@ -89,11 +89,13 @@ def _steps(found: list[Line]) -> str:
     for step in STEPS:
         end = ends.get(step.name, {})
         faults = sum(line.get("ok") is False for line in of_step(found, step.name))
-        rows.append((step.name, end.get("ended", "not run"), end.get("seconds"), faults or None))
+        said = sum(1 for _ in of_step(found, step.name))
+        rows.append((step.name, end.get("ended", "not run"), end.get("seconds"), said, faults or None))
     faults = [line for line in found if line.get("ok") is False]
     told = "".join(f"\n    {json.dumps(line)[:400]}" for line in faults[:20])
     return _titled(
-        "Steps", table(("", "ended", "seconds", "faults"), rows) + (told + "\n" if told else "")
+        "Steps",
+        table(("", "ended", "seconds", "lines", "faults"), rows) + (told + "\n" if told else ""),
     )
 
 

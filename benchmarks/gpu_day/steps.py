@@ -25,18 +25,18 @@ STEPS = (
     Step("tests", "A", 120, "kernel_tests:kernel_tests"),
     Step("sanitizer", "A", 90, "sanitizer:sanitizer"),
     Step("graphs", "A", 85, "decoder:graphs"),
-    Step("limits", "B", 25, "machine:limits"),
+    Step("limits", "B", 20, "machine:limits"),
     Step("compile", "B", 75, "speed:compile_everything"),
     Step("linears", "B", 55, "speed:linears"),
     Step("tiles", "B", 55, "speed:tiles"),
-    Step("decodes", "B", 40, "speed:decodes"),
+    Step("decodes", "B", 50, "speed:decodes"),
     Step("decoder", "B", 100, "decoder:decoder"),
-    Step("counters", "B", 40, "counters:counters"),
+    Step("counters", "B", 35, "counters:counters"),
 )
 # Processes that another step starts.
 INNER = (
     Step("sanitized", "", 90, "sanitizer:sanitized"),
-    Step("counted", "", 40, "counters:counted"),
+    Step("counted", "", 35, "counters:counted"),
 )
 PARTS = ("A", "B")
 SECONDS_OF_A_PART = 7 * 60
