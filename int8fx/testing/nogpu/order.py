@@ -205,20 +205,20 @@ class _Launch:
             for name in hooks:
                 delattr(builder, name)
 
-    def _load(self, pointers: Any, mask: Any, other: Any, cache: Any, is_volatile: Any) -> Any:
+    # What follows the mask are hints for caches, whose number differs between releases of triton.
+    def _load(self, pointers: Any, mask: Any, other: Any, *hints: Any) -> Any:
+        dtype = pointers.get_element_ty()
+        numpy_dtype = stock._get_np_dtype(dtype)
+        rest = np.zeros_like(pointers.data, numpy_dtype) if other is None else other.data
         view = self._pause()
-        builder = type(stock.interpreter_builder)
-        loaded = builder.create_masked_load(
-            stock.interpreter_builder, pointers, mask, other, cache, is_volatile
-        )
         try:
-            loaded.data = view.load(pointers.data, loaded.data, mask.data)
-        except MissingBarrier as error:  # nested calls make a string of it
+            loaded = raw.load(pointers.data, mask.data, rest, numpy_dtype)
+            return stock.TensorHandle(view.load(pointers.data, loaded, mask.data), dtype)
+        except MissingBarrier as error:  # of which a nested call would make a string
             self.fail(error)
             raise _Abandoned from None
-        return loaded
 
-    def _store(self, pointers: Any, value: Any, mask: Any, cache: Any) -> None:
+    def _store(self, pointers: Any, value: Any, mask: Any, *hints: Any) -> None:
         self._pause().store(pointers.data, value.data, mask.data)
 
     def _barrier(self) -> None:
@@ -271,7 +271,7 @@ class _Launch:
     def _load_and_store(
         self, pointer: Any, dtype: Any, mask: np.ndarray, run: Callable[[np.ndarray], np.ndarray]
     ) -> Any:
-        before = self._load(pointer, stock.TensorHandle(mask, stock.tl.int1), None, None, False)
+        before = self._load(pointer, stock.TensorHandle(mask, stock.tl.int1), None)
         after = np.ascontiguousarray(before.data)  # which the atomic changes, in place of memory
         before = after.copy()
         first = after.ctypes.data
