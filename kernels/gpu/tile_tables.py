@@ -64,7 +64,7 @@ class TileTable:
 
     def __post_init__(self) -> None:
         for (rows, N, K), tile in self.products.items():
-            _check_parts(tile, rows, N, K)
+            _check_tile(tile, rows, N, K)
         kinds = configs.DECODE.get(self.arch, {})
         for kind, N, K in self.decodes:
             if kind not in kinds:
@@ -135,8 +135,11 @@ def _changed(tile: Any) -> dict[str, Any]:
     return {f.name: value for f in fields if (value := getattr(tile, f.name)) != f.default}
 
 
-def _check_parts(tile: GemmConfig, rows: int | None, N: int, K: int) -> None:
-    """Tiles whose K is split count themselves, and there are so many counters."""
+def _check_tile(tile: GemmConfig, rows: int | None, N: int, K: int) -> None:
+    """Tiles whose K is split count themselves, and there are so many counters. A tall tile is half as
+    tall again, which ``configs.tall_tiles`` relies on."""
+    if tile.extra_m not in (0, tile.block_m // 2):
+        raise ValueError(f"extra_m {tile.extra_m} of block_m {tile.block_m}; 0 or half of it")
     if (tile.parts or 1) == 1:
         return
     where = f"{tile.parts} parts for rows = {rows}, N = {N}, K = {K}"
@@ -217,6 +220,9 @@ def product_tiles(
     """Candidates for a product, the best guess last: what was measured, where something was."""
     table = of(device) if dtype in _SIXTEEN_BIT else None
     best = table and table.products.get((configs.row_class(M), int(N), int(K)))
+    if best is not None and best.extra_m:
+        # A launch is told one number of tall tiles, whichever candidate it takes (``linear.py``).
+        candidates = [candidate for candidate in candidates if not candidate.extra_m]
     return _with_best(candidates, best)
 
 
