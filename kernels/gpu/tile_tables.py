@@ -219,7 +219,7 @@ def product_tiles(
 ) -> list[GemmConfig]:
     """Candidates for a product, the best guess last: what was measured, where something was."""
     table = of(device) if dtype in _SIXTEEN_BIT else None
-    best = table and table.products.get((configs.row_class(M), int(N), int(K)))
+    best = None if table is None else table.products.get((configs.row_class(M), int(N), int(K)))
     if best is not None and best.extra_m:
         # A launch is told one number of tall tiles, whichever candidate it takes (``linear.py``).
         candidates = [candidate for candidate in candidates if not candidate.extra_m]
@@ -236,7 +236,8 @@ def decode_tiles(
 ) -> list[DecodeConfig]:
     """The same for a kind of decode."""
     table = of(device) if dtype in _SIXTEEN_BIT else None
-    return _with_best(candidates, table and table.decodes.get((kind, int(N), int(K))))
+    best = None if table is None else table.decodes.get((kind, int(N), int(K)))
+    return _with_best(candidates, best)
 
 
 def _with_best(candidates: Sequence[Any], best: Any) -> list[Any]:
