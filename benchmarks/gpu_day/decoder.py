@@ -61,7 +61,7 @@ def graphs(run: Run) -> None:
     differ = [key for key in prompts if not torch.equal(plain[key], replayed[key])]
     error = max(float((plain[k] - exact[k]).norm() / exact[k].norm()) for k in prompts)
     ok = not differ and first and second and error < 1
-    run.say(ok=ok, differ=differ, error=error, prompts=len(prompts))
+    run.say(ok=ok, differ=differ, relative_error=error, prompts=len(prompts))
     sys.exit(not ok)
 
 
