@@ -64,6 +64,8 @@ GPUS = (
     Gpu("RTX 4090", "sm_89", 128, 2.50, 2048, 1024, 1.01e12, 4.5e12),
     Gpu("MI300X", "gfx942", 304, 2.00, 4096, 2048, 5.3e12, 10e12, gap=3.0e-6),
 )
+# What a day's measurement may be compared with: one more, which gpu.md does not list.
+SHEETS = (Gpu("H200", "sm_90", 132, 1.70, 8192, 4096, 4.80e12, 7.5e12), *GPUS)
 
 
 @dataclass(frozen=True)

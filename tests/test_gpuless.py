@@ -19,6 +19,8 @@ TIERS = {
     "kernels": ("kernels", ""),
     "expert_kernels": ("expert_kernels", ""),
     "rounding": ("rounding", ""),
+    "order": ("order", ""),
+    "tile_tables": ("tile_tables", ""),
     "harness": ("harness", ""),
 }
 

@@ -53,14 +53,19 @@ def test_a_wheel_holds_everything_and_imports(tmp_path, hugging_face):
     source_tree = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "venv")
     shutil.copytree(ROOT, source_tree, symlinks=True, ignore=ignored)
+    tables = source_tree / "kernels" / "gpu" / "tables"
+    tables.mkdir(exist_ok=True)
+    (tables / "toy.json").write_text("{}")
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "-w", str(tmp_path), str(source_tree)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("int8fx-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    sources = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    kinds = (".py", ".cpp", ".h", ".json")
+    sources = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in kinds]
     sources += (ROOT / "passes").glob("*.py")
     for source in sources:
         assert f"int8fx/{source.relative_to(ROOT).as_posix()}" in names
+    assert "int8fx/kernels/gpu/tables/toy.json" in names
     assert "int8fx/py.typed" in names
     assert any(name.startswith("int8fx/data/") and name.endswith(".txt") for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
@@ -94,6 +99,10 @@ def test_an_edit_in_any_folder_is_another_key_of_the_compile_caches(tmp_path):
         with edited.open("a") as source:
             source.write("\n")
         assert identity(tmp_path / "int8fx") != before, place
+    before, tables = identity(tmp_path / "int8fx"), tmp_path / "kernels" / "gpu" / "tables"
+    tables.mkdir(exist_ok=True)
+    (tables / "toy.json").write_text("{}")  # the tiles of a GPU
+    assert identity(tmp_path / "int8fx") != before
 
 
 def test_imports_point_one_way():

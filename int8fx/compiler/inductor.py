@@ -75,7 +75,7 @@ def _int8_shards(examples: Sequence[Any]) -> str:
 
 
 PACKAGE = Path(__file__).parents[1]
-SUFFIXES = (".py", ".cpp", ".h")
+SUFFIXES = (".py", ".cpp", ".h", ".json")  # what is compiled for a GPU follows from its tiles
 
 
 def sources(package: Path = PACKAGE) -> list[Path]:

@@ -169,6 +169,11 @@ def gemm_rows(arch: str, dtype: torch.dtype) -> list[GemmConfig]:
     return [config for config in GEMM[arch] if config.block_n <= limit]
 
 
+def row_class(M: int) -> int | None:
+    """The most rows of M's class; None, it has no end."""
+    return next((most for most in _CLASSES if most >= M), None)
+
+
 def gemm_configs(
     arch: str, M: int, N: int, K: int, dtype: torch.dtype, processors: int
 ) -> list[GemmConfig]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from int8fx.kernels.gpu import configs, decode
+from int8fx.kernels.gpu import configs, decode, tile_tables
 from int8fx.kernels.gpu.columns import witness_rows
 from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
 from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, programs, quantize_gather_kernel
@@ -188,6 +188,7 @@ def _decode(
     block_m = decode.tile_rows(M, len(rows.digits))
     kind = "quantises" if rows.quantizes else f"rows {block_m}"
     candidates = configs.decode_configs(arch, kind, N, K, processors)
+    candidates = tile_tables.decode_tiles(candidates, x.device, kind, N, K, dtype)
     parts = configs.split_k(kind, candidates[-1], N, K, processors)
     flags = linears.flags
     sums = sums and parts > 1
@@ -267,7 +268,9 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
     x = source.x
     M, K = x.shape
     arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
-    candidates = configs.gemm_configs(arch, M, sum(linears.widths), K, source.dtype, processors)
+    shape = M, sum(linears.widths), K
+    candidates = configs.gemm_configs(arch, *shape, source.dtype, processors)
+    candidates = tile_tables.product_tiles(candidates, x.device, *shape, source.dtype)
     if threshold == 0:
         # What counts the parts of a tile is made where outliers are gathered.
         candidates = [dataclasses.replace(each, parts=1) for each in candidates]

@@ -1,6 +1,9 @@
 """Where the kernel tests run: in the interpreter, or on the GPU where there is one."""
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +12,10 @@ from torch import Tensor
 from int8fx.testing.nogpu import fake_cuda
 from int8fx.testing.nogpu.interpreter import interpret
 
+_LAUNCHER: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar(
+    "launcher", default=None
+)
+
 
 def is_on_a_gpu() -> bool:
     return torch.cuda.is_available() and not fake_cuda.is_installed()
@@ -16,9 +23,22 @@ def is_on_a_gpu() -> bool:
 
 def launchable(kernel: Any) -> Any:
     """What ``[grid](...)`` launches on CPU tensors, wherever that is."""
+    launcher = _LAUNCHER.get()
+    if launcher is not None:
+        return launcher(kernel)
     if is_on_a_gpu():
         return Carried(kernel, torch.device("cuda"))
     return interpret(kernel)
+
+
+@contextlib.contextmanager
+def launched_by(launcher: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, ``launchable`` is ``launcher``."""
+    token = _LAUNCHER.set(launcher)
+    try:
+        yield
+    finally:
+        _LAUNCHER.reset(token)
 
 
 class Carried:

@@ -9,7 +9,7 @@ in the place of its inputs. What Inductor generates is kept (``wrappers``), and 
 same wrapper, allocating on the CPU, its Triton kernels (Inductor's own and the user's) in the
 interpreter, the calls to other operators by CPU kernels. So ``y`` is what the generated code computes.
 
-Not seen in this way: races between programs (they run one after another), reads out of bounds (see
+Not seen in this way: races between programs (``order.py`` is for these), reads out of bounds (see
 ``guard.py``), contraction into FMA, approximate division.
 """
 

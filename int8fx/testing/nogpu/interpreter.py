@@ -138,6 +138,19 @@ def _fma(_self: Any, x: Any, y: Any, z: Any) -> TensorHandle:
     return TensorHandle((product + z.data).astype(z.data.dtype), z.dtype.scalar)
 
 
+def interpret_launches() -> None:
+    """Runs in the interpreter, from now on, whatever is launched as ``kernel[grid](...)``.
+
+    For good: nothing that is launched afterwards is compiled.
+    """
+    install()
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        interpret(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+
+    JITFunction.run = run
+
+
 class _Language:
     """Patches ``triton.language`` for the outermost kernel, completely, and restores it after."""
 
