@@ -48,6 +48,7 @@ from int8fx.kernels.gpu.routing import (
     rows_of_tile,
     tiles,
 )
+from int8fx.kernels.gpu.tiles import of_columns, wrapped_range
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.expert_linear import check_routing, setup_context, sorted_rows
 
@@ -156,7 +157,7 @@ def expert_gemm_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the end read the last one, and are not stored: loads without masks pipeline.
     m = tl.minimum(rows, last - 1)
-    n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
+    n = wrapped_range(tile_n * BLOCK_N, N, BLOCK_N)
     if expert == E:
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         _store(y, y_ptr, order_ptr, rows, m, last, columns, N, ORDERED)
@@ -173,7 +174,7 @@ def expert_gemm_kernel(
             y, x_row, rows < last, w_row, columns_ptr + expert.to(tl.int64) * K,
             0, tl.load(count_ptr + expert), BLOCK_O, PRECISION,
         )  # fmt: skip
-    y *= tl.load(w_scale_ptr + expert * N + n)[None, :]
+    y *= of_columns(w_scale_ptr + expert * N, columns, N)[None, :]
     _store(y, y_ptr, order_ptr, rows, m, last, columns, N, ORDERED)
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nogpu import sass
+from nogpu import alignment, sass
 from nogpu.offline import compile_kernel
 
 from int8fx.kernels.gpu import configs
@@ -19,6 +19,7 @@ from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.norm import norm_kernel, norm_shape, serves
 
+_ITEMSIZES = {"i8": 1, "i16": 2, "fp16": 2, "bf16": 2, "i32": 4, "fp32": 4, "i64": 8}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _NORMS = "rms, rounded", "layer, bias"  # the simplest, and the one that takes most
 # M and K, which the blocks of the gather kernel follow, whether it quantises as well, and a norm.
@@ -75,6 +76,31 @@ class Specimen:
             unaligned=("M", "S", "tall"),
         )
         return sass.inspect(compiled)
+
+    def misaligned(self, unaligned: Collection[str]) -> list[str]:
+        """Its vector accesses whose addresses come from a remainder (``nogpu/alignment.py``), for
+        arguments of which 16 divides all but those of these names."""
+        constants = dict(self.constants)
+        if "K" in unaligned and "EVEN_K" in constants:
+            constants["EVEN_K"] = False
+        compiled = compile_kernel(
+            self.kernel,
+            self.arch,
+            self.signature,
+            constants,
+            self.num_warps,
+            self.num_stages,
+            (*unaligned, "tall"),
+        )
+        arguments = [name for name in self.kernel.arg_names if name in self.signature]
+        types = {number: self.signature[name] for number, name in enumerate(arguments)}
+        itemsizes = {n: _ITEMSIZES[kind[1:]] for n, kind in types.items() if kind.startswith("*")}
+        aligned = {
+            number
+            for number, name in enumerate(arguments)
+            if types[number] == "i32" and name not in (*unaligned, "tall")
+        }
+        return alignment.misaligned(compiled.asm["ptx"], itemsizes, aligned)
 
     def __str__(self) -> str:
         return f"{self.label} {self.arch}"
