@@ -9,7 +9,7 @@ stay in float, with that reason.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,8 @@ def experts(device_type: str) -> Any:
 
 def with_whole_rows() -> frozenset[Any]:
     """The operators of x ``[*, K]`` in front of which Inductor must not split a row."""
-    serving = [kernel for device in KERNELS if (kernel := kernel_for(device)) and kernel.whole_rows]
+    asking = [device for device, kernel in KERNELS.items() if kernel.whole_rows]
+    serving = [kernel for device in asking if (kernel := kernel_for(device)) and kernel.whole_rows]
     return frozenset().union(*(kernel.operators() for kernel in serving))
 
 
@@ -141,10 +142,11 @@ def attends(device_type: str, few: bool) -> bool:
     return kernel is not None and kernel.attends(few)
 
 
-def describe() -> dict[str, str]:
-    """What serves each device type, and why when it is not the fastest, or nothing does."""
+def describe(device_types: Collection[str]) -> dict[str, str]:
+    """What serves these device types, and why when it is not the fastest, or nothing does; only those
+    of the table. Asking loads a kernel, which may be to build it."""
     described = {}
-    for device in KERNELS:
+    for device in [device for device in KERNELS if device in device_types]:
         kernel = kernel_for(device)
         if kernel is None:
             described[device] = f"none ({refusal(device)})"

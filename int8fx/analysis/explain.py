@@ -55,7 +55,7 @@ def explain(
         rows=tuple(rows),
         totals=_totals(model, rows, others),
         threshold=checked.threshold,
-        kernel=table.describe(),
+        kernel=table.describe(observation.devices),
         unused=_unused(observation),
         graphs=len(observation.graphs),
         graph_breaks=observation.breaks,

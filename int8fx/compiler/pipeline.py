@@ -156,8 +156,7 @@ def move_norms(compilation: Compilation) -> None:
     """fuse_norms on every graph, where a kernel has an operator for it, which has no gradient."""
     if compilation.needs_autograd:
         return
-    devices = {value.device.type for value in compilation.inputs if isinstance(value, Tensor)}
-    for device in devices:
+    for device in compilation.devices:
         joined, normed = table.joined(device), table.normed(device)
         if joined is None or normed is None:
             continue
@@ -167,19 +166,24 @@ def move_norms(compilation: Compilation) -> None:
         log.debug("%d norms into the operator of their linears", moved)
 
 
+def _attends(compilation: Compilation, few: bool) -> bool:
+    serves = any(table.attends(device, few) for device in compilation.devices)
+    return serves and not compilation.needs_autograd
+
+
 # What is left in float gets out of the way: what the log calls it, the pass, and when it applies.
 InFloat = Callable[[fx.Graph, Any, Memory], int]
 IN_FLOAT: tuple[tuple[str, InFloat, Callable[[Compilation], bool]], ...] = (
     (
         "attentions of few rows",
         attend_few,
-        lambda compilation: table.attends("cpu", few=True) and not compilation.needs_autograd,
+        lambda compilation: _attends(compilation, few=True),
     ),
     ("attentions of decode by key heads", group_heads, lambda compilation: True),
     (
         "attentions of many rows by blocks",
         attend_many,
-        lambda compilation: table.attends("cpu", few=False) and not compilation.needs_autograd,
+        lambda compilation: _attends(compilation, few=False),
     ),
     ("values that every layer reads, once", compute_once, lambda compilation: True),
     (
@@ -203,7 +207,7 @@ def report(compilation: Compilation) -> None:
     """Hands the decisions to whoever asked for them (``collect_reports``) and to the log."""
     made = Report(
         decisions=tuple(compilation.decisions),
-        kernel=table.describe(),
+        kernel=table.describe(compilation.devices),
         original=_readable(compilation.original),
         graph=_readable(compilation.root.gm),
         quantizations=compilation.quantizations,

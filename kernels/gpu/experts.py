@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.columns import find_columns
@@ -37,7 +37,7 @@ from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_refe
 from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
 from int8fx.kernels.gpu.gather import launch_shape
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
-from int8fx.kernels.gpu.launch import empty, launch, precision
+from int8fx.kernels.gpu.launch import empty, launch, precision, run
 from int8fx.kernels.gpu.linear import DTYPES
 from int8fx.kernels.gpu.rounding import int8_rows
 from int8fx.kernels.gpu.routing import (
@@ -98,7 +98,7 @@ def quantize_experts_kernel(
         if first < last:
             count = find_columns(
                 witness_ptr + here, x_ptr + first.to(tl.int64) * K, columns_ptr + here,
-                last - first, K, limit, NEIGHBOURS, LIST_BLOCK,
+                last - first, K, limit, NEIGHBOURS, LIST_BLOCK, False, None, "",
             )  # fmt: skip
             tl.store(count_ptr + program, count)
     elif QUANTIZE:
@@ -108,7 +108,7 @@ def quantize_experts_kernel(
             quantize_without_columns(
                 x_ptr + here, witness_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
                 x_scale_ptr + start, first - start, last - start, K, limit,
-                ROWS, 1, CHUNK, CHUNKS, EVEN_K,
+                ROWS, 1, CHUNK, CHUNKS, EVEN_K, False, None, "",
             )  # fmt: skip
 
 
@@ -270,7 +270,9 @@ def _quantize(
     columns, count = empty(x, (E, K), torch.int32), empty(x, (E,), torch.int32)
     shape = list_shape(S, K, x.dtype)
     programs = E if fused else E + tiles(S, E, shape["ROWS"])
-    wrap_triton(quantize_experts_kernel)[(programs,)](
+    run(
+        quantize_experts_kernel,
+        (programs,),
         source,
         expert_witness(x, threshold, ends),
         ends,

@@ -58,7 +58,7 @@ def quantize_gather_reference(
 def _gather(
     source_ptr, target_ptr, target_rows, source_rows, inside, columns_ptr, count, K, CAPACITY,
     BLOCK_O: tl.constexpr,
-    M=None, threshold=None, SIFT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
+    M, threshold, SIFT: tl.constexpr, norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """``target[r, j] = source[r, columns[j]]``, zero from ``count`` to the end of its block, and with
     SIFT what is no outlier."""
@@ -132,7 +132,7 @@ def quantize_gather_kernel(
             inside = n < pick(group, N0, N1, N2)
             w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
             _gather(w_ptr, w_gathered_ptr, n + pick(group, 0, N0, N0 + N1), n, inside, columns_ptr,
-                    count, K, CAPACITY, BLOCK_O)  # fmt: skip
+                    count, K, CAPACITY, BLOCK_O, M, limit, False, None, "")  # fmt: skip
         else:
             m = (program - of_x) * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
             # x that Inductor quantised comes without what is no outlier; a norm comes whole.

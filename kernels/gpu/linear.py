@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from int8fx.kernels.gpu import configs, decode
 from int8fx.kernels.gpu.columns import witness_rows
@@ -34,7 +34,7 @@ from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
 from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, programs, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
-from int8fx.kernels.gpu.launch import empty, launch, precision
+from int8fx.kernels.gpu.launch import empty, launch, precision, run
 from int8fx.kernels.gpu.rounding import int8_rows, quantize_rows
 from int8fx.kernels.ops.gradients import linears_backward, linears_setup
 from int8fx.kernels.ops.quantize_reference import EVERYTHING
@@ -64,7 +64,8 @@ def quantized_linears(
         w_scales: each ``[N_i]`` fp32.
         biases: each ``[N_i]``, all of one dtype; or empty, no linear has one.
         sums: of partial results are the kernel's to take; False leaves them to what Inductor fuses with
-            the result (``decode.py``, split K). The result is the same.
+            the result (``decode.py``, split K), as does a GPU on which programs cannot count themselves
+            (``configs.counts_parts``). The result is the same.
 
     Returns:
         each ``[*, N_i]``, of x's dtype.
@@ -190,7 +191,7 @@ def _decode(
     candidates = configs.decode_configs(arch, kind, N, K, processors)
     parts = configs.split_k(kind, candidates[-1], N, K, processors)
     flags = linears.flags
-    sums = sums and parts > 1
+    sums = sums and parts > 1 and configs.counts_parts(arch)
     if parts > 1 and not sums:
         outputs = linears.outputs(x, parts, M, dtype=torch.float32)
         flags["HAS_BIAS"] = False  # part of the sum
@@ -343,7 +344,9 @@ def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor,
     counters = empty(x, (configs.COUNTERS,), torch.int32)
     shape = launch_shape(M, K, sum(linears.widths), dtype, source.norm, not source.quantized)
     grid = programs(shape, M, linears.widths, not source.quantized)
-    wrap_triton(quantize_gather_kernel)[(grid,)](
+    run(
+        quantize_gather_kernel,
+        (grid,),
         x,
         source.witness,
         *source.norm_operands,

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from int8fx.kernels.gpu import decode
 from int8fx.kernels.gpu.columns import witness_dtype
-from int8fx.kernels.gpu.launch import empty
+from int8fx.kernels.gpu.launch import empty, run
 from int8fx.kernels.gpu.linear import Linears, Source, check, product, quantized
 from int8fx.kernels.gpu.norm import (
     NORMS,
@@ -103,7 +103,9 @@ def _look(
     witness = empty(x, (K,), witness_dtype(M))
     x_int8 = empty(x, (M, K), torch.int8)
     quantizes = decomposition == "token"
-    wrap_triton(norm_kernel)[(M,)](
+    run(
+        norm_kernel,
+        (M,),
         x,
         addend,
         total if addend is not None else None,

@@ -25,7 +25,7 @@ from nogpu.interpreter import interpret
 
 import int8fx
 from int8fx.kernels.gpu import experts as gpu_experts
-from int8fx.kernels.gpu import experts_gradient, launch
+from int8fx.kernels.gpu import launch
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_weight
@@ -249,8 +249,7 @@ def test_gradients_are_straight_through(monkeypatch, M):
     The operator itself, in the interpreter: torch's autograd engine, which is C++, asks for the device
     of a fake tensor, so a backward pass cannot be traced for a device that is not there.
     """
-    for module in (gpu, launch):
-        monkeypatch.setattr(module, "wrap_triton", interpret)
+    monkeypatch.setattr(launch, "wrap_triton", interpret)
     generator = torch.Generator().manual_seed(M)
     weights = [torch.randn(N, 64, generator=generator) for N in (48, 32)]
     packed, scales = zip(*map(quantize_weight, weights), strict=True)
@@ -270,8 +269,7 @@ def test_gradients_are_straight_through(monkeypatch, M):
 
 @pytest.mark.parametrize("is_sorted", [False, True], ids=["mixed", "sorted"])
 def test_gradients_of_experts_are_straight_through(monkeypatch, is_sorted):
-    for module in (launch, gpu_experts, experts_gradient):
-        monkeypatch.setattr(module, "wrap_triton", interpret)
+    monkeypatch.setattr(launch, "wrap_triton", interpret)
     generator = torch.Generator().manual_seed(0)
     w_int8, w_scale = quantize_weight(torch.randn(4, 40, 64, generator=generator))
     x = (3 * torch.randn(30, 64, generator=generator)).requires_grad_(True)
