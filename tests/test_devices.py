@@ -3,13 +3,13 @@
 import dataclasses
 
 import torch
-from support import compile_once
 
 import int8fx
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import rewrite_graph, speed_up_float
 from int8fx.kernels import table
 from int8fx.options import Options
+from int8fx.testing.support import compile_once
 from int8fx.weights.store import WeightStore
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from int8fx.compiler.capture import capture
 from int8fx.compiler.compilation import Compilation

@@ -7,10 +7,11 @@ shapes: a vocabulary of 32001 over K = 4096, and a model in which nothing divide
 from collections.abc import Callable
 
 import pytest
-import specimens
 import triton
 import triton.language as tl
-from nogpu import alignment, offline
+
+from int8fx.testing.gpuless import specimens
+from int8fx.testing.nogpu import alignment, offline
 
 # Output channels of real heads that 16 does not divide: Llama with a padding token, GPT-2, Whisper,
 # BERT, and a classifier of three labels.
