@@ -65,7 +65,7 @@ class Compilation:
 
     @property
     def devices(self) -> frozenset[str]:
-        """The device types of the inputs. No other's kernel is asked for: loading may be building it."""
+        """The device types of the inputs. No other's kernel is asked for: that may be building it."""
         return frozenset(each.device.type for each in self.inputs if isinstance(each, Tensor))
 
     @property

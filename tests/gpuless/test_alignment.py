@@ -1,4 +1,4 @@
-"""No vector load at an address that no vector may have: every kernel, for sizes that 16 does not divide.
+"""No vector load at an address that no vector may have, for sizes that 16 does not divide.
 
 Triton compiles a kernel anew for each set of sizes that 16 divides, so two compiles stand for all odd
 shapes: a vocabulary of 32001 over K = 4096, and a model in which nothing divides anything.
