@@ -38,6 +38,7 @@ table.KERNELS.update(
             normed=gpu.norm_operator,
             experts=gpu.expert_operator,
             whole_rows=True,
+            slower=gpu.slower,
         ),
     }
 )

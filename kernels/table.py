@@ -41,6 +41,8 @@ class Kernel:
             (``kernels/ops/attention.py``).
         whole_rows: whether Inductor generates the quantisation of a row, in the kernel that computes
             the row, so that it must not split long rows.
+        slower: why a scheme's product, by the scheme's name and a number of rows, would be slower than
+            the 16-bit one, so that it stays in float; or empty.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Kernel:
     experts: Callable[[], Any] = lambda: None
     attends: Callable[[bool], bool] = lambda few: False
     whole_rows: bool = False
+    slower: Callable[[str, Any], str] = lambda scheme, rows: ""
 
     def operators(self) -> frozenset[Any]:
         """The operators of this kernel that take x and quantise it, once it is loaded."""
@@ -140,6 +143,12 @@ def attends(device_type: str, few: bool) -> bool:
     """``Kernel.attends`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
     return kernel is not None and kernel.attends(few)
+
+
+def slower(device_type: str, scheme: str, rows: Any) -> str:
+    """``Kernel.slower`` of the kernel that serves a device."""
+    kernel = kernel_for(device_type)
+    return "" if kernel is None else kernel.slower(scheme, rows)
 
 
 def describe(device_types: Collection[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -75,6 +76,8 @@ def select(compilation: Compilation) -> None:
         routed = candidate.routing is not None
         if not reason and routed and choice.scheme.experts is None:
             reason = f"scheme {choice.scheme.name!r} has no product for experts"
+        if not reason and candidate.weight is not None and not routed:
+            reason = _slower(candidate, choice)
         decision = Decision(
             path=path,
             spelling=candidate.spelling,
@@ -98,6 +101,13 @@ def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice
     weight = candidate.weight and compilation.tensors.get(candidate.weight.placeholder)
     kept = weight.activation_options if isinstance(weight, Int8Weight) else None
     return compilation.options.choice(path, kept)
+
+
+def _slower(candidate: Candidate, choice: Choice) -> str:
+    """Why the product that a scheme makes of a candidate would lose time, or empty."""
+    assert candidate.x is not None
+    x = candidate.x.meta["example_value"]
+    return table.slower(x.device.type, choice.scheme.name, math.prod(x.shape[:-1]))
 
 
 def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:

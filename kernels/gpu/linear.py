@@ -58,8 +58,7 @@ def quantized_linears(
     Args:
         x: ``[*, K]``, fp32, bf16 or fp16.
         threshold: an element is an outlier when ``|x| >= threshold``; 0 means no decomposition.
-        decomposition: ``"column"``, ``"token"``, or ``"all"``, which is the first with a threshold that
-            everything reaches.
+        decomposition: ``"column"``, ``"token"``, or ``"all"``, in which everything is an outlier.
         weights: each ``[N_i, K]`` int8, contiguous.
         w_scales: each ``[N_i]`` fp32.
         biases: each ``[N_i]``, all of one dtype; or empty, no linear has one.
@@ -79,7 +78,9 @@ def quantized_linears(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     linears = Linears(list(weights), list(w_scales), list(biases))
     if decomposition == "all":
-        threshold, decomposition = EVERYTHING, "column"
+        # As digits of the int8 product, for as many rows as that takes: the weight is read once, in int8.
+        few = rows.shape[0] <= decode.MAX_M
+        threshold, decomposition = EVERYTHING, "token" if few else "column"
     outputs = quantized(rows, threshold, decomposition, linears, sums)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
