@@ -5,6 +5,7 @@ from typing import Any
 from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.gpu import device as gpu
+from int8fx.kernels.gpu import packing
 from int8fx.kernels.ops import int8_linear as ops
 
 
@@ -30,9 +31,9 @@ table.KERNELS.update(
         "cuda": table.Kernel(
             "Triton",
             gpu.load,
-            table.as_it_is,
-            table.same_shape,
-            table.still_as_it_is,
+            packing.pack,
+            packing.packed_shape,
+            packing.unpack,
             falls_back=False,
             joined=gpu.operator,
             normed=gpu.norm_operator,

@@ -35,8 +35,8 @@ def _unsupported(properties: Any) -> str | None:
     return None
 
 
-# Whose product of up to MAX_M rows reads the weight in int8 and is as fast as memory, where a 16-bit one
-# reads twice as much. More rows are a product in 16-bit all the same, of a weight that is converted first.
+# Whose product of up to MAX_M rows reads the weight in int8, where a 16-bit one reads twice as much.
+# More rows are a product in 16-bit all the same, of a weight that has to be converted first.
 _WEIGHT_ONLY = "w8a16"
 
 

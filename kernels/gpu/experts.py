@@ -39,6 +39,7 @@ from int8fx.kernels.gpu.gather import launch_shape
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
 from int8fx.kernels.gpu.launch import empty, launch, precision, run
 from int8fx.kernels.gpu.linear import DTYPES
+from int8fx.kernels.gpu.packing import packed_shape, padded_rows
 from int8fx.kernels.gpu.rounding import int8_rows
 from int8fx.kernels.gpu.routing import (
     block_of_experts,
@@ -194,7 +195,7 @@ def expert_linear(
         x: ``[S, K]``, fp32, bf16 or fp16.
         threshold: an element is an outlier when ``|x| >= threshold``; 0 means no decomposition.
         decomposition: ``"column"`` or ``"token"``.
-        weight: ``[E, N, K]`` int8, contiguous.
+        weight: ``[E, N, K]`` int8, each matrix as ``packing.pack`` leaves it, contiguous.
         w_scale: ``[E, N]`` fp32.
         experts: ``[S]``; or None, where rows come sorted.
         ends: then ``[E]``, where the rows of each expert end.
@@ -211,7 +212,8 @@ def expert_linear(
     _check(x, weight, experts, ends)
     S, (E, N, K) = x.shape[0], weight.shape
     order, ends = order_of(experts, ends, E)
-    rows = x.contiguous() if order is None else x[order]
+    rows = padded_rows(x)
+    rows = rows.contiguous() if order is None else rows[order]
     x_int8, x_scale, source, columns, count = _quantize(rows, threshold, decomposition, ends)
     y = empty(x, (S, N), x.dtype)
     arch = configs.architecture(x.device)
@@ -247,10 +249,11 @@ def expert_linear(
 def _check(x: Tensor, weight: Tensor, experts: Tensor | None, ends: Tensor | None) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
-    if weight.dtype != torch.int8 or weight.dim() != 3 or weight.shape[2] != x.shape[-1]:
+    K = packed_shape(1, x.shape[-1])[1]
+    if weight.dtype != torch.int8 or weight.dim() != 3 or weight.shape[2] != K:
         raise ValueError(
             f"the weight is {weight.dtype} {list(weight.shape)}; "
-            f"with x {list(x.shape)} it has to be int8 [E, N, {x.shape[-1]}]"
+            f"with x {list(x.shape)} it has to be int8 [E, N, {K}]"
         )
     if weight.device != x.device:
         raise ValueError(f"x is on {x.device}, and the weight on {weight.device}")
@@ -323,7 +326,7 @@ def expert_witness(x: Tensor, threshold: float, ends: Tensor) -> Tensor:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    grad_x = expert_linear_backward(grad, *ctx.saved_tensors)
+    grad_x = expert_linear_backward(grad, *ctx.saved_tensors)[:, : ctx.K]
     return (grad_x, *[None] * (ctx.inputs - 1))
 
 

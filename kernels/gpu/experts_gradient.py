@@ -77,7 +77,7 @@ def expert_linear_backward(
         weight, w_scale, experts, ends: as ``expert_linear``'s.
 
     Returns:
-        ``[S, K]`` of grad's dtype.
+        ``[S, K]`` of grad's dtype, zero where rows of the weight were padded.
     """
     S, (E, N, K) = grad.shape[0], weight.shape
     order, ends = order_of(experts, ends, E)

@@ -5,6 +5,9 @@ import triton.language as tl
 
 from int8fx.kernels.gpu.split import halves
 
+# Outlier columns a step, of those that were not gathered.
+STEP_O = tl.constexpr(16)
+
 
 @triton.jit
 def wrapped_range(start, limit, BLOCK: tl.constexpr):
@@ -33,17 +36,21 @@ def scaled_rows(acc_int32, x_scale_ptr, m):
 
 @triton.jit
 def store_tile(
-    y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N,
-    HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr,
+    y, start_m, start_n, linear, wanted, M, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """What of ``y · w_scale + bias`` is inside the result, WIDTH columns after one another: of each, a
-    thread keeps the scale and the bias in registers."""
+    thread keeps the scale and the bias in registers.
+
+    Args:
+        linear: pointers to its weight, scales, bias and result, and N.
+    """
     if y.shape[1] > WIDTH:
         left, right = halves(y)
         middle = start_n + left.shape[1]
-        store_tile(left, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
-        store_tile(right, start_m, middle, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, WIDTH)
+        store_tile(left, start_m, start_n, linear, wanted, M, HAS_BIAS, WIDTH)
+        store_tile(right, start_m, middle, linear, wanted, M, HAS_BIAS, WIDTH)
     else:
+        _, w_scale_ptr, bias_ptr, y_ptr, N = linear
         rows, columns = start_m + tl.arange(0, y.shape[0]), start_n + tl.arange(0, y.shape[1])
         y *= of_columns(w_scale_ptr, columns, N)[None, :]
         if HAS_BIAS:
