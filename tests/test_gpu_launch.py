@@ -151,3 +151,10 @@ def test_a_choice_is_made_anew_for_other_sizes_and_not_for_each_number_of_rows(m
     with tuning.tuning(True):
         launch.launch(gemm_kernel, candidates, 1234, lambda meta: (1,), torch.zeros(1))
     assert keys == [["N0", "N1", "N2", "K"]]
+
+
+def test_max_autotune_tries_two_small_blocks_a_processor_against_a_big_one():
+    """One leaves the tensor cores idle between steps of K, and two read operands more often."""
+    tried = configs.gemm_configs("sm_90", 4096, 4096, 4096, torch.float16, 132)
+    blocks = [(each.block_m + each.extra_m, each.block_n, each.blocks) for each in tried]
+    assert blocks == [(128, 128, 2), (128, 256, 1), (192, 256, 1)]
