@@ -10,7 +10,9 @@ but one of 128 and one of 64, whose 192 registers of a thread leave 63 for every
 - the larger accumulator is stored in pieces (``tiles.store_tile``).
 
 The two products do not overlap: Triton leaves no WGMMA with an int32 accumulator in flight, but waits
-for each before whatever is next, here as in a short tile.
+for each before whatever is next, here as in a short tile. It does so as well where operands are loaded
+by TMA descriptors, in persistent programs, and with ``warp_specialize`` (Triton 3.9). Two blocks of
+128 x 128 on a processor fill each other's waits, but read operands more often: the table has both.
 """
 
 import triton

@@ -3,6 +3,8 @@
 ``benchmarks/gpu_kernels.py`` prints what is asserted here as a table.
 """
 
+import re
+
 import pytest
 
 from int8fx.testing.gpuless import specimens
@@ -95,6 +97,13 @@ def test_sm_90_has_registers_for_both_accumulators_of_a_tall_tile(dtype, constan
     assert seen.blocks_per_multiprocessor == 1
     short, tall = [loop["IGMMA"] for loop in seen.loops if "IGMMA" in loop]
     assert 2 * tall == 3 * short
+
+
+@pytest.mark.parametrize("config", specimens.configs.GEMM["sm_90"][2:], ids=str)
+def test_no_int8_wgmma_of_sm_90_is_in_flight_from_step_to_step(config):
+    """Why the model charges a block that is alone with a drained tensor core (``gpu_model.py``)."""
+    ptx = specimens.gemm("sm_90", config, HAS_OUTLIERS=False).compiled().asm["ptx"]
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) == {"0"}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])

@@ -67,24 +67,14 @@ class Specimen:
     @functools.cached_property
     def inspection(self) -> sass.Inspection:
         """What it compiles to; compiled once in a process."""
-        compiled = compile_kernel(
-            self.kernel,
-            self.arch,
-            self.signature,
-            self.constants,
-            self.num_warps,
-            self.num_stages,
-            unaligned=("M", "S", "tall"),
-        )
-        return sass.inspect(compiled)
+        return sass.inspect(self.compiled())
 
-    def misaligned(self, unaligned: Collection[str]) -> list[str]:
-        """Its vector accesses whose addresses come from a remainder (``nogpu/alignment.py``), for
-        arguments of which 16 divides all but those of these names."""
+    def compiled(self, unaligned: Collection[str] = ("M", "S")) -> Any:
+        """For arguments of which 16 divides all but those of these names."""
         constants = dict(self.constants)
         if "K" in unaligned and "EVEN_K" in constants:
             constants["EVEN_K"] = False
-        compiled = compile_kernel(
+        return compile_kernel(
             self.kernel,
             self.arch,
             self.signature,
@@ -93,6 +83,9 @@ class Specimen:
             self.num_stages,
             (*unaligned, "tall"),
         )
+
+    def misaligned(self, unaligned: Collection[str]) -> list[str]:
+        """Its vector accesses whose addresses come from a remainder (``nogpu/alignment.py``)."""
         arguments = [name for name in self.kernel.arg_names if name in self.signature]
         types = {number: self.signature[name] for number, name in enumerate(arguments)}
         itemsizes = {n: _ITEMSIZES[kind[1:]] for n, kind in types.items() if kind.startswith("*")}
@@ -101,7 +94,7 @@ class Specimen:
             for number, name in enumerate(arguments)
             if types[number] == "i32" and name not in (*unaligned, "tall")
         }
-        return alignment.misaligned(compiled.asm["ptx"], itemsizes, aligned)
+        return alignment.misaligned(self.compiled(unaligned).asm["ptx"], itemsizes, aligned)
 
     def __str__(self) -> str:
         return f"{self.label} {self.arch}"
