@@ -12,8 +12,8 @@ from torch.library import wrap_triton
 
 from int8fx.kernels.gpu import configs, tuning
 
-# What a choice depends on, beside the candidates, in which the class of M is. Each M by itself would
-# be tried anew.
+# What a choice depends on, beside the candidates, which follow M's class: by M itself, each number of
+# rows would be tried anew.
 _SIZES = ("N", "N0", "N1", "N2", "K", "E")
 
 
