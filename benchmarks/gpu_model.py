@@ -21,6 +21,10 @@ ISSUE_SHARE = 0.70
 TILE_CYCLES = 1500
 # Cycles from a load to its value, from L2.
 L2_LATENCY = 600
+# From a step's last int8 WGMMA to the next step's first: Triton leaves none in flight that has an int32
+# accumulator, so the tensor cores wait for a wait, a barrier and the issue. Another block on the same
+# processor fills that; a block alone does not. An estimate: the time of one WGMMA of 256 columns.
+DRAIN_CYCLES = 128
 # What the last program of a tile waits for: its own part to be written, its count, all the parts.
 SUM_LATENCIES = 3
 # Of two parts: the count that tells first from last, then the other's part and its count, and the part.
@@ -122,9 +126,10 @@ def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: 
     step_k = c.block_k * c.unroll
     steps = math.ceil(math.ceil(K / step_k) / c.parts)
     slowest, cycles = [], []
+    drained = DRAIN_CYCLES if _drains(gpu, c, seen, sum(kind.programs for kind in kinds)) else 0
     for kind in kinds:
         step = {
-            "tensor cores": 2 * kind.rows * c.block_n * step_k / (gpu.int8 * TENSOR_SHARE),
+            "tensor cores": 2 * kind.rows * c.block_n * step_k / (gpu.int8 * TENSOR_SHARE) + drained,
             "operand traffic": (kind.rows + c.block_n) * step_k / gpu.port,
             "issue": kind.instructions * c.num_warps / (gpu.issue * ISSUE_SHARE),
         }
@@ -148,6 +153,12 @@ def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: 
     waves = math.ceil(sum(programs) / (gpu.processors * blocks))
     waits = waves * {1: 0, 2: PAIR_LATENCIES}.get(c.parts, SUM_LATENCIES)
     return Time(gpu.gap + limits[limit] + waits * L2_LATENCY / (gpu.clock * 1e9), limit)
+
+
+def _drains(gpu: Gpu, config: Any, seen: Any, tiles: int) -> bool:
+    """Whether a product's blocks are alone on their processors, and multiply by WGMMA."""
+    is_alone = seen.blocks_per_multiprocessor == 1 or tiles * config.parts <= gpu.processors
+    return is_alone and any("IGMMA" in loop for loop in seen.loops)
 
 
 def _kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> list[_Tiles]:

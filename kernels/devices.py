@@ -12,6 +12,7 @@ import torch
 from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.gpu import device as gpu
+from int8fx.kernels.gpu import packing
 from int8fx.kernels.ops import int8_linear as ops
 
 
@@ -37,14 +38,15 @@ table.KERNELS.update(
         table.key_of("cuda"): table.Kernel(
             "Triton",
             gpu.load,
-            table.as_it_is,
-            table.same_shape,
-            table.still_as_it_is,
+            packing.pack,
+            packing.packed_shape,
+            packing.unpack,
             falls_back=False,
             joined=gpu.operator,
             normed=gpu.norm_operator,
             experts=gpu.expert_operator,
             whole_rows=True,
+            slower=gpu.slower,
         ),
     }
 )

@@ -12,7 +12,7 @@ call and multiplied in float. ``without_kernel`` says so, and reports and ``expl
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ class Kernel:
             (``kernels/ops/attention.py``).
         whole_rows: whether Inductor generates the quantisation of a row, in the kernel that computes
             the row, so that it must not split long rows.
+        slower: why a scheme's product, by the scheme's name and a number of rows, would be slower than
+            the 16-bit one, so that it stays in float; or empty.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Kernel:
     experts: Callable[[], Any] = lambda: None
     attends: Callable[[bool], bool] = lambda few: False
     whole_rows: bool = False
+    slower: Callable[[str, Any], str] = lambda scheme, rows: ""
 
     def operators(self) -> frozenset[Any]:
         """The operators of this kernel that take x and quantise it, once it is loaded."""
@@ -158,7 +161,8 @@ def experts(device_type: str) -> Any:
 
 def with_whole_rows() -> frozenset[Any]:
     """The operators of x ``[*, K]`` in front of which Inductor must not split a row."""
-    serving = [kernel for device in devices() if (kernel := kernel_for(device)) and kernel.whole_rows]
+    asking = [device for device in devices() if KERNELS[INT8_LINEAR, INT8, device].whole_rows]
+    serving = [kernel for device in asking if (kernel := kernel_for(device)) and kernel.whole_rows]
     return frozenset().union(*(kernel.operators() for kernel in serving))
 
 
@@ -173,10 +177,17 @@ def devices() -> list[str]:
     return [device for operator, family, device in KERNELS if (operator, family) == (INT8_LINEAR, INT8)]
 
 
-def describe() -> dict[str, str]:
-    """What serves each device type, and why when it is not the fastest, or nothing does."""
+def slower(device_type: str, scheme: str, rows: Any) -> str:
+    """``Kernel.slower`` of the kernel that serves a device."""
+    kernel = kernel_for(device_type)
+    return "" if kernel is None else kernel.slower(scheme, rows)
+
+
+def describe(device_types: Collection[str]) -> dict[str, str]:
+    """What serves these device types, and why when it is not the fastest, or nothing does; only those
+    of the table. Asking loads a kernel, which may be to build it."""
     described = {}
-    for device in devices():
+    for device in [device for device in devices() if device in device_types]:
         kernel = kernel_for(device)
         if kernel is None:
             described[device] = f"none ({refusal(device)})"

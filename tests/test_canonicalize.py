@@ -129,6 +129,18 @@ SPELLINGS = {
     "@=": (lambda x, w: operator.imatmul(x, w), [(K, N)], (B, S, K)),
     "Tensor.__rmatmul__": (lambda x, w: w.__rmatmul__(x), [(K, N)], (B, S, K)),
     "a weight moved to x's device": (lambda x, w: F.linear(x, w.to(x.device)), [(N, K)], (B, S, K)),
+    "a weight moved to a device by name": (lambda x, w: F.linear(x, w.to("cpu")), [(N, K)], (B, S, K)),
+    "a weight moved by keyword": (
+        lambda x, w: F.linear(x, w.to(device=x.device, dtype=x.dtype)),
+        [(N, K)],
+        (B, S, K),
+    ),
+    "a weight moved and cast": (
+        lambda x, w: F.linear(x, w.to(x.device, x.dtype)),
+        [(N, K)],
+        (B, S, K),
+    ),
+    "a transposed weight moved": (lambda x, w: x @ w.t().to(x.device), [(N, K)], (B, S, K)),
     "torch.addmm of a column": (
         lambda x, w, b: torch.addmm(b, flat(x), w),
         [(K, N), (B * S, 1)],
@@ -183,6 +195,9 @@ REFUSED = {
     "a sum of weights": (lambda x, v, w: F.linear(x, v + w), [(N, K)] * 2, "is an activation"),
     "weights": (lambda x, v, w: x[..., :1] * (v @ w).sum(), [(N, K), (K, N)], "both .* weights"),
     "a vector": (lambda x, w: x @ w, [(K,)], "the weight is a vector"),
+    "moved to where x is": (lambda x, w: F.linear(x, w.to(x)), [(N, K)], "is an activation"),
+    "of x's type": (lambda x, w: F.linear(x, w.type_as(x)), [(N, K)], "is an activation"),
+    "moved to the CPU": (lambda x, w: F.linear(x, w.cpu()), [(N, K)], "cpu of weights.0"),
     "a batch": (lambda x, w: x[:, None] @ w, [(B, K, N)], "the weight is a batch of matrices"),
     "alpha": (
         lambda x, w, b: torch.addmm(b, flat(x), w, alpha=2),

@@ -50,6 +50,15 @@ def test_which_gpus_serve(monkeypatch):
     assert "gfx1100 is none of gfx90a" in device._unsupported(SimpleNamespace(gcnArchName="gfx1100"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "given"), [(17, "has 17"), (torch.SymInt, "has a number that varies")]
+)
+def test_weight_only_int8_of_many_rows_would_lose_time(rows, given):
+    assert given in device.slower("w8a16", rows)
+    assert device.slower("w8a16", 16) == ""
+    assert device.slower("llm.int8", rows) == ""
+
+
 def operands(x_dtype=torch.float16, w_dtype=torch.int8, w_device="cpu", K=16) -> tuple:
     x = torch.zeros(3, 16, dtype=x_dtype)
     weight = torch.zeros(8, K, dtype=w_dtype, device=w_device)

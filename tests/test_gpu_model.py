@@ -13,8 +13,10 @@ import gpu_modelled
 from gpu_day import acceptance
 from gpu_day.shapes import LAYERS
 
+from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.gather import launch_shape
 from int8fx.testing.gpuless import specimens
+from int8fx.testing.nogpu import sass
 
 H100 = gpu_model.GPUS[0]
 
@@ -29,6 +31,31 @@ def test_the_page_says_what_a_gpu_has_to_show():
     page = gpu_modelled.PAGE.read_text()
     assert page.startswith("# LLM.int8() on a GPU: a model, not a measurement")
     assert acceptance.page() in page
+
+
+@pytest.mark.parametrize("mma", ["IGMMA", "IMMA"])
+def test_a_block_alone_drains_the_tensor_cores_at_each_step(mma):
+    """Of int8 WGMMA none is in flight from step to step; two blocks fill each other's gaps."""
+    config = configs.GemmConfig(128, 128, 128, 8, 3)
+    loop = {mma: 8, "LDGSTS": 8}
+    two = sass.Inspection(90, 256, 128, 0, 96 << 10, {f"{mma}.64x128x32.S8": 8}, loop, [loop])
+    one = dataclasses.replace(two, registers=168)
+    assert (one.blocks_per_multiprocessor, two.blocks_per_multiprocessor) == (1, 2)
+
+    def cycles(seen: sass.Inspection, M: int) -> float:
+        # So fast a memory, that the tensor cores are the limit.
+        fast = dataclasses.replace(H100, l2=1e15, dram=1e15, port=1024)
+        found = gpu_model.product(fast, config, seen, M, 128 * H100.processors, 4096, 0)
+        assert found.limit == "tensor cores"
+        return (found.seconds - H100.gap) * H100.clock * 1e9
+
+    step = 2 * 128 * 128 * 128 / (H100.int8 * gpu_model.TENSOR_SHARE)
+    drained = gpu_model.DRAIN_CYCLES if mma == "IGMMA" else 0
+    tiles = 2  # of each processor
+    assert cycles(one, 256) == pytest.approx(tiles * (32 * (step + drained) + gpu_model.TILE_CYCLES))
+    assert cycles(two, 256) == pytest.approx(tiles * (32 * step + gpu_model.TILE_CYCLES))
+    # A single tile of each processor is alone, however many there is room for.
+    assert cycles(two, 128) == pytest.approx(32 * (step + drained) + gpu_model.TILE_CYCLES)
 
 
 def test_a_norm_is_limited_by_memory_or_by_its_instructions():

@@ -14,6 +14,7 @@ TIERS = {
     "compiled, Ampere": ("compiled", "sm_8"),
     "compiled, AMD": ("compiled", "gfx"),
     "compiled, others": ("compiled", "not sm_8 and not gfx"),
+    "alignment": ("alignment", ""),
     "executed": ("executed", ""),
     "launches": ("launches", ""),
     "kernels": ("kernels", ""),

@@ -56,7 +56,7 @@ def explain(
         rows=tuple(rows),
         totals=_totals(model, rows, others),
         threshold=checked.threshold,
-        kernel=table.describe(),
+        kernel=table.describe(observation.devices),
         unused=_unused(observation),
         passes=together(observation.outcomes),
         graphs=len(observation.graphs),

@@ -123,6 +123,7 @@ class Observation:
 
     def __init__(self, model: Any, options: Options) -> None:
         self.graphs: list[Graph] = []
+        self.devices: frozenset[str] = frozenset()
         self.runs: list[int] = []
         self.by_linear: dict[tuple[Place, str], Seen] = {}
         self.outcomes: list[list[Outcome]] = []
@@ -168,6 +169,7 @@ class Observation:
     def _watch(self, number: int, compilation: Compilation) -> None:
         """Records what was decided on a graph, and wraps what it computes."""
         self.graphs.append(_graph(compilation))
+        self.devices |= compilation.devices
         for index, candidate in enumerate(compilation.found):
             path = self._path(candidate, compilation.decisions[index].path)
             observer = _Observer(self, (number, index), path, candidate)

@@ -64,6 +64,11 @@ class Compilation:
         return self._memory
 
     @property
+    def devices(self) -> frozenset[str]:
+        """The device types of the inputs. No other's kernel is asked for: that may be building it."""
+        return frozenset(each.device.type for each in self.inputs if isinstance(each, Tensor))
+
+    @property
     def needs_autograd(self) -> bool:
         """Whether a backward pass may come: Dynamo guards on what decides it."""
         return self._enables_grad or (

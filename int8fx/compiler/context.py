@@ -1,7 +1,5 @@
 """What the passes may know of a compile."""
 
-from torch import Tensor
-
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.weight_inputs import packed_key
 from int8fx.kernels import table
@@ -16,11 +14,10 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
     Args:
         for_inductor: whether Inductor compiles the graphs.
     """
-    inputs = (value for value in compilation.inputs if isinstance(value, Tensor))
     return Context(
         fake_mode=compilation.fake_mode,
         find_memory=compilation.memory,
-        devices=tuple(sorted({value.device.type for value in inputs})),
+        devices=tuple(sorted(compilation.devices)),
         needs_autograd=compilation.needs_autograd,
         for_inductor=for_inductor,
         cpp_wrapper=compilation.cpp_wrapper,

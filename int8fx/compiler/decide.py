@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
+from int8fx.kernels import table
 from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
@@ -74,6 +76,8 @@ def select(compilation: Compilation) -> None:
         routed = candidate.routing is not None
         if not reason and routed and choice.scheme.experts is None:
             reason = f"scheme {choice.scheme.name!r} has no product for experts"
+        if not reason and candidate.weight is not None and not routed:
+            reason = _slower(candidate, choice)
         decision = Decision(
             path=path,
             spelling=candidate.spelling,
@@ -102,6 +106,13 @@ def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice
 
 def _choice_of(options: Options, path: str, weight: Tensor) -> Choice:
     return options.choice(path, weight.choice if isinstance(weight, QuantizedWeight) else None)
+
+
+def _slower(candidate: Candidate, choice: Choice) -> str:
+    """Why the product that a scheme makes of a candidate would lose time, or empty."""
+    assert candidate.x is not None
+    x = candidate.x.meta["example_value"]
+    return table.slower(x.device.type, choice.scheme.name, math.prod(x.shape[:-1]))
 
 
 def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:

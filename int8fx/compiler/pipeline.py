@@ -123,7 +123,7 @@ def report(compilation: Compilation) -> None:
     """Hands the decisions to whoever asked for them (``collect_reports``) and to the log."""
     made = Report(
         decisions=tuple(compilation.decisions),
-        kernel=table.describe(),
+        kernel=table.describe(compilation.devices),
         original=readable(compilation.original),
         graph=readable(compilation.root.gm),
         quantizations=compilation.quantizations,

@@ -74,7 +74,7 @@ def are_outliers(x, row, claimed, k, M, K, threshold, norm, NORM: tl.constexpr):
 @triton.jit
 def find_columns(
     witness_ptr, x_ptr, columns_ptr, M, K, threshold, NEIGHBOURS: tl.constexpr, BLOCKS: tl.constexpr,
-    SHORT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
+    SHORT: tl.constexpr, norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """Writes the list of the columns that hold an outlier, in order; returns their number.
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from int8fx.kernels.gpu.packing import padded_rows
+
 # What the integer product of cuBLAS wants of its sizes.
 _MORE_ROWS_THAN, _MULTIPLE = 16, 8
 
@@ -28,15 +30,15 @@ def int8_linear(
     """The formula of ``kernels/ops/linear_reference.py``; NotImplemented for what is not on a GPU.
 
     Args:
-        weight: ``[N, K]`` int8; the others as there.
+        weight: ``[N, K]`` int8 as ``packing.pack`` leaves it; the others as there.
     """
     if x_int8.device.type != "cuda":
         return NotImplemented
-    K = x_int8.shape[-1]
-    acc_int32 = _product(x_int8.reshape(-1, K), weight)
+    K = weight.shape[1]  # of the packed weight
+    acc_int32 = _product(padded_rows(x_int8).reshape(-1, K), weight)
     y = acc_int32.to(torch.float32) * x_scale.reshape(-1, 1)
     if outlier_columns is not None:
-        outliers = x_outlier.reshape(-1, K)
+        outliers = padded_rows(x_outlier).reshape(-1, K)
         y = y + F.linear(outliers, weight.to(outliers.dtype)).to(torch.float32)
     y = y * w_scale
     if bias is not None:

@@ -160,6 +160,15 @@ def warp_size(arch: str) -> int:
     return 64 if arch.startswith("gfx") else 32
 
 
+def counts_parts(arch: str) -> bool:
+    """Whether programs that share a tile may count themselves, so that the last one adds up the parts.
+
+    The count has to come after the stores of all waves of a program. On gfx9 Triton's barrier does not
+    wait for stores, and the atomic after it waits for those of its own wave alone.
+    """
+    return not arch.startswith("gfx")
+
+
 def gemm_rows(arch: str, dtype: torch.dtype) -> list[GemmConfig]:
     """The rows that serve activations of a dtype.
 
@@ -190,7 +199,8 @@ def gemm_configs(
     chosen = []
     for config in gemm_rows(arch, dtype):
         tiles = -(-most // config.block_m) * -(-N // config.block_n)
-        parts = 1 if is_last else gemm_parts(config, tiles, K, processors)
+        splits = counts_parts(arch) and not is_last
+        parts = gemm_parts(config, tiles, K, processors) if splits else 1
         enough = config.block_n <= 128 or is_last or tiles * parts >= _MANY[parts] * processors
         served = config.extra_m == 0 or (is_last and N % _ALIGNED == 0)
         if served and enough and (config.block_m > 64 if is_last else config.block_m <= most):

@@ -40,6 +40,7 @@ from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
 from int8fx.kernels.gpu.split import sum_of_tile
+from int8fx.kernels.gpu.tiles import of_columns, wrapped_range
 from int8fx.kernels.ops.limits import DECODE_ROWS
 from int8fx.kernels.ops.linear_reference import linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_reference
@@ -237,7 +238,7 @@ def decode_kernel(
     # Rows and columns past the end read others, and are not stored: loads without masks pipeline.
     token = (row % TOKENS) % M
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
+    n = wrapped_range(tile_n * BLOCK_N, N, BLOCK_N)
     # The part of K that is this program's.
     length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
     first = part * length
@@ -292,8 +293,8 @@ def decode_kernel(
         y, is_last = sum_of_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
         inside &= is_last
         part = 0  # of one result
-    y *= tl.load(w_scale_ptr + n)[None, :]
+    y *= of_columns(w_scale_ptr, columns, N)[None, :]
     if HAS_BIAS:
-        y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+        y += of_columns(bias_ptr, columns, N)[None, :]
     target = y_ptr + (part * M + m)[:, None] * N + columns[None, :]
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -35,6 +35,28 @@ def _unsupported(properties: Any) -> str | None:
     return None
 
 
+# Whose product of up to MAX_M rows reads the weight in int8, where a 16-bit one reads twice as much.
+# More rows are a product in 16-bit all the same, of a weight that has to be converted first.
+_WEIGHT_ONLY = "w8a16"
+
+
+def slower(scheme: str, rows: Any) -> str:
+    """Why a scheme's product of so many rows would be slower than the 16-bit one, or empty.
+
+    Args:
+        rows: an int; or a SymInt, a number that varies.
+    """
+    from int8fx.kernels.gpu.decode import MAX_M
+
+    if scheme != _WEIGHT_ONLY or (isinstance(rows, int) and rows <= MAX_M):
+        return ""
+    given = rows if isinstance(rows, int) else "a number that varies"
+    return (
+        f"scheme {scheme!r} on a GPU is faster than 16-bit up to {MAX_M} rows, and slower above; "
+        f"here the input has {given}"
+    )
+
+
 def operator() -> tuple[Any, int]:
     """The operator that quantises and multiplies, and how many linears it takes at most."""
     from int8fx.kernels.gpu.groups import MAX_GROUP

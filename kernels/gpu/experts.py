@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.columns import find_columns
@@ -37,7 +37,8 @@ from int8fx.kernels.gpu.decode import add_outlier_columns, quantized_linear_refe
 from int8fx.kernels.gpu.experts_gradient import expert_linear_backward
 from int8fx.kernels.gpu.gather import launch_shape
 from int8fx.kernels.gpu.gemm import int8_product, tile_in_bands
-from int8fx.kernels.gpu.launch import empty, launch, precision
+from int8fx.kernels.gpu.launch import empty, launch, precision, run
+from int8fx.kernels.gpu.packing import packed_shape, padded_rows
 from int8fx.kernels.gpu.rounding import int8_rows
 from int8fx.kernels.gpu.routing import (
     block_of_experts,
@@ -47,6 +48,7 @@ from int8fx.kernels.gpu.routing import (
     rows_of_tile,
     tiles,
 )
+from int8fx.kernels.gpu.tiles import of_columns, wrapped_range
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.expert_linear import check_routing, setup_context, sorted_rows
 from int8fx.kernels.ops.limits import DTYPES
@@ -97,7 +99,7 @@ def quantize_experts_kernel(
         if first < last:
             count = find_columns(
                 witness_ptr + here, x_ptr + first.to(tl.int64) * K, columns_ptr + here,
-                last - first, K, limit, NEIGHBOURS, LIST_BLOCK,
+                last - first, K, limit, NEIGHBOURS, LIST_BLOCK, False, None, "",
             )  # fmt: skip
             tl.store(count_ptr + program, count)
     elif QUANTIZE:
@@ -107,7 +109,7 @@ def quantize_experts_kernel(
             quantize_without_columns(
                 x_ptr + here, witness_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
                 x_scale_ptr + start, first - start, last - start, K, limit,
-                ROWS, 1, CHUNK, CHUNKS, EVEN_K,
+                ROWS, 1, CHUNK, CHUNKS, EVEN_K, False, None, "",
             )  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def expert_gemm_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the end read the last one, and are not stored: loads without masks pipeline.
     m = tl.minimum(rows, last - 1)
-    n = tl.max_contiguous(tl.multiple_of(columns % N, BLOCK_N), BLOCK_N)
+    n = wrapped_range(tile_n * BLOCK_N, N, BLOCK_N)
     if expert == E:
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         _store(y, y_ptr, order_ptr, rows, m, last, columns, N, ORDERED)
@@ -173,7 +175,7 @@ def expert_gemm_kernel(
             y, x_row, rows < last, w_row, columns_ptr + expert.to(tl.int64) * K,
             0, tl.load(count_ptr + expert), BLOCK_O, PRECISION,
         )  # fmt: skip
-    y *= tl.load(w_scale_ptr + expert * N + n)[None, :]
+    y *= of_columns(w_scale_ptr + expert * N, columns, N)[None, :]
     _store(y, y_ptr, order_ptr, rows, m, last, columns, N, ORDERED)
 
 
@@ -193,7 +195,7 @@ def expert_linear(
         x: ``[S, K]``, fp32, bf16 or fp16.
         threshold: an element is an outlier when ``|x| >= threshold``; 0 means no decomposition.
         decomposition: ``"column"`` or ``"token"``.
-        weight: ``[E, N, K]`` int8, contiguous.
+        weight: ``[E, N, K]`` int8, each matrix as ``packing.pack`` leaves it, contiguous.
         w_scale: ``[E, N]`` fp32.
         experts: ``[S]``; or None, where rows come sorted.
         ends: then ``[E]``, where the rows of each expert end.
@@ -210,7 +212,8 @@ def expert_linear(
     _check(x, weight, experts, ends)
     S, (E, N, K) = x.shape[0], weight.shape
     order, ends = order_of(experts, ends, E)
-    rows = x.contiguous() if order is None else x[order]
+    rows = padded_rows(x)
+    rows = rows.contiguous() if order is None else rows[order]
     x_int8, x_scale, source, columns, count = _quantize(rows, threshold, decomposition, ends)
     y = empty(x, (S, N), x.dtype)
     arch = configs.architecture(x.device)
@@ -246,10 +249,11 @@ def expert_linear(
 def _check(x: Tensor, weight: Tensor, experts: Tensor | None, ends: Tensor | None) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
-    if weight.dtype != torch.int8 or weight.dim() != 3 or weight.shape[2] != x.shape[-1]:
+    K = packed_shape(1, x.shape[-1])[1]
+    if weight.dtype != torch.int8 or weight.dim() != 3 or weight.shape[2] != K:
         raise ValueError(
             f"the weight is {weight.dtype} {list(weight.shape)}; "
-            f"with x {list(x.shape)} it has to be int8 [E, N, {x.shape[-1]}]"
+            f"with x {list(x.shape)} it has to be int8 [E, N, {K}]"
         )
     if weight.device != x.device:
         raise ValueError(f"x is on {x.device}, and the weight on {weight.device}")
@@ -269,7 +273,9 @@ def _quantize(
     columns, count = empty(x, (E, K), torch.int32), empty(x, (E,), torch.int32)
     shape = list_shape(S, K, x.dtype)
     programs = E if fused else E + tiles(S, E, shape["ROWS"])
-    wrap_triton(quantize_experts_kernel)[(programs,)](
+    run(
+        quantize_experts_kernel,
+        (programs,),
         source,
         expert_witness(x, threshold, ends),
         ends,
@@ -320,7 +326,7 @@ def expert_witness(x: Tensor, threshold: float, ends: Tensor) -> Tensor:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    grad_x = expert_linear_backward(grad, *ctx.saved_tensors)
+    grad_x = expert_linear_backward(grad, *ctx.saved_tensors)[:, : ctx.K]
     return (grad_x, *[None] * (ctx.inputs - 1))
 
 

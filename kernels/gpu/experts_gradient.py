@@ -10,11 +10,11 @@ Rows find their experts as in ``experts.py``; one without an expert has the grad
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.gemm import tile_in_bands
-from int8fx.kernels.gpu.launch import empty, precision
+from int8fx.kernels.gpu.launch import empty, precision, run
 from int8fx.kernels.gpu.routing import block_of_experts, order_of, rows_of_tile, tiles
 
 # One for all GPUs: a backward pass is not what these kernels are made for.
@@ -77,13 +77,15 @@ def expert_linear_backward(
         weight, w_scale, experts, ends: as ``expert_linear``'s.
 
     Returns:
-        ``[S, K]`` of grad's dtype.
+        ``[S, K]`` of grad's dtype, zero where rows of the weight were padded.
     """
     S, (E, N, K) = grad.shape[0], weight.shape
     order, ends = order_of(experts, ends, E)
     grad_x = empty(grad, (S, K), grad.dtype)
     blocks = tiles(S, E, SHAPE["BLOCK_M"]) * -(-K // SHAPE["BLOCK_K"])
-    wrap_triton(expert_gradient_kernel)[(blocks,)](
+    run(
+        expert_gradient_kernel,
+        (blocks,),
         grad.contiguous(),
         ends,
         ends if order is None else order,

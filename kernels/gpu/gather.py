@@ -5,16 +5,17 @@ One launch between the kernel that computes ``x`` (and its witness, ``columns.py
     C                       = outlier columns of x, in order
     x_scale[m], x_int8[m]   = row m quantised without the columns in C        (column decomposition)
     x_gathered[m, j]        = x[m, C[j]]
-    w_gathered[n, j]        = w_int8[n, C[j]]
+    w_gathered[n, j]        = w_int8[n, C[j]]                     of the first columns
     count                   = |C|
 
 Some programs list C and gather, the others quantise: those ask which columns are outliers, and never
 in what order, which is what takes the instructions. Neither waits for the other.
 
 The outlier product then runs over contiguous operands that need no mask: both are zero from ``count``
-up to the next multiple of ``BLOCK_O``. Their capacity is all of K, so nothing is ever dropped; memory
-beyond what is written is not touched. Plain gathering inside the product costs it 60 registers a
-thread, and its pipelining.
+up to the next multiple of ``BLOCK_O``. ``x_gathered`` has room for all of K, as x has. ``w_gathered``
+has room for some of them (``w_capacity``), so that it stays small beside the weight: the product reads
+the columns beyond from the weight itself, and nothing is ever dropped. Plain gathering inside the
+product costs registers, and its pipelining.
 
 Source: Dettmers et al. 2022, "LLM.int8()", section 3.2.
 """
@@ -34,6 +35,7 @@ from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 
 BLOCK_O = 32
+_LEAST_COLUMNS = 256
 _FEW_ROWS, _MANY_ROWS = 256, 1024
 _NEIGHBOURS = 8  # columns of the witness, in one load of a thread
 
@@ -58,7 +60,7 @@ def quantize_gather_reference(
 def _gather(
     source_ptr, target_ptr, target_rows, source_rows, inside, columns_ptr, count, K, CAPACITY,
     BLOCK_O: tl.constexpr,
-    M=None, threshold=None, SIFT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
+    M, threshold, SIFT: tl.constexpr, norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """``target[r, j] = source[r, columns[j]]``, zero from ``count`` to the end of its block, and with
     SIFT what is no outlier."""
@@ -86,12 +88,12 @@ def quantize_gather_kernel(
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     x_int8_ptr,  # [M, K]
     x_scale_ptr,  # [M]
-    x_gathered_ptr,  # [M, CAPACITY]
-    w_gathered_ptr,  # [N0 + N1 + N2, CAPACITY]
-    columns_ptr,  # [K] int32, to work with
+    x_gathered_ptr,  # [M, X_CAPACITY]
+    w_gathered_ptr,  # [N0 + N1 + N2, W_CAPACITY]
+    columns_ptr,  # [K] int32
     count_ptr,  # [1] int32
     counters_ptr,  # [COUNTERS] int32, which this makes zeros
-    M, N0, N1, N2, K, CAPACITY,
+    M, N0, N1, N2, K, X_CAPACITY, W_CAPACITY,
     threshold,
     NORM: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -131,20 +133,31 @@ def quantize_gather_kernel(
             n = block * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
             inside = n < pick(group, N0, N1, N2)
             w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
+            room = tl.minimum(count, W_CAPACITY)
             _gather(w_ptr, w_gathered_ptr, n + pick(group, 0, N0, N0 + N1), n, inside, columns_ptr,
-                    count, K, CAPACITY, BLOCK_O)  # fmt: skip
+                    room, K, W_CAPACITY, BLOCK_O, M, limit, False, None, "")  # fmt: skip
         else:
             m = (program - of_x) * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
             # x that Inductor quantised comes without what is no outlier; a norm comes whole.
             SIFT: tl.constexpr = NORM != "" and not QUANTIZE
             _gather(x_ptr, x_gathered_ptr, m, m, m < M, columns_ptr,
-                    count, K, CAPACITY, BLOCK_O, M, limit, SIFT, norm, NORM)  # fmt: skip
+                    count, K, X_CAPACITY, BLOCK_O, M, limit, SIFT, norm, NORM)  # fmt: skip
     elif QUANTIZE:
         first = (program - of_rows) * ROWS * STEPS
         quantize_without_columns(
             x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, first, M, K, limit,
             ROWS, STEPS, CHUNK, CHUNKS, EVEN_K, SHORT, norm, NORM,
         )  # fmt: skip
+
+
+def x_capacity(K: int) -> int:
+    """Columns that there is room for in ``x_gathered``: all."""
+    return -(-K // BLOCK_O) * BLOCK_O
+
+
+def w_capacity(K: int) -> int:
+    """Columns that there is room for in ``w_gathered``: what makes it an eighth of the int8 weight."""
+    return min(x_capacity(K), x_capacity(max(_LEAST_COLUMNS, K // 16)))
 
 
 def launch_shape(

@@ -20,7 +20,7 @@ from torch import Tensor
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.split import sum_of_large_tile
 from int8fx.kernels.gpu.tall import tall_tile
-from int8fx.kernels.gpu.tiles import scaled_rows, store_tile, wrapped_range
+from int8fx.kernels.gpu.tiles import STEP_O, scaled_rows, store_tile, wrapped_range
 
 
 def gemm_reference(
@@ -107,70 +107,105 @@ def int8_product(
 
 
 @triton.jit
+def part_of_range(length, part, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
+    """The first and the last of a part's share of a range, in whole blocks."""
+    share = tl.cdiv(tl.cdiv(length, BLOCK), SPLIT_K) * BLOCK
+    return part * share, tl.minimum(part * share + share, length)
+
+
+@triton.jit
 def _add_outliers(
-    acc, x_ptr, w_ptr, m, w_rows, first, last, CAPACITY,
-    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+    acc, outliers, w_ptr, start_m, start_n, part, M, N, K,
+    BLOCK_O: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + x_gathered[m] @ w_gathered[w_rows]ᵀ``, of gathered columns ``first`` to ``last``."""
+    """``acc + x_gathered @ w_gatheredᵀ`` of a tile, or the part of it that is this program's.
+
+    Columns beyond those that there is room for in ``w_gathered`` are read from the weight itself.
+    """
+    x_gathered_ptr, w_gathered_ptr, columns_ptr, count_ptr, X_CAPACITY, W_CAPACITY = outliers
+    m, n = wrapped_range(start_m, M, acc.shape[0]), wrapped_range(start_n, N, acc.shape[1])
+    count = tl.load(count_ptr)
+    gathered = tl.minimum(count, W_CAPACITY)
+    first, last = part_of_range(gathered, part, SPLIT_K, BLOCK_O)
     j = first + tl.arange(0, BLOCK_O)
-    x_tile = x_ptr + m.to(tl.int64)[:, None] * CAPACITY + j[None, :]
-    w_tile = w_ptr + w_rows.to(tl.int64)[None, :] * CAPACITY + j[:, None]
+    x_tile = x_gathered_ptr + m.to(tl.int64)[:, None] * X_CAPACITY + j[None, :]
+    w_tile = w_gathered_ptr + n.to(tl.int64)[None, :] * W_CAPACITY + j[:, None]
     for _ in range(first, last, BLOCK_O):
         acc = tl.dot(tl.load(x_tile), tl.load(w_tile), acc, input_precision=PRECISION)
         x_tile += BLOCK_O
         w_tile += BLOCK_O
+    first, last = part_of_range(count - gathered, part, SPLIT_K, BLOCK_O)
+    x_row = x_gathered_ptr + start_m.to(tl.int64) * X_CAPACITY
+    w_row = w_ptr + start_n.to(tl.int64) * K
+    m = tl.minimum(tl.arange(0, acc.shape[0]), M - 1 - start_m) * X_CAPACITY
+    n = tl.minimum(tl.arange(0, acc.shape[1]), N - 1 - start_n) * K
+    return _add_others(
+        acc, x_row, w_row, m, n, columns_ptr, gathered + first, gathered + last, count, PRECISION
+    )
+
+
+@triton.jit
+def _add_others(acc, x_ptr, w_ptr, m, n, columns_ptr, first, last, count, PRECISION: tl.constexpr):
+    """``acc + x_gathered[m, j] @ w[n, columns[j]]ᵀ``, of j from ``first`` to ``last``. Rows are 32-bit
+    distances: pointers would be twice the registers."""
+    for start in tl.range(first, last, STEP_O, num_stages=1):
+        j = tl.arange(0, STEP_O)
+        # x is zero from count to the end of its block, so that any column will do there.
+        k = tl.load(columns_ptr + start + j, mask=start + j < count, other=0)
+        x = tl.load(x_ptr + start + (m[:, None] + j[None, :]))
+        w = tl.load(w_ptr + (n[None, :] + k[:, None]))
+        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
 def _tile(
-    start_m, start_n, x_int8_ptr, x_scale_ptr, x_gathered_ptr, w_gathered_ptr, count_ptr,
-    parts_ptr, counters_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, w_offset, M, N, K, CAPACITY,
+    start_m, start_n, rows, outliers, sums, linear, M, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
     SPLIT_K: tl.constexpr, UNROLL: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows and BLOCK_N columns of one linear, or a part of their sum."""
+    """BLOCK_M rows and BLOCK_N columns of one linear, or a part of their sum.
+
+    Args:
+        rows, outliers, sums, linear: as ``gemm_kernel`` makes them of its operands.
+    """
+    x_int8_ptr, x_scale_ptr = rows
+    w_ptr, _, _, _, N = linear
     m, n = wrapped_range(start_m, M, BLOCK_M), wrapped_range(start_n, N, BLOCK_N)
     part, first, last = 0, 0, K
     if SPLIT_K > 1:
         part = tl.program_id(1)
-        length = tl.cdiv(tl.cdiv(K, BLOCK_K * UNROLL), SPLIT_K) * (BLOCK_K * UNROLL)
-        first = part * length
-        last = tl.minimum(first + length, K)
+        first, last = part_of_range(K, part, SPLIT_K, BLOCK_K * UNROLL)
     acc_int32 = int8_product(
         x_int8_ptr, w_ptr, m, n, first, last, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UNROLL
     )
     y = scaled_rows(acc_int32, x_scale_ptr, m)
     if HAS_OUTLIERS:
-        first, last = 0, tl.load(count_ptr)
-        if SPLIT_K > 1:
-            share = tl.cdiv(tl.cdiv(last, BLOCK_O), SPLIT_K) * BLOCK_O
-            first = part * share
-            last = tl.minimum(first + share, last)
         y = _add_outliers(
-            y, x_gathered_ptr, w_gathered_ptr, m, w_offset + n, first, last, CAPACITY,
-            BLOCK_O, PRECISION,
-        )  # fmt: skip
+            y, outliers, w_ptr, start_m, start_n, part, M, N, K, BLOCK_O, SPLIT_K, PRECISION
+        )
     wanted = True
     if SPLIT_K > 1:
+        parts_ptr, counters_ptr = sums
         y, wanted = sum_of_large_tile(y, part, parts_ptr, counters_ptr, SPLIT_K)
-    store_tile(y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, wanted, M, N, HAS_BIAS, BLOCK_N)
+    store_tile(y, start_m, start_n, linear, wanted, M, HAS_BIAS, BLOCK_N)
 
 
 @triton.jit
 def gemm_kernel(
     x_int8_ptr,  # [M, K] int8
     x_scale_ptr,  # [M] fp32
-    x_gathered_ptr,  # [M, CAPACITY]
-    w_gathered_ptr,  # [N0 + N1 + N2, CAPACITY]
+    x_gathered_ptr,  # [M, X_CAPACITY]
+    w_gathered_ptr,  # [N0 + N1 + N2, W_CAPACITY]
+    columns_ptr,  # [K] int32
     count_ptr,  # [1] int32
     parts_ptr, counters_ptr,  # see split.py, where SPLIT_K > 1
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
     w_scale0_ptr, w_scale1_ptr, w_scale2_ptr,  # [N] fp32
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
     y0_ptr, y1_ptr, y2_ptr,  # [M, N]
-    M, N0, N1, N2, K, CAPACITY,
+    M, N0, N1, N2, K, X_CAPACITY, W_CAPACITY,
     tall,  # tiles of BLOCK_M + EXTRA_M rows in each column of tiles, where EXTRA_M
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,28 +226,28 @@ def gemm_kernel(
     tiles_n = first1 + tl.cdiv(N2, BLOCK_N)
     start_m, tile_n, is_tall = _place(tall, M, tiles_n, BLOCK_M, EXTRA_M, GROUP_M)
     N, w_ptr, w_scale_ptr, bias_ptr, y_ptr = N0, w0_ptr, w_scale0_ptr, bias0_ptr, y0_ptr
-    w_offset = 0
     if GROUPED:
         group = (tile_n >= first0).to(tl.int32) + (tile_n >= first1).to(tl.int32)
         tile_n -= pick(group, 0, first0, first1)
         N = pick(group, N0, N1, N2)
-        w_offset = pick(group, 0, N0, N0 + N1)
+        w_gathered_ptr += pick(group, 0, N0, N0 + N1).to(tl.int64) * W_CAPACITY
         w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
         w_scale_ptr = pick(group, w_scale0_ptr, w_scale1_ptr, w_scale2_ptr)
         y_ptr = pick(group, y0_ptr, y1_ptr, y2_ptr)
         if HAS_BIAS:
             bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
     start_n = tile_n * BLOCK_N
+    rows = (x_int8_ptr, x_scale_ptr)
+    outliers = (x_gathered_ptr, w_gathered_ptr, columns_ptr, count_ptr, X_CAPACITY, W_CAPACITY)
+    linear = (w_ptr, w_scale_ptr, bias_ptr, y_ptr, N)
     if EXTRA_M and is_tall:
         tall_tile(
-            start_m, start_n, x_int8_ptr, x_scale_ptr, x_gathered_ptr, w_gathered_ptr, count_ptr,
-            w_ptr, w_scale_ptr, bias_ptr, y_ptr, w_offset, M, N, K, CAPACITY,
+            start_m, start_n, rows, outliers, linear, M, K,
             BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, BLOCK_O, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
         )  # fmt: skip
     else:
         _tile(
-            start_m, start_n, x_int8_ptr, x_scale_ptr, x_gathered_ptr, w_gathered_ptr, count_ptr,
-            parts_ptr, counters_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, w_offset, M, N, K, CAPACITY,
+            start_m, start_n, rows, outliers, (parts_ptr, counters_ptr), linear, M, K,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_O, SPLIT_K, UNROLL, EVEN_K, HAS_BIAS, HAS_OUTLIERS,
             PRECISION,
         )  # fmt: skip

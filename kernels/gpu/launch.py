@@ -1,5 +1,6 @@
 """What launching a kernel takes, whichever it is: a row of its table, memory, a precision."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,10 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from int8fx.kernels.gpu import configs, tuning
+
+# What a choice depends on, beside the candidates, which follow M's class: by M itself, each number of
+# rows would be tried anew.
+_SIZES = ("N", "N0", "N1", "N2", "K", "E")
 
 
 def launch(
@@ -22,13 +27,19 @@ def launch(
 ) -> None:
     """Launches with the last of the candidates, or, while tuning, with the fastest of them."""
     if tuning.enabled() and len(candidates) > 1:
-        wrap_triton(_tuned(kernel, tuple(candidates), K))[grid](*args, **constants)
+        run(_tuned(kernel, tuple(candidates), K), grid, *args, **constants)
         return
     chosen = candidates[-1]
     constants |= chosen.constants(K)
-    wrap_triton(kernel)[grid(constants)](
-        *args, **constants, num_warps=chosen.num_warps, num_stages=chosen.num_stages
-    )
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    run(kernel, grid(constants), *args, **constants, **options)
+
+
+def run(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+    """Launches on the device of the operands, which may not be the current one."""
+    device = next(each.device for each in args if isinstance(each, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        wrap_triton(kernel)[grid](*args, **constants)
 
 
 @functools.cache
@@ -37,7 +48,8 @@ def _tuned(kernel: Any, candidates: tuple[Any, ...], K: int) -> Any:
         triton.Config(candidate.constants(K), candidate.num_warps, candidate.num_stages)
         for candidate in candidates
     ]
-    return triton.autotune(tried, key=[])(kernel)
+    key = [name for name in kernel.arg_names if name in _SIZES]
+    return triton.autotune(tried, key=key)(kernel)
 
 
 def empty(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:

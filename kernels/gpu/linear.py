@@ -26,15 +26,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from int8fx.kernels.gpu import configs, decode, tile_tables
 from int8fx.kernels.gpu.columns import witness_rows
 from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
-from int8fx.kernels.gpu.gather import BLOCK_O, launch_shape, programs, quantize_gather_kernel
+from int8fx.kernels.gpu.gather import (
+    BLOCK_O,
+    launch_shape,
+    programs,
+    quantize_gather_kernel,
+    w_capacity,
+    x_capacity,
+)
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
-from int8fx.kernels.gpu.launch import empty, launch, precision
+from int8fx.kernels.gpu.launch import empty, launch, precision, run
+from int8fx.kernels.gpu.packing import packed_shape, padded_rows
 from int8fx.kernels.gpu.rounding import int8_rows, quantize_rows
 from int8fx.kernels.ops.gradients import linears_backward, linears_setup
 from int8fx.kernels.ops.limits import DTYPES
@@ -58,13 +66,13 @@ def int8_linears_gpu(
     Args:
         x: ``[*, K]``, fp32, bf16 or fp16.
         threshold: an element is an outlier when ``|x| >= threshold``; 0 means no decomposition.
-        decomposition: ``"column"``, ``"token"``, or ``"all"``, which is the first with a threshold that
-            everything reaches.
-        weights: each ``[N_i, K]`` int8, contiguous.
+        decomposition: ``"column"``, ``"token"``, or ``"all"``, in which everything is an outlier.
+        weights: each ``[N_i, K]`` int8 as ``packing.pack`` leaves it, contiguous.
         w_scales: each ``[N_i]`` fp32.
         biases: each ``[N_i]``, all of one dtype; or empty, no linear has one.
         sums: of partial results are the kernel's to take; False leaves them to what Inductor fuses with
-            the result (``decode.py``, split K). The result is the same.
+            the result (``decode.py``, split K), as does a GPU on which programs cannot count themselves
+            (``configs.counts_parts``). The result is the same.
 
     Returns:
         each ``[*, N_i]``, of x's dtype.
@@ -75,10 +83,12 @@ def int8_linears_gpu(
             dtype, width or device.
     """
     check(x, weights, biases)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = padded_rows(x.reshape(-1, x.shape[-1])).contiguous()
     linears = Linears(list(weights), list(w_scales), list(biases))
     if decomposition == "all":
-        threshold, decomposition = EVERYTHING, "column"
+        # As digits of the int8 product, for as many rows as that takes: the weight is read in int8.
+        few = rows.shape[0] <= decode.MAX_M
+        threshold, decomposition = EVERYTHING, "token" if few else "column"
     outputs = quantized(rows, threshold, decomposition, linears, sums)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
@@ -91,11 +101,12 @@ def check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Non
         )
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    K = packed_shape(1, x.shape[-1])[1]
     for weight in weights:
-        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != K:
             raise ValueError(
                 f"a weight is {weight.dtype} {list(weight.shape)}; "
-                f"with x {list(x.shape)} it has to be int8 [N, {x.shape[-1]}]"
+                f"with x {list(x.shape)} it has to be int8 [N, {K}]"
             )
         if weight.device != x.device:
             raise ValueError(f"x is on {x.device}, and a weight on {weight.device}")
@@ -191,7 +202,7 @@ def _decode(
     candidates = tile_tables.decode_tiles(candidates, x.device, kind, N, K, dtype)
     parts = configs.split_k(kind, candidates[-1], N, K, processors)
     flags = linears.flags
-    sums = sums and parts > 1
+    sums = sums and parts > 1 and configs.counts_parts(arch)
     if parts > 1 and not sums:
         outputs = linears.outputs(x, parts, M, dtype=torch.float32)
         flags["HAS_BIAS"] = False  # part of the sum
@@ -292,6 +303,7 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
         *linears.N,
         K,
         gathered[0].shape[-1],
+        gathered[1].shape[-1],
         _tall(M, linears, processors, candidates),
         BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
@@ -334,19 +346,21 @@ def _memory_of_parts(x: Tensor, linears: Linears, candidates: list[configs.GemmC
 
 
 def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor, ...]:
-    """What the product reads of outliers: ``x_gathered, w_gathered, count``; and counters."""
+    """What the product reads of outliers: ``x_gathered, w_gathered, columns, count``; and counters."""
     x, dtype = source.x, source.dtype
     M, K = x.shape
     if threshold == 0:
-        return x, x, source.x_scale, source.x_scale  # not read
-    capacity = -(-K // BLOCK_O) * BLOCK_O
-    x_gathered = empty(x, (M, capacity), dtype)
-    w_gathered = empty(x, (sum(linears.widths), capacity), dtype)
+        return x, x, source.x_scale, source.x_scale, source.x_scale  # not read
+    capacities = x_capacity(K), w_capacity(K)
+    x_gathered = empty(x, (M, capacities[0]), dtype)
+    w_gathered = empty(x, (sum(linears.widths), capacities[1]), dtype)
     columns, count = empty(x, (K,), torch.int32), empty(x, (1,), torch.int32)
     counters = empty(x, (configs.COUNTERS,), torch.int32)
     shape = launch_shape(M, K, sum(linears.widths), dtype, source.norm, not source.quantized)
     grid = programs(shape, M, linears.widths, not source.quantized)
-    wrap_triton(quantize_gather_kernel)[(grid,)](
+    run(
+        quantize_gather_kernel,
+        (grid,),
         x,
         source.witness,
         *source.norm_operands,
@@ -361,14 +375,14 @@ def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor,
         M,
         *linears.N,
         K,
-        capacity,
+        *capacities,
         threshold,
         NORM=source.norm,
         QUANTIZE=not source.quantized,
         COUNTERS=configs.COUNTERS,
         **shape,
     )
-    return x_gathered, w_gathered, count, counters
+    return x_gathered, w_gathered, columns, count, counters
 
 
 # Gradients are straight-through, as in kernels/ops/int8_linear.py.

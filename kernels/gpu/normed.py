@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from int8fx.kernels.gpu import decode
 from int8fx.kernels.gpu.columns import witness_dtype
-from int8fx.kernels.gpu.launch import empty
+from int8fx.kernels.gpu.launch import empty, run
 from int8fx.kernels.gpu.linear import Linears, Source, check, product, quantized
 from int8fx.kernels.gpu.norm import (
     NORMS,
@@ -25,6 +25,7 @@ from int8fx.kernels.gpu.norm import (
     normalized_reference,
     serves,
 )
+from int8fx.kernels.gpu.packing import padded_rows
 
 
 @triton_op("int8fx::normed_linears_gpu", mutates_args=())
@@ -71,7 +72,8 @@ def normed_linears(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     addends = addend.reshape(rows.shape).contiguous() if addend is not None else None
     linears = Linears(list(weights), list(w_scales), list(biases))
-    if rows.shape[0] > decode.MAX_M and serves(rows):
+    aligned = weights[0].shape[1] == rows.shape[1]  # else h is given zeros at the end of its rows
+    if rows.shape[0] > decode.MAX_M and serves(rows) and aligned:
         source, total = _look(
             rows, addends, norm, norm_weight, norm_bias, eps, threshold, decomposition
         )
@@ -81,7 +83,7 @@ def normed_linears(
         h = normalized_reference(
             total, *norm_statistics(total, norm, eps), norm_weight, norm_bias, norm
         )
-        outputs = quantized(h, threshold, decomposition, linears, sums)
+        outputs = quantized(padded_rows(h), threshold, decomposition, linears, sums)
     results = outputs if addend is None else [*outputs, total]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
 
@@ -103,7 +105,9 @@ def _look(
     witness = empty(x, (K,), witness_dtype(M))
     x_int8 = empty(x, (M, K), torch.int8)
     quantizes = decomposition == "token"
-    wrap_triton(norm_kernel)[(M,)](
+    run(
+        norm_kernel,
+        (M,),
         x,
         addend,
         total if addend is not None else None,

@@ -1,7 +1,8 @@
 """Split K inside a kernel: programs that share a tile count themselves, and the last one adds up.
 
 The grid is ``(tiles, SPLIT_K)``. The order of summation is fixed, whoever comes last, so a result is
-the same bits every time. Nobody waits for a program that may not have started.
+the same bits every time. Nobody waits for a program that may not have started. Not on gfx9
+(``configs.counts_parts``).
 """
 
 import triton

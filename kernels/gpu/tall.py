@@ -10,43 +10,45 @@ but one of 128 and one of 64, whose 192 registers of a thread leave 63 for every
 - the larger accumulator is stored in pieces (``tiles.store_tile``).
 
 The two products do not overlap: Triton leaves no WGMMA with an int32 accumulator in flight, but waits
-for each before whatever is next, here as in a short tile.
+for each before whatever is next, here as in a short tile. It does so as well where operands are loaded
+by TMA descriptors, in persistent programs, and with ``warp_specialize`` (Triton 3.9). Two blocks of
+128 x 128 on a processor fill each other's waits, but read operands more often: the table has both.
 """
 
 import triton
 import triton.language as tl
 
-from int8fx.kernels.gpu.tiles import scaled_rows, store_tile
+from int8fx.kernels.gpu.tiles import STEP_O, scaled_rows, store_tile
 
 _PIECE = tl.constexpr(64)
 
 
 @triton.jit
 def tall_tile(
-    start_m, start_n, x_int8_ptr, x_scale_ptr, x_gathered_ptr, w_gathered_ptr, count_ptr,
-    w_ptr, w_scale_ptr, bias_ptr, y_ptr, w_offset, M, N, K, CAPACITY,
+    start_m, start_n, rows, outliers, linear, M, K,
     BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUTLIERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M + EXTRA_M rows, all of them inside, and BLOCK_N columns of one linear."""
+    x_int8_ptr, x_scale_ptr = rows
+    w_ptr, _, _, _, N = linear
     m, extra = tl.arange(0, BLOCK_M), BLOCK_M + tl.arange(0, EXTRA_M)
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - start_n)
     row, column = start_m.to(tl.int64), start_n.to(tl.int64)
+    w_ptr += column * K
     acc_int32, extra_int32 = _tall_int8_products(
-        x_int8_ptr + row * K, w_ptr + column * K, m, extra, n, K, BLOCK_K, EVEN_K
+        x_int8_ptr + row * K, w_ptr, m, extra, n, K, BLOCK_K, EVEN_K
     )
     y = scaled_rows(acc_int32, x_scale_ptr + start_m, m)
     y_extra = scaled_rows(extra_int32, x_scale_ptr + start_m, extra)
     if HAS_OUTLIERS:
-        w_gathered_ptr += (w_offset + column) * CAPACITY
         y, y_extra = _add_tall_outliers(
-            y, y_extra, x_gathered_ptr + row * CAPACITY, w_gathered_ptr, m, extra, n,
-            tl.load(count_ptr), CAPACITY, BLOCK_O, PRECISION,
-        )  # fmt: skip
+            y, y_extra, outliers, w_ptr, row, column, m, extra, n, K, BLOCK_O, PRECISION
+        )
     below = start_m + BLOCK_M
-    store_tile(y, start_m, start_n, w_scale_ptr, bias_ptr, y_ptr, True, M, N, HAS_BIAS, _PIECE)
-    store_tile(y_extra, below, start_n, w_scale_ptr, bias_ptr, y_ptr, True, M, N, HAS_BIAS, BLOCK_N)
+    store_tile(y, start_m, start_n, linear, True, M, HAS_BIAS, _PIECE)
+    store_tile(y_extra, below, start_n, linear, True, M, HAS_BIAS, BLOCK_N)
 
 
 @triton.jit
@@ -75,17 +77,28 @@ def _tall_int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr, EVE
 
 @triton.jit
 def _add_tall_outliers(
-    acc, acc_extra, x_ptr, w_ptr, m, extra, n, count, CAPACITY,
+    acc, acc_extra, outliers, w_ptr, row, column, m, extra, n, K,
     BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + x_gathered[m] @ w_gathered[n]ᵀ``, and the same for ``extra``."""
+    """``acc + x_gathered[m] @ w_gathered[n]ᵀ``, and the same for ``extra``; see ``gemm.py``."""
+    x_ptr, w_gathered_ptr, columns_ptr, count_ptr, X_CAPACITY, W_CAPACITY = outliers
+    count = tl.load(count_ptr)
+    gathered = tl.minimum(count, W_CAPACITY)
+    x_ptr += row * X_CAPACITY
+    x_row, extra_row = m[:, None] * X_CAPACITY, extra[:, None] * X_CAPACITY
     j = tl.arange(0, BLOCK_O)
-    x_tile, extra_tile = m[:, None] * CAPACITY + j[None, :], extra[:, None] * CAPACITY + j[None, :]
-    w_tile = n[None, :] * CAPACITY + j[:, None]
-    for _ in tl.range(0, count, BLOCK_O, num_stages=1):
-        w = tl.load(w_ptr + w_tile)
-        acc = tl.dot(tl.load(x_ptr + x_tile), w, acc, input_precision=PRECISION)
-        acc_extra = tl.dot(tl.load(x_ptr + extra_tile), w, acc_extra, input_precision=PRECISION)
-        x_ptr += BLOCK_O
-        w_ptr += BLOCK_O
+    w_tile = n[None, :] * W_CAPACITY + j[:, None]
+    w_gathered_ptr += column * W_CAPACITY
+    for start in tl.range(0, gathered, BLOCK_O, num_stages=1):
+        w = tl.load(w_gathered_ptr + start + w_tile)
+        x_tile = x_ptr + start + j[None, :]
+        acc = tl.dot(tl.load(x_tile + x_row), w, acc, input_precision=PRECISION)
+        acc_extra = tl.dot(tl.load(x_tile + extra_row), w, acc_extra, input_precision=PRECISION)
+    listed = tl.arange(0, STEP_O)
+    for start in tl.range(gathered, count, STEP_O, num_stages=1):
+        k = tl.load(columns_ptr + start + listed, mask=start + listed < count, other=0)
+        w = tl.load(w_ptr + (n[None, :] * K + k[:, None])).to(x_ptr.dtype.element_ty)
+        x_others = x_ptr + start + listed[None, :]
+        acc = tl.dot(tl.load(x_others + x_row), w, acc, input_precision=PRECISION)
+        acc_extra = tl.dot(tl.load(x_others + extra_row), w, acc_extra, input_precision=PRECISION)
     return acc, acc_extra

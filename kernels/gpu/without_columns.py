@@ -21,7 +21,7 @@ def quantize_without_columns(
     x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, first, M, K, threshold,
     ROWS: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
-    SHORT: tl.constexpr = False, norm=None, NORM: tl.constexpr = "",
+    SHORT: tl.constexpr, norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """Writes ``x_int8`` and ``x_scale`` of STEPS times ROWS rows from ``first``. The CHUNKS of a row
     stay in registers between, and so does what is known of their columns; 0: it is too long."""

@@ -3,6 +3,8 @@
 ``benchmarks/gpu_kernels.py`` prints what is asserted here as a table.
 """
 
+import re
+
 import pytest
 
 from int8fx.testing.gpuless import specimens
@@ -49,20 +51,22 @@ def test_the_instruction_is_the_best_of_its_architecture(arch, rows_64, rows_16)
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_operands_arrive_by_asynchronous_copies(arch):
-    """The loops over K, and the product's over outliers: a plain load in one would stall every step."""
+    """The loops over K, and the product's over gathered outliers: a plain load in one would stall every
+    step. Another has plain loads: that over outlier columns beyond those that there is room for."""
     for specimen in filter(lambda one: one.multiplies, specimens.specimens(arch)):
         loops = [loop for loop in specimen.inspection.loops if any("MMA" in name for name in loop)]
         # These gather their outlier columns byte by byte, at the end.
         if specimen.constants.get("QUANTIZE") or specimen.label.startswith("experts"):
             loops = [loop for loop in loops if {"IMMA", "IGMMA"} & loop.keys()]
-        if specimen.constants.get("EXTRA_M"):
-            # A tall tile has two more, of which that over outliers has no registers to load ahead.
-            (outliers,) = [loop for loop in loops if "LDGSTS" not in loop]
-            assert "HGMMA" in outliers
-            loops.remove(outliers)
-            assert len(loops) == 3
+        if specimen.label.startswith("product"):
+            plain = [loop for loop in loops if "LDGSTS" not in loop]
+            loops = [loop for loop in loops if "LDGSTS" in loop]
+            assert not any({"IMMA", "IGMMA"} & loop.keys() for loop in plain)
+            # A tall tile has as many again, of which that over outliers has no registers to load ahead.
+            tall = specimen.constants["EXTRA_M"] > 0
+            assert (len(loops), len(plain)) == ((3, 3) if tall else (2, 1))
         else:
-            assert len(loops) == (2 if specimen.label.startswith("product") else 1)
+            assert len(loops) == 1
         for loop in loops:
             assert loop.get("LDGSTS", 0) > 0, str(specimen)
             assert loop.get("LDG", 0) == 0, str(specimen)
@@ -93,6 +97,13 @@ def test_sm_90_has_registers_for_both_accumulators_of_a_tall_tile(dtype, constan
     assert seen.blocks_per_multiprocessor == 1
     short, tall = [loop["IGMMA"] for loop in seen.loops if "IGMMA" in loop]
     assert 2 * tall == 3 * short
+
+
+@pytest.mark.parametrize("config", specimens.configs.GEMM["sm_90"][2:], ids=str)
+def test_no_int8_wgmma_of_sm_90_is_in_flight_from_step_to_step(config):
+    """Why the model charges a block that is alone with a drained tensor core (``gpu_model.py``)."""
+    ptx = specimens.gemm("sm_90", config, HAS_OUTLIERS=False).compiled().asm["ptx"]
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) == {"0"}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])

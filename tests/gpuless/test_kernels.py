@@ -38,6 +38,8 @@ from int8fx.kernels.gpu.gather import (
     programs,
     quantize_gather_kernel,
     quantize_gather_reference,
+    w_capacity,
+    x_capacity,
 )
 from int8fx.kernels.gpu.gemm import gemm_kernel, gemm_reference
 from int8fx.kernels.gpu.groups import padded
@@ -145,8 +147,10 @@ def run_quantize_gather(
     threshold: float = THRESHOLD,
     quantizes: bool = True,
     norm: "Normed | None" = None,
+    room: int | None = None,
     **blocks: int,
 ) -> dict[str, Tensor]:
+    """``room``: for how many columns in ``w_gathered``; None: for all."""
     x = case.x
     M, K = x.shape
     kind = norm.kind if norm else ""
@@ -156,12 +160,13 @@ def run_quantize_gather(
         chunks = chunks_of_row(K, shape["CHUNK"])
         shape |= chunks | ({"CHUNKS": 0} if blocks.get("CHUNKS") == 0 else {})
     shape.pop("num_warps")
-    capacity = -(-K // shape["BLOCK_O"]) * shape["BLOCK_O"]
+    capacity = x_capacity(K)
+    room = min(capacity, room or capacity)
     outputs = {
         "x_int8": torch.empty(M, K, dtype=torch.int8),
         "x_scale": torch.empty(M),
         "x_gathered": torch.empty(M, capacity, dtype=x.dtype),
-        "w_gathered": torch.empty(sum(case.N), capacity, dtype=x.dtype),
+        "w_gathered": torch.empty(sum(case.N), room, dtype=x.dtype),
         "columns": torch.empty(K, dtype=torch.int32),
         "count": torch.empty(1, dtype=torch.int32),
         "counters": torch.empty(COUNTERS, dtype=torch.int32),
@@ -177,6 +182,7 @@ def run_quantize_gather(
         *case.N,
         K,
         capacity,
+        room,
         threshold,
         NORM=kind,
         QUANTIZE=quantizes,
@@ -385,12 +391,12 @@ def check_product(
     extra_m: int = 0,
     processors: int = 1,
     block_n: int = 32,
+    room: int | None = None,
 ) -> tuple[int, int]:
     """How many of its tiles were tall, and how many were short."""
     M, K = case.x.shape
     outputs = [poisoned_like(torch.empty(M, N, dtype=case.x.dtype)) for N in case.N if N]
-    operands = run_quantize_gather(case)
-    del operands["columns"]
+    operands = run_quantize_gather(case, room=room)
     counters = operands.pop("counters")
     block = 32
     shape = M, sum(-(-N // block_n) for N in case.N), processors, block, extra_m
@@ -406,6 +412,7 @@ def check_product(
         *case.N,
         K,
         operands["x_gathered"].shape[1],
+        operands["w_gathered"].shape[1],
         tall_tiles(*shape),
         BLOCK_M=block,
         BLOCK_N=block_n,
@@ -435,16 +442,40 @@ def check_product(
     return tiles
 
 
-@THOROUGH
-@given(cases(st.integers(1, 90)), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
-def test_product(case, unroll, parts):
-    check_product(case, unroll, parts)
+ROOM = st.sampled_from([None, 32])  # in w_gathered: for all columns, or for some
 
 
 @THOROUGH
-@given(cases(st.integers(1, 200)), st.integers(1, 12), st.sampled_from([32, 128]))
-def test_product_in_tall_tiles(case, processors, block_n):
-    check_product(case, extra_m=16, processors=processors, block_n=block_n)
+@given(cases(st.integers(1, 90)), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]), ROOM)
+def test_product(case, unroll, parts, room):
+    check_product(case, unroll, parts, room=room)
+
+
+@THOROUGH
+@given(cases(st.integers(1, 200)), st.integers(1, 12), st.sampled_from([32, 128]), ROOM)
+def test_product_in_tall_tiles(case, processors, block_n, room):
+    check_product(case, extra_m=16, processors=processors, block_n=block_n, room=room)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("outliers", [31, 32, 33, 64, 90, 100], ids="{} outliers".format)
+@pytest.mark.parametrize("extra_m", [0, 16])
+def test_columns_that_there_is_no_room_for_are_read_from_the_weight(outliers, parts, extra_m):
+    generator = torch.Generator().manual_seed(outliers)
+    x = torch.randn(50, 100, generator=generator).clamp(-3, 3)
+    x[torch.randint(50, (outliers,), generator=generator), torch.arange(outliers)] = 20.0
+    packed = [quantize_weight(torch.randn(N, 100, generator=generator)) for N in (40, 33)]
+    weights, w_scales = zip(*packed, strict=True)
+    case = Case(poisoned(x.half()), [*map(poisoned, weights)], [*map(poisoned, w_scales)], [])
+    check_product(case, parts=1 if extra_m else parts, extra_m=extra_m, room=32)
+
+
+def test_gathered_weights_are_small_beside_the_weight_however_long_its_rows_are():
+    for K in (1, 33, 256, 4096, 14336, 65536):
+        room = w_capacity(K)
+        assert room % 32 == 0 and room <= x_capacity(K)
+        assert room >= min(K, 256)  # columns of the paper's models, many times over
+        assert 2 * room <= max(512, K // 8 + 64)  # bytes, where a row of the weight has K
 
 
 @pytest.mark.parametrize(

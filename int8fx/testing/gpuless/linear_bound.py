@@ -32,6 +32,7 @@ def assert_within_the_derived_bound(
     threshold: float,
     device: torch.device,
     N: int = 80,
+    K: int = K,
 ) -> None:
     """Compiles and runs one linear, whose input has outliers in three columns.
 

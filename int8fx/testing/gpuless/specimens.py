@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_k
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.norm import norm_kernel, norm_shape, serves
-from int8fx.testing.nogpu import sass
+from int8fx.testing.nogpu import alignment, sass
 from int8fx.testing.nogpu.offline import compile_kernel
 
+_ITEMSIZES = {"i8": 1, "i16": 2, "fp16": 2, "bf16": 2, "i32": 4, "fp32": 4, "i64": 8}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _NORMS = "rms, rounded", "layer, bias"  # the simplest, and the one that takes most
+_CAPACITIES = {"X_CAPACITY": "i32", "W_CAPACITY": "i32"}
 # M and K, which the blocks of the gather kernel follow, whether it quantises as well, and a norm.
 GATHERS = (
     (128, 512, True, ""),
@@ -65,16 +67,34 @@ class Specimen:
     @functools.cached_property
     def inspection(self) -> sass.Inspection:
         """What it compiles to; compiled once in a process."""
-        compiled = compile_kernel(
+        return sass.inspect(self.compiled())
+
+    def compiled(self, unaligned: Collection[str] = ("M", "S")) -> Any:
+        """For arguments of which 16 divides all but those of these names."""
+        constants = dict(self.constants)
+        if "K" in unaligned and "EVEN_K" in constants:
+            constants["EVEN_K"] = False
+        return compile_kernel(
             self.kernel,
             self.arch,
             self.signature,
-            self.constants,
+            constants,
             self.num_warps,
             self.num_stages,
-            unaligned=("M", "S", "tall"),
+            (*unaligned, "tall"),
         )
-        return sass.inspect(compiled)
+
+    def misaligned(self, unaligned: Collection[str]) -> list[str]:
+        """Its vector accesses whose addresses come from a remainder (``nogpu/alignment.py``)."""
+        arguments = [name for name in self.kernel.arg_names if name in self.signature]
+        types = {number: self.signature[name] for number, name in enumerate(arguments)}
+        itemsizes = {n: _ITEMSIZES[kind[1:]] for n, kind in types.items() if kind.startswith("*")}
+        aligned = {
+            number
+            for number, name in enumerate(arguments)
+            if types[number] == "i32" and name not in (*unaligned, "tall")
+        }
+        return alignment.misaligned(self.compiled(unaligned).asm["ptx"], itemsizes, aligned)
 
     def __str__(self) -> str:
         return f"{self.label} {self.arch}"
@@ -90,7 +110,7 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     for config in configs.gemm_rows(arch, DTYPES[dtype]):
         for parts in (2, 3):
             splits = config.block_m == 128 and config.extra_m == 0
-            if splits and (parts == 2 or config.block_n <= 128):
+            if splits and configs.counts_parts(arch) and (parts == 2 or config.block_n <= 128):
                 yield gemm(arch, dataclasses.replace(config, parts=parts), dtype)
     for M, K, quantizes, normed in GATHERS:
         if not normed or takes_rows(K, dtype):
@@ -115,8 +135,9 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
         arch,
         gemm_kernel,
         _linears(dtype)
-        | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "count_ptr": "*i32"}
-        | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}", "CAPACITY": "i32"}
+        | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "count_ptr": "*i32", "columns_ptr": "*i32"}
+        | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}"}
+        | _CAPACITIES
         | {"parts_ptr": "*fp32", "counters_ptr": "*i32", "tall": "i32"},
         {
             "BLOCK_O": 32,
@@ -153,7 +174,7 @@ def decode(
         {
             "BLOCK_M": 64 if kind == "rows 64" else 16,
             "SPLIT_K": 4,
-            "SUMS": True,
+            "SUMS": configs.counts_parts(arch),
             "DIGITS": 0 if quantizes else DIGITS,
             "QUANTIZE": quantizes,
             "GROUPED": True,
@@ -232,7 +253,7 @@ def quantize_gather(
         f"{what}{f' ({norm})' if norm else ''}, M = {M}, K = {K}, {dtype}",
         arch,
         quantize_gather_kernel,
-        pointers | _sizes() | {"CAPACITY": "i32", "threshold": "fp64"},
+        pointers | _sizes() | _CAPACITIES | {"threshold": "fp64"},
         constants | {"NORM": norm, "QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
         num_warps,
         3,
