@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.weight_inputs import packed_key
 from int8fx.kernels import table
@@ -20,6 +21,7 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
     return Context(
         fake_mode=compilation.fake_mode,
         find_memory=compilation.memory,
+        find_memory_now=compilation.memory_now,
         devices=tuple(sorted({value.device.type for value in inputs})),
         needs_autograd=compilation.needs_autograd,
         for_inductor=for_inductor,
@@ -29,6 +31,8 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         normed=table.normed,
         experts=table.experts,
         attends=table.attends,
+        root=compilation.root.graph,
+        subgraph_call=torch_private.subgraph_call(),
         accepted=[_accepted(compilation, candidate) for candidate in compilation.accepted],
     )
 
