@@ -489,6 +489,13 @@ def compile_with_inductor(
     return compiled
 
 
+def subgraph_call() -> Any:
+    """The operator ``(body, name, *operands) -> results``; of one name Inductor compiles one body."""
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+    return invoke_subgraph
+
+
 def enables_grad(graph: torch.fx.Graph) -> bool:
     """Whether a graph has a region of ``torch.enable_grad()``."""
     modes = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)

@@ -44,7 +44,8 @@ class Context:
 
     Attributes:
         fake_mode: of the graphs' values.
-        find_memory: the memory of all graphs as they are when it is called.
+        find_memory: where all graphs write to; of graphs that write to nothing it may be older.
+        find_memory_now: the same, never older than the call.
         devices: the types of the devices of the graph's inputs.
         needs_autograd: whether a backward pass may come: most operators of int8fx have none.
         for_inductor: whether Inductor compiles the graphs; else they run operator by operator.
@@ -52,6 +53,8 @@ class Context:
         quantizers: the operators whose equal calls the linears of one input share.
         joined, normed, experts, attends: what serves on a type of device (``kernels/table.py``).
         accepted: the linears that are rewritten, in the order in which they run.
+        root: the outermost graph.
+        subgraph_call: the operator that calls a sub-graph, which Inductor compiles once for all calls.
         signatures: for ``verify``: of each rewritten node, what it was and what it is.
         quantizations: how many calls quantise an input, once linears share them.
     """
@@ -68,6 +71,9 @@ class Context:
     experts: Callable[[str], Any] = lambda device: None
     attends: Callable[[str, bool], bool] = lambda device, few: False
     accepted: Sequence[Accepted] = ()
+    find_memory_now: Callable[[], Memory] | None = None
+    root: fx.Graph | None = None
+    subgraph_call: Any = None
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0
     _memory: Memory | None = None
@@ -78,6 +84,10 @@ class Context:
         if self._memory is None:
             self._memory = self.find_memory()
         return self._memory
+
+    def memory_now(self) -> Memory:
+        """The memory of the graphs with what the passes put there."""
+        return (self.find_memory_now or self.find_memory)()
 
     def begin(self) -> None:
         """A pass begins: what the one before found may no longer be so."""

@@ -11,6 +11,7 @@ from int8fx.passes.float.attend import attend_few_rows, attend_many_rows
 from int8fx.passes.float.compute_once import compute_once
 from int8fx.passes.float.group_heads import group_heads
 from int8fx.passes.float.one_row import one_row
+from int8fx.passes.graph.outline import outline
 from int8fx.passes.int8.defer_split_k_reduction import defer_split_k_reduction
 from int8fx.passes.int8.fold_biases import fold_biases
 from int8fx.passes.int8.fuse_norms import fuse_norms
@@ -43,6 +44,11 @@ def in_cpp(context: Context) -> str:
     return "" if context.cpp_wrapper else "Inductor's wrapper is in Python"
 
 
+def in_python(context: Context) -> str:
+    """Inductor's wrapper in C++ calls no sub-graphs."""
+    return "Inductor's wrapper is in C++" if context.cpp_wrapper else ""
+
+
 def where(*conditions: Callable[[Context], str]) -> Callable[[Context], str]:
     """All of them hold; the first that does not gives the reason."""
 
@@ -66,4 +72,5 @@ PASSES: tuple[Pass, ...] = (
     Pass("compute_once", compute_once, compiled),
     Pass("one_row", one_row, where(compiled, without_gradients)),
     Pass("unlist_linears", unlist_linears, where(compiled, in_cpp)),
+    Pass("outline", outline, where(compiled, without_gradients, in_python)),
 )

@@ -59,9 +59,11 @@ class Compilation:
         """Which values of the graphs, as they are now, share memory, and where it is written to."""
         # No pass adds a write to graphs without one.
         if self._memory is None or self._memory.is_written:
-            groups = overlapping(self.placeholders, self.inputs)
-            self._memory = Memory(self.root, self.effects, groups)
+            self._memory = self.memory_now()
         return self._memory
+
+    def memory_now(self) -> Memory:
+        return Memory(self.root, self.effects, overlapping(self.placeholders, self.inputs))
 
     @property
     def devices(self) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """What the passes may know of a compile."""
 
+from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.weight_inputs import packed_key
 from int8fx.kernels import table
@@ -18,6 +19,7 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         fake_mode=compilation.fake_mode,
         find_memory=compilation.memory,
         devices=tuple(sorted(compilation.devices)),
+        find_memory_now=compilation.memory_now,
         needs_autograd=compilation.needs_autograd,
         for_inductor=for_inductor,
         cpp_wrapper=compilation.cpp_wrapper,
@@ -26,6 +28,8 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         normed=table.normed,
         experts=table.experts,
         attends=table.attends,
+        root=compilation.root.graph,
+        subgraph_call=torch_private.subgraph_call(),
         accepted=[_accepted(compilation, candidate) for candidate in compilation.accepted],
     )
 

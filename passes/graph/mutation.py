@@ -140,6 +140,10 @@ class Memory:
             return True
         return self._set_of(left) is self._set_of(right)
 
+    def writes(self, call: fx.Node) -> bool:
+        """Whether a call may write to memory."""
+        return call in self._writes
+
     def writers(self, value: fx.Node) -> list[fx.Node]:
         """The calls that may write to a value's memory, at any time."""
         memory = self._set_of(value)
