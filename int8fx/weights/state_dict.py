@@ -160,9 +160,14 @@ def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, A
     """
     for name, weight in weights:
         if isinstance(weight, QuantizedWeight) and weight.options != options:
+            alike = {"scheme"} if weight.options["scheme"] == options["scheme"] else set()
+            ours, theirs = (
+                {key: value for key, value in each.items() if key not in alike}
+                for each in (weight.options, options)
+            )
             raise ValueError(
-                f"{name} has {weight.options}, and config.json holds one setting for all "
-                f"weights, {options}; int8fx.save_checkpoint writes the weights alone"
+                f"{name} has {ours}, and config.json holds one setting for all "
+                f"weights, {theirs}; int8fx.save_checkpoint writes the weights alone"
             )
 
 
