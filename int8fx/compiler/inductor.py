@@ -1,9 +1,7 @@
 """The last steps of a compile: Inductor on the rewritten graph, behind the swap of its weights."""
 
-import functools
-import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,9 @@ from torch import Tensor
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
-from int8fx.compiler.weight_inputs import behind, finish_inputs
+from int8fx.compiler.compiled_graph import CompiledGraph
+from int8fx.compiler.identity import cache_identity, digest, sources
+from int8fx.compiler.weight_inputs import finish_inputs
 from int8fx.kernels import table
 from int8fx.kernels.gpu.tuning import tuning
 from int8fx.kernels.schemes.scheme import Scheme
@@ -45,9 +45,7 @@ def codegen(compilation: Compilation, patches: dict[str, Any]) -> Callable[..., 
         )
     if not compilation.slots:
         return compiled
-    if not compilation.needs_autograd:
-        compiled = torch_private.below_autograd(compiled)
-    return behind(swap, compiled)
+    return CompiledGraph(swap, compiled, below_autograd=not compilation.needs_autograd)
 
 
 def _whole_rows(compilation: Compilation) -> dict[str, Any]:
@@ -76,29 +74,13 @@ def _int8_shards(examples: Sequence[Any]) -> str:
     return "-int8-shards-" + ",".join(shards) if shards else ""
 
 
-PACKAGE = Path(__file__).parents[1]
-
-
-def sources(package: Path = PACKAGE) -> list[Path]:
-    """Every source of this package, in all of its folders."""
-    # A walk does not enter symbolic links, and two folders of a checkout are some.
-    folders = (package, package / "passes", package / "kernels")
-    return sorted({source for folder in folders for source in folder.resolve().rglob("*.py")})
-
-
-@functools.cache
-def cache_identity(package: Path = PACKAGE) -> str:
-    """A hash of this package's sources: part of the key of every compile cache below us."""
-    return f"int8fx-{_digest(source.read_bytes() for source in sources(package))}"
-
-
 def _schemes_identity(compilation: Compilation) -> str:
     """The same of the schemes that a graph uses, as far as they are defined elsewhere."""
     chosen = {id(choice.scheme): choice.scheme for choice in compilation.choices.values()}
     ours = set(sources())
     foreign = [_sources_of(scheme) - ours for scheme in chosen.values()]
     files = sorted(set().union(*foreign))
-    return f"-schemes-{_digest(source.read_bytes() for source in files)}" if files else ""
+    return f"-schemes-{digest(source.read_bytes() for source in files)}" if files else ""
 
 
 def _sources_of(scheme: Scheme) -> set[Path]:
@@ -107,10 +89,3 @@ def _sources_of(scheme: Scheme) -> set[Path]:
     found = (inspect.getsourcefile(each) for each in functions if inspect.isfunction(each))
     paths = {Path(name).resolve() for name in found if name is not None}
     return {path for path in paths if path.is_file()}
-
-
-def _digest(contents: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()[:16]

@@ -8,12 +8,13 @@ from torch import Tensor, fx
 
 from int8fx.compiler.capture import capture
 from int8fx.compiler.compilation import Compilation
+from int8fx.compiler.compiled_graph import CompiledGraph
 from int8fx.compiler.decide import canonicalize, select
 from int8fx.compiler.foreign import replace_bitsandbytes
 from int8fx.compiler.inductor import codegen
 from int8fx.compiler.release import release
 from int8fx.compiler.report import Report, publish
-from int8fx.compiler.weight_inputs import _packed_key, behind, finish_inputs, quantize_weights
+from int8fx.compiler.weight_inputs import _packed_key, finish_inputs, quantize_weights
 from int8fx.kernels import table
 from int8fx.kernels.schemes.table import quantizers
 from int8fx.options import Options
@@ -83,7 +84,7 @@ def rewrite_graph(
     rewrite(compilation)
     verify(compilation.root, compilation.signatures)
     swap, _ = finish_inputs(compilation)
-    return behind(swap, runner(compilation.root.gm))
+    return CompiledGraph(swap, runner(compilation.root.gm))
 
 
 def rewrite(compilation: Compilation) -> None:

@@ -39,6 +39,10 @@ def choose_mode(vllm_config: Any) -> None:
     if left_open and on_cpu and vllm_config.optimization_level > 0 and _in_int8(vllm_config):
         compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
         compilation.backend = BACKEND
+        if not {"all", "none"}.intersection(compilation.custom_ops):
+            compilation.custom_ops.append(
+                "none"
+            )  # as for Inductor, which fuses what vLLM has kernels for
 
 
 def describe_mode(vllm_config: Any) -> None:

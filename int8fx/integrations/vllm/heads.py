@@ -23,7 +23,7 @@ class HeadMethod(UnquantizedEmbeddingMethod):
             super().process_weights_after_loading(layer)
             return
         # vLLM calls the head outside of what it compiles. An embedding may share the weight: it stays.
-        layer.int8fx, _ = product.of_float(layer.weight.data, self.choice, fused=False)
+        layer.int8fx = product.of_float(layer.weight.data, self.choice)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.choice is None:

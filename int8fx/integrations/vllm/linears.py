@@ -103,10 +103,9 @@ class Int8FxLinearMethod(LinearMethodBase):
         if hasattr(layer, "int8fx"):
             return  # vLLM calls this again when all layers are loaded
         if self.in_files is None:
-            layer.int8fx, layer.weight = product.of_float(layer.weight.data, self.choice, self.fused)
+            product.put_float(layer, layer.weight.data, self.choice, self.fused)
         else:
-            weight = self._of_files(layer, self.in_files)
-            layer.int8fx, layer.weight = product.of_int8(weight, self.choice, self.fused)
+            product.put(layer, self._of_files(layer, self.in_files), self.choice, self.fused)
         if gathers(layer):
             layer.int8fx_is_summed_later = not layer.reduce_results
             layer.reduce_results = False
@@ -120,12 +119,12 @@ class Int8FxLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not gathers(layer):
-            return layer.int8fx(x, bias)
+            return product.apply(layer, x, bias)
         rows = layer.output_size // layer.tp_size
         start = layer.tp_rank * rows
         if layer.bias is not None and not layer.skip_bias_add:  # what is given, the first process has
             bias = layer.bias[start : start + rows]
-        y = layer.int8fx(tensor_model_parallel_all_gather(x), bias)
+        y = product.apply(layer, tensor_model_parallel_all_gather(x), bias)
         if layer.int8fx_is_summed_later:
             return F.pad(y, (start, layer.output_size - start - rows))
         return tensor_model_parallel_all_gather(y)

@@ -48,39 +48,44 @@ class JoinedProduct(Product):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class FusedProduct(nn.Module):
-    """By an ``F.linear``, which the backend ``llmint8`` finds, rewrites and fuses."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.weight, bias)
-
-
-def of_float(weight: Tensor, choice: Choice, fused: bool) -> tuple[nn.Module, nn.Parameter]:
-    """The product with a float weight ``[N, K]``, and the parameter that takes its place.
+def put(layer: Any, quantized: Int8Weight, choice: Choice, fused: bool) -> None:
+    """Makes an int8 weight that of a layer.
 
     Args:
-        fused: whether the backend ``llmint8`` compiles the layer.
+        fused: whether the backend ``llmint8`` compiles the layer. It finds an ``F.linear`` then, which
+            it rewrites and fuses.
     """
+    layer.weight = nn.Parameter(quantized, requires_grad=False)
+    layer.int8fx = None if fused else _product(quantized, choice)
+
+
+def put_float(layer: Any, weight: Tensor, choice: Choice, fused: bool) -> None:
+    """The same of a float weight ``[N, K]``, which is quantised."""
     if choice.weight_format is PER_CHANNEL:
-        return of_int8(Int8Weight.from_float(weight, **activation_options(choice)), choice, fused)
-    empty = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False)
-    return Product(choice.weight_format.quantize(weight), choice), empty
+        put(layer, Int8Weight.from_float(weight, **activation_options(choice)), choice, fused)
+    else:
+        layer.int8fx = of_float(weight, choice)
+        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
-def of_int8(weight: Int8Weight, choice: Choice, fused: bool) -> tuple[nn.Module, nn.Parameter]:
-    """The same of an int8 weight."""
-    parameter = nn.Parameter(weight, requires_grad=False)
-    if fused:
-        return FusedProduct(parameter), parameter
-    parts = weight.packed, weight.w_scale
-    joined = table.joined(weight.device.type)
-    if joined is None:
-        return Product(parts, choice), parameter
-    return JoinedProduct(parts, choice, joined[0]), parameter
+def of_float(weight: Tensor, choice: Choice) -> Product:
+    """The product with a float weight ``[N, K]``, quantised, by operators."""
+    if choice.weight_format is PER_CHANNEL:
+        return _product(Int8Weight.from_float(weight, **activation_options(choice)), choice)
+    return Product(choice.weight_format.quantize(weight), choice)
+
+
+def apply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``[*, K]`` to ``[*, N]``."""
+    if layer.int8fx is None:
+        return F.linear(x, layer.weight, bias)
+    return layer.int8fx(x, bias)
+
+
+def _product(quantized: Int8Weight, choice: Choice) -> Product:
+    parts = quantized.packed, quantized.w_scale
+    joined = table.joined(quantized.device.type)
+    return Product(parts, choice) if joined is None else JoinedProduct(parts, choice, joined[0])
 
 
 def int8_weight(w_int8: Tensor, w_scale: Tensor, choice: Choice, dtype: torch.dtype) -> Int8Weight:

@@ -7,12 +7,12 @@ That is LLM.int8() without outliers. Checkpoints with a scale for x, or a zero p
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from vllm.model_executor.kernels import linear as kernels
 from vllm.model_executor.kernels.linear import (
     Int8ScaledMMLinearKernel,
     register_linear_kernel,
 )
-from vllm.model_executor.kernels import linear as kernels
 from vllm.platforms import PlatformEnum, current_platform
 
 from int8fx.integrations.vllm import product
@@ -42,13 +42,13 @@ class Int8FxScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             return False, "requires a scale per output channel"
         return True, None
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         weight, w_scale = layer.weight.data, layer.weight_scale.data.flatten()
         quantized = product.int8_weight(weight, w_scale.float(), CHOICE, layer.params_dtype)
-        layer.int8fx, layer.weight = product.of_int8(quantized, CHOICE, compiles_with_ours())
+        product.put(layer, quantized, CHOICE, compiles_with_ours())
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return layer.int8fx(x, bias)
+        return product.apply(layer, x, bias)
 
 
 def register() -> None:
