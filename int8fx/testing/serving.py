@@ -135,7 +135,7 @@ def answers(llm: Any, prompts: Sequence[Sequence[int]], tokens: int = 16) -> lis
     from vllm import TokensPrompt
 
     given = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-    return [answer_of(each) for each in llm.generate(given, _greedy(tokens), use_tqdm=False)]
+    return [answer_of(each) for each in llm.generate(given, greedy(tokens), use_tqdm=False)]
 
 
 def interleaved(
@@ -150,7 +150,7 @@ def interleaved(
             if waiting:
                 number, prompt = waiting.pop()
                 llm.llm_engine.add_request(
-                    str(number), {"prompt_token_ids": list(prompt)}, _greedy(tokens)
+                    str(number), {"prompt_token_ids": list(prompt)}, greedy(tokens)
                 )
         for output in llm.llm_engine.step():
             if output.finished:
@@ -158,7 +158,7 @@ def interleaved(
     return [found[str(number)] for number in range(len(prompts))]
 
 
-def _greedy(tokens: int) -> Any:
+def greedy(tokens: int) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1)
