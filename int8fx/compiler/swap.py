@@ -70,8 +70,8 @@ class WeightSwap:
         """
         if self._float:
             raise RuntimeError(
-                f"{len(self._float)} of {len(self._slots)} weights are quantised by this graph; a graph "
-                "can be saved whose weights are int8 before it is compiled: int8fx.quantize_(model)"
+                f"{len(self._float)} of {len(self._slots)} weights are quantised by this graph; a "
+                "graph can be saved whose weights were int8 before: int8fx.quantize_(model)"
             )
         return {
             "slots": [slot.position for slot in self._slots],

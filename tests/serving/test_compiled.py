@@ -107,8 +107,6 @@ def test_adapters_run_eagerly(model, log, tmp_path):
         plain = serving.answers(llm, PROMPTS)
         request = LoRARequest("adapter", 1, str(tmp_path / "lora"))
         given = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        outputs = llm.generate(
-            given, serving.greedy(16), use_tqdm=False, lora_request=request
-        )
+        outputs = llm.generate(given, serving.greedy(16), use_tqdm=False, lora_request=request)
         assert [serving.answer_of(each) for each in outputs] != plain
     assert log()[0] == "int8fx: eager, int8 linears by operators"
