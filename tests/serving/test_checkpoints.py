@@ -126,6 +126,16 @@ def test_one_matrix_has_one_scheme(model):
         pass
 
 
+def test_head_in_int8_files_is_refused(tmp_path):
+    quantized = int8fx.quantize_(serving.tiny_llama(tie_word_embeddings=False), skip=[])
+    files = serving.save(quantized, tmp_path / "int8")
+    with (
+        pytest.raises(Exception, match="lm_head is in int8 in the files"),
+        serving.engine(files, enforce_eager=True),
+    ):
+        pass
+
+
 def test_experts(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -99,8 +99,17 @@ class Int8FxConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Looks at what the files hold, before anything is loaded."""
+        """Looks at what the files hold, before anything is loaded.
+
+        Raises:
+            ValueError: files of bitsandbytes hold no int8 weight, as far as can be seen: their values
+                would be taken for floats.
+        """
         self.files = FilesInInt8.of(model_name, revision)
+        if self.of_bitsandbytes and not self.files.kinds:
+            raise ValueError(
+                f"{TAKER}: no 8-bit weight of bitsandbytes is in the files of {model_name}"
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.files = self.files.renamed(hf_to_vllm_mapper)
@@ -136,6 +145,10 @@ class Int8FxConfig(QuantizationConfig):
         return Int8FxLinearMethod(choice, None, fused=compiles_with_ours())
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> Any:
+        if self.files.any_below(prefix):
+            raise ValueError(
+                f"{TAKER}: {prefix} is in int8 in the files; experts are read in float only"
+            )
         reason = self._refusal((prefix,), layer.moe_config.hidden_dim, False)
         choice = self._one_choice((prefix,))
         if not reason and choice.scheme.experts is None:
@@ -144,6 +157,8 @@ class Int8FxConfig(QuantizationConfig):
         return None if reason else ExpertsMethod(layer.moe_config, choice)
 
     def _head(self, layer: ParallelLMHead, prefix: str) -> HeadMethod:
+        if self.files.any_below(prefix):
+            raise ValueError(f"{TAKER}: {prefix} is in int8 in the files; a head is read in float only")
         choice = None if self._skipped((prefix,)) else self._one_choice((prefix,))
         reason = "skip: the output head" if choice is None else ""
         self._decided(prefix, (layer.num_embeddings, layer.embedding_dim), reason, choice)

@@ -59,6 +59,10 @@ class FilesInInt8:
         """With the paths that vLLM's model has."""
         return FilesInInt8(mapper.apply_dict(dict(self.kinds)))
 
+    def any_below(self, path: str) -> bool:
+        """Whether a module, or one inside of it, is in int8."""
+        return any(each == path or each.startswith(f"{path}.") for each in self.kinds)
+
     def kind_of(self, paths: Sequence[str]) -> Kind | None:
         """How the matrices that vLLM keeps as one are written.
 
