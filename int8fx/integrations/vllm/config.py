@@ -158,7 +158,7 @@ class Int8FxConfig(QuantizationConfig):
 
     def _head(self, layer: ParallelLMHead, prefix: str) -> HeadMethod:
         if self.files.any_below(prefix):
-            raise ValueError(f"{TAKER}: {prefix} is in int8 in the files; a head is read in float only")
+            raise ValueError(f"{TAKER}: {prefix} is in int8 in the files; a head must be in float")
         choice = None if self._skipped((prefix,)) else self._one_choice((prefix,))
         reason = "skip: the output head" if choice is None else ""
         self._decided(prefix, (layer.num_embeddings, layer.embedding_dim), reason, choice)
