@@ -40,9 +40,8 @@ def choose_mode(vllm_config: Any) -> None:
         compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
         compilation.backend = BACKEND
         if not {"all", "none"}.intersection(compilation.custom_ops):
-            compilation.custom_ops.append(
-                "none"
-            )  # as for Inductor, which fuses what vLLM has kernels for
+            # As vLLM does for Inductor, which fuses what would be kernels of vLLM.
+            compilation.custom_ops.append("none")
 
 
 def describe_mode(vllm_config: Any) -> None:

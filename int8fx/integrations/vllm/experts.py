@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
 
+from int8fx.integrations.vllm.linears import DONE
 from int8fx.integrations.vllm.product import activation_options
 from int8fx.kernels import table
 from int8fx.kernels.formats.int8 import pack_per_channel
@@ -43,8 +44,9 @@ class ExpertsMethod(OnlineMoEMethodBase):
         return None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if hasattr(layer, "int8fx_w13"):
-            return  # vLLM calls this again when all layers are loaded
+        if getattr(layer, DONE, False):
+            return
+        setattr(layer, DONE, True)
         for name in ("w13", "w2"):
             packed, w_scale = _packed(getattr(layer, f"{name}_weight").data)
             layer.register_buffer(f"int8fx_{name}", packed, persistent=False)

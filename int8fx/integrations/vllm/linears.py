@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -37,6 +38,9 @@ from int8fx.kernels.schemes.scheme import Choice
 from int8fx.weights.tensor import Int8Weight
 
 Loader = Callable[..., None]
+# vLLM processes a layer that was on the meta device when its weights are loaded, and all layers at the
+# end. It takes this mark away where weights are loaded anew.
+DONE = "_already_called_process_weights_after_loading"
 
 
 @register_weight_loader_v2_supported_method
@@ -71,13 +75,15 @@ class Int8FxLinearMethod(LinearMethodBase):
         ValueError: N cannot be cut for as many processes as there are.
         """
         N, K = sum(output_partition_sizes), input_size_per_partition
-        if gathers(layer):
+        layer.int8fx_gathers = _gathers(layer)
+        if layer.int8fx_gathers:
             if output_size % layer.tp_size:
                 raise ValueError(
                     f"{layer.prefix}: {output_size} outputs cannot be cut for {layer.tp_size} processes"
                 )
             N, K = output_size // layer.tp_size, input_size
             weight_loader = _rows_of(layer)
+            layer.int8fx_is_summed_later, layer.reduce_results = not layer.reduce_results, False
         layer.logical_widths = output_partition_sizes
         layer.int8fx_dtype = params_dtype
         if self.in_files is None:
@@ -100,15 +106,13 @@ class Int8FxLinearMethod(LinearMethodBase):
         layer.register_parameter(kind.value, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if hasattr(layer, "int8fx"):
-            return  # vLLM calls this again when all layers are loaded
+        if getattr(layer, DONE, False):
+            return
+        setattr(layer, DONE, True)
         if self.in_files is None:
             product.put_float(layer, layer.weight.data, self.choice, self.fused)
         else:
             product.put(layer, self._of_files(layer, self.in_files), self.choice, self.fused)
-        if gathers(layer):
-            layer.int8fx_is_summed_later = not layer.reduce_results
-            layer.reduce_results = False
 
     def _of_files(self, layer: Any, kind: Kind) -> Int8Weight:
         scale = getattr(layer, kind.value).data
@@ -118,7 +122,7 @@ class Int8FxLinearMethod(LinearMethodBase):
         return product.int8_weight(layer.weight.data, scale, self.choice, layer.int8fx_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not gathers(layer):
+        if not layer.int8fx_gathers:
             return product.apply(layer, x, bias)
         rows = layer.output_size // layer.tp_size
         start = layer.tp_rank * rows
@@ -130,9 +134,14 @@ class Int8FxLinearMethod(LinearMethodBase):
         return tensor_model_parallel_all_gather(y)
 
 
-def gathers(layer: nn.Module) -> bool:
-    """Whether x is gathered, and the weight is cut along N, where vLLM cuts along K."""
-    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+def _gathers(layer: nn.Module) -> bool:
+    """Whether x is gathered, and the weight is cut along N, where vLLM cuts along K.
+
+    An adapter's part is cut along K, too, and vLLM adds both before it sums over the processes.
+    """
+    config = get_current_vllm_config_or_none()
+    has_adapters = config is not None and config.lora_config is not None
+    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and not has_adapters
 
 
 def _rows_of(layer: Any) -> Loader:
