@@ -34,7 +34,7 @@ def _linears(worker):
 @pytest.fixture(scope="module")
 def online(model):
     with serving.engine(model, **options(**TOKEN), enforce_eager=True) as llm:
-        yield linears(llm), serving.answers(llm, PROMPTS)
+        return linears(llm), serving.answers(llm, PROMPTS)
 
 
 def test_every_linear_becomes_int8_and_the_head_does_not(online):
