@@ -517,6 +517,37 @@ def below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+# --- Compiled functions in files -----------------------------------------------------------------
+
+
+def serializable_callable() -> Any:
+    """What Dynamo asks of a compiled graph that it is to write to a file; an abstract class."""
+    from torch._dynamo.aot_compile_types import SerializableCallable
+
+    return SerializableCallable
+
+
+def serialize_compiled(compiled: Any) -> bytes:
+    """What ``compile_with_inductor`` returned, as bytes.
+
+    Raises:
+        RuntimeError: it was not compiled for a file, so that parts of it are gone.
+    """
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+
+    if getattr(compiled, "serialize", None) is None:
+        raise RuntimeError("a compiled graph can be saved where torch.compile(f).aot_compile made it")
+    bundled = BundledAOTAutogradSerializableCallable(compiled)
+    return BundledAOTAutogradSerializableCallable.serialize_compile_artifacts(bundled)
+
+
+def deserialize_compiled(data: bytes) -> Callable[..., Any]:
+    """The way back."""
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+
+    return BundledAOTAutogradSerializableCallable.deserialize_compile_artifacts(data)
+
+
 def _register_decompositions(ours: dict[Any, Callable[..., Any]]) -> None:
     """Adds to Inductor's own table, once.
 

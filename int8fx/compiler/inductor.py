@@ -1,9 +1,7 @@
 """The last steps of a compile: Inductor on the rewritten graph, called with its packed weights."""
 
-import functools
-import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,9 @@ from torch import Tensor
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
-from int8fx.compiler.weight_inputs import finish_inputs, with_packed_weights
+from int8fx.compiler.compiled_graph import CompiledGraph
+from int8fx.compiler.identity import cache_identity, digest, sources
+from int8fx.compiler.weight_inputs import finish_inputs
 from int8fx.kernels import table
 from int8fx.kernels.gpu.tuning import tuning
 from int8fx.kernels.schemes.scheme import Choice
@@ -43,9 +43,9 @@ def call_inductor(compilation: Compilation, patches: dict[str, Any]) -> Callable
         )
     if not compilation.slots:
         return compiled
-    if not compilation.needs_autograd:
-        compiled = torch_private.below_autograd(compiled)
-    return with_packed_weights(swap, compiled)
+    return CompiledGraph(
+        swap, compiled, compilation.devices, below_autograd=not compilation.needs_autograd
+    )
 
 
 def _whole_rows(compilation: Compilation) -> dict[str, Any]:
@@ -74,24 +74,6 @@ def _int8_shards(examples: Sequence[Any]) -> str:
     return "-int8-shards-" + ",".join(shards) if shards else ""
 
 
-PACKAGE = Path(__file__).parents[1]
-SUFFIXES = (".py", ".cpp", ".h", ".json")  # what is compiled for a GPU follows from its tiles
-
-
-def sources(package: Path = PACKAGE) -> list[Path]:
-    """Every source of this package, in all of its folders: the Python and the C++ ones."""
-    # A walk does not enter symbolic links, and two folders of a checkout are some.
-    folders = (package, package / "passes", package / "kernels")
-    files = {file for folder in folders for file in folder.resolve().rglob("*")}
-    return sorted(file for file in files if file.suffix in SUFFIXES)
-
-
-@functools.cache
-def cache_identity(package: Path = PACKAGE) -> str:
-    """A hash of this package's sources: part of the key of every compile cache below us."""
-    return f"int8fx-{_digest(source.read_bytes() for source in sources(package))}"
-
-
 def _schemes_identity(compilation: Compilation) -> str:
     """The same of the schemes that a graph uses, as far as they are defined elsewhere."""
     chosen = {
@@ -101,7 +83,7 @@ def _schemes_identity(compilation: Compilation) -> str:
     ours = set(sources())
     foreign = [_sources_of(choice) - ours for choice in chosen.values()]
     files = sorted(set().union(*foreign))
-    return f"-schemes-{_digest(source.read_bytes() for source in files)}" if files else ""
+    return f"-schemes-{digest(source.read_bytes() for source in files)}" if files else ""
 
 
 def _sources_of(choice: Choice) -> set[Path]:
@@ -111,10 +93,3 @@ def _sources_of(choice: Choice) -> set[Path]:
     found = (inspect.getsourcefile(each) for each in functions if inspect.isfunction(each))
     paths = {Path(name).resolve() for name in found if name is not None}
     return {path for path in paths if path.is_file()}
-
-
-def _digest(contents: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ from torch import fx
 from int8fx import torch_private
 from int8fx.compiler.capture import capture
 from int8fx.compiler.compilation import Compilation
+from int8fx.compiler.compiled_graph import CompiledGraph
 from int8fx.compiler.context import context_of
 from int8fx.compiler.decide import canonicalize, select
 from int8fx.compiler.foreign import replace_bitsandbytes
@@ -16,7 +17,7 @@ from int8fx.compiler.graphs import GraphDump, readable
 from int8fx.compiler.inductor import call_inductor
 from int8fx.compiler.release import release
 from int8fx.compiler.report import Report, publish
-from int8fx.compiler.weight_inputs import finish_inputs, quantize_weights, with_packed_weights
+from int8fx.compiler.weight_inputs import finish_inputs, quantize_weights
 from int8fx.kernels import table
 from int8fx.options import Options
 from int8fx.passes import order
@@ -67,7 +68,7 @@ def rewrite_graph(
     watch(compilation)
     rewrite(compilation, for_inductor=False)
     swap, _ = finish_inputs(compilation)
-    return with_packed_weights(swap, runner(compilation.root.gm))
+    return CompiledGraph(swap, runner(compilation.root.gm), compilation.devices)
 
 
 def outcomes_of(

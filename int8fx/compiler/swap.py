@@ -1,12 +1,14 @@
 """The swap: a compiled graph's float weights become packed ones at every call."""
 
 import dataclasses
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.weights.identity import Snapshot
 from int8fx.weights.store import Found, WeightStore
@@ -59,6 +61,30 @@ class WeightSwap:
         # Blocks that share a graph take turns at each call.
         self._seen: dict[tuple[int, ...], Found] = {}
         store.swaps[id(self)] = self
+
+    def saved(self) -> dict[str, Any]:
+        """What a file keeps of it, see ``compiled_graph.py``.
+
+        Raises:
+            RuntimeError: a weight is in float.
+        """
+        if self._float:
+            raise RuntimeError(
+                f"{len(self._float)} of {len(self._slots)} weights are quantised by this graph; a "
+                "graph can be saved whose weights were int8 before: int8fx.quantize_(model)"
+            )
+        return {
+            "slots": [slot.position for slot in self._slots],
+            "kept_inputs": self._kept_inputs,
+            "check_weights": self.check_weights,
+        }
+
+    @classmethod
+    def of_saved(cls, saved: Mapping[str, Any], store: WeightStore) -> "WeightSwap":
+        """The way back."""
+        as_it_is: Any = WeightExpression(None, ())  # type: ignore[arg-type]  # nothing is quantised
+        slots = [Slot(position, as_it_is, PER_CHANNEL, True) for position in saved["slots"]]
+        return cls(slots, saved["kept_inputs"], store, saved["check_weights"])
 
     def mark_quantized(self, positions: Collection[int]) -> None:
         """From the next call on, the inputs at these positions are ``QuantizedWeight``s."""

@@ -1,11 +1,7 @@
 """Packed weights as inputs of the graph, and which of its own inputs it keeps."""
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import fx
 
-from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.passes.graph.weight_expression import is_view_or_cast
@@ -26,16 +22,6 @@ def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
         compilation.slots, kept_inputs, compilation.store, compilation.options.check_weights
     )
     return compilation.swap, kept_inputs
-
-
-def with_packed_weights(swap: WeightSwap, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable with the signature of the graph as Dynamo gave it."""
-
-    def call(*args: Any) -> Any:
-        torch_private.refuse_tangents(args)
-        return compiled(*swap(args))
-
-    return call
 
 
 def _drop_unused_views(graph: fx.Graph) -> None:

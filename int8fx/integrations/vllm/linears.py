@@ -1,0 +1,164 @@
+"""vLLM's linears in int8.
+
+A float weight is quantised as soon as it is loaded, and an int8 one is packed: no second weight is in
+memory meanwhile. A merged matrix (q, k and v; gate and up) is one: scales are per row.
+
+**Tensor parallel.** vLLM cuts the weights of down and output projections along K, and adds the products
+of all processes. A token's scale and an outlier's column are of a whole row of x, so that would change
+the result with the number of processes. Here such a weight is cut along N instead, x is gathered, and
+each process computes its part of the outputs:
+
+    y[:, n0:n1] = int8_linear(gather(x), weight[n0:n1])        y = gather(y[:, n0:n1])
+
+Each output is computed by one process from whole rows, bit for bit as by a single one. What travels is
+as much as vLLM's own sum of products: x once, y once, each a part.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+
+from int8fx.integrations.vllm import product
+from int8fx.integrations.vllm.files import Kind
+from int8fx.kernels.ops.quantize_reference import QMAX
+from int8fx.kernels.schemes.scheme import Choice
+from int8fx.weights.tensor import QuantizedWeight
+
+Loader = Callable[..., None]
+# vLLM processes a layer that was on the meta device when its weights are loaded, and all layers at the
+# end. It takes this mark away where weights are loaded anew.
+DONE = "_already_called_process_weights_after_loading"
+
+
+@register_weight_loader_v2_supported_method
+class Int8FxLinearMethod(LinearMethodBase):
+    """
+    Args:
+        choice: the scheme and its settings.
+        in_files: how the files hold the weight in int8; None: in float.
+        fused: whether the backend ``llmint8`` compiles the model, and so rewrites what it finds.
+    """
+
+    def __init__(self, choice: Choice, in_files: Kind | None, fused: bool) -> None:
+        self.choice = choice
+        self.in_files = in_files
+        self.fused = fused
+        # vLLM materialises a layer from the meta device when all of its weights were read.
+        self.uses_meta_device = in_files is None
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Loader,
+        **attributes: Any,
+    ) -> None:
+        """Raises:
+        ValueError: N cannot be cut for as many processes as there are.
+        """
+        N, K = sum(output_partition_sizes), input_size_per_partition
+        layer.int8fx_gathers = _gathers(layer)
+        if layer.int8fx_gathers:
+            if output_size % layer.tp_size:
+                raise ValueError(
+                    f"{layer.prefix}: {output_size} outputs cannot be cut for {layer.tp_size} processes"
+                )
+            N, K = output_size // layer.tp_size, input_size
+            weight_loader = _rows_of(layer)
+            layer.int8fx_is_summed_later, layer.reduce_results = not layer.reduce_results, False
+        layer.logical_widths = output_partition_sizes
+        layer.int8fx_dtype = params_dtype
+        if self.in_files is None:
+            self._create_float(layer, N, K, params_dtype, weight_loader)
+        else:
+            self._create_int8(layer, N, K, self.in_files, _matrix(weight_loader))
+
+    def _create_float(self, layer: Any, N: int, K: int, dtype: torch.dtype, loader: Loader) -> None:
+        weight = torch.empty(N, K, dtype=dtype, device="meta")
+        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        layer.register_parameter("weight", parameter)
+        initialize_online_processing(layer)
+
+    def _create_int8(self, layer: Any, N: int, K: int, kind: Kind, loader: Loader) -> None:
+        weight = torch.empty(N, K, dtype=torch.int8)
+        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        layer.register_parameter("weight", parameter)
+        scale = torch.empty(N, dtype=torch.float32)
+        parameter = ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
+        layer.register_parameter(kind.value, parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if getattr(layer, DONE, False):
+            return
+        setattr(layer, DONE, True)
+        if self.in_files is None:
+            product.put_float(layer, layer.weight.data, self.choice, self.fused)
+        else:
+            product.put(layer, self._of_files(layer, self.in_files), self.fused)
+
+    def _of_files(self, layer: Any, kind: Kind) -> QuantizedWeight:
+        scale = getattr(layer, kind.value).data
+        delattr(layer, kind.value)
+        if kind is Kind.BITSANDBYTES:
+            scale = scale / QMAX
+        return product.int8_weight(layer.weight.data, scale, self.choice, layer.int8fx_dtype)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not layer.int8fx_gathers:
+            return product.apply(layer, x, bias)
+        rows = layer.output_size // layer.tp_size
+        start = layer.tp_rank * rows
+        if layer.bias is not None and not layer.skip_bias_add:  # what is given, the first process has
+            bias = layer.bias[start : start + rows]
+        y = product.apply(layer, tensor_model_parallel_all_gather(x), bias)
+        if layer.int8fx_is_summed_later:
+            return F.pad(y, (start, layer.output_size - start - rows))
+        return tensor_model_parallel_all_gather(y)
+
+
+def _gathers(layer: nn.Module) -> bool:
+    """Whether x is gathered, and the weight is cut along N, where vLLM cuts along K.
+
+    An adapter's part is cut along K, too, and vLLM adds both before it sums over the processes.
+    """
+    config = get_current_vllm_config_or_none()
+    has_adapters = config is not None and config.lora_config is not None
+    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and not has_adapters
+
+
+def _rows_of(layer: Any) -> Loader:
+    def load_rows(param: Tensor, loaded_weight: Tensor) -> None:
+        rows = param.shape[0]
+        param.data.copy_(loaded_weight.narrow(0, layer.tp_rank * rows, rows))
+
+    return load_rows
+
+
+def _matrix(loader: Loader) -> Loader:
+    """int8fx writes weights as ``[1, N, K]`` (``int8fx/weights/state_dict.py``)."""
+
+    @functools.wraps(loader)
+    def load_matrix(param: Tensor, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
+        if loaded_weight.dim() == 3:
+            loaded_weight = loaded_weight.squeeze(0)
+        loader(param, loaded_weight, *args, **kwargs)
+
+    return load_matrix

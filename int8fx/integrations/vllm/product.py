@@ -1,0 +1,73 @@
+"""The product of one layer of vLLM: ``y [*, N] = x [*, K] @ ŵᵀ + bias`` in a scheme."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from int8fx.kernels import packing
+from int8fx.kernels.schemes.scheme import Choice
+from int8fx.weights.tensor import QuantizedWeight
+
+
+class Product(nn.Module):
+    """By the scheme's operators, which vLLM's own compilers and eager mode take as they are.
+
+    Args:
+        parts: the packed weight; buffers, so that compilers take them as inputs.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], choice: Choice) -> None:
+        super().__init__()
+        self.choice = choice
+        self.names = tuple(f"part{index}" for index in range(len(parts)))
+        for name, part in zip(self.names, parts, strict=True):
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        parts = [getattr(self, name) for name in self.names]
+        y = self.choice.product(x.reshape(-1, x.shape[-1]), parts, bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def put(layer: Any, quantized: QuantizedWeight, fused: bool) -> None:
+    """Makes a quantised weight that of a layer.
+
+    Args:
+        fused: whether the backend ``llmint8`` compiles the layer. It finds an ``F.linear`` then, which
+            it rewrites and fuses.
+    """
+    layer.weight = nn.Parameter(quantized, requires_grad=False)
+    layer.int8fx = None if fused else Product(quantized.tensors, quantized.choice)
+
+
+def put_float(layer: Any, weight: Tensor, choice: Choice, fused: bool) -> None:
+    """The same of a float weight ``[N, K]``, which is quantised."""
+    put(layer, QuantizedWeight.quantized(weight, choice, transposed=False), fused)
+
+
+def of_float(weight: Tensor, choice: Choice) -> Product:
+    """The product with a float weight ``[N, K]``, quantised, by operators."""
+    return Product(choice.quantize(weight), choice)
+
+
+def apply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``[*, K]`` to ``[*, N]``."""
+    if layer.int8fx is None:
+        return F.linear(x, layer.weight, bias)
+    return layer.int8fx(x, bias)
+
+
+def int8_weight(w_int8: Tensor, w_scale: Tensor, choice: Choice, dtype: torch.dtype) -> QuantizedWeight:
+    """
+    Args:
+        w_int8: ``[N, K]``.
+        w_scale: ``[N]`` fp32.
+        choice: a scheme of weights in int8 with a scale per channel.
+        dtype: of the activations.
+    """
+    N, K = w_int8.shape
+    packed = packing.pack(choice.weight_format, (w_int8, w_scale), N, K)
+    return QuantizedWeight(*packed, choice=choice, N=N, K=K, dtype=dtype, transposed=False)

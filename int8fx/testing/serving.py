@@ -1,0 +1,182 @@
+"""vLLM in this process, on small models: what the tests of ``int8fx.integrations.vllm`` share.
+
+Needs vLLM for a CPU, beside torch (``.ci/nightly-serving`` makes such an environment).
+"""
+
+import gc
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.testing.toy_llama import words
+
+# One thread, no NUMA: engines come and go in one process. vLLM reads these when it is imported.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LAYERS = 3
+Answer = tuple[tuple[int, float], ...]
+
+
+def tiny_llama(**changed: Any) -> LlamaForCausalLM:
+    """Of random weights, with heads of a width that vLLM has a kernel for, and some outliers."""
+    shapes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 63,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shapes | changed)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 0.15)
+        elif "layernorm" in name:
+            parameter.data[:3] = 6.0  # most activations of these columns are outliers
+    return model.to(torch.bfloat16)
+
+
+def save(model: Any, folder: Path) -> Path:
+    """The model and a tokenizer, as vLLM opens them."""
+    model.save_pretrained(folder)
+    words().save_pretrained(folder)
+    return folder
+
+
+def of_bitsandbytes(source: Path, folder: Path) -> Path:
+    """The same model as bitsandbytes writes it in 8-bit."""
+
+    def entries(key: str, w_int8: Tensor, w_scale: Tensor) -> dict[str, Tensor]:
+        owner = key.removesuffix("weight")
+        layout = torch.tensor(0, dtype=torch.uint8)
+        return {key: w_int8, f"{owner}SCB": w_scale * 127, f"{owner}weight_format": layout}
+
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
+    return _rewritten(source, folder, entries, config)
+
+
+def of_compressed_tensors(source: Path, folder: Path) -> Path:
+    """The same model as llm-compressor writes it in W8A8, with a scale per token found at run time."""
+
+    def entries(key: str, w_int8: Tensor, w_scale: Tensor) -> dict[str, Tensor]:
+        return {key: w_int8, f"{key}_scale": w_scale.unsqueeze(1)}
+
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    return _rewritten(source, folder, entries, config)
+
+
+def _rewritten(source: Path, folder: Path, entries: Any, quantization: dict[str, Any]) -> Path:
+    shutil.copytree(source, folder)
+    state: dict[str, Tensor] = {}
+    for key, weight in load_file(source / "model.safetensors").items():
+        is_linear = key.endswith(".weight") and key.split(".")[-2] in LINEARS
+        state |= entries(key, *quantize_weight(weight)) if is_linear else {key: weight}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return folder
+
+
+@contextmanager
+def engine(model: Path, **settings: Any) -> Iterator[Any]:
+    """A ``vllm.LLM`` of the model, gone at the end."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    limits = {"max_model_len": 256, "max_num_seqs": 16, "disable_log_stats": True}
+    llm = LLM(str(model), **limits | settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        torch.compiler.reset()
+        cleanup_dist_env_and_memory()
+
+
+def answers(llm: Any, prompts: Sequence[Sequence[int]], tokens: int = 16) -> list[Answer]:
+    """What each prompt is answered, all of them at once: tokens, with their log-probabilities."""
+    from vllm import TokensPrompt
+
+    given = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+    return [answer_of(each) for each in llm.generate(given, greedy(tokens), use_tqdm=False)]
+
+
+def interleaved(
+    llm: Any, prompts: Sequence[Sequence[int]], random_: random.Random, tokens: int = 16
+) -> list[Answer]:
+    """The same where each request comes at a random step, while others are being answered."""
+    waiting = list(enumerate(prompts))
+    random_.shuffle(waiting)
+    found: dict[str, Answer] = {}
+    while waiting or llm.llm_engine.has_unfinished_requests():
+        for _ in range(random_.randrange(4)):
+            if waiting:
+                number, prompt = waiting.pop()
+                llm.llm_engine.add_request(
+                    str(number), {"prompt_token_ids": list(prompt)}, greedy(tokens)
+                )
+        for output in llm.llm_engine.step():
+            if output.finished:
+                found[output.request_id] = answer_of(output)
+    return [found[str(number)] for number in range(len(prompts))]
+
+
+def greedy(tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1)
+
+
+def answer_of(output: Any) -> Answer:
+    (completion,) = output.outputs
+    return tuple(
+        (token, ranked[token].logprob)
+        for token, ranked in zip(completion.token_ids, completion.logprobs, strict=True)
+    )
+
+
+def random_prompts(count: int, random_: random.Random) -> list[list[int]]:
+    """Of 1 to 90 words, some with a beginning in common."""
+    shared = [random_.randrange(63) for _ in range(40)]
+    found = []
+    for number in range(count):
+        own = [random_.randrange(63) for _ in range(random_.randrange(1, 50))]
+        found.append(shared + own if number % 3 == 0 else own)
+    return found

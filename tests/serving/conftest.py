@@ -1,0 +1,22 @@
+"""Tests of int8fx inside vLLM, for an environment that has it: ``.ci/nightly-serving`` makes one."""
+
+import importlib.util
+
+import pytest
+
+from int8fx.testing import serving
+
+REASON = "needs vLLM for a CPU: .ci/nightly-serving makes an environment with it"
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if "serving" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A Llama in bf16, on disk."""
+    return serving.save(serving.tiny_llama(), tmp_path_factory.mktemp("models") / "bf16")

@@ -1,0 +1,166 @@
+"""What vLLM serves: float weights quantised as they are loaded, and files in int8, without a flag."""
+
+import pytest
+import torch
+
+import int8fx
+from int8fx.testing import serving
+
+# qkv, o, gate_up and down of each layer.
+LINEARS = 4 * serving.LAYERS
+PROMPTS = [[1, 2, 3, 4], list(range(5, 40))]
+TOKEN = {"decomposition": "token"}
+
+
+def options(**given):
+    return {"hf_overrides": {"quantization_config": {"quant_method": "int8fx", **given}}}
+
+
+def linears(llm):
+    """The layers of the model that int8fx serves, by name."""
+    (worker,) = llm.collective_rpc(_linears)
+    return worker
+
+
+def _linears(worker):
+    model = worker.model_runner.model
+    return {
+        name: type(module.weight).__name__
+        for name, module in model.named_modules()
+        if hasattr(module, "int8fx")
+    }
+
+
+@pytest.fixture(scope="module")
+def online(model):
+    with serving.engine(model, **options(**TOKEN), enforce_eager=True) as llm:
+        return linears(llm), serving.answers(llm, PROMPTS)
+
+
+def test_every_linear_becomes_int8_and_the_head_does_not(online):
+    found, _ = online
+    assert len(found) == LINEARS
+    assert set(found.values()) == {"Int8Weight"}
+    assert not any("lm_head" in name for name in found)
+
+
+def test_own_files_need_no_flag_and_answer_as_weights_quantised_online(model, online, tmp_path):
+    quantized = int8fx.quantize_(serving.tiny_llama(), **TOKEN)
+    with serving.engine(serving.save(quantized, tmp_path / "int8"), enforce_eager=True) as llm:
+        assert linears(llm) == online[0]
+        assert serving.answers(llm, PROMPTS) == online[1]
+
+
+def test_own_files_keep_what_was_skipped_in_float(model, tmp_path):
+    quantized = int8fx.quantize_(serving.tiny_llama(), skip=["lm_head", "*.layers.0.mlp.down_proj"])
+    with serving.engine(serving.save(quantized, tmp_path / "int8"), enforce_eager=True) as llm:
+        assert len(linears(llm)) == LINEARS - 1
+        serving.answers(llm, PROMPTS)
+
+
+def test_bitsandbytes_files_need_no_flag(model, tmp_path):
+    """They have the scales that weights quantised online get, and the column decomposition."""
+    with serving.engine(model, quantization="int8fx", enforce_eager=True) as llm:
+        expected = serving.answers(llm, PROMPTS)
+    with serving.engine(serving.of_bitsandbytes(model, tmp_path / "bnb"), enforce_eager=True) as llm:
+        assert len(linears(llm)) == LINEARS
+        assert serving.answers(llm, PROMPTS) == expected
+
+
+def test_compressed_tensors_files_run_on_our_product(model, tmp_path):
+    """W8A8 with a scale per token is the scheme absmax-vector."""
+    with serving.engine(model, **options(scheme="absmax-vector"), enforce_eager=True) as llm:
+        expected = serving.answers(llm, PROMPTS)
+    files = serving.of_compressed_tensors(model, tmp_path / "w8a8")
+    with serving.engine(files, enforce_eager=True) as llm:
+        assert len(linears(llm)) == LINEARS
+        assert serving.answers(llm, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("scheme", [name for name in int8fx.SCHEMES if name != "llm.int8"])
+def test_every_scheme_serves(model, scheme):
+    with serving.engine(model, **options(scheme=scheme), enforce_eager=True) as llm:
+        assert len(linears(llm)) == LINEARS
+        serving.answers(llm, PROMPTS, tokens=2)
+
+
+def test_output_head_in_int8(model):
+    """Tied to the embedding, which stays in float."""
+    with serving.engine(model, **options(skip=[]), enforce_eager=True) as llm:
+        assert any("lm_head" in name or "embed_tokens" in name for name in linears(llm))
+        serving.answers(llm, PROMPTS)
+
+
+def test_rules_by_module(model):
+    rules = [["*.mlp.*", "absmax-vector"]]
+    with serving.engine(model, **options(rules=rules), enforce_eager=True) as llm:
+        (thresholds,) = llm.collective_rpc(_thresholds)
+    assert {value for name, value in thresholds.items() if ".mlp." in name} == {0.0}
+    assert {value for name, value in thresholds.items() if ".self_attn." in name} == {6.0}
+
+
+def _thresholds(worker):
+    named = worker.model_runner.model.named_modules()
+    return {name: module.weight.threshold for name, module in named if hasattr(module, "int8fx")}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"threshold": -1}, "a number >= 0"),
+        ({"scheme": "int9"}, "'llm.int8'"),
+        ({"decompositoin": "token"}, "unknown option 'decompositoin'.*allowed: .*decomposition"),
+    ],
+)
+def test_wrong_option_ends_the_start(model, given, message):
+    with pytest.raises(Exception, match=message), serving.engine(model, **options(**given)):
+        pass
+
+
+def test_one_matrix_has_one_scheme(model):
+    """q, k and v are one in vLLM."""
+    with (
+        pytest.raises(Exception, match=r"keeps .*q_proj.* as one matrix"),
+        serving.engine(model, **options(skip=["*.q_proj"]), enforce_eager=True),
+    ):
+        pass
+
+
+def test_head_in_int8_files_is_refused(tmp_path):
+    quantized = int8fx.quantize_(serving.tiny_llama(tie_word_embeddings=False), skip=[])
+    files = serving.save(quantized, tmp_path / "int8")
+    with (
+        pytest.raises(Exception, match="lm_head is in int8 in the files"),
+        serving.engine(files, enforce_eager=True),
+    ):
+        pass
+
+
+def test_experts(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=64,
+        max_position_embeddings=256,
+    )
+    files = serving.save(MixtralForCausalLM(config).to(torch.bfloat16), tmp_path / "mixtral")
+    with serving.engine(files, enforce_eager=True) as llm:
+        expected = serving.answers(llm, PROMPTS, tokens=1)
+    with serving.engine(files, **options(**TOKEN), enforce_eager=True) as llm:
+        (experts,) = llm.collective_rpc(_experts)
+        got = serving.answers(llm, PROMPTS, tokens=1)
+    assert experts == 2
+    for before, after in zip(expected, got, strict=True):
+        assert after[0][1] == pytest.approx(before[0][1], abs=0.1)
+
+
+def _experts(worker):
+    named = worker.model_runner.model.named_modules()
+    return sum(hasattr(module, "int8fx_w13") for _, module in named)
