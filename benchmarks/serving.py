@@ -68,7 +68,7 @@ def main() -> None:
             for _ in range(arguments.rounds)
         ]
         report(rounds)
-        compare(model, files["float"], rounds[0], arguments.tokens)
+        compare(files["float"], rounds[0], arguments.tokens)
 
 
 def _smollm2() -> Path:
@@ -179,12 +179,13 @@ def _median(rounds: list[dict[str, dict[str, Any]]], name: str, value: Any) -> f
     return statistics.median(value(each[name]) for each in rounds)
 
 
-def compare(model: Path, files: Path, measured: dict[str, dict[str, Any]], tokens: int) -> None:
+def compare(files: Path, measured: dict[str, dict[str, Any]], tokens: int) -> None:
     """Prints how many greedy tokens agree with int8fx in transformers, and the first that does not."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import int8fx
+    from int8fx.testing import serving
 
     if "int8fx" not in measured:
         return
@@ -193,15 +194,9 @@ def compare(model: Path, files: Path, measured: dict[str, dict[str, Any]], token
     int8fx.quantize_(loaded, decomposition="token")
     same = 0
     for prompt, answer in zip(PROMPTS, measured["int8fx"]["answers"], strict=True):
-        inputs = tokenizer(prompt, return_tensors="pt")
-        with torch.no_grad():
-            logits = loaded(torch.cat([inputs.input_ids, torch.tensor([answer])], 1)).logits[0]
-        logits = logits[inputs.input_ids.shape[1] - 1 : -1].float()
-        chosen = logits[torch.arange(tokens), torch.tensor(answer)]
-        gaps = logits.amax(1) - chosen  # 0 where transformers chooses the same after the same words
+        gaps = serving.gaps(loaded, tokenizer(prompt).input_ids, answer)
         same += int((gaps == 0).sum())
-        if (gaps > 0).any():
-            place = int(gaps.gt(0).int().argmax())
+        for place in gaps.nonzero().flatten().tolist():
             print(f"{prompt!r}: token {place + 1} is {gaps[place]:.4f} below the largest logit")
     print(f"{same} of {tokens * len(PROMPTS)} tokens are those of transformers after the same words")
 

@@ -172,6 +172,15 @@ def answer_of(output: Any) -> Answer:
     )
 
 
+def gaps(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """How far each token of an answer is below the largest logit that a model of transformers has after
+    the same words, fp32: 0 where it chooses the same."""
+    words_ = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logits = model(words_).logits[0, len(prompt) - 1 : -1].float()
+    return logits.amax(1) - logits[torch.arange(len(answer)), torch.tensor(answer)]
+
+
 def random_prompts(count: int, random_: random.Random) -> list[list[int]]:
     """Of 1 to 90 words, some with a beginning in common."""
     shared = [random_.randrange(63) for _ in range(40)]

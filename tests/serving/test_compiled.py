@@ -1,5 +1,6 @@
 """How vLLM compiles a model in int8: with ``llmint8`` unless asked otherwise, once."""
 
+import importlib
 import logging
 
 import pytest
@@ -14,7 +15,7 @@ LINEARS = 4 * serving.LAYERS
 @pytest.fixture
 def log(caplog, monkeypatch):
     """What int8fx wrote to vLLM's log."""
-    # vLLM's logger does not hand on what it is given.
+    importlib.import_module("vllm")  # which sets its logger up
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.INFO, logger="vllm")
     return lambda: [each.getMessage() for each in caplog.records if each.name == "vllm.int8fx"]
