@@ -31,7 +31,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 import traceback
 import warnings
@@ -41,16 +40,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
-from checked import Seen, checking  # noqa: E402
-from routers import apart_from_quantize, is_ranked  # noqa: E402
 from torch import Tensor  # noqa: E402
-from toy_models import Toy, architectures, build  # noqa: E402
 
 import int8fx  # noqa: E402
+from int8fx.testing.checked import Seen, checking  # noqa: E402
+from int8fx.testing.routers import apart_from_quantize, is_ranked  # noqa: E402
+from int8fx.testing.toy_models import Toy, architectures, build  # noqa: E402
 from int8fx.torch_private import compile_counts  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".jsonl")  # kept with the code: a sweep takes hours

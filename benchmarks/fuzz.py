@@ -5,16 +5,15 @@ that fails is shrunk by hypothesis and printed; it becomes an entry of ``COUNTER
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
-from random_graphs import programs  # noqa: E402
 from test_fuzz import check  # noqa: E402
+
+from int8fx.testing.random_graphs import programs  # noqa: E402
 
 
 def main() -> None:

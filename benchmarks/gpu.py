@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "gpuless"), str(Path(__file__).parent)]
 TABLE = Path(__file__).with_suffix(".md")
 
 # Linears that read one activation: name, widths N, and K.
@@ -55,7 +54,7 @@ another are counted in full on top of everything else: in what gathers (the witn
 outlier that it names, the list, what it lists), and at the end of a product that is split. The
 instructions of a norm are those of our kernel (`kernels/gpu/norm.py`), compiled for each GPU. Of fp16,
 of up to 16 tokens, and without outliers they are those of the code that Inductor generates for an H100
-(`tests/gpuless/norm_kernels.py`). AMD's are not modelled.
+(`int8fx/testing/gpuless/norm_kernels.py`). AMD's are not modelled.
 
 Not in the model, either: Triton leaves no int8 product in flight on an H100. It waits once in a step
 of a short tile, and twice in one of a tall tile, which is 1.5 times as much work. By an estimate, 70 to
@@ -167,13 +166,12 @@ def floors(gpu: Any, M: int) -> Iterator[str]:
 
 @functools.cache
 def norm_kernels() -> dict[str, Any]:
-    """``tests/gpuless/norm_kernels.py``'s table, from a process of its own."""
+    """``int8fx/testing/gpuless/norm_kernels.py``'s table, from a process of its own."""
     import gpu_model
 
-    script = ROOT / "tests" / "gpuless" / "norm_kernels.py"
     names = (gpu.arch for gpu in gpu_model.GPUS if gpu.arch.startswith("sm_"))
     architectures = list(dict.fromkeys(names))  # the first GPU's is the first
-    command = [sys.executable, str(script), *architectures]
+    command = [sys.executable, "-m", "int8fx.testing.gpuless.norm_kernels", *architectures]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     table = json.loads(done.stdout)
     return {
@@ -184,7 +182,8 @@ def norm_kernels() -> dict[str, Any]:
 
 def _norm(gpu: Any, M: int, K: int, kind: str) -> Any:
     import gpu_model
-    import specimens
+
+    from int8fx.testing.gpuless import specimens
 
     issued = (0, 0)
     if kind in ("column", "token"):
@@ -199,10 +198,10 @@ def _norm(gpu: Any, M: int, K: int, kind: str) -> Any:
 def _around(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str) -> tuple[Any, Any]:
     """The launches before a product: the norm's, and what gathers."""
     import gpu_model
-    import specimens
     import torch
 
     from int8fx.kernels.gpu.gather import launch_shape
+    from int8fx.testing.gpuless import specimens
 
     N = sum(widths)
     gathers, quantizes = (
@@ -253,10 +252,10 @@ def _fastest(gpu: Any, M: int, widths: Sequence[int], K: int, decomposition: str
 
 def _product(gpu: Any, M: int, N: int, K: int) -> tuple[Any, str]:
     import gpu_model
-    import specimens
     import torch
 
     from int8fx.kernels.gpu import configs
+    from int8fx.testing.gpuless import specimens
 
     times = []
     for config in configs.gemm_configs(gpu.arch, M, N, K, torch.float16, gpu.processors):
@@ -273,9 +272,9 @@ def _label(block_m: int, block_n: int, parts: int) -> str:
 def _decode(gpu: Any, M: int, N: int, K: int, decomposition: str) -> tuple[float, tuple[Any, str]]:
     """Seconds of the norm; the product, and its label."""
     import gpu_model
-    import specimens
 
     from int8fx.kernels.gpu import configs, decode, digits
+    from int8fx.testing.gpuless import specimens
 
     quantizes = M > 1 and decomposition == "column"
     # Rows that quantise alone come with three more, their outliers' digits.

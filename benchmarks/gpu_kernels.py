@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "gpuless"))
 TABLE = Path(__file__).with_suffix(".md")
 
 HEADER = """\
@@ -31,7 +30,7 @@ AMD), by registers, shared memory and threads; in brackets how many the table of
 
 def rows(architectures: list[str]) -> Iterator[str]:
     """One row of the table for each compile."""
-    import specimens
+    from int8fx.testing.gpuless import specimens
 
     for arch in architectures:
         for specimen in specimens.specimens(arch):
@@ -46,14 +45,15 @@ def rows(architectures: list[str]) -> Iterator[str]:
 
 def launch_table() -> str:
     """Launches of one Llama decoder layer; in a process of its own, which pretends to have a GPU."""
-    script = ROOT / "tests" / "gpuless" / "layer_launches.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "int8fx.testing.gpuless.layer_launches"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout
 
 
 def main() -> None:
     import triton
-    from nogpu import offline
+
+    from int8fx.testing.nogpu import offline
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=list(offline.TARGETS), metavar="ARCH")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support import Mlp
 from torch import nn
 
 import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError
+from int8fx.testing.support import Mlp
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -5,14 +5,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attentions import GROUP, HEADS, Attention, causal, compare, inputs, native, repeat, repeated
-from bounds import attention_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.ops.attention import attention, attention_reference
+from int8fx.testing.attentions import (
+    GROUP,
+    HEADS,
+    Attention,
+    causal,
+    compare,
+    inputs,
+    native,
+    repeat,
+    repeated,
+)
+from int8fx.testing.bounds import attention_bound
 
 REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compile_once
 from torch import nn
 
 import int8fx
 from int8fx.kernels.ops.int8_matmul import int8_matmul
 from int8fx.kernels.ops.quantize_reference import MAX_K, quantize_reference
+from int8fx.testing.support import compile_once
 
 ON = {"attention": True}
 

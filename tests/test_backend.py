@@ -10,12 +10,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close_to_float64, compile_once
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from int8fx import collect_reports
 from int8fx.options import MODES, Options, inductor_patches
+from int8fx.testing.support import assert_close_to_float64, compile_once
 
 K, N = 32, 48
 

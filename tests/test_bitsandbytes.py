@@ -5,12 +5,12 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from bounds import expected_and_bound
-from support import compile_once
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import int8fx
+from int8fx.testing.bounds import expected_and_bound
+from int8fx.testing.support import compile_once
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 from int8fx.integrations.bitsandbytes import to_bitsandbytes  # noqa: E402

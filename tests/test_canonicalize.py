@@ -7,11 +7,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close_to_float64, compile_once
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import int8fx
+from int8fx.testing.support import assert_close_to_float64, compile_once
 
 K, N, B, S = 24, 40, 2, 3
 

@@ -1,8 +1,9 @@
 """What every layer reads is computed once, and nothing else changes."""
 
 import torch
-from support import compile_once
 from torch import nn
+
+from int8fx.testing.support import compile_once
 
 K, L = 16, 80
 

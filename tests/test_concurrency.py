@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from support import assert_close_to_float64, interpreted
 from torch import Tensor, nn
 
 import int8fx
@@ -21,6 +20,7 @@ from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.kernels.cpu import int8_linear, pages
 from int8fx.kernels.formats import int8
 from int8fx.passes.graph.weight_expression import WeightExpression
+from int8fx.testing.support import assert_close_to_float64, interpreted
 from int8fx.weights import store
 from int8fx.weights.store import STORE, WeightStore
 

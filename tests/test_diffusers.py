@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from installed import install, run
 from torch import nn
 
 import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError
+from int8fx.testing.installed import install, run
 
 diffusers = pytest.importorskip("diffusers")
 

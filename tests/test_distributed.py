@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 import torch.multiprocessing as multiprocessing
-from bounds import expected_and_bound
-from support import Mlp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +26,8 @@ import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError
 from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.testing.bounds import expected_and_bound
+from int8fx.testing.support import Mlp
 
 K, N, RANKS = 64, 96, 2
 

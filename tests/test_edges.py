@@ -12,7 +12,6 @@ subnormals' spacing. Three things are allowed besides, each where it can happen 
 
 import pytest
 import torch
-from bounds import FP32
 from torch import Tensor
 
 import int8fx
@@ -22,6 +21,7 @@ from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.quantize_reference import EVERYTHING
 from int8fx.kernels.schemes.scheme import Choice, Settings, eagerly
+from int8fx.testing.bounds import FP32
 
 REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")

@@ -5,17 +5,17 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import expected_and_bound
-from checked import checking
-from support import assert_close_to_float64, compile_once
 from torch import nn
-from toy_models import build
 
 import int8fx
 from int8fx.kernels import table
 from int8fx.kernels.ops.expert_linear import expert_linear, routed_rows, rows_of_experts
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.passes.int8.serve_experts import serve_experts
+from int8fx.testing.bounds import expected_and_bound
+from int8fx.testing.checked import checking
+from int8fx.testing.support import assert_close_to_float64, compile_once
+from int8fx.testing.toy_models import build
 
 E, N, K, S = 4, 24, 40, 9
 

@@ -11,9 +11,6 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import expected_and_bound
-from checked import checking
-from support import compile_once
 from torch import nn
 
 import int8fx
@@ -26,6 +23,9 @@ from int8fx.kernels.ops.quantize_reference import (
     QMAX,
     quantize_weight,
 )
+from int8fx.testing.bounds import expected_and_bound
+from int8fx.testing.checked import checking
+from int8fx.testing.support import compile_once
 from int8fx.weights.store import STORE
 
 K, N, M = 32, 24, 5

@@ -1,15 +1,11 @@
 """benchmarks/fingerprint.py runs, on a tiny model; its times say nothing there."""
 
 import json
-import sys
-from pathlib import Path
 
+import fingerprint
 import torch
 
 from int8fx import torch_private
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import fingerprint
 
 
 def test_it_measures_both_and_says_what_the_check_costs(monkeypatch, tmp_path, capsys):

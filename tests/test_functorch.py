@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from support import assert_close_to_float64
 from torch import nn
 from torch.func import (
     functional_call,
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import int8fx
 from int8fx import torch_private
+from int8fx.testing.support import assert_close_to_float64
 
 K, N = 32, 24
 

@@ -5,8 +5,9 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from support import memory_of
 from torch import Tensor, fx, nn
+
+from int8fx.testing.support import memory_of
 
 pytest.importorskip("triton")
 

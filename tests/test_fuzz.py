@@ -7,12 +7,12 @@ import copy
 
 import pytest
 import torch
-from checked import checking
 from hypothesis import HealthCheck, given, settings
-from random_graphs import LINEARS, REFUSED, WRITING_WEIGHTS, RandomModel, programs
 
 import int8fx
 from int8fx.passes.linears.select import WRITTEN
+from int8fx.testing.checked import checking
+from int8fx.testing.random_graphs import LINEARS, REFUSED, WRITING_WEIGHTS, RandomModel, programs
 
 SETTINGS = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from checked import checking
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import int8fx
+from int8fx.testing.checked import checking
 
 LINEARS = 7  # of the one layer; the head stays in float
 PROMPT = torch.arange(1, 9).unsqueeze(0)

@@ -3,18 +3,15 @@
 ``tests/gpuless`` has the same tests for machines without: there kernels run in Triton's interpreter.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parent / "gpuless"))
 
-from linear_bound import BF16, CASES, FP16, assert_within_the_derived_bound
 from test_expert_kernels import *  # noqa: F403
 from test_kernels import *  # noqa: F403
+
+from int8fx.testing.gpuless.linear_bound import BF16, CASES, FP16, assert_within_the_derived_bound
 
 pytestmark = [
     pytest.mark.gpu,

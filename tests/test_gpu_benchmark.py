@@ -2,21 +2,17 @@
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parent / "gpuless"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu
 import gpu_model
-import specimens
 
 from int8fx.kernels.gpu.gather import launch_shape
+from int8fx.testing.gpuless import specimens
 
 
 def test_the_measuring_half_runs_through_and_contenders_agree(monkeypatch):

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import compile_once
 
 from int8fx.kernels import table
 from int8fx.kernels.gpu import device
+from int8fx.testing.support import compile_once
 
 pytest.importorskip("triton")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attentions import GROUP, HEADS, causal, compare, inputs, native, repeat, repeated
 
 from int8fx.kernels import table
+from int8fx.testing.attentions import GROUP, HEADS, causal, compare, inputs, native, repeat, repeated
 
 
 @pytest.fixture(autouse=True)

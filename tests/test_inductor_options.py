@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from support import Mlp, compile_once
 from torch import nn
 
 import int8fx
 from int8fx import torch_private
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.testing.support import Mlp, compile_once
 
 # In a process of its own: a fault would end this one.
 CODE = """

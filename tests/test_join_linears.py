@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support import memory_of
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,6 +10,7 @@ from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.int8.join_linears import join_linears
+from int8fx.testing.support import memory_of
 
 M, K, LIMIT = 5, 8, 3
 

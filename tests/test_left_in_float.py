@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compile_once
 from torch import nn
 
 import int8fx
 from int8fx.passes.linears.select import LOW_RANK
+from int8fx.testing.support import compile_once
 
 OWNERLESS = "a buffer that no linear layer owns: it was computed, not learned"
 

@@ -6,10 +6,10 @@ those of a backend that compiles nothing. Some are compiled with Inductor as wel
 
 import pytest
 import torch
-from checked import checking
-from toy_models import build
 
 from int8fx.kernels.formats import int8
+from int8fx.testing.checked import checking
+from int8fx.testing.toy_models import build
 from int8fx.torch_private import compile_counts
 
 # Varied on purpose: decoders, encoders, both; vision, audio, several at once; mixtures of experts,

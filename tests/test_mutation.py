@@ -6,10 +6,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from checked import checking
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import compile_once, memory_of
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +17,8 @@ from int8fx.compiler import compilation
 from int8fx.compiler.effects import Effects
 from int8fx.passes.graph.mutation import Effect
 from int8fx.passes.linears.select import WRITTEN
+from int8fx.testing.checked import checking
+from int8fx.testing.support import compile_once, memory_of
 
 N, K, M = 16, 16, 5
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support import compile_once
 from torch import nn
+
+from int8fx.testing.support import compile_once
 
 K, N = 32, 40
 

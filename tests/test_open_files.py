@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from installed import install, run
 from test_generation import llama, words
 from transformers import LlamaForCausalLM
 
 import int8fx
 from int8fx.integrations.transformers import Int8FxConfig
+from int8fx.testing.installed import install, run
 
 TOKENS = torch.arange(8).unsqueeze(0)
 

@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import HALF, expected_and_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from int8fx.kernels import table
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS, quantize_reference, quantize_weight
+from int8fx.testing.bounds import HALF, expected_and_bound
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

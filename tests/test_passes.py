@@ -5,7 +5,6 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close_to_float64, compile_once, memory_of
 from torch import nn
 
 from int8fx.kernels.ops import int8_linear as ops
@@ -13,6 +12,7 @@ from int8fx.passes.graph.mutation import writes_in_place
 from int8fx.passes.graph.verify import RewriteError, Signature, verify
 from int8fx.passes.int8.fuse_epilogue import fuse_epilogue
 from int8fx.passes.linears.einsum import linear_map
+from int8fx.testing.support import assert_close_to_float64, compile_once, memory_of
 
 K, N = 16, 24
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from support import Mlp, compile_once
 from torch import nn
 
 import int8fx
 from int8fx import Int8Weight
+from int8fx.testing.support import Mlp, compile_once
 
 peft = pytest.importorskip("peft")
 

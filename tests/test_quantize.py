@@ -7,8 +7,6 @@ import weakref
 
 import pytest
 import torch
-from bounds import expected_and_bound
-from support import compile_once
 from torch import nn
 
 import int8fx
@@ -17,6 +15,8 @@ from int8fx.kernels import table
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.passes.graph.weight_expression import TRANSPOSE, WeightExpression
+from int8fx.testing.bounds import expected_and_bound
+from int8fx.testing.support import compile_once
 from int8fx.weights.parts import pack
 from int8fx.weights.store import weight_reason
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compile_once
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from int8fx.testing.support import compile_once
 
 
 def grouped(scores):

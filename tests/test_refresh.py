@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import Mlp, assert_close_to_float64, interpreted
 from torch import nn
 
 import int8fx
+from int8fx.testing.support import Mlp, assert_close_to_float64, interpreted
 from int8fx.weights.identity import ALL_SETS, snapshot
 from int8fx.weights.store import STORE
 

@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-from support import Mlp, compile_once
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -15,6 +14,7 @@ import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError, ReleasedWeightError
 from int8fx.options import Options
+from int8fx.testing.support import Mlp, compile_once
 
 K, N = 32, 48
 RELEASE = {"release_weights": True}

@@ -4,8 +4,9 @@
 """
 
 import pytest
-from routers import apart_from_quantize, backend_decisions, is_ranked
-from toy_models import build
+
+from int8fx.testing.routers import apart_from_quantize, backend_decisions, is_ranked
+from int8fx.testing.toy_models import build
 
 INDEXER = ("wq_b", "wk", "weights_proj")
 RANKED = {

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds import FP32
-from support import compile_once
 from torch import nn
 
 import int8fx
@@ -25,6 +23,8 @@ from int8fx.kernels.schemes.scheme import (
     unchanged,
 )
 from int8fx.options import Options
+from int8fx.testing.bounds import FP32
+from int8fx.testing.support import compile_once
 
 ROOT = Path(__file__).parents[1]
 SCHEMES = int8fx.SCHEMES

@@ -7,13 +7,13 @@ eager refuses is an error. Only the rewriting runs, without Inductor (``checked.
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  (registers its fallback)
-from checked import checking
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from random_calls import GENERATORS, Spelled, generator
 
 import int8fx
 from int8fx.passes.linears.canonicalize import SPELLINGS
+from int8fx.testing.checked import checking
+from int8fx.testing.random_calls import GENERATORS, Spelled, generator
 
 SETTINGS = settings(
     max_examples=12,

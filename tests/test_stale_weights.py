@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from installed import install, run
-from support import Mlp, assert_close_to_float64, interpreted
 from torch import Tensor, nn
-from weight_changes import CHANGES, STEPS, UNCOUNTED, ThroughNumpy
 
 import int8fx
+from int8fx.testing.installed import install, run
+from int8fx.testing.support import Mlp, assert_close_to_float64, interpreted
+from int8fx.testing.weight_changes import CHANGES, STEPS, UNCOUNTED, ThroughNumpy
 from int8fx.torch_private import StorageReference
 from int8fx.weights.store import STORE
 

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from support import compile_once
 from torch import nn
 
 import int8fx
@@ -19,6 +18,7 @@ from int8fx.analysis.suggest import (
     _within_kl,
 )
 from int8fx.errors import BudgetError
+from int8fx.testing.support import compile_once
 
 K, V = 32, 24
 

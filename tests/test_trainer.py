@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from support import Mlp
 from torch import nn
 
 import int8fx
+from int8fx.testing.support import Mlp
 
 accelerate = pytest.importorskip("accelerate")
 

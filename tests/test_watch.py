@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from installed import install, run
+
+from int8fx.testing.installed import install, run
 
 LINEAR = "import torch; x, model = torch.randn(3, 32), torch.nn.Linear(32, 32); "
 COMPILED = LINEAR + "compiled = torch.compile(model, backend='llmint8'{}); "

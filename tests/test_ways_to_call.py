@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from checked import checking
-from support import assert_close_to_float64, compile_once
 from torch import nn
 
 import int8fx
+from int8fx.testing.checked import checking
+from int8fx.testing.support import assert_close_to_float64, compile_once
 
 K, N, M = 32, 48, 5
 

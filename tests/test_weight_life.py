@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from support import Mlp
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 import int8fx
 from int8fx import Int8Weight
+from int8fx.testing.support import Mlp
 from int8fx.torch_private import compile_counts
 
 K, N = 64, 96
@@ -402,7 +402,7 @@ COPIED = {
 IN_A_PROCESS = """
     import copy, io, os, pickle, sys
     import numpy as np, safetensors.torch, torch
-    from support import Mlp
+    from int8fx.testing.support import Mlp
     from torch import nn
     import int8fx, int8fx.backend
 

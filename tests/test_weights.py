@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from support import assert_close_to_float64, compile_once
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from int8fx.kernels.formats.int8 import PER_CHANNEL, PER_TENSOR
 from int8fx.passes.graph.weight_expression import WeightExpression
+from int8fx.testing.support import assert_close_to_float64, compile_once
 from int8fx.weights.store import STORE, WeightStore
 
 K, N = 32, 48

@@ -1,1 +1,1 @@
-"""For running other people's tests on int8fx; needs pytest."""
+"""What the tests and benchmarks share: bounds, toy models, random graphs, a GPU that is not there."""

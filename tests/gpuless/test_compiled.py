@@ -4,8 +4,9 @@
 """
 
 import pytest
-import specimens
-from nogpu import offline
+
+from int8fx.testing.gpuless import specimens
+from int8fx.testing.nogpu import offline
 
 FP16 = [
     pytest.param(specimen, id=str(specimen))

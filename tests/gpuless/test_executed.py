@@ -9,19 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import blocks
 import pytest
 import torch
-from int8_launches import LinearCheck, relative_error
-from layers import (
-    assert_compile_without_spills,
-    inductors_own,
-    serve_cpu_tensors_with_gpu_kernels,
-)
-from linear_bound import CASES, assert_within_the_derived_bound
-from nogpu import fake_cuda, offline, sass
-from nogpu.inductor import Kernel, Launch, Wrapper, retargeted
-from nogpu.interpreter import interpret
 
 import int8fx
 from int8fx.kernels.gpu import experts as gpu_experts
@@ -30,6 +19,17 @@ from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.kernels.schemes.scheme import Settings
+from int8fx.testing.gpuless import blocks
+from int8fx.testing.gpuless.int8_launches import LinearCheck, relative_error
+from int8fx.testing.gpuless.layers import (
+    assert_compile_without_spills,
+    inductors_own,
+    serve_cpu_tensors_with_gpu_kernels,
+)
+from int8fx.testing.gpuless.linear_bound import CASES, assert_within_the_derived_bound
+from int8fx.testing.nogpu import fake_cuda, offline, sass
+from int8fx.testing.nogpu.inductor import Kernel, Launch, Wrapper, retargeted
+from int8fx.testing.nogpu.interpreter import interpret
 
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()

@@ -10,11 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int8_launches import relative_error
-from linear_bound import expected_and_bound
-from nogpu.guard import assert_intact, poisoned, poisoned_like
 from torch import Tensor
-from where import launchable
 
 from int8fx.kernels.gpu import routing
 from int8fx.kernels.gpu.columns import outlier_columns_reference
@@ -26,6 +22,10 @@ from int8fx.kernels.gpu.experts import (
 )
 from int8fx.kernels.gpu.experts_gradient import expert_gradient_kernel
 from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
+from int8fx.testing.gpuless.int8_launches import relative_error
+from int8fx.testing.gpuless.linear_bound import expected_and_bound
+from int8fx.testing.gpuless.where import launchable
+from int8fx.testing.nogpu.guard import assert_intact, poisoned, poisoned_like
 
 THRESHOLD = 6.0
 # As in test_kernels.py: half a unit in the last place, and fp32 sums in another order.

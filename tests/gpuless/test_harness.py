@@ -5,10 +5,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from nogpu import fake_cuda, offline, sass
-from nogpu.inductor import retargeted
-from nogpu.interpreter import interpret
-from where import Carried
+
+from int8fx.testing.gpuless.where import Carried
+from int8fx.testing.nogpu import fake_cuda, offline, sass
+from int8fx.testing.nogpu.inductor import retargeted
+from int8fx.testing.nogpu.interpreter import interpret
 
 fake_cuda.install("H100")
 

@@ -14,10 +14,7 @@ import torch
 import triton.runtime.interpreter as stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int8_launches import relative_error
-from nogpu.guard import assert_intact, poisoned, poisoned_like
 from torch import Tensor
-from where import is_on_a_gpu, launchable
 
 from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
 from int8fx.kernels.gpu.configs import (
@@ -54,6 +51,9 @@ from int8fx.kernels.gpu.norm import (
 from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.gpu.rows import chunks_of_row
 from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
+from int8fx.testing.gpuless.int8_launches import relative_error
+from int8fx.testing.gpuless.where import is_on_a_gpu, launchable
+from int8fx.testing.nogpu.guard import assert_intact, poisoned, poisoned_like
 
 THRESHOLD = 6.0
 # Of the result's dtype: half a unit in the last place, and fp32 sums in another order.

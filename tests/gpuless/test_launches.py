@@ -4,11 +4,15 @@ import functools
 import importlib
 import pkgutil
 
-import blocks
 import pytest
 import torch
 import triton
-from layers import (
+from torch import nn
+
+from int8fx.kernels import gpu as gpu_kernels
+from int8fx.kernels.gpu import configs
+from int8fx.testing.gpuless import blocks
+from int8fx.testing.gpuless.layers import (
     OF_EXPERTS,
     OURS,
     assert_compile_without_spills,
@@ -17,12 +21,8 @@ from layers import (
     inductors_own,
     serve_cpu_tensors_with_gpu_kernels,
 )
-from nogpu import fake_cuda, offline
-from nogpu.inductor import Kernel, Wrapper
-from torch import nn
-
-from int8fx.kernels import gpu as gpu_kernels
-from int8fx.kernels.gpu import configs
+from int8fx.testing.nogpu import fake_cuda, offline
+from int8fx.testing.nogpu.inductor import Kernel, Wrapper
 
 fake_cuda.install("H100")
 serve_cpu_tensors_with_gpu_kernels()

@@ -4,10 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from nogpu.interpreter import interpret
 
 from int8fx.kernels.gpu.rounding import quantize, quantize_rows
 from int8fx.kernels.ops.quantize_reference import MIN_SCALE, quantize_reference
+from int8fx.testing.nogpu.interpreter import interpret
 
 # Of half a step: the reciprocal and the product, each rounded to 2⁻²⁴ of at most 127 steps.
 ROUND_OFF = 127 * 2.0**-23

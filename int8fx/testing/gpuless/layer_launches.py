@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from nogpu import fake_cuda
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from int8fx.testing.nogpu import fake_cuda
 
 LINEARS = 7
 # What one Linear8bitLt of bitsandbytes 0.50 launches on CUDA for bf16 activations with outliers, read
@@ -40,7 +41,7 @@ in bf16, and *int8fx* are counted in the wrapper that Inductor generates for an 
 operators that PyTorch calls, views and allocations left out. *bitsandbytes* is eager with each linear
 replaced by what Linear8bitLt of bitsandbytes 0.50 calls, according to its source, for activations with
 outliers: {len(BITSANDBYTES)} kernels and {SYNCHRONISATIONS} host synchronisations, listed in
-`tests/gpuless/layer_launches.py`.
+`int8fx/testing/gpuless/layer_launches.py`.
 
 | tokens | Inductor | int8fx | of these ours | eager | bitsandbytes | host synchronisations |
 |---|---|---|---|---|---|---|
@@ -71,7 +72,7 @@ def eager_calls(model: nn.Module, x: torch.Tensor) -> list[str]:
 
 def main() -> None:
     fake_cuda.install("H100")
-    from layers import (
+    from int8fx.testing.gpuless.layers import (
         OURS,
         decoder_layer,
         generated_layer,

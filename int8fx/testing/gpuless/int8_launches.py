@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from nogpu.inductor import Launch
 from torch import Tensor
 
 from int8fx.kernels.gpu.digits import digits_reference
@@ -11,6 +10,7 @@ from int8fx.kernels.gpu.gemm import gemm_reference
 from int8fx.kernels.gpu.norm import norm_statistics, normalized_reference
 from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.ops.quantize_reference import quantize_reference
+from int8fx.testing.nogpu.inductor import Launch
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

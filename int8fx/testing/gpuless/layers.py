@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import torch
 import transformers
-from blocks import Hidden
-from nogpu import offline, sass
-from nogpu.inductor import Kernel, NotExecuted, Wrapper, retargeted
 from torch import nn
 
 from int8fx.kernels import table
+from int8fx.testing.gpuless.blocks import Hidden
+from int8fx.testing.nogpu import offline, sass
+from int8fx.testing.nogpu.inductor import Kernel, NotExecuted, Wrapper, retargeted
 
 LAYER_WIDTH = 512
 OF_EXPERTS = ("quantize_experts_kernel", "expert_gemm_kernel")

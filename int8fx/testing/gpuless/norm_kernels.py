@@ -1,6 +1,6 @@
 """What Inductor's kernel of a norm costs to issue, with and without what int8 linears put into it.
 
-    python tests/gpuless/norm_kernels.py sm_90 sm_80
+    python -m int8fx.testing.gpuless.norm_kernels sm_90 sm_80
 
 prints as JSON, by architecture, what is added to the norm, and K: the instructions of a warp that
 computes a row, and how many warps do. A process of its own: it pretends to have a GPU.
@@ -8,16 +8,14 @@ computes a row, and how many warps do. A process of its own: it pretends to have
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from layers import generated, inductors_own, serve_cpu_tensors_with_gpu_kernels
-from nogpu import fake_cuda, offline, sass
-from nogpu.inductor import Kernel
 from torch import nn
+
+from int8fx.testing.gpuless.layers import generated, inductors_own, serve_cpu_tensors_with_gpu_kernels
+from int8fx.testing.nogpu import fake_cuda, offline, sass
+from int8fx.testing.nogpu.inductor import Kernel
 
 WIDTHS = (4096, 14336)
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from toy_inputs import IMAGE_TOKEN, VOCABULARY, input_sets
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+from int8fx.testing.toy_inputs import IMAGE_TOKEN, VOCABULARY, input_sets
 
 MAX_PARAMETERS = 150_000_000
 NO_CLASS = "no class of transformers is built from it"

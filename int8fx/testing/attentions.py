@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from support import compile_once
 from torch import Tensor, nn
+
+from int8fx.testing.support import compile_once
 
 HEADS, GROUP, D = 2, 3, 8
 K = HEADS * GROUP * D

@@ -4,9 +4,10 @@ import functools
 from typing import Any
 
 import torch
-from nogpu import fake_cuda
-from nogpu.interpreter import interpret
 from torch import Tensor
+
+from int8fx.testing.nogpu import fake_cuda
+from int8fx.testing.nogpu.interpreter import interpret
 
 
 def is_on_a_gpu() -> bool:

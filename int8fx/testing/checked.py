@@ -23,7 +23,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bounds import attention_bound, expected_and_bound
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,6 +39,7 @@ from int8fx.passes.graph.flops import flops
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.passes.linears.canonicalize import Candidate
 from int8fx.passes.linears.decision import Decision
+from int8fx.testing.bounds import attention_bound, expected_and_bound
 from int8fx.weights.store import STORE, PackedWeight
 
 

@@ -17,7 +17,7 @@ class ThroughNumpy(torch.optim.Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 negate(parameter)
@@ -30,7 +30,7 @@ def negate(tensor: Tensor) -> None:
 
 
 def stepped(make: Callable[[list[Tensor]], Any], compiled: bool = False) -> Callable:
-    def change(model: nn.Module, call: Callable[[], Any]) -> None:
+    def change(model: Any, call: Callable[[], Any]) -> None:
         weight = model.weight
         weight.grad = torch.randn_like(weight).sign()
         step = make([weight]).step

@@ -1,15 +1,11 @@
 """One compiled linear against float64, within the bound that follows from the scheme."""
 
 import math
-import sys
-from pathlib import Path
 
 import torch
 
 import int8fx
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from bounds import expected_and_bound
+from int8fx.testing.bounds import expected_and_bound
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 # M for each way to the result, see kernels/gpu/linear.py; no outliers, and nothing but outliers.

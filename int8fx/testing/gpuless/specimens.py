@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nogpu import sass
-from nogpu.offline import compile_kernel
 
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.decode import decode_kernel, look_shape
@@ -18,6 +16,8 @@ from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_k
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.norm import norm_kernel, norm_shape, serves
+from int8fx.testing.nogpu import sass
+from int8fx.testing.nogpu.offline import compile_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _NORMS = "rms, rounded", "layer, bias"  # the simplest, and the one that takes most

@@ -1,0 +1,1 @@
+"""What tests/gpuless and the GPU benchmarks share: kernels as specimens, layers, launches, bounds."""
