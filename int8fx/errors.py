@@ -9,6 +9,10 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that does not fit the model, or is damaged: names the tensor."""
 
 
+class CalibrationError(UserError, ValueError):
+    """A calibration that is of another model, or damaged: names what differs."""
+
+
 class BudgetError(UserError, ValueError):
     """A budget that no choice of options keeps."""
 

@@ -1,12 +1,16 @@
 """The options of ``torch.compile(..., backend="llmint8", options={...})``, checked before use."""
 
+import dataclasses
 import fnmatch
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from int8fx.calibration import MOST_COLUMNS, Calibration
 from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS
-from int8fx.kernels.schemes.scheme import Choice, Settings
+from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks
+from int8fx.kernels.schemes.scheme import CALIBRATED_COLUMNS, Choice, Settings
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
@@ -52,6 +56,10 @@ class Options:
         scheme: how linears are quantised: a name of ``int8fx.SCHEMES``.
         rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
         group_size: how many weights along K share a scale, in schemes that quantise by groups.
+        block, rotation: of ``int8-rotated``, see ``kernels/ops/rotation.py``.
+        columns: how many columns of a linear's input stay in 16-bit, those that ``calibration`` says are
+            largest; None: 8 with a calibration, else 0.
+        calibration: a ``Calibration``, or the file of one.
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten. What they name is
             rewritten even if it is a buffer that no linear owns, a low-rank factor, or has few columns.
@@ -74,6 +82,10 @@ class Options:
     scheme: str = DEFAULT
     rules: tuple[Rule, ...] = ()
     group_size: int = 128
+    block: int = 64
+    rotation: str = "hadamard"
+    columns: int | None = None
+    calibration: Calibration | None = None
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -109,7 +121,12 @@ class Options:
         values = {
             name: _CHECKS[name](f"option {name!r} of {taker}", value) for name, value in given.items()
         }
-        return cls(**values, skips_by_default="skip" not in given, given=frozenset(given))
+        options = cls(**values, skips_by_default="skip" not in given, given=frozenset(given))
+        if options.columns and options.calibration is None:
+            raise _refuse(
+                f"option 'columns' of {taker}", options.columns, "0 without the option 'calibration'"
+            )
+        return options
 
     def choice(self, path: str, kept: Mapping[str, Any] | None = None) -> Choice:
         """The scheme of a module, and its settings.
@@ -118,12 +135,34 @@ class Options:
             kept: settings that an int8 weight has from ``quantize_``: they go before the defaults, and
                 behind what was given for this compile.
         """
-        settings = {setting.name: getattr(self, setting.name) for setting in fields(Settings)}
+        names = {setting.name for setting in fields(Settings)} - {"static_columns"}
+        settings = {name: getattr(self, name) for name in names}
         settings |= {name: value for name, value in (kept or {}).items() if name not in self.given}
         rule = self.rule(path)
         if rule is None:
             return Choice(SCHEMES[self.scheme], Settings(**settings))
         return Choice(SCHEMES[rule.scheme], Settings(**settings | dict(rule.settings)))
+
+    def calibrated(self, choice: Choice, path: str, shape: tuple[int, int]) -> Choice:
+        """The choice with the columns that the calibration has for a linear.
+
+        Args:
+            shape: ``(N, K)`` of its weight.
+
+        Raises:
+            CalibrationError: the calibration is of another model.
+        """
+        if self.calibration is None or "columns" not in choice.scheme.reads:
+            return choice
+        count = choice.settings.columns
+        count = CALIBRATED_COLUMNS if count is None else count
+        columns = self.calibration.columns_of(path, shape, count)
+        return Choice(choice.scheme, dataclasses.replace(choice.settings, static_columns=columns))
+
+    def quantizes_head(self, path: str) -> bool:
+        """Whether the default of ``skip`` leaves out the output head: it is calibrated."""
+        choice = self.choice(path)
+        return self.calibration is not None and "columns" in choice.scheme.reads
 
     def rule(self, path: str) -> Rule | None:
         """The rule that decides on a module's scheme."""
@@ -226,6 +265,33 @@ def _group_size(asked: str, value: Any) -> int:
     return value
 
 
+def _block(asked: str, value: Any) -> int:
+    allowed = allowed_blocks(ROTATIONS[0])
+    if isinstance(value, bool) or value not in allowed:
+        raise _refuse(asked, value, ", ".join(map(str, allowed)))
+    return value
+
+
+def _rotation(asked: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in ROTATIONS:
+        raise _refuse(asked, value, ", ".join(map(repr, ROTATIONS)))
+    return value
+
+
+def _columns(asked: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_COLUMNS:
+        raise _refuse(asked, value, f"a whole number from 0 to {MOST_COLUMNS}")
+    return value
+
+
+def _calibration(asked: str, value: Any) -> Calibration:
+    if isinstance(value, Calibration):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise _refuse(asked, value, "a Calibration, as int8fx.calibrate makes it, or the file of one")
+    return Calibration.load(value)
+
+
 def _patterns(asked: str, value: Any) -> tuple[str, ...]:
     # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
     listed = isinstance(value, (list, tuple, set, frozenset))
@@ -252,6 +318,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "scheme": _scheme,
     "rules": _rules,
     "group_size": _group_size,
+    "block": _block,
+    "rotation": _rotation,
+    "columns": _columns,
+    "calibration": _calibration,
     "skip": _patterns,
     "only": _patterns,
     "inductor": _patches,

@@ -66,6 +66,7 @@ def select(compilation: Compilation) -> None:
         ranked_by=rankings.ranked_by,
         factors=factors(shapes, rankings.origins),
         attention=options.attention,
+        quantizes_head=options.quantizes_head,
     )
     for candidate in compilation.found:
         reason = refusal(candidate, selection)
@@ -89,6 +90,7 @@ def select(compilation: Compilation) -> None:
         if not reason:
             compilation.accepted.append(candidate)
         if not reason and candidate.weight is not None:
+            choice = options.calibrated(choice, path, dimensions[-2:])
             compilation.choices[candidate] = choice
             compilation.products[candidate] = choice.lower_experts if routed else choice.lower
     _warn_of_trainable(compilation.decisions)

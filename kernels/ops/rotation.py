@@ -106,14 +106,21 @@ def rotate_weight(weight: Tensor, block: int, rotation: str) -> Tensor:
 
 
 def rotate_back(rotated: Tensor, K: int, block: int, rotation: str) -> Tensor:
-    """``w`` ``[*, K]`` of ``rotate_weight(w)`` ``[*, rotated_columns(K)]``, in fp32 or fp64.
-
-    S is symmetric, so the butterflies are those of ``rotate`` and the signs come last.
-    """
+    """``w [*, K]`` of ``rotate_weight(w) [*, rotated_columns(K)]``, in fp32 or fp64."""
     size = block_of(K, block, rotation)
-    blocks = rotated.unflatten(-1, (-1, size)) * _halves(size)[0]
-    values = _butterflies(blocks, size) * _signs_of(blocks, size, rotation)
-    return values.flatten(-2)[..., :K]
+    return _rotated_back(rotated, K, size, rotation, _halves(size)[0])
+
+
+def rotate_back_input(rotated: Tensor, K: int, block: int, rotation: str) -> Tensor:
+    """``x [*, K]`` of ``rotate(x)``, in fp32 or fp64."""
+    size = block_of(K, block, rotation)
+    return _rotated_back(rotated, K, size, rotation, _halves(size)[1])
+
+
+def _rotated_back(rotated: Tensor, K: int, size: int, rotation: str, factor: float) -> Tensor:
+    # S is symmetric: the butterflies are those of ``rotate``, and the signs come last.
+    blocks = _butterflies(rotated.unflatten(-1, (-1, size)) * factor, size)
+    return (blocks * _signs_of(blocks, size, rotation)).flatten(-2)[..., :K]
 
 
 def _rotated(x: Tensor, size: int, rotation: str, factor: float) -> Tensor:

@@ -21,6 +21,8 @@ from int8fx.kernels.formats.format import WeightFormat
 
 Call = Callable[..., Any]
 
+CALIBRATED_COLUMNS = 8
+
 
 def eagerly(target: Callable[..., Any], *args: Any) -> Any:
     """The ``call`` that runs a lowering at once, on tensors."""
@@ -34,11 +36,19 @@ class Settings:
     Attributes:
         threshold, decomposition: of the outliers, see ``kernels/ops/quantize_reference.py``.
         group_size: how many weights along K share a scale.
+        block, rotation: see ``kernels/ops/rotation.py``.
+        columns: how many columns of x a calibration keeps in 16-bit; None: ``CALIBRATED_COLUMNS``
+            where there is one.
+        static_columns: which these are, of one linear, ascending.
     """
 
     threshold: float = 6.0
     decomposition: str = "column"
     group_size: int = 128
+    block: int = 64
+    rotation: str = "hadamard"
+    columns: int | None = None
+    static_columns: tuple[int, ...] = ()
 
 
 # (call, x [*, K], tensors of the weight, bias [N] or None, settings) -> y [*, N] of x's dtype

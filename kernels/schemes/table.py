@@ -13,7 +13,7 @@ tests, which take their cases from this table, hold its lowering against its ref
 from collections.abc import Callable
 from typing import Any
 
-from int8fx.kernels.schemes import affine, int8, weight_only
+from int8fx.kernels.schemes import affine, int8, rotated, weight_only
 from int8fx.kernels.schemes.scheme import Scheme
 
 DEFAULT = int8.LLM_INT8.name
@@ -28,6 +28,7 @@ SCHEMES: dict[str, Scheme] = {
         int8.ABSMAX_VECTOR,
         affine.ZEROPOINT_TENSOR,
         affine.ZEROPOINT_VECTOR,
+        rotated.INT8_ROTATED,
         weight_only.W8A16,
         weight_only.W8A16_GROUP,
     )

@@ -37,6 +37,8 @@ class Selection:
             is; or empty.
         ranked_by: what ranks the values of a node (``passes/linears/ranking.py``), or empty.
         factors: nodes of linears that are a low-rank factor (``passes/linears/low_rank.py``).
+        quantizes_head: whether the scheme of a module path quantises an output head, too, so that the
+            default of ``skip`` leaves rankings in float alone.
     """
 
     tensors: Mapping[fx.Node, Tensor]
@@ -51,6 +53,7 @@ class Selection:
     ranked_by: Callable[[fx.Node], str]
     factors: frozenset[fx.Node]
     attention: bool = False
+    quantizes_head: Callable[[str], bool] = lambda path: False
 
 
 REQUIRES_GRAD = "weight requires grad"
@@ -135,6 +138,8 @@ def _is_embedding(candidate: Candidate) -> bool:
 
 
 def _skipped(candidate: Candidate, selection: Selection) -> str:
+    if selection.skips_by_default and selection.quantizes_head(module_path(candidate, selection)):
+        return ""
     return skip_reason(module_path(candidate, selection), selection.skip)
 
 
@@ -158,7 +163,10 @@ def only_reason(path: str, only: tuple[str, ...] | None) -> str:
 
 
 def _tied_head(candidate: Candidate, selection: Selection) -> str:
-    return TIED_HEAD if selection.skips_by_default and _is_embedding(candidate) else ""
+    in_float = selection.skips_by_default and not selection.quantizes_head(
+        module_path(candidate, selection)
+    )
+    return TIED_HEAD if in_float and _is_embedding(candidate) else ""
 
 
 def _router(candidate: Candidate, selection: Selection) -> str:
