@@ -28,6 +28,7 @@ from int8fx.passes.int8.fuse_norms import fuse_norms
 from int8fx.passes.int8.fuse_prologue import fuse_prologue
 from int8fx.passes.int8.fuse_sums import fuse_sums
 from int8fx.passes.int8.join_linears import join_linears
+from int8fx.passes.int8.join_rotated import join_rotated
 from int8fx.passes.int8.serve_experts import serve_experts
 from int8fx.passes.linears.lower import lower, lower_matmul
 from int8fx.weights.changes import watch as watch_changes
@@ -94,6 +95,7 @@ def rewrite(compilation: Compilation) -> None:
     share_quantizations(compilation)
     fold_biases(compilation)
     join_quantized_linears(compilation)
+    join_rotated_linears(compilation)
     serve_expert_linears(compilation)
     leave_sums(compilation)
     move_norms(compilation)
@@ -138,6 +140,13 @@ def join_quantized_linears(compilation: Compilation) -> None:
             found = scope.graph.find_nodes(op="call_function", target=quantizer)
             compilation.quantizations += len(found)
         join_linears(scope.graph, compilation.fake_mode, table.joined, memory)
+
+
+def join_rotated_linears(compilation: Compilation) -> None:
+    """join_rotated on every graph."""
+    memory = compilation.memory()
+    for scope in compilation.root.walk():
+        join_rotated(scope.graph, compilation.fake_mode, memory)
 
 
 def serve_expert_linears(compilation: Compilation) -> None:

@@ -14,23 +14,30 @@ the linear are Inductor's to fuse with each other.
 """
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.rotated_linear import rotated_linear
 from int8fx.passes.graph.mutation import Memory
 
 _ADDITIONS = frozenset({operator.add, torch.add, "add", "__add__", torch.ops.aten.add.Tensor})
-_BIAS = 6  # int8_linear's argument
+# The linears of ours, and which of their arguments is the bias.
+_BIAS = {ops.int8_linear: 6, rotated_linear: 7}
 
 
 def fuse_epilogue(graph: fx.Graph, memory: Memory) -> int:
     """Moves biases into the int8 linears of one graph; returns how many."""
+    return sum(_of_operator(graph, memory, *each) for each in _BIAS.items())
+
+
+def _of_operator(graph: fx.Graph, memory: Memory, target: Any, position: int) -> int:
     moved = 0
-    for linear in graph.find_nodes(op="call_function", target=ops.int8_linear):
+    for linear in graph.find_nodes(op="call_function", target=target):
         addition = next(iter(linear.users), None)
-        if linear.args[_BIAS] is not None or addition is None or len(linear.users) != 1:
+        if linear.args[position] is not None or addition is None or len(linear.users) != 1:
             continue
         bias = _bias_of(addition, linear)
         # It is read earlier than it was.
@@ -38,7 +45,7 @@ def fuse_epilogue(graph: fx.Graph, memory: Memory) -> int:
             continue
         addition.replace_all_uses_with(linear)
         graph.erase_node(addition)
-        linear.update_arg(_BIAS, bias)
+        linear.update_arg(position, bias)
         moved += 1
     return moved
 

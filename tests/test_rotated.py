@@ -1,0 +1,404 @@
+"""The rotated int8 linear: every instruction set of this machine, and the reference, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import int8fx
+from int8fx.calibration import CalibratedLinear, Calibration
+from int8fx.kernels import table
+from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.kernels.formats.rotated import rotated
+from int8fx.kernels.ops import rotated_linear as ops
+from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks
+from int8fx.testing.rotations import expected_and_bound
+from int8fx.testing.support import compile_once
+
+ISAS = [*cpu.isas(), "auto"] if cpu.load() is None else []
+each_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+EACH = [(rotation, block) for rotation in ROTATIONS for block in allowed_blocks(rotation)]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(M: int, K: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    """With a column that is large in every row, and one with an outlier."""
+    x = torch.randn(M, K, generator=generator(seed)) + 0.3
+    x[:, K // 3] *= 40
+    x[M // 2 : M // 2 + 1, K // 2] = 300
+    return x.to(dtype)
+
+
+def weight_of(N: int, K: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(N, K, generator=generator(seed)).to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias=None, columns=(), block=64, rotation="hadamard") -> Tensor:
+    parts = rotated(block, rotation, tuple(columns)).quantize(weight)
+    return ops.rotated_linear(x, block, rotation, *parts, bias)
+
+
+def check(x, weight, bias=None, columns=(), block=64, rotation="hadamard") -> None:
+    y = linear(x, weight, bias, columns, block, rotation)
+    expected, bound = expected_and_bound(x, weight, bias, tuple(columns), block, rotation)
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    excess = (y.double() - expected).abs() - bound
+    assert (excess <= 0).all(), excess.max()
+
+
+# --- against float64 ------------------------------------------------------------------------------
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize(("K", "N"), [(64, 16), (576, 100), (100, 33), (1, 1), (4096, 20)])
+def test_shapes_and_rows(isa, dtype, K, N):
+    weight, bias = weight_of(N, K, dtype), torch.randn(N, generator=generator()).to(dtype)
+    for M in (0, 1, 2, 5, 12, 13, 17, 40):
+        check(rows(M, K, dtype), weight, bias, columns=(K // 3,))
+
+
+@each_isa
+@pytest.mark.parametrize(("rotation", "block"), EACH)
+def test_rotations_and_blocks(isa, rotation, block):
+    for K in (96, 300, 512):
+        check(rows(7, K), weight_of(40, K), None, (K // 3,), block, rotation)
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("count", [0, 1, 8, 64])
+def test_numbers_of_columns(isa, dtype, count):
+    columns = sorted(torch.randperm(320, generator=generator())[:count].tolist())
+    for M in (1, 3, 30):
+        check(rows(M, 320, dtype), weight_of(72, 320, dtype), None, columns)
+
+
+@each_isa
+def test_anything_against_float64(isa):
+    @settings(max_examples=40, deadline=None)
+    @given(
+        M=st.integers(0, 40),
+        K=st.integers(1, 300),
+        N=st.integers(1, 70),
+        case=st.sampled_from(EACH),
+        dtype=st.sampled_from(DTYPES),
+        exponent=st.integers(-8, 8),
+        share=st.floats(0, 0.2),
+        seed=st.integers(0, 2**16),
+    )
+    def run(M, K, N, case, dtype, exponent, share, seed):
+        rotation, block = case
+        x = (rows(M, K, seed=seed) * 2.0**exponent).to(dtype)
+        count = min(int(share * K), 64)
+        columns = sorted(torch.randperm(K, generator=generator(seed))[:count].tolist())
+        bias = torch.randn(N, generator=generator(seed)) if seed % 2 else None
+        check(x, weight_of(N, K, seed=seed), bias, columns, block, rotation)
+
+    run()
+
+
+@each_isa
+@each_dtype
+def test_the_kernel_quantises_as_the_reference(isa, dtype):
+    """Bit for bit: one channel picks out one rotated element after another."""
+    K = 192
+    x = rows(5, K, dtype)
+    at = torch.tensor([7, 64], dtype=torch.int32)
+    x_int8, x_scale, _ = ops.quantize_rotated_reference(x, at, 64, "hadamard")
+    nothing = torch.zeros(2, K, dtype=torch.float32)
+    parts = table.pack(torch.eye(K, dtype=torch.int8)), torch.ones(K), at, nothing
+    y = ops.rotated_linear(x.float(), 64, "hadamard", *parts, None)
+    assert torch.equal(y, x_int8.float() * x_scale.unsqueeze(1))
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_row_depends_on_itself_alone(isa, dtype):
+    """The same bits whatever comes with it, and in whatever order."""
+    x, weight = rows(41, 320, dtype), weight_of(100, 320, dtype)
+    columns = (1, 77, 106, 200)
+    whole = linear(x, weight, None, columns)
+    for M in (1, 2, 7, 16, 33):
+        assert torch.equal(linear(x[:M], weight, None, columns), whole[:M])
+    order = torch.randperm(41, generator=generator())
+    assert torch.equal(linear(x[order], weight, None, columns), whole[order])
+    loud = torch.cat([x, rows(3, 320, dtype, seed=9) * 1000])
+    assert torch.equal(linear(loud, weight, None, columns)[:41], whole)
+
+
+@each_isa
+def test_instruction_sets_agree(isa):
+    """Integers and scales bit for bit; the sums of columns within their round-off."""
+    x, weight = rows(9, 576), weight_of(64, 576)
+    cpu.use_isa("portable")
+    portable, kept = linear(x, weight), linear(x, weight, None, (5, 192))
+    cpu.use_isa(isa)
+    assert torch.equal(linear(x, weight), portable)
+    torch.testing.assert_close(linear(x, weight, None, (5, 192)), kept, rtol=1e-5, atol=1e-3)
+
+
+@each_isa
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(isa, value):
+    x, weight = rows(6, 128), weight_of(32, 128)
+    expected = linear(x, weight, None, (3,))
+    for k in (3, 90):  # a column that is kept, and one that is rotated
+        bad = x.clone()
+        bad[2, k] = value
+        y = linear(bad, weight, None, (3,))
+        assert not y[2].isfinite().any()
+        others = [0, 1, 3, 4, 5]
+        assert torch.equal(y[others], expected[others])
+
+
+@each_isa
+def test_zeros_and_the_smallest_and_the_largest(isa):
+    weight = weight_of(32, 128)
+    assert torch.equal(linear(torch.zeros(2, 128), weight), torch.zeros(2, 32))
+    check(torch.full((2, 128), 1e-38), weight)
+    largest = torch.full((1, 128), torch.finfo(torch.float32).max / 2**12)
+    assert linear(largest, weight).isfinite().all()
+
+
+# --- several of one x -----------------------------------------------------------------------------
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_several_linears_are_what_each_is_alone(isa, dtype, with_bias):
+    """Some with the same columns, some with others, some with none."""
+    K = 192
+    sets = [(3, 9), (3, 9), (), (3, 10), (), (3, 9, 100)]
+    weights = [weight_of(16 * i + 5, K, dtype, seed=i) for i in range(len(sets))]
+    parts = [rotated(64, "hadamard", each).quantize(w) for each, w in zip(sets, weights, strict=True)]
+    biases = [torch.randn(len(w), generator=generator()).to(dtype) for w in weights] if with_bias else []
+    for M in (0, 1, 19):
+        x = rows(M, K, dtype)
+        given = [list(each) for each in zip(*parts, strict=True)]
+        outputs = ops.rotated_linears(x, 64, "hadamard", *given, biases)
+        for index, y in enumerate(outputs):
+            bias = biases[index] if with_bias else None
+            assert torch.equal(y, ops.rotated_linear(x, 64, "hadamard", *parts[index], bias))
+
+
+def test_leading_dimensions():
+    x, weight = rows(6, 128), weight_of(32, 128)
+    y = linear(x.view(2, 3, 128), weight)
+    assert torch.equal(y, linear(x, weight).view(2, 3, 32))
+    assert torch.equal(linear(x[0], weight), linear(x, weight)[0])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_operators_are_what_torch_asks_of_them(with_bias):
+    x, weight = rows(5, 96), weight_of(24, 96)
+    parts = rotated(32, "hadamard", (1, 32)).quantize(weight)
+    bias = torch.randn(24) if with_bias else None
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    x.requires_grad_()
+    torch.library.opcheck(ops.rotated_linear, (x, 32, "hadamard", *parts, bias), test_utils=checks)
+    lists = [[part, part] for part in parts]
+    biases = [bias, bias] if with_bias else []
+    torch.library.opcheck(ops.rotated_linears, (x, 32, "hadamard", *lists, biases), test_utils=checks)
+
+
+def test_gradients_are_those_of_the_weight_that_the_parts_stand_for():
+    x, weight = rows(5, 100).requires_grad_(), weight_of(24, 100)
+    kept = rotated(64, "hadamard", (1, 33))
+    parts = kept.quantize(weight)
+    bias = torch.randn(24, requires_grad=True)
+    grad = torch.randn(5, 24, generator=generator())
+    ops.rotated_linear(x, 64, "hadamard", *parts, bias).backward(grad)
+    w_hat = kept.dequantize(parts, 24, 100)
+    assert torch.equal(w_hat[:, [1, 33]], weight[:, [1, 33]])
+    torch.testing.assert_close(x.grad, grad @ w_hat)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+    x.grad = None
+    lists = [[part, part] for part in parts]
+    sum(ops.rotated_linears(x, 64, "hadamard", *lists, [])).backward(grad)
+    torch.testing.assert_close(x.grad, 2 * grad @ w_hat)
+
+
+@each_dtype
+@pytest.mark.parametrize("columns", [(), (3, 50)])
+def test_experts_are_the_linears_of_their_rows(dtype, columns):
+    E, N, K = 3, 24, 96
+    weights = torch.stack([weight_of(N, K, dtype, seed=e) for e in range(E)])
+    parts = rotated(64, "hadamard", columns).quantize(weights)
+    x, experts = rows(7, K, dtype), torch.tensor([2, 0, 2, 3, 0, -1, 2])  # 3 is none
+    y = ops.rotated_expert_linear(x, 64, "hadamard", *parts, experts, None)
+    for row, e in enumerate(experts.tolist()):
+        expected = torch.zeros(N, dtype=dtype) if e == E else linear(x[row], weights[e], None, columns)
+        assert torch.equal(y[row], expected)
+    by_ends = ops.rotated_expert_linear(x, 64, "hadamard", *parts, None, torch.tensor([2, 2, 7]))
+    assert torch.equal(by_ends[2:], linear(x[2:], weights[2], None, columns))
+    x.requires_grad_()
+    ops.rotated_expert_linear(x, 64, "hadamard", *parts, experts, None).sum().backward()
+    w_hat = rotated(64, "hadamard", columns).dequantize([p[2] if p.dim() > 1 else p for p in parts], N, K)
+    torch.testing.assert_close(x.grad[0].float(), w_hat.sum(0), rtol=2e-2, atol=2e-2)
+    assert not x.grad[3].any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"block": 48}, "block"),
+        ({"rotation": "hadamar"}, "rotation"),
+        ({"columns": torch.tensor([3, 300], dtype=torch.int32)}, "columns"),
+        ({"columns": torch.tensor([3], dtype=torch.int32)}, "columns"),
+        ({"w_scale": torch.ones(31)}, "weight"),
+    ],
+)
+def test_what_does_not_fit_is_named(changed, words):
+    parts = rotated(64, "hadamard", (1, 33)).quantize(weight_of(32, 128))
+    names = ("weight", "w_scale", "columns", "w_columns")
+    given = {"block": 64, "rotation": "hadamard", **dict(zip(names, parts, strict=True)), **changed}
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        ops.rotated_linear(rows(2, 128), *given.values(), None)
+
+
+# --- in a model -----------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Three linears of one x, two of them with a bias, and one of what they give."""
+
+    def __init__(self, K: int = 96) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(K, 64), nn.Linear(K, 32)
+        self.v, self.o = nn.Linear(K, 64, bias=False), nn.Linear(64, K)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x) * self.v(x) + self.k(x).repeat(1, 2))
+
+
+def calibration(model: nn.Module, *columns: int) -> Calibration:
+    named = model.named_modules()
+    linears = [(path, module) for path, module in named if isinstance(module, nn.Linear)]
+    return Calibration(
+        "Attention",
+        1,
+        tuple(
+            CalibratedLinear(path, tuple(linear.weight.shape), columns, (1.0,) * len(columns))
+            for path, linear in linears
+        ),
+    )
+
+
+OPTIONS = {"scheme": "int8-rotated"}
+
+
+def test_compiled_linears_of_one_input_are_one_call():
+    model, x = Attention(), rows(5, 96)
+    y, report = compile_once(model, x, backend_options=OPTIONS)
+    assert [decision.scheme for decision in report.decisions] == ["int8-rotated"] * 4
+    assert report.graph.count("rotated_linears.default(") == 1  # q and k; v has no bias
+    assert report.graph.count("rotated_linear.default(") == 2
+    assert (y - model(x)).norm() < 0.02 * model(x).norm()
+
+
+def test_compiled_is_the_scheme_bit_for_bit():
+    model, x = Attention(), rows(5, 96)
+    options = {**OPTIONS, "calibration": calibration(model, 32, 5), "columns": 2}
+    y, _ = compile_once(model, x, backend_options=options)
+    q, k, v = (linear(x, m.weight, m.bias, (5, 32)) for m in (model.q, model.k, model.v))
+    expected = linear(q * v + k.repeat(1, 2), model.o.weight, model.o.bias, (5, 32))
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_other_rows_and_modes(mode, dynamic):
+    model = Attention()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="llmint8", mode=mode, dynamic=dynamic, options=None)
+    del compiled  # options and a mode exclude each other in torch; the scheme comes by options
+    compiled = torch.compile(model, backend="llmint8", dynamic=dynamic, options=OPTIONS)
+    with torch.no_grad():
+        whole = compiled(rows(9, 96))
+        for M in (1, 4):
+            assert torch.equal(compiled(rows(9, 96)[:M]), whole[:M])
+
+
+def test_a_bias_that_is_added_afterwards_moves_into_the_linear():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(96, 32, bias=False).requires_grad_(False)
+            self.bias = nn.Parameter(torch.ones(32), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x) @ self.linear.weight.t() + self.bias
+
+    _, report = compile_once(Added(), rows(3, 96), backend_options=OPTIONS)
+    (call,) = [line for line in report.graph.splitlines() if "rotated_linear.default(" in line]
+    assert "bias_)" in call
+
+
+def test_a_write_between_keeps_linears_apart():
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(96, 32), nn.Linear(96, 32)
+            self.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            x.mul_(2)
+            return y + self.second(x)
+
+    model, x = Written(), rows(3, 96)
+    expected = linear(x, model.first.weight, model.first.bias)
+    expected = expected + linear(x * 2, model.second.weight, model.second.bias)
+    y, report = compile_once(model, x.clone(), backend_options=OPTIONS)
+    assert "rotated_linears" not in report.graph
+    assert torch.equal(y, expected)
+
+
+def test_blocks_that_share_a_graph_each_run_with_their_own_columns():
+    model = nn.ModuleList(Attention() for _ in range(3))
+    x = rows(5, 96)
+    torch._dynamo.reset()
+    for block in model:
+        block.compile(backend="llmint8", options=OPTIONS)
+    with torch.no_grad():
+        for block in model:
+            q, k, v = (linear(x, m.weight, m.bias) for m in (block.q, block.k, block.v))
+            expected = linear(q * v + k.repeat(1, 2), block.o.weight, block.o.bias)
+            assert torch.equal(block(x), expected)
+
+
+def test_gradients_reach_the_input_through_a_compiled_model():
+    model, x = Attention(), rows(5, 96)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="llmint8", options=OPTIONS)
+    given, of_float = x.clone().requires_grad_(), x.clone().requires_grad_()
+    compiled(given).sum().backward()
+    model(of_float).sum().backward()
+    assert (given.grad - of_float.grad).norm() < 0.03 * of_float.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block": 48}, ["'block'", "48", "16, 32, 64, 128, 256"]),
+        ({"block": True}, ["'block'", "True"]),
+        ({"rotation": "haar"}, ["'rotation'", "'haar'", "'convrot'"]),
+        ({"columns": 65}, ["'columns'", "65", "0 to 64"]),
+        ({"columns": 8}, ["'columns'", "8", "'calibration'"]),
+        ({"calibration": 3}, ["'calibration'", "3", "int8fx.calibrate"]),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(ValueError, match="backend 'llmint8'") as raised:
+        int8fx.Options.parse({**OPTIONS, **options})
+    assert [word for word in words if word not in str(raised.value)] == []
