@@ -41,6 +41,17 @@ def name() -> str:
     return f"int8_linear_{build._key(build.find_compiler())}.so"
 
 
+@pytest.mark.parametrize("folder", [".", "isa"])
+def test_a_header_that_changes_is_another_library(folder, places):
+    """Or an older library would serve what newer sources say."""
+    header = build.SOURCE.parent / folder / "part.h"
+    header.parent.mkdir(exist_ok=True)
+    header.write_text("// one\n")
+    before = name()
+    header.write_text("// two\n")
+    assert name() != before
+
+
 @pytest.fixture
 def foreign(tmp_path, places):
     """A library that says that it ran, under the name of ours in a folder of its own, and the sign."""

@@ -17,7 +17,7 @@ import int8fx
 from int8fx.analysis.explanation.plots import distinct_inputs, draw, pooled
 from int8fx.analysis.observe import THRESHOLDS
 from int8fx.errors import UserError
-from int8fx.kernels.cpu.int8_linear import BLOCK_N, K_MULTIPLE
+from int8fx.kernels.cpu.int8_linear import NR, K_MULTIPLE
 from int8fx.kernels.schemes.scheme import Settings
 from int8fx.weights.store import STORE
 
@@ -64,8 +64,8 @@ def packed_bytes(n: int, k: int) -> int:
     """Of the layout of the CPU's C++ operator, see kernels/cpu/int8_linear.py, and of the scales."""
     if int8fx.kernels.table.kernel_for("cpu").name != "C++":
         return n * (k + 4)
-    blocks = math.ceil(n / BLOCK_N)
-    return blocks * (math.ceil(k / K_MULTIPLE) * K_MULTIPLE * BLOCK_N + 4 * BLOCK_N) + 4 * n
+    blocks = math.ceil(n / NR)
+    return blocks * (math.ceil(k / K_MULTIPLE) * K_MULTIPLE * NR + 4 * NR) + 4 * n
 
 
 # Of one layer of SmolLM2-135M, [N, K].

@@ -83,13 +83,17 @@ def test_an_edit_in_any_folder_is_another_key_of_the_compile_caches(tmp_path):
     for name in names:
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     identity = cache_identity.__wrapped__
-    folders = {source.parent for name in names for source in (tmp_path / name).rglob("*.py")}
-    assert len(folders) > 5
-    for folder in folders:
+    files = [file for name in names for file in (tmp_path / name).rglob("*")]
+    one_of_each = {
+        (file.parent, file.suffix): file for file in files if file.suffix in (".py", ".cpp", ".h")
+    }
+    assert len(one_of_each) > 5
+    assert (tmp_path / "kernels" / "cpu" / "isa", ".h") in one_of_each
+    for place, edited in one_of_each.items():
         before = identity(tmp_path / "int8fx")
-        with next(folder.glob("*.py")).open("a") as source:
-            source.write("\n# edited\n")
-        assert identity(tmp_path / "int8fx") != before, folder
+        with edited.open("a") as source:
+            source.write("\n")
+        assert identity(tmp_path / "int8fx") != before, place
 
 
 def test_imports_point_one_way():

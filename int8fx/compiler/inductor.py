@@ -77,13 +77,15 @@ def _int8_shards(examples: Sequence[Any]) -> str:
 
 
 PACKAGE = Path(__file__).parents[1]
+SUFFIXES = (".py", ".cpp", ".h")
 
 
 def sources(package: Path = PACKAGE) -> list[Path]:
-    """Every source of this package, in all of its folders."""
+    """Every source of this package, in all of its folders: the Python and the C++ ones."""
     # A walk does not enter symbolic links, and two folders of a checkout are some.
     folders = (package, package / "passes", package / "kernels")
-    return sorted({source for folder in folders for source in folder.resolve().rglob("*.py")})
+    files = {file for folder in folders for file in folder.resolve().rglob("*")}
+    return sorted(file for file in files if file.suffix in SUFFIXES)
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 // Attention of many query rows, block by block of keys, in fp32 (FlashAttention: Dao et al. 2022,
-// arXiv 2205.14135). No include guard: included once per instruction set, after quantize.h.
+// arXiv 2205.14135). Part of kernel.h.
 //
 //   y[r] = sum over l of softmax over l(q[r] · k[l] · scale + mask[r, l]) v[l]
 //
@@ -28,16 +28,16 @@ inline Floats exponential(Floats x) {
   return (Floats)((Ints)(p * (Floats)power) & ~small);  // a NaN stays
 }
 
-// out[i] = out[i] · keep + sum over j of a[i, j] · b[j], for HELD rows i of QUERIES.
+// out[i] = out[i] · rescale + sum over j of a[i, j] · b[j], for HELD rows i of QUERIES.
 template <int I, int J>
 inline void multiply_held(
-    const float* a, const float* b, int64_t count, float* out, const Floats* keep) {
+    const float* a, const float* b, int64_t count, float* out, const Floats* rescale) {
   Floats sums[HELD][ABREAST];
 #pragma GCC unroll 8
   for (int i = 0; i < HELD; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < ABREAST; ++v)
-      sums[i][v] = keep ? load<Floats>(out + i * QUERIES + v * LANES) * keep[v] : Floats{};
+      sums[i][v] = rescale ? load<Floats>(out + i * QUERIES + v * LANES) * rescale[v] : Floats{};
   for (int64_t j = 0; j < count; ++j, a += J, b += QUERIES) {
     Floats row[ABREAST];
 #pragma GCC unroll 3
@@ -159,7 +159,7 @@ struct Tile {
 };
 
 // Scores to e^(score - largest), and what is so far to what it is under the new largest.
-inline void soften(Tile& tile, float* scores, int64_t n, const float* mask, Floats* keep) {
+inline void soften(Tile& tile, float* scores, int64_t n, const float* mask, Floats* rescale) {
 #pragma GCC unroll 3
   for (int v = 0; v < ABREAST; ++v) {
     float* const s = scores + v * LANES;
@@ -174,8 +174,8 @@ inline void soften(Tile& tile, float* scores, int64_t n, const float* mask, Floa
     }
     // A row that has seen no key yet has no largest score to take away.
     const Floats shift = largest == Floats{} - INFINITY ? Floats{} : largest;
-    keep[v] = exponential(tile.largest[v] - shift);
-    Floats sum = tile.sum[v] * keep[v];
+    rescale[v] = exponential(tile.largest[v] - shift);
+    Floats sum = tile.sum[v] * rescale[v];
     for (int64_t l = 0; l < n; ++l) {
       const Floats p = exponential(load<Floats>(s + l * QUERIES) - shift);
       store(s + l * QUERIES, p);
@@ -219,22 +219,22 @@ void write_outputs(const Attention& a, int64_t b, int64_t kv, const Tile& tile) 
   }
 }
 
-// Rows of one key head, UNIT_TILES tiles of them; STRIDE floats hold a widened key or value.
+// Rows of one key head, ITEM_TILES tiles of them; STRIDE floats hold a widened key or value.
 template <class T, int STRIDE>
-void attend_unit(const Attention& a, int64_t unit, float* scratch) {
+void attend_item(const Attention& a, int64_t item, float* scratch) {
   const int64_t rows = a.G * a.M;
-  const int64_t units = (rows + UNIT_TILES * QUERIES - 1) / (UNIT_TILES * QUERIES);
-  const int64_t b = unit / units / a.KV, kv = unit / units % a.KV;
+  const int64_t items = (rows + ITEM_TILES * QUERIES - 1) / (ITEM_TILES * QUERIES);
+  const int64_t b = item / items / a.KV, kv = item / items % a.KV;
   const int64_t D = (a.D + HELD - 1) / HELD * HELD, DV = (a.DV + HELD - 1) / HELD * HELD;
   float* const k = scratch;
   float* const v = k + KEYS * STRIDE;
   float* const scores = v + KEYS * STRIDE;
   float* const mask = scores + KEYS * QUERIES;
   float* next = mask + KEYS * QUERIES;
-  Tile tiles[UNIT_TILES];
+  Tile tiles[ITEM_TILES];
   int64_t count = 0;
-  const int64_t first = unit % units * UNIT_TILES * QUERIES;
-  for (int64_t r0 = first; r0 < rows && count < UNIT_TILES; r0 += QUERIES) {
+  const int64_t first = item % items * ITEM_TILES * QUERIES;
+  for (int64_t r0 = first; r0 < rows && count < ITEM_TILES; r0 += QUERIES) {
     Tile& tile = tiles[count++];
     tile = Tile{r0, std::min<int64_t>(QUERIES, rows - r0), next, next + D * QUERIES, {}, {}};
     next += (D + DV) * QUERIES;
@@ -258,27 +258,23 @@ void attend_unit(const Attention& a, int64_t unit, float* scratch) {
       }
       for (int64_t l = 0; l < n; l += HELD)
         multiply_held<STRIDE, 1>(k + l * STRIDE, tile.q, a.D, scores + l * QUERIES, nullptr);
-      Floats keep[ABREAST];
-      soften(tile, scores, n, visible == Visible::SOME ? mask : nullptr, keep);
+      Floats rescale[ABREAST];
+      soften(tile, scores, n, visible == Visible::SOME ? mask : nullptr, rescale);
       for (int64_t d = 0; d < DV; d += HELD)
-        multiply_held<1, STRIDE>(v + d, scores, n, tile.y + d * QUERIES, keep);
+        multiply_held<1, STRIDE>(v + d, scores, n, tile.y + d * QUERIES, rescale);
     }
   }
   for (int64_t t = 0; t < count; ++t) write_outputs<T>(a, b, kv, tiles[t]);
 }
 
 template <class T>
-void attend_as(const Attention& a, int64_t unit, float* scratch) {
+void attend_as(const Attention& a, int64_t item, float* scratch) {
   const int64_t widest = std::max(a.D, a.DV);
-  if (widest <= 64) return attend_unit<T, 64 + 16>(a, unit, scratch);
-  if (widest <= 128) return attend_unit<T, 128 + 16>(a, unit, scratch);
-  return attend_unit<T, MAX_HEAD + 16>(a, unit, scratch);
+  if (widest <= 64) return attend_item<T, 64 + 16>(a, item, scratch);
+  if (widest <= 128) return attend_item<T, 128 + 16>(a, item, scratch);
+  return attend_item<T, MAX_HEAD + 16>(a, item, scratch);
 }
 
-void attend(const Attention& a, int64_t unit, float* scratch) {
-  switch (a.dtype) {
-    case c10::ScalarType::BFloat16: return attend_as<c10::BFloat16>(a, unit, scratch);
-    case c10::ScalarType::Half: return attend_as<c10::Half>(a, unit, scratch);
-    default: return attend_as<float>(a, unit, scratch);
-  }
+void attend(const Attention& a, int64_t item, float* scratch) {
+  with_dtype(a.dtype, [&]<class T>(T) { attend_as<T>(a, item, scratch); });
 }

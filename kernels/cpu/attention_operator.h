@@ -1,7 +1,14 @@
-// int8fx::attention on a CPU (kernels/ops/attention.py). Part of int8_linear.cpp, whose kernels it shares.
+// int8fx::attention on a CPU (kernels/ops/attention.py).
 #pragma once
 
-void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+#include "kernel_choice.h"
+#include "operands.h"
+#include "outliers.h"
+#include "queue.h"
+
+namespace int8fx {
+
+inline void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   check_activation(q);
   const auto dtype = q.scalar_type();
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [B, H, M, D]");
@@ -13,36 +20,36 @@ void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   TORCH_CHECK(q.size(3) <= MAX_HEAD && v.size(3) <= MAX_HEAD, "a head must be no wider than ", MAX_HEAD);
 }
 
-at::Tensor contiguous_rows(const at::Tensor& tensor) {
+inline at::Tensor contiguous_rows(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-void copy_strides(const at::Tensor& tensor, int64_t* strides) {
+inline void copy_strides(const at::Tensor& tensor, int64_t* strides) {
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
-// Runs unit(i, scratch memory of the thread).
+// Runs item(i, scratch memory of the thread).
 template <class F>
-void run_units(int64_t units, bool worth_threads, const F& unit) {
+inline void run_items(int64_t items, bool worth_threads, const F& item) {
   const bool alone = !worth_threads || at::in_parallel_region();
-  const int64_t threads = alone ? 1 : std::min<int64_t>(units, at::get_num_threads());
+  const int64_t threads = alone ? 1 : std::min<int64_t>(items, at::get_num_threads());
   const at::Tensor scratch(at::detail::empty_cpu({threads, ATTENTION_SCRATCH}, at::kFloat));
-  Queue queue(units, threads);
+  Queue queue(items, threads);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       float* own = scratch.data_ptr<float>() + thread * ATTENTION_SCRATCH;
-      queue.drain(thread, [&](int64_t i) { unit(i, own); });
+      queue.drain(thread, [&](int64_t i) { item(i, own); });
     }
   });
 }
 
-void attend_many(const Kernel& kernel, const Attention& a) {
-  const int64_t units = a.B * a.KV * at::divup(a.G * a.M, UNIT_TILES * kernel.queries);
-  run_units(units, true, [&](int64_t unit, float* scratch) { kernel.attend(a, unit, scratch); });
+inline void attend_many(const Kernel& kernel, const Attention& a) {
+  const int64_t items = a.B * a.KV * at::divup(a.G * a.M, ITEM_TILES * kernel.queries);
+  run_items(items, true, [&](int64_t item, float* scratch) { kernel.attend(a, item, scratch); });
 }
 
 // The keys of a head are one part, or several where there are too few heads for all threads.
-void attend_few(const Kernel& kernel, const Attention& a, int64_t key_bytes) {
+inline void attend_few(const Kernel& kernel, const Attention& a, int64_t key_bytes) {
   constexpr int64_t PARTS_PER_THREAD = 4, MIN_KEYS = 2 * KEYS;
   const int64_t heads = a.B * a.KV;
   const int64_t wanted = at::divup(PARTS_PER_THREAD * at::get_num_threads(), heads);
@@ -51,9 +58,9 @@ void attend_few(const Kernel& kernel, const Attention& a, int64_t key_bytes) {
   const int64_t stride = a.G * a.M * (2 + a.DV);
   const at::Tensor memory(at::detail::empty_cpu({heads * parts, stride}, at::kFloat));
   float* const all = memory.data_ptr<float>();
-  run_units(heads * parts, key_bytes > FORK_BYTES, [&](int64_t unit, float* scratch) {
-    const int64_t head = unit / parts, l0 = unit % parts * keys;
-    float* const part = all + unit * stride;
+  run_items(heads * parts, key_bytes > FORK_BYTES, [&](int64_t item, float* scratch) {
+    const int64_t head = item / parts, l0 = item % parts * keys;
+    float* const part = all + item * stride;
     kernel.attend_part(a, head, l0, std::min(l0 + keys, a.L), part, scratch);
     if (parts == 1) kernel.join_parts(a, head, part, 1, stride);
   });
@@ -61,7 +68,7 @@ void attend_few(const Kernel& kernel, const Attention& a, int64_t key_bytes) {
     kernel.join_parts(a, head, all + head * parts * stride, parts, stride);
 }
 
-at::Tensor attention(
+inline at::Tensor attention(
     const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any,
     const std::optional<at::Tensor>& mask_any, bool causal, double scale) {
   check_attention(q_any, k_any, v_any);
@@ -96,3 +103,5 @@ at::Tensor attention(
   }
   return y;
 }
+
+}  // namespace int8fx

@@ -121,7 +121,7 @@ def _key(compiler: list[str]) -> str:
     key = hashlib.sha256()
     for part in (*compiler, version, torch.__version__, platform.machine(), *FLAGS):
         key.update(part.encode() + b"\0")
-    for source in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
+    for source in sorted([SOURCE, *SOURCE.parent.rglob("*.h")]):
         key.update(source.read_bytes() + b"\0")
     return key.hexdigest()[:16]
 

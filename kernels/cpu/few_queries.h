@@ -1,9 +1,6 @@
 // Attention of a few query rows, the heads that share a key head among them: reading keys and values is
 // all there is to it, and with one key head for each thread at most, threads share its keys, too
-// (Flash-Decoding: Dao et al. 2023). No include guard: included once per instruction set, after
-// attention.h and
-//
-//   add_lanes              the sums of the lanes of LANES vectors
+// (Flash-Decoding: Dao et al. 2023). Part of kernel.h.
 //
 // A part is what some keys give for the rows of a key head: for each row the largest score, the sum of
 // e^(score - largest), and [DV] values weighted with these, as floats.
@@ -29,20 +26,20 @@ void score(const float* q, const T* k, int64_t k_stride, int64_t D, int64_t n, f
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) products[r][l] = sums[r];
     }
-    for (int r = 0; r < R; ++r) store(scores + r * KEYS + l0, add_lanes(products[r]));
+    for (int r = 0; r < R; ++r) store(scores + r * KEYS + l0, Isa::add_lanes(products[r]));
   }
 }
 
-// y[r][d ..] = y[r][d ..] · keep[r] + sum over l of p[r][l] · v[l][d ..] for R rows and W vectors.
+// y[r][d ..] = y[r][d ..] · rescale[r] + sum over l of p[r][l] · v[l][d ..] for R rows and W vectors.
 template <int R, int W, class T, class C>
 void weigh(
-    const float* p, const T* v, int64_t v_stride, int64_t n, C count, const float* keep, float* y,
+    const float* p, const T* v, int64_t v_stride, int64_t n, C count, const float* rescale, float* y,
     int64_t y_stride) {
   Floats sums[R][W];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) sums[r][w] = load<Floats>(y + r * y_stride + w * LANES) * keep[r];
+    for (int w = 0; w < W; ++w) sums[r][w] = load<Floats>(y + r * y_stride + w * LANES) * rescale[r];
   for (int64_t l = 0; l < n; ++l, v += v_stride) {
     Floats value[W];
 #pragma GCC unroll 4
@@ -60,14 +57,16 @@ void weigh(
 
 template <int R, class T>
 void weigh_all(
-    const float* p, const T* v, int64_t v_stride, int64_t n, int64_t DV, const float* keep, float* y) {
+    const float* p, const T* v, int64_t v_stride, int64_t n, int64_t DV, const float* rescale,
+    float* y) {
   constexpr int64_t AT_ONCE = VALUES_ABREAST * LANES;
   const std::integral_constant<int64_t, LANES> whole;
   int64_t d = 0;
   for (; d + AT_ONCE <= DV; d += AT_ONCE)
-    weigh<R, VALUES_ABREAST>(p, v + d, v_stride, n, whole, keep, y + d, padded(DV));
-  for (; d + LANES <= DV; d += LANES) weigh<R, 1>(p, v + d, v_stride, n, whole, keep, y + d, padded(DV));
-  if (d < DV) weigh<R, 1>(p, v + d, v_stride, n, DV - d, keep, y + d, padded(DV));
+    weigh<R, VALUES_ABREAST>(p, v + d, v_stride, n, whole, rescale, y + d, padded(DV));
+  for (; d + LANES <= DV; d += LANES)
+    weigh<R, 1>(p, v + d, v_stride, n, whole, rescale, y + d, padded(DV));
+  if (d < DV) weigh<R, 1>(p, v + d, v_stride, n, DV - d, rescale, y + d, padded(DV));
 }
 
 // f.operator()<R>(r) for groups of R rows from row r on.
@@ -119,14 +118,14 @@ inline float soften_row(float* scores, int64_t n, float& largest, Floats& sum) {
   for (int i = 0; i < LANES; ++i) largest = std::max(largest, highest[i]);
   // A row that has seen no key yet has no largest score to take away.
   const float shift = largest == -INFINITY ? 0.0f : largest;
-  const float keep = exponential(Floats{} + (before - shift))[0];
-  sum *= keep;
+  const float rescale = exponential(Floats{} + (before - shift))[0];
+  sum *= rescale;
   for (int64_t l = 0; l < n; l += LANES) {
     const Floats p = exponential(load<Floats>(scores + l) - shift);
     store(scores + l, p);
     sum += p;
   }
-  return keep;
+  return rescale;
 }
 
 // Whether the mask shows any row any of n keys from l0 on.
@@ -150,14 +149,14 @@ void attend_keys(
   for_rows(rows.count, [&]<int R>(int64_t r) {
     score<R>(rows.q + r * padded(a.D), k, a.k_strides[2], a.D, n, scores + r * KEYS);
   });
-  float keep[FEW_QUERIES];
+  float rescale[FEW_QUERIES];
   for (int64_t r = 0; r < rows.count; ++r) {
     float* own = scores + r * KEYS;
     if (!apply_mask(a, b, kv * a.G + r / a.M, r % a.M, l0, n, own)) std::fill_n(own, n, -INFINITY);
-    keep[r] = soften_row(own, n, rows.largest[r], rows.sum[r]);
+    rescale[r] = soften_row(own, n, rows.largest[r], rows.sum[r]);
   }
   for_rows(rows.count, [&]<int R>(int64_t r) {
-    weigh_all<R>(scores + r * KEYS, v, a.v_strides[2], n, a.DV, keep + r, rows.y + r * padded(a.DV));
+    weigh_all<R>(scores + r * KEYS, v, a.v_strides[2], n, a.DV, rescale + r, rows.y + r * padded(a.DV));
   });
 }
 
@@ -206,17 +205,9 @@ void join_parts_as(const Attention& a, int64_t head, const float* parts, int64_t
 
 void attend_part(
     const Attention& a, int64_t head, int64_t l0, int64_t l1, float* part, float* scratch) {
-  switch (a.dtype) {
-    case c10::ScalarType::BFloat16: return attend_part_as<c10::BFloat16>(a, head, l0, l1, part, scratch);
-    case c10::ScalarType::Half: return attend_part_as<c10::Half>(a, head, l0, l1, part, scratch);
-    default: return attend_part_as<float>(a, head, l0, l1, part, scratch);
-  }
+  with_dtype(a.dtype, [&]<class T>(T) { attend_part_as<T>(a, head, l0, l1, part, scratch); });
 }
 
 void join_parts(const Attention& a, int64_t head, const float* parts, int64_t count, int64_t stride) {
-  switch (a.dtype) {
-    case c10::ScalarType::BFloat16: return join_parts_as<c10::BFloat16>(a, head, parts, count, stride);
-    case c10::ScalarType::Half: return join_parts_as<c10::Half>(a, head, parts, count, stride);
-    default: return join_parts_as<float>(a, head, parts, count, stride);
-  }
+  with_dtype(a.dtype, [&]<class T>(T) { join_parts_as<T>(a, head, parts, count, stride); });
 }

@@ -3,10 +3,10 @@
 The operators are implemented in C++ (``int8_linear.cpp``) and registered from there, so that a
 compiled graph calls them without Python in between.
 
-Packed weight, ``[ceil(N / 16), K_padded * 16 + 64]`` int8, K_padded the next multiple of 64: for
-each block of 16 channels ``[K_padded / 4][16 n][4 k]``, padded with zeros, then the 16 channels'
-sums over k as int32 (the correction where an instruction wants unsigned activations). 64 bytes are
-one vpdpbusd operand and 1024 one AMX tile.
+Packed weight, ``[ceil(N / NR), K_padded * NR + 4 * NR]`` int8, K_padded the next multiple of
+K_MULTIPLE: for each micro-panel of NR channels ``[K_padded / 4][NR][4]``, padded with zeros, then the
+channels' sums over k as int32 (the correction where an instruction wants unsigned activations). 64
+bytes are one vpdpbusd operand and 1024 one AMX tile.
 """
 
 import ctypes
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from int8fx.kernels.cpu import build, pages
 from int8fx.kernels.forks import free_in_children
 
-BLOCK_N = 16
+# As in packed_weight.h.
+NR = 16
 K_MULTIPLE = 64
 
 _lock = free_in_children(threading.Lock())
@@ -63,26 +64,26 @@ def forbid_data_access(storage: int, message: str | None) -> bool:
 
 def packed_shape(N: int, K: int) -> tuple[int, int]:
     """Of the layout above."""
-    return -(-N // BLOCK_N), -(-K // K_MULTIPLE) * K_MULTIPLE * BLOCK_N + 4 * BLOCK_N
+    return -(-N // NR), -(-K // K_MULTIPLE) * K_MULTIPLE * NR + 4 * NR
 
 
 def pack(w_int8: Tensor) -> Tensor:
     """``w_int8 [N, K]`` in the layout above."""
     N, K = w_int8.shape
-    padding = (0, -K % K_MULTIPLE, 0, -N % BLOCK_N)
+    padding = (0, -K % K_MULTIPLE, 0, -N % NR)
     padded = F.pad(w_int8, padding) if any(padding) else w_int8.contiguous()
     # Four k's are moved as one int32.
-    quads = padded.view(torch.int32).unflatten(0, (-1, BLOCK_N)).transpose(1, 2)
+    quads = padded.view(torch.int32).unflatten(0, (-1, NR)).transpose(1, 2)
     packed = pages.empty(*packed_shape(N, K))
     words = packed.view(torch.int32)
-    words[:, :-BLOCK_N].view(quads.shape).copy_(quads)
-    torch.sum(padded.view(-1, BLOCK_N, padded.shape[1]), 2, out=words[:, -BLOCK_N:])
+    words[:, :-NR].view(quads.shape).copy_(quads)
+    torch.sum(padded.view(-1, NR, padded.shape[1]), 2, out=words[:, -NR:])
     return packed
 
 
 def unpack(packed: Tensor, N: int, K: int) -> Tensor:
     """The ``w_int8 [N, K]`` that was packed."""
-    quads = packed.view(torch.int32)[:, :-BLOCK_N].unflatten(1, (-1, BLOCK_N))
+    quads = packed.view(torch.int32)[:, :-NR].unflatten(1, (-1, NR))
     w_int8 = quads.transpose(1, 2).contiguous().flatten(0, 1).view(torch.int8)
     return w_int8[:N, :K].contiguous()
 

@@ -1,9 +1,6 @@
-// Quantise: rows of floats to int8 with their outliers taken out, as kernels/ops/quantize_reference.py states it.
-// No include guard: included once per instruction set, as tile.h is, after
-//
-//   load_words             LANES uint16, as uint32
-//   load_half              LANES fp16
-//   to_ints                rounds to nearest even
+// Quantise: rows of floats to int8 with their outliers taken out, as kernels/ops/quantize_reference.py
+// states it.
+// Part of kernel.h.
 //
 // Two passes, because in the column decomposition a row's scale needs every row's outliers:
 //
@@ -19,9 +16,9 @@ inline Floats load_row(const T* x) {
   if constexpr (std::is_same_v<T, float>) {
     return load<Floats>(x);
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    return (Floats)(load_words(x) << 16);
+    return (Floats)(Isa::load_words(x) << 16);
   } else {
-    return load_half(x);
+    return Isa::load_half(x);
   }
 }
 
@@ -52,7 +49,7 @@ inline void for_vectors(int64_t K, const F& f) {
 
 // R rows at once: flags are read and written once for them.
 template <int R, class T>
-void flag_rows(const Input& in, int64_t& m, int64_t m1, int32_t* flags) {
+void flag_rows(const FloatRows& in, int64_t& m, int64_t m1, int32_t* flags) {
   for (; m + R <= m1; m += R) {
     const T* x = static_cast<const T*>(in.x) + m * in.K;
     for_vectors(in.K, [&](int64_t k, auto count) {
@@ -65,22 +62,21 @@ void flag_rows(const Input& in, int64_t& m, int64_t m1, int32_t* flags) {
 }
 
 template <class T>
-void flag_columns_of(const Input& in, int64_t m0, int64_t m1, int32_t* flags) {
+void flag_columns_of(const FloatRows& in, int64_t m0, int64_t m1, int32_t* flags) {
   flag_rows<4, T>(in, m0, m1, flags);
   flag_rows<1, T>(in, m0, m1, flags);
 }
 
 // What stays in int8: 0 where an outlier is taken out.
 template <bool COLUMN>
-inline Floats regular(const Input& in, Floats v, int64_t k) {
+inline Floats regular(const FloatRows& in, Floats v, int64_t k) {
   if constexpr (COLUMN) {
-    return (Floats)((Ints)v & load<Ints>(in.keep + k));
+    return (Floats)((Ints)v & load<Ints>(in.column_mask + k));
   } else {
     return (Floats)((Ints)v & ~is_outlier(v, in.threshold));
   }
 }
 
-#ifdef INT8FX_FMA
 // x / scale, rounded correctly as a division is, in a third of its time: the product with the correctly
 // rounded reciprocal is off by one unit at most, its remainder is exact in one fma, and a second one
 // corrects it (Markstein, IBM J. Res. Dev. 34(1), 1990, theorem 8.3).
@@ -94,10 +90,9 @@ struct Reciprocal {
 
   Floats operator()(Floats x) const {
     const Floats quotient = x * reciprocal;
-    return fma(fnma(quotient, scale, x), reciprocal, quotient);
+    return Isa::fma(Isa::fnma(quotient, scale, x), reciprocal, quotient);
   }
 };
-#endif
 
 // Of a row whose vectors are value(k, count).
 template <class F>
@@ -115,7 +110,7 @@ inline float largest_magnitude(int64_t K, const F& value) {
 }
 
 template <class T, bool OUTLIERS, bool COLUMN>
-void quantize_row(const Input& in, int64_t m) {
+void quantize_row(const FloatRows& in, int64_t m) {
   const T* x = static_cast<const T*>(in.x) + m * in.K;
   const auto value = [&](int64_t k, auto count) {
     const Floats v = load_row(x + k, count);
@@ -129,36 +124,27 @@ void quantize_row(const Input& in, int64_t m) {
   int8_t* out = in.x_int8 + m * in.K;
   const auto write = [&](auto divide) {
     for_vectors(in.K, [&](int64_t k, auto count) {
-      const Bytes quantized = __builtin_convertvector(to_ints(divide(value(k, count))), Bytes);
+      const Bytes quantized = __builtin_convertvector(Isa::to_ints(divide(value(k, count))), Bytes);
       __builtin_memcpy(out + k, &quantized, count);
     });
   };
-#ifdef INT8FX_FMA
-  if (Reciprocal::serves(scale)) return write(Reciprocal(scale));
-#endif
+  if constexpr (Isa::FMA_ROUNDS_ONCE)
+    if (Reciprocal::serves(scale)) return write(Reciprocal(scale));
   write([scale](Floats v) { return v / scale; });
 }
 
 template <class T>
-void quantize_rows_of(const Input& in, int64_t m0, int64_t m1) {
-  const auto row = in.keep == nullptr && in.threshold == 0 ? quantize_row<T, false, false>
-                   : in.keep == nullptr                    ? quantize_row<T, true, false>
+void quantize_rows_of(const FloatRows& in, int64_t m0, int64_t m1) {
+  const auto row = in.column_mask == nullptr && in.threshold == 0 ? quantize_row<T, false, false>
+                   : in.column_mask == nullptr                    ? quantize_row<T, true, false>
                                                            : quantize_row<T, true, true>;
   for (int64_t m = m0; m < m1; ++m) row(in, m);
 }
 
-void flag_columns(const Input& in, int64_t m0, int64_t m1, int32_t* flags) {
-  switch (in.dtype) {
-    case at::kBFloat16: return flag_columns_of<c10::BFloat16>(in, m0, m1, flags);
-    case at::kHalf: return flag_columns_of<c10::Half>(in, m0, m1, flags);
-    default: return flag_columns_of<float>(in, m0, m1, flags);
-  }
+void flag_columns(const FloatRows& in, int64_t m0, int64_t m1, int32_t* flags) {
+  with_dtype(in.dtype, [&]<class T>(T) { flag_columns_of<T>(in, m0, m1, flags); });
 }
 
-void quantize_rows(const Input& in, int64_t m0, int64_t m1) {
-  switch (in.dtype) {
-    case at::kBFloat16: return quantize_rows_of<c10::BFloat16>(in, m0, m1);
-    case at::kHalf: return quantize_rows_of<c10::Half>(in, m0, m1);
-    default: return quantize_rows_of<float>(in, m0, m1);
-  }
+void quantize_rows(const FloatRows& in, int64_t m0, int64_t m1) {
+  with_dtype(in.dtype, [&]<class T>(T) { quantize_rows_of<T>(in, m0, m1); });
 }

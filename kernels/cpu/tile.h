@@ -1,13 +1,4 @@
-// The part of a kernel that is the same for every instruction set: outlier product, epilogue and
-// the walk over tiles. No include guard: kernels.h includes it once per instruction set, in a
-// namespace and under a target pragma of its own, after vectors.h and
-//
-//   ROW_TILE, PANEL        rows x blocks of 16 channels in one tile, at most
-//   ONE_TILE               or so many rows x one block, where no other rows follow
-//   FETCHES_NEAR           whether tile_product fetches the weights that it will multiply itself
-//   OUTLIER_ROWS           rows that share one walk over the outlier columns
-//   tile_product           int8 x int8 -> int32 [rows][PANEL * 16], exact
-//   load_half, store_half  fp16
+// Outlier product, epilogue and the loops over micro-tiles. Part of kernel.h.
 //
 // A row's result is the same whatever rows come with it: integer sums are exact, outliers are added
 // in ascending k in fp32, and a zero outlier adds exactly nothing, so it may be there or not.
@@ -27,7 +18,7 @@ inline void store_as(T* p, Floats v) {
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
     store_bfloat16(p, v);
   } else {
-    store_half(p, v);
+    Isa::store_half(p, v);
   }
 }
 
@@ -36,39 +27,37 @@ struct Channels {
   int64_t n, count;
   Floats w_scale[PARTS], bias[PARTS];
 
-  Channels(const Weight& weight, int64_t block)
-      : n(block * BLOCK_N), count(std::min(BLOCK_N, weight.N - n)) {
+  Channels(const Weight& weight, int64_t panel)
+      : n(panel * NR), count(std::min(NR, weight.N - n)) {
     read(weight.w_scale + n, w_scale);
     if (!weight.bias) {
       std::memset(bias, 0, sizeof bias);
-    } else if (weight.bias_dtype == c10::ScalarType::BFloat16) {
-      read(static_cast<const c10::BFloat16*>(weight.bias) + n, bias);
-    } else if (weight.bias_dtype == c10::ScalarType::Half) {
-      read(static_cast<const c10::Half*>(weight.bias) + n, bias);
     } else {
-      read(static_cast<const float*>(weight.bias) + n, bias);
+      with_dtype(weight.bias_dtype, [&]<class T>(T) {
+        read(static_cast<const T*>(weight.bias) + n, bias);
+      });
     }
   }
 
  private:
   template <class T>
   void read(const T* from, Floats* to) const {
-    float values[BLOCK_N] = {};
+    float values[NR] = {};
     for (int64_t i = 0; i < count; ++i) values[i] = from[i];
     std::memcpy(to, values, sizeof values);
   }
 };
 
-// One column of a packed block: byte k % 4 of each int32 lane, sign-extended.
-inline Floats weight_column(const int8_t* block, int part, uint32_t k) {
-  static constexpr uint32_t SHIFTS[4] = {24, 16, 8, 0};  // a lane-wise shift: one instruction
-  const Words quad = load<Words>(block + k / 4 * 64 + part * sizeof(Words));
-  const Words top = quad << (Words{} + SHIFTS[k % 4]);
+// One column of a micro-panel: byte k % KR of each int32 lane, sign-extended.
+inline Floats weight_column(const int8_t* panel, int part, uint32_t k) {
+  static constexpr uint32_t SHIFTS[KR] = {24, 16, 8, 0};  // a lane-wise shift: one instruction
+  const Words quad = load<Words>(panel + k / KR * (KR * NR) + part * sizeof(Words));
+  const Words top = quad << (Words{} + SHIFTS[k % KR]);
   return __builtin_convertvector((Ints)top >> 24, Floats);
 }
 
-// R rows x B blocks of the outlier product: column(i, v) is vector v of the panel's i-th column, and
-// value(i, r) a row's.
+// R rows x B micro-panels of the outlier product: column(i, v) is vector v of the i-th outlier column
+// of the weights, and value(i, r) a row's.
 template <int R, int B, class Column, class Value>
 inline void outlier_product(int64_t count, const Column& column, const Value& value, float* out) {
   constexpr int WIDTH = B * PARTS;
@@ -87,19 +76,19 @@ inline void outlier_product(int64_t count, const Column& column, const Value& va
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v) store(out + r * PANEL * BLOCK_N + v * LANES, sums[r][v]);
+    for (int v = 0; v < WIDTH; ++v) store(out + r * Isa::PANELS * NR + v * LANES, sums[r][v]);
   }
 }
 
-// The outlier columns of a panel's weights.
-struct PanelColumns {
-  const Activations& a;
+// The outlier columns of the weights of a micro-tile.
+struct OutlierColumns {
+  const Lhs& a;
   const int8_t* w;
   int64_t w_stride;
   int64_t converted = 0;
-  alignas(64) float floats[64 * PANEL * BLOCK_N];
+  alignas(64) float floats[64 * Isa::PANELS * NR];
 
-  PanelColumns(const Activations& a, const int8_t* w, int64_t w_stride)
+  OutlierColumns(const Lhs& a, const int8_t* w, int64_t w_stride)
       : a(a), w(w), w_stride(w_stride) {}
 
   Floats vector(int64_t k, int v) const {
@@ -108,48 +97,48 @@ struct PanelColumns {
   // The first of them as floats, once for all tiles: as many as the L1 cache has room for.
   template <int B>
   void convert() {
-    constexpr int64_t MOST = sizeof floats / sizeof(float) / (PANEL * BLOCK_N);
-    for (const int64_t end = std::min(MOST, a.column_count); converted < end; ++converted)
+    constexpr int64_t MOST = sizeof floats / sizeof(float) / (Isa::PANELS * NR);
+    for (const int64_t end = std::min(MOST, a.in.column_count); converted < end; ++converted)
       for (int v = 0; v < B * PARTS; ++v)
-        store(floats + converted * PANEL * BLOCK_N + v * LANES, vector(a.columns[converted], v));
+        store(floats + converted * Isa::PANELS * NR + v * LANES, vector(a.in.columns[converted], v));
   }
 };
 
 // R rows at a time, of a tile whose outliers are [column][row], for as many as there are.
 template <int R, int B>
 inline void dense_rows(
-    const PanelColumns& panel, const float* values, int64_t rows, int64_t& r, float* out) {
+    const OutlierColumns& weights, const float* values, int64_t rows, int64_t& r, float* out) {
   for (; r + R <= rows; r += R) {
     const auto value = [=](int64_t i, int row) { return values[i * rows + r + row]; };
     for (int b = 0; b < B; ++b) {
       const auto column = [&](int64_t i, int v) {
-        if (i < panel.converted)
-          return load<Floats>(panel.floats + (i * PANEL + b) * BLOCK_N + v * LANES);
-        return panel.vector(panel.a.columns[i], b * PARTS + v);
+        if (i < weights.converted)
+          return load<Floats>(weights.floats + (i * Isa::PANELS + b) * NR + v * LANES);
+        return weights.vector(weights.a.in.columns[i], b * PARTS + v);
       };
-      outlier_product<R, 1>(panel.a.column_count, column, value, out + (r * PANEL + b) * BLOCK_N);
+      outlier_product<R, 1>(weights.a.in.column_count, column, value, out + (r * Isa::PANELS + b) * NR);
     }
   }
 }
 
-// out [rows][PANEL * 16] = the outlier product of the tile of rows that begins at m.
+// out [rows][PANELS * 16] = the outlier product of the tile of rows that begins at m.
 template <int B>
-void outlier_tile(PanelColumns& panel, int64_t m, int64_t rows, float* out) {
-  const Activations& a = panel.a;
-  const Outlier* outliers = a.outliers + m * a.column_count;
+void outlier_tile(OutlierColumns& weights, int64_t m, int64_t rows, float* out) {
+  const Lhs& a = weights.a;
+  const Outlier* outliers = a.packed.outliers + m * a.in.column_count;
   int64_t r = 0;
-  if (a.dense[m / a.row_tile]) {
-    panel.convert<B>();
+  if (a.packed.dense[m / a.tiling.rows]) {
+    weights.convert<B>();
     const auto* values = reinterpret_cast<const float*>(outliers);
-    dense_rows<OUTLIER_ROWS, B>(panel, values, rows, r, out);
-    dense_rows<4, B>(panel, values, rows, r, out);
-    dense_rows<1, B>(panel, values, rows, r, out);
+    dense_rows<Isa::OUTLIER_ROWS, B>(weights, values, rows, r, out);
+    dense_rows<4, B>(weights, values, rows, r, out);
+    dense_rows<1, B>(weights, values, rows, r, out);
   }
   for (; r < rows; ++r) {
-    const int64_t count = a.outlier_count[m + r];
-    const auto column = [&](int64_t i, int v) { return panel.vector(outliers[i].k, v); };
+    const int64_t count = a.packed.outlier_count[m + r];
+    const auto column = [&](int64_t i, int v) { return weights.vector(outliers[i].k, v); };
     const auto value = [&](int64_t i, int) { return outliers[i].value; };
-    outlier_product<1, B>(count, column, value, out + r * PANEL * BLOCK_N);
+    outlier_product<1, B>(count, column, value, out + r * Isa::PANELS * NR);
     outliers += count;
   }
 }
@@ -160,60 +149,60 @@ inline void finish(
     const Weight& weight, int64_t m, int64_t rows, const Channels& c, const F& product) {
   T* y = static_cast<T*>(weight.y) + m * weight.N + c.n;
   for (int64_t r = 0; r < rows; ++r, y += weight.N) {
-    T part_of_block[BLOCK_N];
-    T* out = c.count == BLOCK_N ? y : part_of_block;
+    T part_of_panel[NR];
+    T* out = c.count == NR ? y : part_of_panel;
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p)
       store_as(out + p * LANES, product(r, p) * c.w_scale[p] + c.bias[p]);
-    if (c.count < BLOCK_N) std::memcpy(static_cast<void*>(y), out, c.count * sizeof(T));
+    if (c.count < NR) std::memcpy(static_cast<void*>(y), out, c.count * sizeof(T));
   }
 }
 
-// The blocks after [block, block + panel), while `rows` rows are multiplied with these.
-inline Prefetch next_panel(
-    const Activations& a, const Weight& weight, int64_t rows, int64_t block, int64_t panel) {
-  const int64_t tiles = (rows + a.row_tile - 1) / a.row_tile;
-  const int64_t left = weight.blocks() - block - panel;
-  const int64_t lines = left > 0 ? (panel * BLOCK_N + tiles - 1) / tiles : 0;
-  return {weight.packed + (block + panel) * block_bytes(a.K_padded), lines, 0};
+// The micro-panels after [panel, panel + count), while `rows` rows are multiplied with these.
+inline Prefetch next_panels(
+    const Lhs& a, const Weight& weight, int64_t rows, int64_t panel, int64_t count) {
+  const int64_t tiles = (rows + a.tiling.rows - 1) / a.tiling.rows;
+  const int64_t left = weight.panels() - panel - count;
+  const int64_t lines = left > 0 ? (count * NR + tiles - 1) / tiles : 0;
+  return {weight.packed + (panel + count) * panel_bytes(a.tiling.K_padded), lines, 0};
 }
 
-// How many blocks at once a call multiplies, and how far ahead it fetches them. Rows that are a single
-// tile read each weight once, as fast as memory gives it. On Zen 5, beside pairs of blocks and the next
-// pair ahead, linears of 576 columns take 0.92 of the time at 2 and 4 rows, 0.84 at 8 and 0.88 at 16, and
-// those of 1600 to 14336 columns 0.9 at 4 rows, 0.85 at 8, and 0.83 at 12 and 16.
+// How many micro-panels at once a call multiplies, and how far ahead it fetches them. Rows that are a
+// single tile read each weight once, as fast as memory gives it. On Zen 5, beside pairs of panels and the
+// next pair ahead, linears of 576 columns take 0.92 of the time at 2 and 4 rows, 0.84 at 8 and 0.88 at 16,
+// and those of 1600 to 14336 columns 0.9 at 4 rows, 0.85 at 8, and 0.83 at 12 and 16.
 struct Reading {
-  int64_t panel, near;
+  int64_t panels, near;
   bool once;
 };
 constexpr int64_t LONG_K = 1024;
 
-inline Reading reading(const Activations& a, int64_t int8_rows) {
-  if (!FETCHES_NEAR || a.M > a.row_tile) return {PANEL, 0, false};
-  if (a.K < LONG_K || int8_rows > 6) return {1, 12 << 10, true};
-  // A single row of long blocks is what hardware prefetchers are made for.
-  return {PANEL, int8_rows > 1 ? 4 << 10 : 0, true};
+inline Reading reading(const Lhs& a, int64_t int8_rows) {
+  if (!FETCHES_NEAR || a.in.M > a.tiling.rows) return {Isa::PANELS, 0, false};
+  if (a.in.K < LONG_K || int8_rows > 6) return {1, 12 << 10, true};
+  // A single row of long panels is what hardware prefetchers are made for.
+  return {Isa::PANELS, int8_rows > 1 ? 4 << 10 : 0, true};
 }
 
 // What the rows of a tile give: LLM.int8()'s, an integer product and an outlier product.
 struct MixedRows {
   static constexpr int INT8_ROWS = 1;  // in the integer product, for a row of x
-  const Activations& a;
-  PanelColumns columns;
-  alignas(64) float outlier[ONE_TILE * PANEL * BLOCK_N];
+  const Lhs& a;
+  OutlierColumns columns;
+  alignas(64) float outlier[Isa::MR_ALONE * Isa::PANELS * NR];
 
-  MixedRows(const Activations& a, const int8_t* w, int64_t w_stride) : a(a), columns(a, w, w_stride) {}
+  MixedRows(const Lhs& a, const int8_t* w, int64_t w_stride) : a(a), columns(a, w, w_stride) {}
 
   template <int B>
   void begin(int64_t m, int64_t rows) {
-    if (a.column_count) outlier_tile<B>(columns, m, rows, outlier);
+    if (a.in.column_count) outlier_tile<B>(columns, m, rows, outlier);
   }
-  // Vector p of block b: of row m + r, whose integer sums are in acc.
+  // Vector p of micro-panel b: of row m + r, whose integer sums are in acc.
   Floats product(const int32_t* acc, int64_t m, int64_t r, int b, int p) const {
-    const int64_t at = (r * PANEL + b) * BLOCK_N + p * LANES;
+    const int64_t at = (r * Isa::PANELS + b) * NR + p * LANES;
     const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
-    const Floats extra = a.column_count ? load<Floats>(outlier + at) : Floats{};
-    return product * a.x_scale[m + r] + extra;
+    const Floats extra = a.in.column_count ? load<Floats>(outlier + at) : Floats{};
+    return product * a.in.x_scale[m + r] + extra;
   }
 };
 
@@ -222,25 +211,25 @@ template <class T, int B>
 inline void fetch_output(const Weight& weight, int64_t m, int64_t rows, int64_t n) {
   const T* y = static_cast<const T*>(weight.y) + m * weight.N + n;
   for (int64_t r = 0; r < rows; ++r, y += weight.N)
-    for (size_t i = 0; i < B * BLOCK_N; i += 64 / sizeof(T)) __builtin_prefetch(y + i, 1, 3);
+    for (size_t i = 0; i < B * NR; i += 64 / sizeof(T)) __builtin_prefetch(y + i, 1, 3);
 }
 
 template <class Rows, class T, int B>
-void multiply_panel(
-    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t block,
+void multiply_panels(
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel,
     const Reading& how) {
-  alignas(64) int32_t acc[ONE_TILE * PANEL * BLOCK_N];
-  const int64_t stride = block_bytes(a.K_padded);
-  const int8_t* w = weight.packed + block * stride;
-  const Channels channels[2] = {{weight, block}, {weight, block + B - 1}};
+  alignas(64) int32_t acc[Isa::MR_ALONE * Isa::PANELS * NR];
+  const int64_t stride = panel_bytes(a.tiling.K_padded);
+  const int8_t* w = weight.packed + panel * stride;
+  const Channels channels[2] = {{weight, panel}, {weight, panel + B - 1}};
   Rows tile{a, w, stride};
   Prefetch ahead =
-      how.once ? Prefetch{nullptr, 0, how.near} : next_panel(a, weight, m1 - m0, block, B);
-  for (int64_t m = m0; m < m1; m += a.row_tile) {
-    const int64_t rows = std::min(a.row_tile, m1 - m);
+      how.once ? Prefetch{nullptr, 0, how.near} : next_panels(a, weight, m1 - m0, panel, B);
+  for (int64_t m = m0; m < m1; m += a.tiling.rows) {
+    const int64_t rows = std::min(a.tiling.rows, m1 - m);
     fetch_output<T, B>(weight, m, rows, channels[0].n);
     tile_product<B>(a, m * Rows::INT8_ROWS, rows * Rows::INT8_ROWS, w, stride, acc, ahead);
-    ahead.next += a.K_padded * ahead.lines;
+    ahead.next += a.tiling.K_padded * ahead.lines;
     tile.template begin<B>(m, rows);
     for (int b = 0; b < B; ++b)
       finish<T>(weight, m, rows, channels[b], [&](int64_t r, int p) {
@@ -251,19 +240,17 @@ void multiply_panel(
 
 template <class Rows, class T>
 void multiply_rows(
-    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
-  const Reading how = reading(a, a.M * Rows::INT8_ROWS);
-  if (how.panel == PANEL)
-    for (; b0 + PANEL <= b1; b0 += PANEL)
-      multiply_panel<Rows, T, PANEL>(a, weight, m0, m1, b0, how);
-  for (; b0 < b1; ++b0) multiply_panel<Rows, T, 1>(a, weight, m0, m1, b0, how);
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  const Reading how = reading(a, a.in.M * Rows::INT8_ROWS);
+  if (how.panels == Isa::PANELS)
+    for (; panel0 + Isa::PANELS <= panel1; panel0 += Isa::PANELS)
+      multiply_panels<Rows, T, Isa::PANELS>(a, weight, m0, m1, panel0, how);
+  for (; panel0 < panel1; ++panel0) multiply_panels<Rows, T, 1>(a, weight, m0, m1, panel0, how);
 }
 
 void multiply(
-    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
-  switch (a.dtype) {
-    case c10::ScalarType::BFloat16: return multiply_rows<MixedRows, c10::BFloat16>(a, weight, m0, m1, b0, b1);
-    case c10::ScalarType::Half: return multiply_rows<MixedRows, c10::Half>(a, weight, m0, m1, b0, b1);
-    default: return multiply_rows<MixedRows, float>(a, weight, m0, m1, b0, b1);
-  }
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  with_dtype(a.in.dtype, [&]<class T>(T) {
+    multiply_rows<MixedRows, T>(a, weight, m0, m1, panel0, panel1);
+  });
 }

@@ -1,28 +1,24 @@
-// Weights in int8 and x as it is: y = (x @ w_int8ᵀ) · w_scale + bias. Included like tile.h, and after
-// it, in a namespace with
+// Weights in int8 and x as it is: y = (x @ w_int8ᵀ) · w_scale + bias. No include guard: included after
+// kernel.h, in a namespace with a struct FloatIsa.
 //
-//   ROW_TILE               rows at once, at most
-//   Element, element       what x is packed as, and a value of x as such
-//   X, load_x              4 consecutive k of one row, repeated over a vector
-//   W, load_w, store_w     WIDTH vectors of channels x 4 k, from a packed weight or from what store_w
-//                          wrote, and the channel_of each in the order of its lanes
-//   dot                    adds a product to sums, of which each channel has SHARE in a row
-//
-// Weights are converted in registers, in the order that they are packed in: a block's 64 bytes are 4 k
-// of 16 channels, and a row's same 4 k are repeated beside them. Where several tiles of rows read a
-// block, it is converted once, into the cache. A row's sums are in the same order whatever rows come
-// with it.
+// Weights are converted in registers, in the order that they are packed in: 64 bytes of a micro-panel
+// are KR k of NR channels, and a row's same KR k are repeated beside them. Where several tiles of rows
+// read a micro-panel, it is converted once, into the cache. A row's sums are in the same order whatever
+// rows come with it.
+
+using Element = FloatIsa::Element;
+static_assert(HasFloatProductHooks<FloatIsa, Floats>, "isa/hooks.h lists what weight_only.h needs");
 
 // How far ahead rows that are a single tile fetch weights. On Zen 5 a row of 2048 to 5632 channels takes
 // 0.86 of the time without where memory gives it 75 GB/s and 0.98 where it gives 50; 12 KiB and 4 KiB are
 // better in one of these cases, and worse in the other.
 constexpr int64_t NEAR = 8 << 10;
-constexpr int QUADS = 4 * BLOCK_N;                         // elements of a block at 4 k
+constexpr int QUADS = KR * NR;                             // elements of a micro-panel at KR k
 constexpr int AT_ONCE = sizeof(Floats) / sizeof(Element);  // of them, those in a vector
-constexpr int SHARE = QUADS / AT_ONCE * LANES / BLOCK_N;   // sums of a channel
+constexpr int SHARE = QUADS / AT_ONCE * LANES / NR;        // sums of a channel
 constexpr int WIDTH = std::min(QUADS / AT_ONCE, 4);        // vectors that registers hold sums of
 
-// out [R][16] = R rows, packed [K_padded / 4][R][4], times a block.
+// out [R][NR] = R rows, packed [K_padded / KR][R][KR], times a micro-panel.
 template <int R, class T>
 void dot_rows(const Element* x, const T* w, int64_t k_padded, float* out, Prefetch ahead) {
   for (int first = 0; first < QUADS; first += WIDTH * AT_ONCE) {
@@ -33,13 +29,13 @@ void dot_rows(const Element* x, const T* w, int64_t k_padded, float* out, Prefet
       if (first == 0) ahead.step();
       for (int i = 0; i < K_MULTIPLE; i += 4, row += 4 * R, columns += QUADS) {
         if (ahead.near && first == 0) __builtin_prefetch(columns + ahead.near, 0, 3);
-        W weights[WIDTH];
-        load_w(weights, columns);
+        FloatIsa::W weights[WIDTH];
+        FloatIsa::load_w(weights, columns);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const X quad = load_x(row + 4 * r);
+          const FloatIsa::X quad = FloatIsa::load_x(row + 4 * r);
 #pragma GCC unroll 4
-          for (int v = 0; v < WIDTH; ++v) dot(sums[r][v], quad, weights[v]);
+          for (int v = 0; v < WIDTH; ++v) FloatIsa::dot(sums[r][v], quad, weights[v]);
         }
       }
     }
@@ -54,7 +50,7 @@ void dot_rows(const Element* x, const T* w, int64_t k_padded, float* out, Prefet
     for (int i = 0; i < R * CHANNELS; ++i) {
       float sum = lanes[i * SHARE];
       for (int j = 1; j < SHARE; ++j) sum += lanes[i * SHARE + j];
-      out[i / CHANNELS * BLOCK_N + first / 4 + channel_of(i % CHANNELS)] = sum;
+      out[i / CHANNELS * NR + first / 4 + FloatIsa::channel_of(i % CHANNELS)] = sum;
     }
   }
 }
@@ -63,21 +59,21 @@ template <class T>
 using DotRows = void (*)(const Element*, const T*, int64_t, float*, Prefetch);
 
 template <class T, int... R>
-constexpr std::array<DotRows<T>, ROW_TILE> all_rows(std::integer_sequence<int, R...>) {
+constexpr std::array<DotRows<T>, FloatIsa::MR> all_rows(std::integer_sequence<int, R...>) {
   return {dot_rows<R + 1, T>...};
 }
 
-// Rows [m, m + rows) times a block of weights: y.
+// Rows [m, m + rows) times a micro-panel of weights: y.
 template <class Y, class T>
 inline void multiply_tile(
-    const Activations& a, const Weight& weight, int64_t m, int64_t rows, const T* w,
+    const Lhs& a, const Weight& weight, int64_t m, int64_t rows, const T* w,
     const Channels& channels, Prefetch ahead) {
-  static constexpr auto TILES = all_rows<T>(std::make_integer_sequence<int, ROW_TILE>());
-  alignas(64) float sums[ROW_TILE * BLOCK_N];
+  static constexpr auto TILES = all_rows<T>(std::make_integer_sequence<int, FloatIsa::MR>());
+  alignas(64) float sums[FloatIsa::MR * NR];
   TILES[rows - 1](
-      static_cast<const Element*>(a.packed) + m * a.K_padded, w, a.K_padded, sums, ahead);
+      static_cast<const Element*>(a.packed.x) + m * a.tiling.K_padded, w, a.tiling.K_padded, sums, ahead);
   finish<Y>(weight, m, rows, channels, [&](int64_t r, int p) {
-    return load<Floats>(sums + r * BLOCK_N + p * LANES);
+    return load<Floats>(sums + r * NR + p * LANES);
   });
 }
 
@@ -87,46 +83,46 @@ struct Free {
 
 template <class Y>
 void multiply_as(
-    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
-  const int64_t tiles = (m1 - m0 + a.row_tile - 1) / a.row_tile;
-  const int64_t elements = a.K_padded * BLOCK_N;
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  const int64_t tiles = (m1 - m0 + a.tiling.rows - 1) / a.tiling.rows;
+  const int64_t elements = a.tiling.K_padded * NR;
   std::unique_ptr<Element[], Free> converted;
   if (tiles > 1)
     converted.reset(static_cast<Element*>(std::aligned_alloc(64, elements * sizeof(Element))));
-  for (; b0 < b1; ++b0) {
-    const int8_t* w = weight.packed + b0 * block_bytes(a.K_padded);
-    const Channels channels(weight, b0);
-    Prefetch ahead = tiles > 1 ? next_panel(a, weight, m1 - m0, b0, 1) : Prefetch{nullptr, 0, NEAR};
+  for (; panel0 < panel1; ++panel0) {
+    const int8_t* w = weight.packed + panel0 * panel_bytes(a.tiling.K_padded);
+    const Channels channels(weight, panel0);
+    Prefetch ahead = tiles > 1 ? next_panels(a, weight, m1 - m0, panel0, 1) : Prefetch{nullptr, 0, NEAR};
     if (converted)
       for (int64_t i = 0; i < elements; i += WIDTH * AT_ONCE) {
-        W weights[WIDTH];
-        load_w(weights, w + i);
-        store_w(&converted[i], weights);
+        FloatIsa::W weights[WIDTH];
+        FloatIsa::load_w(weights, w + i);
+        FloatIsa::store_w(&converted[i], weights);
       }
-    for (int64_t m = m0; m < m1; m += a.row_tile) {
-      const int64_t rows = std::min(a.row_tile, m1 - m);
+    for (int64_t m = m0; m < m1; m += a.tiling.rows) {
+      const int64_t rows = std::min(a.tiling.rows, m1 - m);
       if (converted) {
         multiply_tile<Y>(a, weight, m, rows, converted.get(), channels, ahead);
       } else {
         multiply_tile<Y>(a, weight, m, rows, w, channels, ahead);
       }
-      ahead.next += a.K_padded * ahead.lines;
+      ahead.next += a.tiling.K_padded * ahead.lines;
     }
   }
 }
 
 template <class T>
-void pack_as(const Activations& a, int64_t tile) {
-  const int64_t m = tile * a.row_tile;
-  const int64_t rows = std::min(a.row_tile, a.M - m);
+void pack_as(const Lhs& a, int64_t tile) {
+  const int64_t m = tile * a.tiling.rows;
+  const int64_t rows = std::min(a.tiling.rows, a.in.M - m);
   for (int64_t r = 0; r < rows; ++r) {
-    const T* x = static_cast<const T*>(a.x_outlier) + (m + r) * a.K;
-    Element* out = static_cast<Element*>(a.packed) + m * a.K_padded + 4 * r;
+    const T* x = static_cast<const T*>(a.in.x_outlier) + (m + r) * a.in.K;
+    Element* out = static_cast<Element*>(a.packed.x) + m * a.tiling.K_padded + 4 * r;
     int64_t k = 0;
-    for (; k + 4 <= a.K; k += 4, out += 4 * rows)
-      for (int i = 0; i < 4; ++i) out[i] = element(x[k + i]);
-    for (; k < a.K_padded; k += 4, out += 4 * rows)
-      for (int i = 0; i < 4; ++i) out[i] = k + i < a.K ? element(x[k + i]) : Element{};
+    for (; k + 4 <= a.in.K; k += 4, out += 4 * rows)
+      for (int i = 0; i < 4; ++i) out[i] = FloatIsa::element(x[k + i]);
+    for (; k < a.tiling.K_padded; k += 4, out += 4 * rows)
+      for (int i = 0; i < 4; ++i) out[i] = k + i < a.in.K ? FloatIsa::element(x[k + i]) : Element{};
   }
 }
 
@@ -143,15 +139,24 @@ inline void for_dtype(c10::ScalarType dtype, const F& f) {
   }
 }
 
-void pack(const Activations& a, int64_t tile) {
-  for_dtype(a.dtype, [&](auto x) { pack_as<decltype(x)>(a, tile); });
+void pack(const Lhs& a, int64_t tile) {
+  for_dtype(a.in.dtype, [&](auto x) { pack_as<decltype(x)>(a, tile); });
 }
 
 void multiply(
-    const Activations& a, const Weight& weight, int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
-  for_dtype(a.dtype, [&](auto y) { multiply_as<decltype(y)>(a, weight, m0, m1, b0, b1); });
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  for_dtype(a.in.dtype, [&](auto y) { multiply_as<decltype(y)>(a, weight, m0, m1, panel0, panel1); });
 }
 
-// Blocks are multiplied one by one, but a unit has two at least: SmolLM2's decode step took 0.94 of the
-// time so, on average of three runs and before weights were fetched near.
-constexpr Product PRODUCT{ROW_TILE, ROW_TILE, 1, 2, sizeof(Element), pack, nullptr, nullptr, multiply};
+// Micro-panels are multiplied one by one, but a work item has two at least: SmolLM2's decode step took 0.94
+// of the time so, on average of three runs and before weights were fetched near.
+constexpr Product PRODUCT{
+    FloatIsa::MR,
+    FloatIsa::MR,
+    1,
+    2,
+    sizeof(Element),
+    pack,
+    Isa::enter,
+    Isa::leave,
+    multiply};

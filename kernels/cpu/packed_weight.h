@@ -1,0 +1,29 @@
+// Weights as the kernels read them; kernels/cpu/int8_linear.py packs them.
+#pragma once
+
+#include <cstdint>
+
+#include <c10/core/ScalarType.h>
+
+namespace int8fx {
+
+// A packed weight is a row of micro-panels of NR output channels. Each is [K_padded / KR][NR][KR] int8,
+// followed by the NR int32 sums of its channels. 64 bytes are one vpdpbusd operand, 1024 one AMX tile.
+constexpr int64_t NR = 16;
+constexpr int KR = 4;
+constexpr int64_t K_MULTIPLE = 64;  // of K_padded
+
+constexpr int64_t panel_bytes(int64_t k_padded) { return k_padded * NR + NR * sizeof(int32_t); }
+
+struct Weight {
+  int64_t N;
+  const int8_t* packed;
+  const float* w_scale;        // [N]
+  const void* bias;            // [N] of bias_dtype, or null
+  c10::ScalarType bias_dtype;
+  void* y;                     // [M, N], the output
+
+  int64_t panels() const { return (N + NR - 1) / NR; }
+};
+
+}  // namespace int8fx
