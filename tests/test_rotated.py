@@ -96,7 +96,7 @@ def test_anything_against_float64(isa):
     )
     def run(M, K, N, case, dtype, exponent, share, seed):
         rotation, block = case
-        x = (rows(M, K, seed=seed) * 2.0**exponent).to(dtype)
+        x = (rows(M, K, seed=seed) * 2.0 ** min(exponent, 6)).to(dtype)  # 2**16 is too much for fp16
         count = min(int(share * K), 64)
         columns = sorted(torch.randperm(K, generator=generator(seed))[:count].tolist())
         bias = torch.randn(N, generator=generator(seed)) if seed % 2 else None

@@ -15,6 +15,7 @@
 #include "identity.h"
 #include "multiply.h"
 #include "operands.h"
+#include "rotated_operator.h"
 
 using namespace std::string_literals;
 
@@ -162,6 +163,8 @@ TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("attention", attention);
   m.impl("quantized_linears_cpu", quantized_linears);
   m.impl("quantized_linear_cpu", quantized_linear);
+  m.impl("rotated_linears", rotated_linears);
+  m.impl("rotated_linear", rotated_linear);
 }
 
 }  // namespace
