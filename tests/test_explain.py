@@ -17,7 +17,7 @@ import int8fx
 from int8fx.analysis.explanation.plots import distinct_inputs, draw, pooled
 from int8fx.analysis.observe import THRESHOLDS
 from int8fx.errors import UserError
-from int8fx.kernels.cpu.int8_linear import NR, K_MULTIPLE
+from int8fx.kernels.cpu.int8_linear import K_MULTIPLE, NR
 from int8fx.kernels.schemes.scheme import Settings
 from int8fx.weights.store import STORE
 
