@@ -1,7 +1,7 @@
 """LLM.int8() as a torch.compile backend: ``torch.compile(model, backend="llmint8")``."""
 
 import int8fx.kernels.devices  # the rows of the kernel table
-import int8fx.weights.operators  # noqa: F401  what torch's operators do with an Int8Weight
+import int8fx.weights.operators  # noqa: F401  what torch's operators do with a QuantizedWeight
 import int8fx_autoload
 from int8fx.analysis.calibrate import calibrate
 from int8fx.analysis.explain import explain
@@ -15,7 +15,7 @@ from int8fx.options import Options
 from int8fx.weights.changes import refresh
 from int8fx.weights.checkpoint import load_checkpoint, save_checkpoint
 from int8fx.weights.quantize import decisions, dequantize_, quantize_
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import Int8Weight, QuantizedWeight
 
 int8fx_autoload.register()
 
@@ -26,6 +26,7 @@ __all__ = [
     "Explanation",
     "Int8Weight",
     "Options",
+    "QuantizedWeight",
     "Report",
     "Suggestion",
     "calibrate",

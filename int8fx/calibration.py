@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from int8fx.errors import CalibrationError
+from int8fx.kernels.schemes.rotated import MOST_COLUMNS
 
-MOST_COLUMNS = 64  # that a file holds, and a scheme may keep
 _FORMAT, _VERSION = "int8fx calibration", 1
 
 

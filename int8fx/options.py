@@ -4,13 +4,13 @@ import dataclasses
 import fnmatch
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from int8fx.calibration import MOST_COLUMNS, Calibration
-from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS
-from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks
-from int8fx.kernels.schemes.scheme import CALIBRATED_COLUMNS, Choice, Settings
+from int8fx.calibration import Calibration
+from int8fx.kernels.schemes.rotated import CALIBRATED_COLUMNS
+from int8fx.kernels.schemes.scheme import Choice, Scheme
+from int8fx.kernels.schemes.settings import checked_setting, checks_of, not_allowed
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
@@ -50,19 +50,15 @@ class Options:
     """What the user may choose.
 
     Attributes:
-        threshold: an activation with ``|x| >= threshold`` is an outlier and stays in 16-bit; 0
-            means no decomposition (plain vector-wise int8).
-        decomposition: ``"column"`` or ``"token"``, see ``kernels/ops/quantize_reference.py``.
         scheme: how linears are quantised: a name of ``int8fx.SCHEMES``.
+        settings: those that were given of the settings of ``scheme``, or of a rule's scheme. Each is an
+            option by its own name, as ``threshold``; what a scheme has is its ``settings``.
         rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
-        group_size: how many weights along K share a scale, in schemes that quantise by groups.
-        block, rotation: of ``int8-rotated``, see ``kernels/ops/rotation.py``.
-        columns: how many columns of a linear's input stay in 16-bit, those that ``calibration`` says are
-            largest; None: 8 with a calibration, else 0.
-        calibration: a ``Calibration``, or the file of one.
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten. What they name is
             rewritten even if it is a buffer that no linear owns, a low-rank factor, or has few columns.
+        calibration: which columns of each linear's input schemes with ``columns`` keep in 16-bit: a
+            ``Calibration``, or the file of one. ``columns`` is how many of them, by default 8.
         inductor: Inductor config patches, applied over those of ``mode``.
         attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
             in int8, too. Off by default, as in the paper.
@@ -77,17 +73,12 @@ class Options:
         given: the names of those that the user gave; the others are defaults.
     """
 
-    threshold: float = 6.0
-    decomposition: str = "column"
     scheme: str = DEFAULT
+    settings: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
-    group_size: int = 128
-    block: int = 64
-    rotation: str = "hadamard"
-    columns: int | None = None
-    calibration: Calibration | None = None
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
+    calibration: Calibration | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     attention: bool = False
     release_weights: bool = False
@@ -106,45 +97,69 @@ class Options:
 
         Args:
             taker: whose options these are, for messages.
-            allowed: the names of those that it takes; all by default.
+            allowed: the names of those that it takes, settings of schemes apart; all by default.
 
         Raises:
             ValueError: names the option, what was given and what is allowed.
         """
         given = dict(given or {})
         allowed = _CHECKS if allowed is None else allowed
-        for name in given:
-            if name not in allowed:
-                raise ValueError(
-                    f"unknown option {name!r} for {taker}; allowed: {', '.join(sorted(allowed))}"
-                )
         values = {
-            name: _CHECKS[name](f"option {name!r} of {taker}", value) for name, value in given.items()
+            name: _CHECKS[name](f"option {name!r} of {taker}", given[name])
+            for name in given
+            if name in allowed
         }
-        options = cls(**values, skips_by_default="skip" not in given, given=frozenset(given))
-        if options.columns and options.calibration is None:
-            raise _refuse(
-                f"option 'columns' of {taker}", options.columns, "0 without the option 'calibration'"
-            )
+        used = [SCHEMES[name] for name in _schemes_of(values)]
+        settings = {
+            name: _setting(name, value, used, taker, allowed)
+            for name, value in given.items()
+            if name not in allowed
+        }
+        skips = "skip" not in given
+        options = cls(**values, settings=settings, skips_by_default=skips, given=frozenset(given))
+        options._check_columns(taker)
         return options
 
-    def choice(self, path: str, kept: Mapping[str, Any] | None = None) -> Choice:
+    def _check_columns(self, taker: str) -> None:
+        """Raises:
+        ValueError: a number of columns is given, and no calibration that says which.
+        """
+        for settings in (self.settings, *(rule.settings for rule in self.rules)):
+            columns = settings.get("columns")
+            if self.calibration is None and isinstance(columns, int) and columns:
+                asked = f"setting 'columns' of {taker}"
+                raise not_allowed(asked, columns, "0 or column numbers, without the option 'calibration'")
+
+    @property
+    def threshold(self) -> float:
+        """Of outliers, where a scheme has them."""
+        return self.settings.get("threshold", SCHEMES[DEFAULT].choice().settings.threshold)
+
+    def choice(self, path: str, kept: Choice | None = None) -> Choice:
         """The scheme of a module, and its settings.
 
         Args:
-            kept: settings that an int8 weight has from ``quantize_``: they go before the defaults, and
+            kept: what a quantised weight has from ``quantize_``: it goes before the defaults, and
                 behind what was given for this compile.
         """
-        names = {setting.name for setting in fields(Settings)} - {"static_columns"}
-        settings = {name: getattr(self, name) for name in names}
-        settings |= {name: value for name, value in (kept or {}).items() if name not in self.given}
         rule = self.rule(path)
-        if rule is None:
-            return Choice(SCHEMES[self.scheme], Settings(**settings))
-        return Choice(SCHEMES[rule.scheme], Settings(**settings | dict(rule.settings)))
+        if rule is not None:
+            return self.settled(SCHEMES[rule.scheme], path, kept)
+        if kept is not None and "scheme" not in self.given:
+            return self.settled(kept.scheme, path, kept)
+        return self.settled(SCHEMES[self.scheme], path, kept)
+
+    def settled(self, scheme: Scheme, path: str, kept: Choice | None) -> Choice:
+        """A scheme with the settings that a module has for it."""
+        rule = self.rule(path)
+        settings = {} if kept is None else asdict(kept.settings)
+        given = {**self.settings, **({} if rule is None else rule.settings)}
+        # How many columns is asked of the calibration; which ones is a setting.
+        settings |= {name: value for name, value in given.items() if not _is_count(name, value)}
+        return scheme.choice(**{name: settings[name] for name in settings if name in scheme.reads})
 
     def calibrated(self, choice: Choice, path: str, shape: tuple[int, int]) -> Choice:
-        """The choice with the columns that the calibration has for a linear.
+        """The choice with the columns that the calibration has for a linear of a float weight.
 
         Args:
             shape: ``(N, K)`` of its weight.
@@ -152,17 +167,21 @@ class Options:
         Raises:
             CalibrationError: the calibration is of another model.
         """
-        if self.calibration is None or "columns" not in choice.scheme.reads:
+        if self.calibration is None or "columns" not in choice.scheme.reads or choice.settings.columns:
             return choice
-        count = choice.settings.columns
-        count = CALIBRATED_COLUMNS if count is None else count
-        columns = self.calibration.columns_of(path, shape, count)
-        return Choice(choice.scheme, dataclasses.replace(choice.settings, static_columns=columns))
+        rule = self.rule(path)
+        given = {**self.settings, **({} if rule is None else rule.settings)}
+        count = given.get("columns")
+        if isinstance(count, tuple):
+            return choice
+        columns = self.calibration.columns_of(
+            path, shape, CALIBRATED_COLUMNS if count is None else count
+        )
+        return Choice(choice.scheme, dataclasses.replace(choice.settings, columns=columns))
 
     def quantizes_head(self, path: str) -> bool:
-        """Whether the default of ``skip`` leaves out the output head: it is calibrated."""
-        choice = self.choice(path)
-        return self.calibration is not None and "columns" in choice.scheme.reads
+        """Whether the default of ``skip`` leaves out the output head: its scheme has columns for it."""
+        return self.calibration is not None and "columns" in self.choice(path).scheme.reads
 
     def rule(self, path: str) -> Rule | None:
         """The rule that decides on a module's scheme."""
@@ -204,33 +223,15 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
 # The checks of ``_CHECKS``. ``asked`` names the option and whose it is, for messages.
 
 
-def _refuse(asked: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{asked}: given {value!r} ({type(value).__name__}); allowed: {allowed}")
-
-
-def _threshold(asked: str, value: Any) -> float:
-    allowed = "a number >= 0; 0 means no decomposition, float('inf') that nothing is an outlier"
-    # bool is an int to isinstance, and threshold=True is a mistake. NaN fails the comparison.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise _refuse(asked, value, allowed)
-    return float(value)
-
-
-def _decomposition(asked: str, value: Any) -> str:
-    if value not in DECOMPOSITIONS:
-        raise _refuse(asked, value, " or ".join(map(repr, DECOMPOSITIONS)))
-    return value
-
-
 def _scheme(asked: str, value: Any) -> str:
     if not isinstance(value, str) or value not in SCHEMES:
-        raise _refuse(asked, value, ", ".join(map(repr, SCHEMES)))
+        raise not_allowed(asked, value, ", ".join(map(repr, SCHEMES)))
     return value
 
 
 def _rules(asked: str, value: Any) -> tuple[Rule, ...]:
     if not isinstance(value, (list, tuple)):
-        raise _refuse(asked, value, _RULES)
+        raise not_allowed(asked, value, _RULES)
     return tuple(_rule(asked, rule) for rule in value)
 
 
@@ -242,53 +243,60 @@ _RULES = (
 
 def _rule(asked: str, value: Any) -> Rule:
     if not isinstance(value, (list, tuple)) or len(value) not in (2, 3):
-        raise _refuse(asked, value, _RULES)
+        raise not_allowed(asked, value, _RULES)
     pattern, scheme, *rest = value
     settings = rest[0] if rest else {}
     if not isinstance(pattern, str) or not isinstance(settings, Mapping):
-        raise _refuse(asked, value, _RULES)
-    allowed = SCHEMES[_scheme(asked, scheme)].reads
-    for setting in settings:
-        if setting not in allowed:
-            known = ", ".join(sorted(allowed)) or "none"
-            raise _refuse(asked, value, f"settings that {scheme!r} reads: {known}")
+        raise not_allowed(asked, value, _RULES)
+    checks = checks_of(SCHEMES[_scheme(asked, scheme)].settings)
+    for name in settings:
+        if name not in checks:
+            known = ", ".join(sorted(checks)) or "none"
+            raise not_allowed(asked, value, f"settings that {scheme!r} reads: {known}")
     checked = {
-        key: _CHECKS[key](f"{asked}, setting {key!r} of {scheme!r}", given)
-        for key, given in settings.items()
+        name: checked_setting(f"{asked}, setting {name!r} of {scheme!r}", given, checks[name])
+        for name, given in settings.items()
     }
     return Rule(pattern, scheme, checked)
 
 
-def _group_size(asked: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 16:
-        raise _refuse(asked, value, "a multiple of 16")
+def _schemes_of(values: Mapping[str, Any]) -> list[str]:
+    """The names of the schemes that some options use."""
+    return [values.get("scheme", DEFAULT), *(rule.scheme for rule in values.get("rules", ()))]
+
+
+def _setting(
+    name: str, value: Any, used: Collection[Scheme], taker: str, allowed: Collection[str]
+) -> Any:
+    """A setting of the schemes in use, checked by each that has it.
+
+    Raises:
+        ValueError: none has it, or it refuses the value.
+    """
+    owners = [scheme for scheme in used if name in scheme.reads]
+    others = [scheme for scheme in SCHEMES.values() if name in scheme.reads]
+    if not others:
+        known = sorted({*allowed, *(each for scheme in used for each in scheme.reads)})
+        raise ValueError(f"unknown option {name!r} for {taker}; allowed: {', '.join(known)}")
+    asked = f"option {name!r} of {taker}"
+    for scheme in owners or others[:1]:
+        value = checked_setting(asked, value, checks_of(scheme.settings)[name])
+    if not owners:
+        names = ", ".join(repr(scheme.name) for scheme in used)
+        known = sorted({each for scheme in used for each in scheme.reads})
+        raise not_allowed(asked, value, f"settings that {names} reads: {', '.join(known) or 'none'}")
     return value
 
 
-def _block(asked: str, value: Any) -> int:
-    allowed = allowed_blocks(ROTATIONS[0])
-    if isinstance(value, bool) or value not in allowed:
-        raise _refuse(asked, value, ", ".join(map(str, allowed)))
-    return value
-
-
-def _rotation(asked: str, value: Any) -> str:
-    if not isinstance(value, str) or value not in ROTATIONS:
-        raise _refuse(asked, value, ", ".join(map(repr, ROTATIONS)))
-    return value
-
-
-def _columns(asked: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_COLUMNS:
-        raise _refuse(asked, value, f"a whole number from 0 to {MOST_COLUMNS}")
-    return value
+def _is_count(name: str, value: Any) -> bool:
+    return name == "columns" and not isinstance(value, tuple)
 
 
 def _calibration(asked: str, value: Any) -> Calibration:
     if isinstance(value, Calibration):
         return value
     if not isinstance(value, (str, os.PathLike)):
-        raise _refuse(asked, value, "a Calibration, as int8fx.calibrate makes it, or the file of one")
+        raise not_allowed(asked, value, "a Calibration, as int8fx.calibrate makes it, or the file of one")
     return Calibration.load(value)
 
 
@@ -296,34 +304,28 @@ def _patterns(asked: str, value: Any) -> tuple[str, ...]:
     # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
     listed = isinstance(value, (list, tuple, set, frozenset))
     if not listed or not all(isinstance(pattern, str) for pattern in value):
-        raise _refuse(asked, value, 'a list of fnmatch patterns on module paths, as ["*.mlp.*"]')
+        raise not_allowed(asked, value, 'a list of fnmatch patterns on module paths, as ["*.mlp.*"]')
     return tuple(value)
 
 
 def _flag(asked: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _refuse(asked, value, "True or False")
+        raise not_allowed(asked, value, "True or False")
     return value
 
 
 def _patches(asked: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _refuse(asked, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
+        raise not_allowed(asked, value, 'a dict of Inductor config patches, as {"max_autotune": True}')
     return dict(value)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "threshold": _threshold,
-    "decomposition": _decomposition,
     "scheme": _scheme,
     "rules": _rules,
-    "group_size": _group_size,
-    "block": _block,
-    "rotation": _rotation,
-    "columns": _columns,
-    "calibration": _calibration,
     "skip": _patterns,
     "only": _patterns,
+    "calibration": _calibration,
     "inductor": _patches,
     "attention": _flag,
     "release_weights": _flag,

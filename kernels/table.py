@@ -1,9 +1,12 @@
-"""Which kernel serves ``int8_linear`` on which device: one table.
+"""Which kernel serves an operator on weights of a format, on which device: one table.
 
-A row names the device, how a ``w_int8 [N, K]`` is packed for the kernel and back, and how the
-kernel is loaded. A kernel that cannot be loaded gives its reason, and the reference serves on a CPU.
-On a GPU nothing does: the reference would be slower than the 16-bit linear that it replaces, so linears
-stay in float, with that reason.
+A row has the operator, the format's family and the device for its key. It says how the integers of a
+weight are laid out for the kernel and back, and how the kernel is loaded. A kernel that cannot be
+loaded gives its reason, and the reference serves on a CPU. On a GPU nothing does: the reference would
+be slower than the 16-bit linear that it replaces, so linears stay in float, with that reason.
+
+A product without a row on any device is made of torch's operators: the weight is de-quantised at each
+call and multiplied in float. ``without_kernel`` says so, and reports and ``explain`` show it.
 """
 
 import dataclasses
@@ -21,15 +24,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of ``int8_linear``.
+    """One implementation of an operator.
 
     Attributes:
         name: as reports show it.
         load: registers the kernel; None, or the reason why it cannot serve here.
-        pack: ``w_int8 [N, K]`` to the tensor that the kernel takes as ``weight``.
+        pack: the first part of a weight, as ``w_int8 [N, K]``, to the tensor that the kernel takes. The
+            other parts it takes as they are stored.
+        packed_shape: of the packed form of a first part of a shape.
+        unpack: ``(packed, *shape)`` back to the first part, bit for bit.
         reason: why this one serves instead of a faster one, or empty.
-        packed_shape: of the packed form of an ``[N, K]`` weight.
-        unpack: ``(weight, N, K)`` back to ``w_int8 [N, K]``, bit for bit.
         falls_back: whether the reference serves where this kernel cannot be loaded.
         joined: where the kernel quantises by itself, the operator that takes ``x`` and several
             linears of it, and how many at most (``passes/int8/join_linears.py``).
@@ -76,14 +80,25 @@ def still_as_it_is(weight: Tensor, N: int, K: int) -> Tensor:
 
 REFERENCE = Kernel("plain PyTorch", lambda: None, as_it_is, same_shape, still_as_it_is)
 
-# The row of each device; ``kernels/devices.py`` writes them.
-KERNELS: dict[str, Kernel] = {}
+# What most schemes multiply by, and what it takes.
+INT8_LINEAR = "int8_linear"
+INT8 = "int8"
+
+Key = tuple[str, str, str]  # operator, family of the format, type of the device
+
+
+def key_of(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -> Key:
+    return operator, family, device_type
+
+
+# ``kernels/devices.py`` writes its rows.
+KERNELS: dict[Key, Kernel] = {}
 
 
 @functools.cache
-def kernel_for(device_type: str) -> Kernel | None:
+def kernel_for(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -> Kernel | None:
     """The kernel that serves a device, loaded; None when none does (``refusal`` says why)."""
-    kernel = KERNELS.get(device_type)
+    kernel = KERNELS.get(key_of(device_type, family, operator))
     if kernel is None:
         return None
     reason = kernel.load()
@@ -102,13 +117,25 @@ def kernel_for(device_type: str) -> Kernel | None:
     return dataclasses.replace(REFERENCE, reason=reason)
 
 
-def refusal(device_type: str) -> str | None:
-    """Why no kernel serves a device, or None."""
-    if kernel_for(device_type) is not None:
+def has_kernel(family: str, operator: str) -> bool:
+    """Whether any device has a kernel for an operator on weights of a family."""
+    return any(key[:2] == (operator, family) for key in KERNELS)
+
+
+def refusal(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -> str | None:
+    """Why a product stays in float on a device, or None: what others have, it has not."""
+    if not has_kernel(family, operator) or kernel_for(device_type, family, operator) is not None:
         return None
-    kernel = KERNELS.get(device_type)
+    kernel = KERNELS.get(key_of(device_type, family, operator))
     reason = None if kernel is None else kernel.load()
     return f"no int8 kernel for device {device_type!r}" + (f": {reason}" if reason else "")
+
+
+def without_kernel(weights: str, family: str, operator: str) -> str:
+    """Why a product on weights of a format, by its name, is made of torch's operators; or empty."""
+    if has_kernel(family, operator):
+        return ""
+    return f"no kernel for {weights}: de-quantised at each call and multiplied in float"
 
 
 def joined(device_type: str) -> tuple[Any, int] | None:
@@ -131,7 +158,7 @@ def experts(device_type: str) -> Any:
 
 def with_whole_rows() -> frozenset[Any]:
     """The operators of x ``[*, K]`` in front of which Inductor must not split a row."""
-    serving = [kernel for device in KERNELS if (kernel := kernel_for(device)) and kernel.whole_rows]
+    serving = [kernel for device in devices() if (kernel := kernel_for(device)) and kernel.whole_rows]
     return frozenset().union(*(kernel.operators() for kernel in serving))
 
 
@@ -141,10 +168,15 @@ def attends(device_type: str, few: bool) -> bool:
     return kernel is not None and kernel.attends(few)
 
 
+def devices() -> list[str]:
+    """The types of device that have a kernel for ``int8_linear``."""
+    return [device for operator, family, device in KERNELS if (operator, family) == (INT8_LINEAR, INT8)]
+
+
 def describe() -> dict[str, str]:
     """What serves each device type, and why when it is not the fastest, or nothing does."""
     described = {}
-    for device in KERNELS:
+    for device in devices():
         kernel = kernel_for(device)
         if kernel is None:
             described[device] = f"none ({refusal(device)})"
@@ -153,28 +185,47 @@ def describe() -> dict[str, str]:
     return described
 
 
-def pack(w_int8: Tensor) -> Tensor:
-    """``w_int8 [N, K]`` in the form that the kernel of its device takes; ``[E, N, K]`` one by one."""
-    kernel = _serving(w_int8)
-    if w_int8.dim() == 3:
-        return torch.stack([kernel.pack(matrix) for matrix in w_int8])
-    return kernel.pack(w_int8)
+def pack(codes: Tensor, family: str = INT8) -> Tensor:
+    """The integers ``[N, ...]`` of a weight as the kernel of their device takes them; ``[E, N, ...]``
+    one by one.
+
+    Raises:
+        ValueError: the device has no kernel, and others have.
+    """
+    kernel = _serving(codes, family)
+    if codes.dim() == 3:
+        return torch.stack([kernel.pack(matrix) for matrix in codes])
+    return kernel.pack(codes)
 
 
-def packed_shape(w_int8: Tensor) -> tuple[int, int]:
-    """The shape of ``pack(w_int8)``."""
-    return _serving(w_int8).packed_shape(*w_int8.shape)
+def packed_shape(codes: Tensor, family: str = INT8) -> tuple[int, int]:
+    """The shape of ``pack(codes)``."""
+    return _serving(codes, family).packed_shape(*codes.shape)
 
 
-def _serving(w_int8: Tensor) -> Kernel:
-    kernel = kernel_for(w_int8.device.type)
+def _serving(codes: Tensor, family: str) -> Kernel:
+    device = codes.device.type
+    kernel = kernel_for(device, family, _operator(device, family))
     if kernel is None:
-        raise ValueError(f"{refusal(w_int8.device.type)}; devices with one: {', '.join(KERNELS)}")
+        known = ", ".join(devices())
+        raise ValueError(f"{refusal(device, family)}; devices with one: {known}")
     return kernel
 
 
-def unpack(weight: Tensor, N: int, K: int) -> Tensor:
-    """The ``[N, K]`` int8 weight in a packed one, whichever kernel it was packed for."""
+def _operator(device_type: str, family: str) -> str:
+    """One of the operators on a family: all of a device's take the same layout."""
+    found = (key[0] for key in KERNELS if key[1:] == (family, device_type))
+    return next(found, INT8_LINEAR)
+
+
+def lays_out(device_type: str, family: str) -> bool:
+    """Whether a kernel of a device has a layout of its own for weights of a family."""
+    return kernel_for(device_type, family, _operator(device_type, family)) is not None
+
+
+def unpack(weight: Tensor, N: int, K: int, family: str = INT8) -> Tensor:
+    """The ``[N, K]`` integers in a packed weight, whichever kernel it was packed for."""
     if tuple(weight.shape) == (N, K):
         return weight.clone()  # an operator's output may not alias its input
-    return KERNELS[weight.device.type].unpack(weight, N, K)
+    device = weight.device.type
+    return KERNELS[key_of(device, family, _operator(device, family))].unpack(weight, N, K)

@@ -1,6 +1,7 @@
 """Threads quantise each weight once; processes share what is packed."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
@@ -32,9 +33,9 @@ def test_first_calls_from_many_threads_quantise_once():
 
     def quantize(matrix):
         quantized.append(matrix)
-        return int8.pack_per_channel(matrix)
+        return int8.PER_CHANNEL.quantize(matrix)
 
-    kept = int8.WeightFormat("counted", int8.PER_CHANNEL.parts, quantize, int8.dequantize)
+    kept = dataclasses.replace(int8.PER_CHANNEL, name="counted", quantize=quantize)
     weights = [torch.randn(N, K) for _ in range(6)]
     store = WeightStore()
     slots = [Slot(position, WeightExpression(None, ()), kept, False) for position in range(6)]

@@ -10,6 +10,9 @@ subnormals' spacing. Three things are allowed besides, each where it can happen 
 - A library's product in 16-bit may do the same; ``w8a16-group`` is one.
 """
 
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.quantize_reference import EVERYTHING
-from int8fx.kernels.schemes.scheme import Choice, Settings, eagerly
+from int8fx.kernels.schemes.scheme import eagerly
 from int8fx.testing.bounds import FP32
 
 REASON = cpu.load()
@@ -84,7 +87,7 @@ def check(
     x: Tensor,
     weight: Tensor,
     y: Tensor,
-    settings: Settings,
+    settings: Any,
     bf16_sums: bool = False,
 ) -> None:
     scheme = int8fx.SCHEMES[name]
@@ -122,10 +125,11 @@ def check(
     )
 
 
-def settings_of(name: str) -> list[Settings]:
+def settings_of(name: str) -> list[Any]:
+    settings = int8fx.SCHEMES[name].settings
     if "threshold" not in int8fx.SCHEMES[name].reads:
-        return [Settings()]
-    return [Settings(), Settings(threshold=0.0), Settings(decomposition="token")]
+        return [settings()]
+    return [settings(), settings(threshold=0.0), settings(decomposition="token")]
 
 
 @each_isa
@@ -134,15 +138,15 @@ def settings_of(name: str) -> list[Settings]:
 def test_a_scheme_at_the_edges(name, dtype, isa):
     weight = weight_of(dtype)
     for settings in settings_of(name):
-        choice = Choice(int8fx.SCHEMES[name], settings)
-        packed = choice.weight_format.quantize(weight)
+        choice = int8fx.SCHEMES[name].choice(**asdict(settings))
+        packed = choice.quantize(weight)
         for kind in (*KINDS, "all kinds"):
             x = rows_of(kind, dtype)
             check(f"{kind}", name, x, weight, choice.lower(eagerly, x, packed, None), settings)
 
 
 def one_call(x: Tensor, weight: Tensor, threshold: float, decomposition: str) -> Tensor:
-    packed, w_scale = PER_CHANNEL.quantize(weight)
+    packed, w_scale = int8fx.SCHEMES["llm.int8"].choice().quantize(weight)
     return ops.quantized_linears_cpu(x, threshold, decomposition, [packed], [w_scale], [])[0]
 
 
@@ -158,7 +162,7 @@ def test_the_operator_of_a_cpu_at_the_edges(rows, dtype, isa):
             y = one_call(x, weight, settings.threshold, settings.decomposition)
             check(kind, "llm.int8", x, weight, y, settings)
         y = one_call(x, weight, EVERYTHING, "all")
-        check(kind, "w8a16", x, weight, y, Settings(), bf16_sums)
+        check(kind, "w8a16", x, weight, y, int8fx.SCHEMES["w8a16"].settings(), bf16_sums)
 
 
 @each_isa
@@ -184,8 +188,8 @@ def test_subnormal_rows_are_exact_in_weight_only_products(dtype, isa):
 def test_what_is_not_finite_in_float_is_not_finite(name, value, dtype, isa):
     x, weight = rows_of("ordinary", dtype), rows_of("ordinary", dtype, N)
     x[1, 7] = value
-    choice = Choice(int8fx.SCHEMES[name], Settings())
-    y = choice.lower(eagerly, x, choice.weight_format.quantize(weight), None)
+    choice = int8fx.SCHEMES[name].choice()
+    y = choice.lower(eagerly, x, choice.quantize(weight), None)
     in_float = torch.nn.functional.linear(x, weight)
     assert not y[~in_float.isfinite()].isfinite().any()
     rows_alone = not name.endswith("tensor")

@@ -18,7 +18,6 @@ from int8fx.analysis.explanation.plots import distinct_inputs, draw, pooled
 from int8fx.analysis.observe import THRESHOLDS
 from int8fx.errors import UserError
 from int8fx.kernels.cpu.int8_linear import K_MULTIPLE, NR
-from int8fx.kernels.schemes.scheme import Settings
 from int8fx.weights.store import STORE
 
 K, N, M = 16, 24, 5
@@ -126,7 +125,7 @@ def test_outliers_and_sqnr_by_hand(model, x):
     expected = x.double() @ linear.weight.double().t() + linear.bias.double()
     for threshold in (6.0, *THRESHOLDS):
         scheme = int8fx.SCHEMES["llm.int8"]
-        y = scheme.reference(x, linear.weight, linear.bias, Settings(threshold=threshold))
+        y = scheme.reference(x, linear.weight, linear.bias, scheme.settings(threshold=threshold))
         decibels = 10 * math.log10(expected.square().sum() / (y - expected).square().sum())
         assert row.sqnr_db_at[threshold] == pytest.approx(decibels, abs=0.01)
     assert row.sqnr_db == row.sqnr_db_at[6.0]

@@ -155,7 +155,7 @@ def test_out_of_memory_while_packing_is_an_error_and_the_next_call_works(x, monk
     before, pack = state(model), table.pack
     compiled = torch.compile(model, backend="llmint8")
 
-    def out_of_memory(w_int8):
+    def out_of_memory(*weight):
         raise MemoryError("no room for int8 [24, 32]")
 
     monkeypatch.setattr(table, "pack", out_of_memory)
@@ -176,7 +176,7 @@ def test_out_of_memory_while_packing_again_leaves_no_stale_weight(x, monkeypatch
     compiled(x)
     model.weight.mul_(-2)
 
-    def out_of_memory(w_int8):
+    def out_of_memory(*weight):
         raise MemoryError("no room")
 
     monkeypatch.setattr(table, "pack", out_of_memory)

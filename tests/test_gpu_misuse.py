@@ -24,8 +24,8 @@ def gpu(name: str, major: int, minor: int) -> SimpleNamespace:
 def test_on_a_gpu_without_int8_mma_linears_stay_in_float(monkeypatch):
     """The CPU's row of the table is the GPU's here, loaded on a GPU that is too old."""
     reason = device._unsupported(gpu("Tesla V100", 7, 0))
-    row = dataclasses.replace(table.KERNELS["cuda"], load=lambda: reason)
-    monkeypatch.setitem(table.KERNELS, "cpu", row)
+    row = dataclasses.replace(table.KERNELS[table.key_of("cuda")], load=lambda: reason)
+    monkeypatch.setitem(table.KERNELS, table.key_of("cpu"), row)
     table.kernel_for.cache_clear()
     model, x = torch.nn.Linear(16, 8).requires_grad_(False), torch.randn(3, 16)
     try:

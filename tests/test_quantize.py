@@ -14,10 +14,10 @@ from int8fx import Int8Weight
 from int8fx.kernels import table
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.kernels.packing import pack_codes
 from int8fx.passes.graph.weight_expression import TRANSPOSE, WeightExpression
 from int8fx.testing.bounds import expected_and_bound
 from int8fx.testing.support import compile_once
-from int8fx.weights.parts import pack
 from int8fx.weights.store import weight_reason
 
 K, N = 64, 96
@@ -357,7 +357,7 @@ def test_copies_are_equal_and_independent(model, x, copied):
 def test_a_pickle_does_not_depend_on_the_kernel(model, monkeypatch):
     weight = int8fx.quantize_(model).up.weight
     pickled = pickle.dumps(weight)
-    monkeypatch.setattr(table, "kernel_for", lambda device: table.REFERENCE)
+    monkeypatch.setattr(table, "kernel_for", lambda *key: table.REFERENCE)
     read = pickle.loads(pickled)
     assert read.packed.shape == (N, K)
     assert torch.equal(read.w_int8, weight.w_int8)
@@ -563,7 +563,7 @@ def test_where_no_operator_quantises_by_itself_two_do(model, x, monkeypatch):
 
 
 def test_pack_on_meta_is_the_plain_form():
-    assert pack(torch.empty(N, K, dtype=torch.int8, device="meta")).shape == (N, K)
+    assert pack_codes(torch.empty(N, K, dtype=torch.int8, device="meta")).shape == (N, K)
 
 
 class Router(nn.Module):

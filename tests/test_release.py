@@ -214,9 +214,11 @@ def test_what_something_else_needs_in_float_stays(model, x):
     assert type(model.up.weight) is nn.Parameter
 
 
-def test_other_formats_stay(model, x):
-    with pytest.warns(UserWarning, match="up.weight: the scheme keeps it int8 per tensor"):
-        compile_once(model, x, backend_options=RELEASE | {"scheme": "absmax-row"})
+def test_a_weight_of_another_scheme_is_released_with_its_settings(model, x):
+    options = {"scheme": "w8a16-group", "group_size": 16}
+    y, _ = compile_once(model, x, backend_options=RELEASE | options)
+    assert model.up.weight.options == options
+    assert torch.equal(int8fx.quantize_(model)(x), y)
 
 
 def test_a_wrong_option_is_named():

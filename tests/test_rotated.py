@@ -14,6 +14,8 @@ from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.formats.rotated import rotated
 from int8fx.kernels.ops import rotated_linear as ops
 from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks
+from int8fx.kernels.schemes.scheme import Choice
+from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.testing.rotations import expected_and_bound
 from int8fx.testing.support import compile_once
 
@@ -40,8 +42,17 @@ def weight_of(N: int, K: int, dtype: torch.dtype = torch.float32, seed: int = 0)
     return torch.randn(N, K, generator=generator(seed)).to(dtype)
 
 
+def choice(columns=(), block: int = 64, rotation: str = "hadamard") -> Choice:
+    return SCHEMES["int8-rotated"].choice(columns=tuple(columns), block=block, rotation=rotation)
+
+
+def parts_of(weight: Tensor, columns=(), block: int = 64, rotation: str = "hadamard"):
+    """What the operators take of a weight."""
+    return choice(columns, block, rotation).quantize(weight)
+
+
 def linear(x: Tensor, weight: Tensor, bias=None, columns=(), block=64, rotation="hadamard") -> Tensor:
-    parts = rotated(block, rotation, tuple(columns)).quantize(weight)
+    parts = parts_of(weight, columns, block, rotation)
     return ops.rotated_linear(x, block, rotation, *parts, bias)
 
 
@@ -114,7 +125,7 @@ def test_the_kernel_quantises_as_the_reference(isa, dtype):
     at = torch.tensor([7, 64], dtype=torch.int32)
     x_int8, x_scale, _ = ops.quantize_rotated_reference(x, at, 64, "hadamard")
     nothing = torch.zeros(2, K, dtype=torch.float32)
-    parts = table.pack(torch.eye(K, dtype=torch.int8)), torch.ones(K), at, nothing
+    parts = table.pack(torch.eye(K, dtype=torch.int8)), torch.ones(K), nothing, at
     y = ops.rotated_linear(x.float(), 64, "hadamard", *parts, None)
     assert torch.equal(y, x_int8.float() * x_scale.unsqueeze(1))
 
@@ -179,7 +190,7 @@ def test_several_linears_are_what_each_is_alone(isa, dtype, with_bias):
     K = 192
     sets = [(3, 9), (3, 9), (), (3, 10), (), (3, 9, 100)]
     weights = [weight_of(16 * i + 5, K, dtype, seed=i) for i in range(len(sets))]
-    parts = [rotated(64, "hadamard", each).quantize(w) for each, w in zip(sets, weights, strict=True)]
+    parts = [parts_of(w, each) for each, w in zip(sets, weights, strict=True)]
     biases = [torch.randn(len(w), generator=generator()).to(dtype) for w in weights] if with_bias else []
     for M in (0, 1, 19):
         x = rows(M, K, dtype)
@@ -200,7 +211,7 @@ def test_leading_dimensions():
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_operators_are_what_torch_asks_of_them(with_bias):
     x, weight = rows(5, 96), weight_of(24, 96)
-    parts = rotated(32, "hadamard", (1, 32)).quantize(weight)
+    parts = parts_of(weight, (1, 32), 32)
     bias = torch.randn(24) if with_bias else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     x.requires_grad_()
@@ -213,11 +224,11 @@ def test_operators_are_what_torch_asks_of_them(with_bias):
 def test_gradients_are_those_of_the_weight_that_the_parts_stand_for():
     x, weight = rows(5, 100).requires_grad_(), weight_of(24, 100)
     kept = rotated(64, "hadamard", (1, 33))
-    parts = kept.quantize(weight)
+    parts = parts_of(weight, (1, 33))
     bias = torch.randn(24, requires_grad=True)
     grad = torch.randn(5, 24, generator=generator())
     ops.rotated_linear(x, 64, "hadamard", *parts, bias).backward(grad)
-    w_hat = kept.dequantize(parts, 24, 100)
+    w_hat = kept.dequantize(kept.quantize(weight), 24, 100)
     assert torch.equal(w_hat[:, [1, 33]], weight[:, [1, 33]])
     torch.testing.assert_close(x.grad, grad @ w_hat)
     torch.testing.assert_close(bias.grad, grad.sum(0))
@@ -232,7 +243,7 @@ def test_gradients_are_those_of_the_weight_that_the_parts_stand_for():
 def test_experts_are_the_linears_of_their_rows(dtype, columns):
     E, N, K = 3, 24, 96
     weights = torch.stack([weight_of(N, K, dtype, seed=e) for e in range(E)])
-    parts = rotated(64, "hadamard", columns).quantize(weights)
+    parts = parts_of(weights, columns)
     x, experts = rows(7, K, dtype), torch.tensor([2, 0, 2, 3, 0, -1, 2])  # 3 is none
     y = ops.rotated_expert_linear(x, 64, "hadamard", *parts, experts, None)
     for row, e in enumerate(experts.tolist()):
@@ -242,7 +253,8 @@ def test_experts_are_the_linears_of_their_rows(dtype, columns):
     assert torch.equal(by_ends[2:], linear(x[2:], weights[2], None, columns))
     x.requires_grad_()
     ops.rotated_expert_linear(x, 64, "hadamard", *parts, experts, None).sum().backward()
-    w_hat = rotated(64, "hadamard", columns).dequantize([p[2] if p.dim() > 1 else p for p in parts], N, K)
+    kept = rotated(64, "hadamard", columns)
+    w_hat = kept.dequantize(kept.quantize(weights[2]), N, K)
     torch.testing.assert_close(x.grad[0].float(), w_hat.sum(0), rtol=2e-2, atol=2e-2)
     assert not x.grad[3].any()
 
@@ -258,8 +270,8 @@ def test_experts_are_the_linears_of_their_rows(dtype, columns):
     ],
 )
 def test_what_does_not_fit_is_named(changed, words):
-    parts = rotated(64, "hadamard", (1, 33)).quantize(weight_of(32, 128))
-    names = ("weight", "w_scale", "columns", "w_columns")
+    parts = parts_of(weight_of(32, 128), (1, 33))
+    names = ("weight", "w_scale", "w_columns", "columns")
     given = {"block": 64, "rotation": "hadamard", **dict(zip(names, parts, strict=True)), **changed}
     with pytest.raises((RuntimeError, ValueError), match=words):
         ops.rotated_linear(rows(2, 128), *given.values(), None)

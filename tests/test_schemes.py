@@ -12,16 +12,11 @@ from torch import nn
 import int8fx
 from int8fx.analysis.evaluate import contender
 from int8fx.kernels import table
-from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
 from int8fx.kernels.formats.groups import grouped
 from int8fx.kernels.schemes.affine import quantize_affine_reference
-from int8fx.kernels.schemes.scheme import (
-    Choice,
-    Scheme,
-    Settings,
-    eagerly,
-    unchanged,
-)
+from int8fx.kernels.schemes.scheme import Scheme, eagerly
+from int8fx.kernels.schemes.settings import NoSettings
 from int8fx.options import Options
 from int8fx.testing.bounds import FP32
 from int8fx.testing.support import compile_once
@@ -49,13 +44,17 @@ def weights(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(N, K, generator=generator) * scales, torch.randn(N, generator=generator)
 
 
-def apply(name: str, x: torch.Tensor, bias: bool = True, settings: Settings | None = None):
+def apply(name: str, x: torch.Tensor, bias: bool = True, **settings):
     """What the lowering computes on tensors, and the scheme's reference in float64."""
     weight, offset = (tensor.to(x.dtype) for tensor in weights())
-    choice = Choice(SCHEMES[name], settings or Settings())
+    choice = SCHEMES[name].choice(**settings)
     given = offset if bias else None
-    y = choice.lower(eagerly, x, choice.weight_format.quantize(weight), given)
+    y = choice.lower(eagerly, x, choice.quantize(weight), given)
     return y, choice.scheme.reference(x, weight, given, choice.settings), weight
+
+
+def reference(name: str, x, weight, bias, **settings) -> torch.Tensor:
+    return SCHEMES[name].reference(x, weight, bias, SCHEMES[name].choice(**settings).settings)
 
 
 def assert_is_the_reference(y, expected, x, weight) -> None:
@@ -84,7 +83,7 @@ def test_lowering_is_the_reference(name, dtype, shape):
 @pytest.mark.parametrize("name", DECOMPOSED)
 def test_thresholds_and_decompositions(name, threshold, decomposition):
     x = activations(6, K)
-    y, expected, weight = apply(name, x, settings=Settings(threshold, decomposition))
+    y, expected, weight = apply(name, x, threshold=threshold, decomposition=decomposition)
     assert_is_the_reference(y, expected, x, weight)
 
 
@@ -114,7 +113,7 @@ def test_compiled_together_each_is_its_reference():
     assert report.unused == ()
     for index, name in enumerate(SCHEMES):
         weight, bias = weights(index)
-        expected = SCHEMES[name].reference(x, weight, bias, Settings())
+        expected = reference(name, x, weight, bias)
         assert_is_the_reference(y[index], expected, x, weight)
 
 
@@ -124,8 +123,7 @@ def test_groups_of_32_in_bf16_and_one_row():
     options = {"scheme": "w8a16-group", "group_size": 32}
     y, report = compile_once(linear, x, backend_options=options)
     assert report.graph.count("int8fx.group_linear.default(") == 1
-    settings = Settings(group_size=32)
-    expected = SCHEMES["w8a16-group"].reference(x, linear.weight, linear.bias, settings)
+    expected = reference("w8a16-group", x, linear.weight, linear.bias, group_size=32)
     assert_is_the_reference(y, expected, x, linear.weight)
 
 
@@ -150,11 +148,11 @@ def test_weights_alone_are_one_call_of_the_cpu_kernel():
 def test_gradients_are_straight_through(name):
     x = activations(4, K).requires_grad_()
     weight, bias = weights()
-    choice = Choice(SCHEMES[name], Settings())
+    choice = SCHEMES[name].choice()
     kept = choice.weight_format.quantize(weight)
     bias.requires_grad_()
     grad = torch.randn(4, N, generator=torch.Generator().manual_seed(2))
-    choice.lower(eagerly, x, kept, bias).backward(grad)
+    choice.lower(eagerly, x, choice.quantize(weight), bias).backward(grad)
     w_hat = choice.weight_format.dequantize(kept, N, K)
     torch.testing.assert_close(x.grad, grad @ w_hat, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bias.grad, grad.sum(0))
@@ -180,7 +178,7 @@ def test_linears_of_one_input_share_its_quantisation():
 
 def error(name: str, x: torch.Tensor) -> float:
     weight, _ = weights()
-    y = SCHEMES[name].reference(x, weight, None, Settings(group_size=16))
+    y = reference(name, x, weight, None, **({"group_size": 16} if name == "w8a16-group" else {}))
     expected = x.double() @ weight.double().t()
     return ((y - expected).norm() / expected.norm()).item()
 
@@ -234,7 +232,7 @@ def test_groups_that_do_not_divide_k():
 
 
 def test_w8a16_reads_the_packed_weight_of_llm_int8():
-    formats = {name: SCHEMES[name].weight_format(Settings()).name for name in SCHEMES}
+    formats = {name: SCHEMES[name].choice().weight_format.name for name in SCHEMES}
     assert formats["w8a16"] == formats["llm.int8"] == formats["absmax-vector"]
     assert len(set(formats.values())) == 5
 
@@ -272,16 +270,25 @@ def lower_four_bits(call, x, weight, bias, settings):
     return call(torch.nn.functional.linear, x, w_hat, bias)
 
 
+OF_GROUPS = (ROWS, Axis("K", GROUP))
+IN_FOUR_BITS = WeightFormat(
+    "4 bits",
+    (
+        Part("packed", torch.uint8, (ROWS, Axis("K", 2))),
+        Part("scale", torch.float32, OF_GROUPS),
+        Part("zero", torch.float32, OF_GROUPS),
+    ),
+    four_bits,
+    from_four_bits,
+    bits=BITS,
+    granularity=GROUP,
+)
 FOUR_BITS = Scheme(
     "w4a16-of-a-test",
     "x as it is, w in 4 bits by groups of 16, with zero points",
     "tests/test_schemes.py",
-    frozenset(),
-    lambda settings: WeightFormat("4 bits", ("packed", "scale", "zero"), four_bits, from_four_bits),
-    unchanged,
-    lower_four_bits,
-    None,
-    {},
+    lambda settings: IN_FOUR_BITS,
+    lower=lower_four_bits,
 )
 
 
@@ -295,7 +302,7 @@ def test_a_new_scheme_is_one_object_and_one_row(monkeypatch):
     x, options = activations(5, K), {"rules": [("new", FOUR_BITS.name)]}
     y, report = compile_once(model, x, backend_options=options)
     assert [decision.scheme for decision in report.decisions] == [FOUR_BITS.name, "llm.int8"]
-    expected = FOUR_BITS.reference(x, weight, bias, Settings())
+    expected = reference(FOUR_BITS.name, x, weight, bias)
     assert_is_the_reference(y[0], expected, x, weight)
     # It is not the float product: 15 steps of each group's range are what 4 bits hold.
     exact = x.double() @ weight.double().t() + bias.double()
@@ -310,7 +317,8 @@ import operator
 
 import torch
 
-from int8fx.kernels.schemes.scheme import Scheme, WeightFormat, unchanged
+from int8fx.kernels.formats.format import COLUMNS, ROWS, Part, WeightFormat
+from int8fx.kernels.schemes.scheme import Scheme
 
 FACTOR = 1.0
 library = torch.library.Library("int8fx_of_a_test", "DEF")
@@ -332,10 +340,11 @@ def lower(call, x, weight, bias, settings):
     return call(torch.nn.functional.linear, x, weight[0], bias)
 
 
-KEPT = WeightFormat("whole", ("whole",), lambda weight: (weight.clone(),), lambda kept, N, K: kept[0])
+WHOLE = Part("whole", None, (ROWS, COLUMNS))
+KEPT = WeightFormat("whole", (WHOLE,), lambda weight: (weight.clone(),), lambda kept, N, K: kept[0])
 SCHEME = Scheme(
-    "later", "x times a factor", "a test", frozenset(), lambda settings: KEPT, unchanged, lower, scaled,
-    {scaled: decomposed},
+    "later", "x times a factor", "a test", lambda settings: KEPT, lower=lower, quantizer=scaled,
+    decompositions={scaled: decomposed},
 )
 """
 RUN_LATER = """
@@ -394,18 +403,25 @@ def test_the_first_rule_that_matches_wins():
         {
             "threshold": 4.0,
             "scheme": "w8a16",
-            "rules": [("a.*", "llm.int8", {"threshold": 2.0}), ("*.b", "absmax-row"), ("a.b", "w8a16")],
+            "rules": [
+                ("a.*", "llm.int8", {"threshold": 2.0}),
+                ("*.b", "absmax-row"),
+                ("a.b", "w8a16"),
+                ("*.e", "llm.int8-zeropoint"),
+            ],
         }
     )
-    chosen = {path: options.choice(path) for path in ("a.b", "c.b", "c.d")}
+    chosen = {path: options.choice(path) for path in ("a.b", "c.b", "c.d", "c.e")}
     assert {path: choice.scheme.name for path, choice in chosen.items()} == {
         "a.b": "llm.int8",
         "c.b": "absmax-row",
         "c.d": "w8a16",
+        "c.e": "llm.int8-zeropoint",
     }
+    assert chosen["c.e"].settings.threshold == 4.0
     assert chosen["a.b"].settings.threshold == 2.0
-    assert chosen["c.b"].settings.threshold == 4.0
-    assert options.unused(["a.b", "c.b"]) == ("rules: 'a.b': w8a16",)
+    assert chosen["c.b"].settings == NoSettings()
+    assert options.unused(["a.b", "c.b", "c.e"]) == ("rules: 'a.b': w8a16",)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from int8fx import torch_private
-from int8fx.calibration import MOST_COLUMNS, CalibratedLinear, Calibration
+from int8fx.calibration import CalibratedLinear, Calibration
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.errors import CalibrationError
+from int8fx.kernels.schemes.rotated import MOST_COLUMNS
 from int8fx.options import Options
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.linears.canonicalize import Candidate

@@ -86,6 +86,7 @@ def _row(graph: "Graph", index: int, path: str, seen: "Seen", calls: int, counts
         accepted=decision.accepted,
         reason=decision.reason,
         scheme=decision.scheme,
+        note=decision.note,
         calls=calls,
         rows=seen.rows,
         outlier_columns=None if columns is None else int(columns.sum()),

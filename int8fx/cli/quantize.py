@@ -14,7 +14,7 @@ from int8fx.bench import models
 from int8fx.bench.progress import step
 from int8fx.errors import QUANTISED, UserError
 from int8fx.integrations.transformers import Int8FxConfig
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def quantize_files(name: str, directory: Path, options: dict[str, Any], progress
     return Saved(
         model=name,
         directory=str(directory),
-        linears=sum(isinstance(each, Int8Weight) for each in model.parameters()),
+        linears=sum(isinstance(each, QuantizedWeight) for each in model.parameters()),
         model_bytes=model.get_memory_footprint(),
         file_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
     )

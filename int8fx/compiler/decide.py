@@ -9,7 +9,6 @@ from torch import Tensor
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
-from int8fx.kernels import table
 from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
@@ -27,7 +26,7 @@ from int8fx.passes.linears.select import (
     shape_of_weight,
 )
 from int8fx.weights.store import weight_reason
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def select(compilation: Compilation) -> None:
         skip=options.skip,
         only=options.only,
         skips_by_default=options.skips_by_default,
-        kernel_reason=table.refusal,
+        kernel_reason=functools.partial(_kernel_reason, options),
         memory=compilation.memory(),
         records_gradients=compilation.records_gradients,
         weight_reason=functools.partial(_weight_reason, options),
@@ -84,6 +83,7 @@ def select(compilation: Compilation) -> None:
             reason=reason,
             scheme="" if reason else OF_ACTIVATIONS if candidate.weight is None else choice.scheme.name,
             experts=dimensions[0] if len(dimensions) == 3 else 0,
+            note="" if reason or candidate.weight is None else choice.note,
         )
         log.debug("%s", decision)
         compilation.decisions.append(decision)
@@ -97,13 +97,21 @@ def select(compilation: Compilation) -> None:
 
 
 def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice:
-    weight = candidate.weight and compilation.tensors.get(candidate.weight.placeholder)
-    kept = weight.activation_options if isinstance(weight, Int8Weight) else None
-    return compilation.options.choice(path, kept)
+    if candidate.weight is None:
+        return compilation.options.choice(path)
+    return _choice_of(compilation.options, path, compilation.tensors[candidate.weight.placeholder])
+
+
+def _choice_of(options: Options, path: str, weight: Tensor) -> Choice:
+    return options.choice(path, weight.choice if isinstance(weight, QuantizedWeight) else None)
 
 
 def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:
-    return weight_reason(tensor, expression, options.choice(path).weight_format)
+    return weight_reason(tensor, expression, _choice_of(options, path, tensor).weight_format)
+
+
+def _kernel_reason(options: Options, path: str, weight: Tensor) -> str | None:
+    return _choice_of(options, path, weight).refusal(weight.device.type)
 
 
 def _warn_of_trainable(decisions: Sequence[Decision]) -> None:

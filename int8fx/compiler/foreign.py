@@ -4,7 +4,6 @@ from int8fx.compiler.capture import owner_path
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.swap import Slot
 from int8fx.kernels.formats.int8 import OF_BITSANDBYTES
-from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.passes.linears import bitsandbytes_nodes
@@ -45,7 +44,7 @@ def replace_bitsandbytes(compilation: Compilation) -> int:
         compilation.slots.append(Slot(position, expression, OF_BITSANDBYTES, False))
         compilation.packed.append(packed)
         w_packed = compilation.add_input(f"{linear.weight.name}_packed", packed.tensors[0])
-        own = {"threshold": linear.threshold, "decomposition": "column"}
-        choice = Choice(SCHEMES[DEFAULT], options.choice(path, own).settings)
+        own = SCHEMES[DEFAULT].choice(threshold=linear.threshold, decomposition="column")
+        choice = options.settled(SCHEMES[DEFAULT], path, own)
         bitsandbytes_nodes.replace(linear, w_packed, choice.lower, compilation.fake_mode)
     return found

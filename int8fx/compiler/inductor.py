@@ -14,11 +14,11 @@ from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.weight_inputs import behind, finish_inputs
 from int8fx.kernels import table
 from int8fx.kernels.gpu.tuning import tuning
-from int8fx.kernels.schemes.scheme import Scheme
+from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import decompositions
 from int8fx.passes.int8.unlist_linears import unlist_linears
 from int8fx.weights.distributed import local
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 WHOLE_ROW = 8192  # elements that Inductor reduces in one launch, however few rows there are
 
@@ -70,8 +70,8 @@ def _int8_shards(examples: Sequence[Any]) -> str:
         str(position)
         for position, example in enumerate(examples)
         if isinstance(example, Tensor)
-        and not isinstance(example, Int8Weight)
-        and isinstance(local(example), Int8Weight)
+        and not isinstance(example, QuantizedWeight)
+        and isinstance(local(example), QuantizedWeight)
     ]
     return "-int8-shards-" + ",".join(shards) if shards else ""
 
@@ -96,16 +96,20 @@ def cache_identity(package: Path = PACKAGE) -> str:
 
 def _schemes_identity(compilation: Compilation) -> str:
     """The same of the schemes that a graph uses, as far as they are defined elsewhere."""
-    chosen = {id(choice.scheme): choice.scheme for choice in compilation.choices.values()}
+    chosen = {
+        (choice.scheme.name, choice.weight_format.name): choice
+        for choice in compilation.choices.values()
+    }
     ours = set(sources())
-    foreign = [_sources_of(scheme) - ours for scheme in chosen.values()]
+    foreign = [_sources_of(choice) - ours for choice in chosen.values()]
     files = sorted(set().union(*foreign))
     return f"-schemes-{_digest(source.read_bytes() for source in files)}" if files else ""
 
 
-def _sources_of(scheme: Scheme) -> set[Path]:
+def _sources_of(choice: Choice) -> set[Path]:
     """The files that define what a scheme computes; one typed into a session has none."""
-    functions = [*vars(scheme).values(), *scheme.decompositions.values()]
+    scheme, kept = choice.scheme, choice.weight_format
+    functions = [*vars(scheme).values(), *scheme.decompositions.values(), *vars(kept).values()]
     found = (inspect.getsourcefile(each) for each in functions if inspect.isfunction(each))
     paths = {Path(name).resolve() for name in found if name is not None}
     return {path for path in paths if path.is_file()}

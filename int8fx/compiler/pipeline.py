@@ -13,7 +13,7 @@ from int8fx.compiler.foreign import replace_bitsandbytes
 from int8fx.compiler.inductor import codegen
 from int8fx.compiler.release import release
 from int8fx.compiler.report import Report, publish
-from int8fx.compiler.weight_inputs import _packed_key, behind, finish_inputs, quantize_weights
+from int8fx.compiler.weight_inputs import behind, finish_inputs, packed_key, quantize_weights
 from int8fx.kernels import table
 from int8fx.kernels.schemes.table import quantizers
 from int8fx.options import Options
@@ -111,7 +111,7 @@ def lower_linears(compilation: Compilation) -> None:
         if candidate.weight is None:
             y = lower_matmul(candidate, compilation.fake_mode)
         else:
-            weight = compilation.packed_nodes[_packed_key(compilation, candidate)]
+            weight = compilation.packed_nodes[packed_key(compilation, candidate)]
             product = compilation.products[candidate]
             y = lower(candidate, weight, product, compilation.fake_mode)
         rewritten[candidate.node] = y

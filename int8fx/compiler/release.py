@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.swap import Slot
-from int8fx.kernels.formats.int8 import OF_BITSANDBYTES, PER_CHANNEL
+from int8fx.kernels.formats.int8 import OF_BITSANDBYTES
 from int8fx.torch_private import source_owner
 from int8fx.weights import state_dict
 from int8fx.weights.sites import holders_of
 from int8fx.weights.store import weight_reason
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,7 @@ def _release(compilation: Compilation, slot: Slot) -> str:
         return "it is packed in more than one form"
     if placeholder in compilation.root.graph.find_nodes(op="placeholder"):
         return "the graph reads it in float as well"
-    if slot.kept is not PER_CHANNEL:
-        return f"the scheme keeps it {slot.kept.name}"
-    weight = _int8_weight(compilation, slot, tensor)
+    weight = _quantized_weight(compilation, slot, tensor)
     if weight is None:
         return f"it is seen through {slot.expression.recipe}"
     weight.released = True
@@ -106,29 +104,23 @@ def _apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         ReleasedWeightError: names the first weight that was released; nothing is changed.
     """
     for name, weight in module.named_parameters():
-        if isinstance(weight, Int8Weight):
+        if isinstance(weight, QuantizedWeight):
             weight.check_readable(name)
     return type(module)._apply(module, *args, **kwargs)
 
 
-def _int8_weight(compilation: Compilation, slot: Slot, tensor: Tensor) -> Int8Weight | None:
+def _quantized_weight(compilation: Compilation, slot: Slot, tensor: Tensor) -> QuantizedWeight | None:
     """What takes the place of a parameter, sharing the memory that was packed for the graph."""
-    packed, w_scale = compilation.store.get(tensor, slot.expression, slot.kept).tensors
-    settings = next(
-        choice.settings
+    packed = compilation.store.get(tensor, slot.expression, slot.kept).tensors
+    choice = next(
+        choice
         for candidate, choice in compilation.choices.items()
-        if candidate.weight == slot.expression
+        if candidate.weight == slot.expression and choice.weight_format.name == slot.kept.name
     )
     for transposed in (False, True):
-        weight = Int8Weight(
-            packed,
-            w_scale,
-            K=tensor.shape[0 if transposed else 1],
-            dtype=tensor.dtype,
-            transposed=transposed,
-            threshold=settings.threshold,
-            decomposition=settings.decomposition,
-        )
-        if weight.shape == tensor.shape and not weight_reason(weight, slot.expression, slot.kept):
+        N, K = tensor.shape[::-1] if transposed else tensor.shape
+        form = {"choice": choice, "N": N, "K": K, "dtype": tensor.dtype, "transposed": transposed}
+        weight = QuantizedWeight(*packed, **form)
+        if not weight_reason(weight, slot.expression, slot.kept):
             return weight
     return None

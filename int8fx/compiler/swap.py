@@ -9,7 +9,7 @@ from torch import Tensor
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.weights.identity import Snapshot
-from int8fx.weights.store import WeightStore, _Found
+from int8fx.weights.store import Found, WeightStore
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Slot:
         position: of its tensor among the graph's inputs.
         expression: what makes its rows of that tensor.
         kept: how it is quantised.
-        quantized: whether the tensor is an ``Int8Weight``.
+        quantized: whether the tensor is a ``QuantizedWeight``.
     """
 
     position: int
@@ -55,13 +55,13 @@ class WeightSwap:
         self._store = store
         self.check_weights = check_weights  # may be changed between calls
         self._calls = 0
-        self._last: _Found | None = None
+        self._last: Found | None = None
         # Blocks that share a graph take turns at each call.
-        self._seen: dict[tuple[int, ...], _Found] = {}
+        self._seen: dict[tuple[int, ...], Found] = {}
         store.swaps[id(self)] = self
 
     def replaced(self, positions: Collection[int]) -> None:
-        """From the next call on, the inputs at these positions are ``Int8Weight``s."""
+        """From the next call on, the inputs at these positions are ``QuantizedWeight``s."""
         self._slots = [
             dataclasses.replace(slot, quantized=slot.quantized or slot.position in positions)
             for slot in self._slots
@@ -74,7 +74,7 @@ class WeightSwap:
         return [args[position] for position in self._kept] + self.packed(args)
 
     def packed(self, args: Sequence) -> list[Tensor]:
-        """The packed weights for these arguments: ``[w_packed, w_scale, w_packed, w_scale, ...]``."""
+        """The packed weights for these arguments: the tensors of the first, of the second, ..."""
         packed = self._packed_floats(args)
         if len(self._float) == len(self._slots):
             return packed
@@ -83,9 +83,9 @@ class WeightSwap:
         for slot in self._slots:
             tensor = args[slot.position]
             if slot.quantized:
-                parts += (tensor.packed, tensor.w_scale)
+                parts += tensor.tensors
             else:
-                parts += (next(of_floats) for _ in slot.kept.parts)
+                parts += (next(of_floats) for _ in slot.kept.packed_names)
         return parts
 
     def _packed_floats(self, args: Sequence) -> list[Tensor]:
@@ -107,10 +107,10 @@ class WeightSwap:
             found = self._last = self._seen[identity] = self._look_up(tensors)
         return found.parts
 
-    def _matches(self, found: _Found, tensors: Sequence[Tensor]) -> bool:
+    def _matches(self, found: Found, tensors: Sequence[Tensor]) -> bool:
         return found.snapshot.matches(tensors, int(self.check_weights), first=self._calls)
 
-    def _look_up(self, tensors: Sequence[Tensor]) -> _Found:
+    def _look_up(self, tensors: Sequence[Tensor]) -> Found:
         parts: list[Tensor] = []
         snapshots: list[Snapshot] = []
         for slot, tensor in zip(self._float, tensors, strict=True):
@@ -118,7 +118,7 @@ class WeightSwap:
             # Of each at once: a weight that another thread writes to meanwhile is packed in its new
             # state for the next slot, and what was packed for this one is of its old state.
             snapshots.append(self._store.snapshot(tensor))
-        return _Found(type(snapshots[0]).joined(snapshots), parts)
+        return Found(type(snapshots[0]).joined(snapshots), parts)
 
     def forget(self, identities: Set[int]) -> None:
         """Drops what was found for weights that have changed, or are gone."""

@@ -11,7 +11,7 @@ from int8fx.compiler.swap import Slot, WeightSwap
 from int8fx.passes.graph.weight_expression import is_view_or_cast
 from int8fx.passes.linears import bitsandbytes_nodes
 from int8fx.passes.linears.canonicalize import Candidate
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 
 def finish_inputs(compilation: Compilation) -> tuple[WeightSwap, list[int]]:
@@ -65,7 +65,7 @@ def quantize_weights(compilation: Compilation) -> None:
         expression = candidate.weight
         if expression is None:
             continue
-        key = _packed_key(compilation, candidate)
+        key = packed_key(compilation, candidate)
         if key in compilation.packed_nodes:
             continue
         kept = compilation.choices[candidate].weight_format
@@ -74,15 +74,15 @@ def quantize_weights(compilation: Compilation) -> None:
         position = compilation.placeholders.index(expression.placeholder)
         # Two recipes of one weight are two packed weights.
         name = f"{expression.placeholder.name}{len(compilation.slots)}_"
-        compilation.slots.append(Slot(position, expression, kept, isinstance(tensor, Int8Weight)))
+        compilation.slots.append(Slot(position, expression, kept, isinstance(tensor, QuantizedWeight)))
         compilation.packed.append(packed)
         compilation.packed_nodes[key] = [
             compilation.add_input(f"{name}{part}", value)
-            for part, value in zip(kept.parts, packed.tensors, strict=True)
+            for part, value in zip(kept.packed_names, packed.tensors, strict=True)
         ]
 
 
-def _packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
+def packed_key(compilation: Compilation, candidate: Candidate) -> tuple[fx.Node, str, str]:
     """Candidates with one key share one packed weight."""
     assert candidate.weight is not None
     kept = compilation.choices[candidate].weight_format

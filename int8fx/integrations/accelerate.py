@@ -20,13 +20,13 @@ from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from int8fx.weights import state_dict
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 
 class _Whole(Mapping[str, Any]):
     """The entries that a hook has for a module, and for each int8 weight the weight itself."""
 
-    def __init__(self, entries: Mapping[str, Any], weights: Mapping[str, Int8Weight]) -> None:
+    def __init__(self, entries: Mapping[str, Any], weights: Mapping[str, QuantizedWeight]) -> None:
         self._entries, self._weights = entries, weights
 
     def __getitem__(self, name: str) -> Tensor | None:
@@ -49,7 +49,7 @@ def _reads_whole_weights(method: Callable[..., Any]) -> Callable[..., Any]:
         weights = {
             name: weight
             for name, weight in module.named_parameters(recurse=self.place_submodules)
-            if isinstance(weight, Int8Weight)
+            if isinstance(weight, QuantizedWeight)
         }
         if not self.offload or not weights or entries is None:
             return method(self, module, *args, **kwargs)

@@ -27,11 +27,12 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from int8fx.errors import CheckpointError
+from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
 from int8fx.weights import state_dict
 from int8fx.weights.quantize import OPTIONS, decisions, dequantize_
 from int8fx.weights.sites import keeps_transposed
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,9 @@ class Int8FxConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     @property
-    def activation_options(self) -> dict[str, Any]:
-        return {"threshold": self._parsed.threshold, "decomposition": self._parsed.decomposition}
+    def choice(self) -> Choice:
+        """The scheme of each weight, and its settings."""
+        return self._parsed.choice("")
 
 
 class Int8FxQuantizer(DiffusersQuantizer):
@@ -128,47 +130,59 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
         keys = set(loaded_keys)
-        return [key for key in loaded_keys if key.removesuffix(state_dict.SCALE) not in keys - {key}]
+        whole = {key for key in loaded_keys if keys.issuperset(self._entries(self._weight_of(key)))}
+        return list(dict.fromkeys(self._weight_of(k) if k in whole else k for k in loaded_keys))
 
     def maybe_update_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
-        """One file's tensors, int8 weights put together; halves wait for the file of the other one."""
+        """One file's tensors, weights put together; parts wait for the file of the others."""
         self.halves |= {
             name: state.pop(name) for name in list(state) if self._is_half(name, state[name])
         }
-        for name in [name for name in self.halves if name + state_dict.SCALE in self.halves]:
-            state[name] = state_dict.read(name, self._like(name), self.halves)
-            del self.halves[name], self.halves[name + state_dict.SCALE]
+        for name in sorted({self._weight_of(half) for half in self.halves}):
+            entries = self._entries(name)
+            if self.halves.keys() >= set(entries):
+                state[name] = state_dict.read(name, self._like(name), self.halves)
+                for entry in entries:
+                    del self.halves[entry]
         return state
+
+    def _entries(self, name: str) -> list[str]:
+        """What the files hold of the weight of a name."""
+        return state_dict.names_of(name, self.quantization_config.choice.weight_format)
+
+    def _weight_of(self, entry: str) -> str:
+        """The weight that an entry belongs to; other names are themselves."""
+        suffixes = filter(None, self._entries(""))
+        owners = (entry.removesuffix(suffix) for suffix in suffixes if entry.endswith(suffix))
+        return next((owner for owner in owners if owner.endswith("weight")), entry)
 
     def _is_half(self, name: str, tensor: Tensor) -> bool:
         if name in self.parameters:
             return tensor.dtype == torch.int8
-        return (
-            name.endswith(state_dict.SCALE) and name.removesuffix(state_dict.SCALE) in self.parameters
-        )
+        return self._weight_of(name) in self.parameters
 
     def _form(self, owner: nn.Module) -> dict[str, Any]:
-        form: dict[str, Any] = self.quantization_config.activation_options
+        form: dict[str, Any] = self.quantization_config.choice.options
         return {"transposed": keeps_transposed(owner), **form}
 
-    def _like(self, name: str) -> Int8Weight:
+    def _like(self, name: str) -> QuantizedWeight:
         empty = torch.empty_like(self.model.get_parameter(name), device="meta")
-        return Int8Weight.from_float(empty, **self._form(_owner(self.model, name)))
+        return QuantizedWeight.from_float(empty, **self._form(_owner(self.model, name)))
 
     def check_if_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, state_dict: Any, **_: Any
     ) -> bool:
         """Whether ``create_quantized_param`` is to put a tensor into the model."""
         fresh = not self.pre_quantized and param_name in self.names
-        return fresh or isinstance(param_value, Int8Weight)
+        return fresh or isinstance(param_value, QuantizedWeight)
 
     def create_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
     ) -> nn.Parameter:
         owner = _owner(model, param_name)
         weight = param_value.to(target_device)
-        if not isinstance(weight, Int8Weight):
-            weight = Int8Weight.from_float(weight, **self._form(owner))
+        if not isinstance(weight, QuantizedWeight):
+            weight = QuantizedWeight.from_float(weight, **self._form(owner))
         state_dict.attach(owner)
         parameter = nn.Parameter(weight, requires_grad=False)
         setattr(owner, param_name.rpartition(".")[2], parameter)
@@ -201,7 +215,7 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
     """Makes each model of diffusers in a module what ``from_pretrained`` would have made of it."""
     for found in _models(model):
         if getattr(found, "hf_quantizer", None) is None:
-            kept = {k: v for k, v in options.items() if k in ("threshold", "decomposition")}
+            kept = {k: v for k, v in options.items() if k not in ("skip", "only")}
             config = Int8FxConfig(**kept)
             found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
             found.register_to_config(quantization_config=config)
@@ -211,7 +225,7 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 def _allow_saving(model: Any) -> None:
     try:
-        options = model.hf_quantizer.quantization_config.activation_options
+        options = model.hf_quantizer.quantization_config.choice.options
         state_dict.check_options(model.named_parameters(), options)
     except ValueError as error:
         log.warning("save_pretrained will refuse this %s: %s", type(model).__name__, error)

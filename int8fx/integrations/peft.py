@@ -18,7 +18,7 @@ from torch import Tensor
 
 from int8fx.torch_private import version_of
 from int8fx.weights.identity import State, state_of
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 BEFORE = "_int8fx_before_merge"
 
@@ -35,7 +35,7 @@ def _keeps(merge: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(merge)
     def call(self: Linear, *args: Any, **kwargs: Any) -> None:
         weight: Any = self.get_base_layer().weight
-        if not isinstance(weight, Int8Weight):
+        if not isinstance(weight, QuantizedWeight):
             return merge(self, *args, **kwargs)
         kept = self.__dict__.pop(BEFORE, None)
         before: Any = None if self.merged else weight.detach().clone()
@@ -56,7 +56,9 @@ def _restores(unmerge: Callable[..., None]) -> Callable[..., None]:
     def call(self: Linear) -> None:
         weight: Any = self.get_base_layer().weight
         kept = self.__dict__.pop(BEFORE, None)
-        exact = kept is not None and isinstance(weight, Int8Weight) and _state(weight) == kept.merged
+        exact = (
+            kept is not None and isinstance(weight, QuantizedWeight) and _state(weight) == kept.merged
+        )
         unmerge(self)
         if exact and not self.merged:
             weight.copy_(kept.weight)
@@ -64,7 +66,7 @@ def _restores(unmerge: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _state(weight: Int8Weight) -> tuple[int, State]:
+def _state(weight: QuantizedWeight) -> tuple[int, State]:
     # What is written to its parts inside of an operator counts up the weight's version, and not theirs.
     return version_of(weight), state_of(weight.packed)
 

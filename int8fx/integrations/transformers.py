@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from int8fx.errors import CheckpointError
 from int8fx.kernels.cpu import pages
+from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
 from int8fx.weights import checkpoint, sharding, state_dict
 from int8fx.weights.distributed import local
@@ -40,7 +41,7 @@ from int8fx.weights.quantize import (
     warn_of_experts,
 )
 from int8fx.weights.sites import keeps_transposed
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 METHOD = "int8fx"
 # transformers skips a quantisation that it does not know, and loads the files as if they were float.
@@ -66,16 +67,15 @@ class Int8FxConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD, **self.options}
 
     @property
-    def activation_options(self) -> dict[str, Any]:
-        parsed = Options.parse(self.options, type(self).__name__)
-        return {"threshold": parsed.threshold, "decomposition": parsed.decomposition}
+    def choice(self) -> Choice:
+        """The scheme of each weight, and its settings."""
+        return Options.parse(self.options, type(self).__name__, OPTIONS).choice("")
 
 
 class Int8FxQuantizer(HfQuantizer):
     """What transformers asks while it loads and saves; see ``transformers.quantizers.HfQuantizer``."""
 
     quantization_config: Int8FxConfig
-    serialized_names = {"weight": ["weight", f"weight{state_dict.SCALE}"]}  # noqa: RUF012
     quantized_element_size = 1
     is_trainable = True
     is_compileable = True
@@ -87,6 +87,11 @@ class Int8FxQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Int8FxConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.in_files = {}
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        kept = self.quantization_config.choice.weight_format
+        return {"weight": state_dict.names_of("weight", kept)}
 
     def is_serializable(self) -> bool:
         return True
@@ -150,12 +155,12 @@ class Int8FxQuantizer(HfQuantizer):
             ValueError: a weight has other options than the configuration, which holds one for all.
         """
         weights = ((name, local(parameter)) for name, parameter in model.named_parameters())
-        state_dict.check_options(weights, self.quantization_config.activation_options)
+        state_dict.check_options(weights, self.quantization_config.choice.options)
         shards = {n: p for n, p in model.named_parameters() if p is not local(p)}
-        if any(isinstance(local(parameter), Int8Weight) for parameter in shards.values()):
+        if any(isinstance(local(parameter), QuantizedWeight) for parameter in shards.values()):
             state = model.state_dict()
             for name, parameter in shards.items():
-                if isinstance(local(parameter), Int8Weight):
+                if isinstance(local(parameter), QuantizedWeight):
                     state |= state_dict.entries(name, sharding.whole(parameter))
             return state, {}
         if not any(parameter.is_meta for parameter in model.parameters()):
@@ -175,7 +180,9 @@ class Int8FxQuantizer(HfQuantizer):
         same_class = type(model).__name__ in (model.config.architectures or ())
         if self.pre_quantized and self.in_files and same_class:
             for name in sorted(self.names):
-                if name not in self.in_files and not isinstance(model.get_parameter(name), Int8Weight):
+                if name not in self.in_files and not isinstance(
+                    model.get_parameter(name), QuantizedWeight
+                ):
                     raise CheckpointError(f"{name}: in the model, and missing in the checkpoint")
         return model
 
@@ -192,7 +199,9 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
     for found in _models(model):
         if getattr(found, "hf_quantizer", None) is None:
             # Patterns are of paths in the module that was given, and of no use in the files of a part.
-            kept = options if found is model else {k: v for k, v in options.items() if k in _KEPT}
+            kept = (
+                options if found is model else {k: v for k, v in options.items() if k not in _PATTERNS}
+            )
             config = Int8FxConfig(**kept)
             found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
             found.config.quantization_config = config
@@ -216,7 +225,7 @@ def _models(module: nn.Module) -> Iterator[Any]:
         yield from _models(child)
 
 
-_KEPT = ("threshold", "decomposition")  # with each weight
+_PATTERNS = ("skip", "only")
 
 
 def _ask_for_reader(config: Any, ask: bool) -> None:
@@ -249,12 +258,12 @@ class _Operation(ConversionOps):
         owner = model.get_submodule(name.rpartition(".")[0])
         state_dict.attach(owner)
         config = self.hf_quantizer.quantization_config
-        return {"transposed": keeps_transposed(owner), **config.activation_options}
+        return {"transposed": keeps_transposed(owner), **config.choice.options}
 
-    def stands_for(self, model: nn.Module, name: str) -> Int8Weight:
+    def stands_for(self, model: nn.Module, name: str) -> QuantizedWeight:
         """The weight of a name on the meta device, which is put into the model."""
         empty = torch.empty_like(model.get_parameter(name), device="meta")
-        weight = Int8Weight.from_float(empty, **self.form(model, name))
+        weight = QuantizedWeight.from_float(empty, **self.form(model, name))
         parameter = nn.Parameter(weight, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         owner, _, attribute = name.rpartition(".")
@@ -276,7 +285,7 @@ class _Quantize(_Operation):
                 self.stands_for(model, name)
                 result[name] = weight
                 continue
-            quantized = Int8Weight.from_float(weight, **self.form(model, name))
+            quantized = QuantizedWeight.from_float(weight, **self.form(model, name))
             self.release(weight)
             result[name] = nn.Parameter(quantized, requires_grad=False)
         return result
@@ -290,7 +299,8 @@ class _AsItIs(ConversionOps):
 
 
 class _Deserialize(_Operation):
-    """``weight`` and ``weight_scale`` to an int8 weight; a float ``weight`` stays what it is."""
+    """The entries of a weight, as ``weight`` and ``weight_scale``, to the weight; a float ``weight``
+    stays what it is."""
 
     @property
     def reverse_op(self) -> ConversionOps:

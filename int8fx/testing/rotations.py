@@ -55,7 +55,8 @@ def expected_and_bound(
     The integer sum is rounded once, and meets two scales; each column is a product and a sum.
     """
     kept = rotated(block, rotation, columns)
-    _, w_scale, at, w_columns = kept.quantize(weight)
+    _, w_scale, w_columns = kept.quantize(weight)
+    at = torch.tensor(columns, dtype=torch.int32)
     x_int8, x_scale, _ = quantize_rotated_reference(x, at, block, rotation)
     rest = [tensor.double().index_fill(-1, at.long(), 0) for tensor in (x, weight)]
     H = matrix(x.shape[-1], block, rotation)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from int8fx.errors import CheckpointError
 from int8fx.torch_private import persistent_tensors
-from int8fx.weights.state_dict import check, checks_on_load, keys_beside
+from int8fx.weights.state_dict import check, checks_on_load, keys_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -158,7 +158,8 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]
         CheckpointError: names what is missing or unexpected.
     """
     expected = dict(persistent_tensors(model))
-    known = {beside for name in expected for beside in keys_beside(name)} | expected.keys()
+    held = {name: keys_of(name, tensor) for name, tensor in expected.items()}
+    known = set().union(*held.values())
     unexpected = sorted(tensors.keys() - known)
     if unexpected:
         raise CheckpointError(f"{unexpected[0]}: in the checkpoint, and not in the model")
@@ -167,7 +168,7 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]
         by_tensor[id(tensor)].append(name)
     tied: dict[str, str] = {}
     for names in by_tensor.values():
-        present = [name for name in names if name in tensors]
+        present = [name for name in names if not held[name].isdisjoint(tensors)]
         if not present:
             raise CheckpointError(f"{names[0]}: in the model, and missing in the checkpoint")
         tied |= {name: present[0] for name in names if name is not present[0]}

@@ -18,7 +18,7 @@ def local(weight: Any) -> Tensor:
     return weight.to_local() if _is_distributed(weight) else weight
 
 
-def _map_local(weight: Any, function: Callable[[Any], Tensor]) -> Tensor:
+def map_local(weight: Any, function: Callable[[Any], Tensor]) -> Tensor:
     """``function`` of the weight; of a distributed one, of the part in this process."""
     if not _is_distributed(weight):
         return function(weight)

@@ -1,4 +1,4 @@
-"""What FSDP2 exchanges of an int8 weight, and how parts become the whole: see ``sharding.py``."""
+"""What FSDP2 exchanges of a quantised weight, and how parts become the whole: see ``sharding.py``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 SCALE_BYTES = torch.float32.itemsize
+# The parts of what may be cut anywhere, and into any number of pieces.
+INT8_WITH_SCALES = ["int8", "scale"]
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,27 @@ class Cut:
         size: of the whole parameter.
         dimension: that it is cut along.
         ranks: how many processes there are.
-        transposed: whether the parameter is ``w_int8ᵀ``.
+        transposed: whether the parameter is the matrix's transpose.
+        parts_apart: whether each part of the format goes by itself, whatever it is.
     """
 
     size: tuple[int, ...]
     dimension: int
     ranks: int
     transposed: bool
+    parts_apart: bool
 
     @classmethod
     def of(cls, part: Any, ranks: int, size: Sequence[int]) -> "Cut":
         dimension = 0 if part.shape[1] == size[1] else 1
-        return cls(tuple(size), dimension, ranks, part.transposed)
+        with_scales = [each.name for each in part.weight_format.parts] == INT8_WITH_SCALES
+        return cls(tuple(size), dimension, ranks, part.transposed, not with_scales)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(N, K)`` of the whole."""
+        N, K = self.size[:: -1 if self.transposed else 1]
+        return N, K
 
     @property
     def length(self) -> int:
@@ -61,8 +72,10 @@ def to_gather(part: Any, cut: Cut) -> tuple[Tensor, ...]:
     """What a process gives.
 
     Raises:
-        RuntimeError: there is no room for the scales.
+        RuntimeError: there is no room for the scales, or the format goes in equal rows only.
     """
+    if cut.parts_apart:
+        return _rows_of_each_part(part, cut)
     w_int8 = part.w_int8
     if cut.scales_apart:
         return cut.turned(w_int8).contiguous(), part.w_scale
@@ -79,12 +92,24 @@ def to_gather(part: Any, cut: Cut) -> tuple[Tensor, ...]:
     return cut.turned(w_int8).contiguous(), cut.turned(scales).contiguous()
 
 
-def gathered(outputs: Sequence[Tensor], cut: Cut) -> tuple[Tensor, Tensor]:
-    """The whole ``w_int8 [N, K]`` and ``w_scale [N]`` of what all processes gave.
+def _rows_of_each_part(part: Any, cut: Cut) -> tuple[Tensor, ...]:
+    kept = part.weight_format
+    if not (cut.rows and cut.scales_apart and all(each.dim_of("N") == 0 for each in kept.parts)):
+        raise RuntimeError(
+            f"FSDP2 cannot cut a weight of shape {list(cut.size)}, {kept.name}, into {cut.ranks} parts "
+            f"along dimension {cut.dimension}: allowed are equal numbers of rows; leave it in float (skip)"
+        )
+    return tuple(tensor.contiguous() for tensor in part.stored())
+
+
+def gathered(outputs: Sequence[Tensor], cut: Cut) -> Sequence[Tensor]:
+    """The stored parts of the whole, of what all processes gave.
 
     Raises:
         RuntimeError: columns of one row came with different scales.
     """
+    if cut.parts_apart:
+        return outputs
     values, scales = outputs
     if cut.dimension == 1:
         # FSDP2 hands memory of the shape of the whole on in the shape of the parts.

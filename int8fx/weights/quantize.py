@@ -19,29 +19,31 @@ from int8fx.passes.linears.select import (
     skip_reason,
 )
 from int8fx.weights import state_dict, structure
-from int8fx.weights.distributed import _map_local, local
-from int8fx.weights.sites import ALREADY, _by_weight, _sites
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.distributed import local, map_local
+from int8fx.weights.sites import ALREADY, Site, by_weight, sites_of
+from int8fx.weights.tensor import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("threshold", "decomposition", "skip", "only")
+# And the settings of the scheme.
+OPTIONS = ("scheme", "skip", "only")
 
 
 def quantize_(model: nn.Module, **options: Any) -> nn.Module:
-    """Replaces the weights of a model's linears by their int8 form, in place.
+    """Replaces the weights of a model's linears by their quantised form, in place.
 
     One weight after another, so that memory peaks one weight above the final size. The modules stay
-    what they are; each ``weight`` becomes an ``Int8Weight``, whose ``state_dict`` entries are
-    ``weight`` (int8) and ``weight_scale`` (``int8fx/weights/state_dict.py``). The model runs eagerly,
-    and
-    compiles with ``backend="llmint8"`` to what the float model would compile to, bit for bit.
+    what they are; each ``weight`` becomes an ``Int8Weight``, whose ``state_dict`` entries are those of
+    its format, of int8 ``weight`` and ``weight_scale`` (``int8fx/weights/state_dict.py``). The model
+    runs eagerly, and compiles with ``backend="llmint8"`` to what the float model would compile to with
+    the same options, bit for bit.
 
     Args:
-        model: on any device, "meta" included. Weights that are in int8 already stay; those that a
+        model: on any device, "meta" included. Weights that are quantised already stay; those that a
             compile released (``release_weights``) may be read by everything from then on.
-        options: ``threshold``, ``decomposition``, ``skip``, ``only``, as for ``torch.compile``
-            (``int8fx.Options``). The first two are kept with the weights.
+        options: ``scheme``, its settings (``threshold`` and ``decomposition`` of the default one),
+            ``skip`` and ``only``, as for ``torch.compile`` (``int8fx.Options``). The scheme and its
+            settings are kept with the weights.
 
     Returns:
         The model.
@@ -51,19 +53,19 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
             FSDP2 has it in use already; the message says why not. The model is as it was.
     """
     checked = Options.parse(options, "quantize_", OPTIONS)
-    sites = _sites(model, checked)
-    released = [p for p in model.parameters() if isinstance(p, Int8Weight) and p.released]
+    sites = sites_of(model, checked)
+    released = [p for p in model.parameters() if isinstance(p, QuantizedWeight) and p.released]
     experts = _experts(model, checked)
-    if not released and not any(site.accepted or site.reason == ALREADY for site in sites):
+    if not released and not any(site.accepted or site.reason.startswith(ALREADY) for site in sites):
         found = (*(site.decision for site in sites), *experts)
         reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
     shards = _shards(model, "quantize_")
     for kept in released:
         kept.released = False
-    for shared in _by_weight(sites):
+    for shared in by_weight(sites):
         weight = shared[0].weight
-        quantized = _quantized(weight, shared[0].transposed, checked)
+        quantized = _quantized(shared[0], checked)
         if id(weight) in shards:
             torch_private.replace_shard(shards[id(weight)], quantized)
         for site in shared:
@@ -80,7 +82,7 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
 def decisions(model: nn.Module, **options: Any) -> list[Decision]:
     """What ``quantize_`` would do with each linear of a model and with its experts, and why."""
     checked = Options.parse(options, "quantize_", OPTIONS)
-    return [*(site.decision for site in _sites(model, checked)), *_experts(model, checked)]
+    return [*(site.decision for site in sites_of(model, checked)), *_experts(model, checked)]
 
 
 EXPERTS = "experts in one batch of matrices: the backend quantises them when it compiles the model"
@@ -105,7 +107,7 @@ def first_int8(model: Any) -> str:
     """The name of the first parameter in int8, of a module that has one; or empty."""
     if not isinstance(model, nn.Module):
         return ""
-    return next((n for n, p in model.named_parameters() if isinstance(local(p), Int8Weight)), "")
+    return next((n for n, p in model.named_parameters() if isinstance(local(p), QuantizedWeight)), "")
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -124,7 +126,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if isinstance(local(weight), Int8Weight):
+            if isinstance(local(weight), QuantizedWeight):
                 if weight.is_meta and hasattr(module, "_hf_hook"):
                     raise ValueError(
                         f"dequantize_: a weight of shape {list(weight.shape)} is offloaded; bring it "
@@ -133,7 +135,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
                 owners[id(weight)].append((module, name))
     for shared in owners.values():
         weight = getattr(*shared[0])
-        floats = _map_local(
+        floats = map_local(
             weight, lambda part: torch_private.out_of_inference_mode(part.dequantize(dtype))
         )
         parameter = nn.Parameter(floats, requires_grad=False)
@@ -173,19 +175,13 @@ def _shards(model: nn.Module, name: str) -> dict[int, Any]:
     return shards
 
 
-# --- which weights -------------------------------------------------------------------------------
-
-
 # --- one weight ----------------------------------------------------------------------------------
 
 
-def _quantized(weight: Tensor, transposed: bool, options: Options) -> nn.Parameter:
-    def quantize(part: Tensor) -> Int8Weight:
-        return Int8Weight.from_float(
-            part,
-            threshold=options.threshold,
-            decomposition=options.decomposition,
-            transposed=transposed,
-        )
+def _quantized(site: Site, options: Options) -> nn.Parameter:
+    settings = options.choice(site.path).options
 
-    return nn.Parameter(_map_local(weight, quantize), requires_grad=False)
+    def quantize(part: Tensor) -> QuantizedWeight:
+        return QuantizedWeight.from_float(part, transposed=site.transposed, **settings)
+
+    return nn.Parameter(map_local(site.weight, quantize), requires_grad=False)

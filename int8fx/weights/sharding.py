@@ -1,7 +1,7 @@
-"""Int8 weights of which each process holds a part: what FSDP2 exchanges, and putting one together.
+"""Quantised weights of which each process holds a part: what FSDP2 exchanges, and putting one together.
 
 FSDP2 cuts a parameter along one dimension, and puts together along the same what ``to_gather`` gives of
-each part. Rows of ``w_int8`` come with their scales. Columns (of Hugging Face's ``Conv1D``, whose
+each part. Rows of the matrix come with their scales. Columns (of Hugging Face's ``Conv1D``, whose
 parameter is ``[K, N]``, or by ``Shard(1)``) share the scales of their rows, which every process has.
 
 Where parts differ in length, or are cut along the second dimension, FSDP2 takes nothing but tensors of
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 
-def whole(weight: Any) -> Int8Weight:
+def whole(weight: Any) -> QuantizedWeight:
     """A weight of which each process holds a shard, put together in all of them.
 
     Rows are what they are alone, bit for bit. Of columns each process has scales of its own: they are
     put together in float, and quantised anew.
 
     Args:
-        weight: a DTensor of ``Int8Weight``s.
+        weight: a DTensor of ``QuantizedWeight``s.
     """
     part, placements = weight.to_local(), weight.placements
 
@@ -36,10 +36,14 @@ def whole(weight: Any) -> Int8Weight:
     rows = 1 if part.transposed else 0
     if not all(each.is_replicate() or each.is_shard(rows) for each in placements):
         floats = full(part.dequantize(torch.float32), placements, weight.shape)
-        form = {"transposed": part.transposed, **part.activation_options}
-        return type(part).from_float(floats, **form)
-    w_int8 = part.w_int8.t().contiguous() if part.transposed else part.w_int8
-    w_int8 = full(w_int8, placements, weight.shape)
-    of_scales = [each if each.is_replicate() else type(each)(0) for each in placements]
-    w_scale = full(part.w_scale, of_scales, (weight.shape[rows],))
-    return part.like(w_int8.t().contiguous() if part.transposed else w_int8, w_scale)
+        return part.quantize_like(floats)
+    N, K = weight.shape[::-1] if part.transposed else weight.shape
+    stored = []
+    for spec, tensor in zip(part.weight_format.parts, part.stored(), strict=True):
+        dim = spec.dim_of("N")
+        whole_part = tensor
+        if dim is not None:
+            placed = [each if each.is_replicate() else type(each)(dim) for each in placements]
+            whole_part = full(tensor, placed, spec.shape(N, K))
+        stored.append(whole_part)
+    return part.with_stored(stored, N, K)

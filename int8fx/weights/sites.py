@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from int8fx.kernels import table
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import (
@@ -22,13 +21,13 @@ from int8fx.passes.linears.select import (
 from int8fx.torch_private import storage_id
 from int8fx.weights import structure
 from int8fx.weights.distributed import local
-from int8fx.weights.tensor import DTYPES, Int8Weight
+from int8fx.weights.tensor import DTYPES, QuantizedWeight
 
-ALREADY = "already in int8"
+ALREADY = "already "  # what the reason of a quantised weight begins with
 
 
 @dataclass(eq=False)
-class _Site:
+class Site:
     """One module whose ``weight`` a linear reads, and why it stays as it is (empty: it does not).
 
     ``around`` are the modules that it is in, the nearest first.
@@ -77,7 +76,7 @@ def keeps_transposed(module: nn.Module) -> bool:
     return any(transposed for kind, transposed in _kinds().items() if isinstance(module, kind))
 
 
-def _sites(model: nn.Module, options: Options) -> list[_Site]:
+def sites_of(model: nn.Module, options: Options) -> list[Site]:
     kinds = _kinds()
     inside_attention = {
         id(child)
@@ -91,7 +90,7 @@ def _sites(model: nn.Module, options: Options) -> list[_Site]:
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         if kind is None:
             continue
-        site = _Site(path, module, structure.modules_around(path, modules), kinds[kind])
+        site = Site(path, module, structure.modules_around(path, modules), kinds[kind])
         if type(module).forward is not kind.forward:
             site.reason = f"{type(module).__name__} overrides the forward of {kind.__name__}"
         elif id(module) in inside_attention:
@@ -103,29 +102,33 @@ def _sites(model: nn.Module, options: Options) -> list[_Site]:
     return sites
 
 
-def _already(site: _Site, options: Options) -> str:
-    return ALREADY if isinstance(local(site.weight), Int8Weight) else ""
+def _already(site: Site, options: Options) -> str:
+    weight = local(site.weight)
+    if not isinstance(weight, QuantizedWeight):
+        return ""
+    kind = weight.weight_format.kind
+    return f"{ALREADY}in int8" if kind == "int8" else f"{ALREADY}{weight.weight_format.name}"
 
 
-def _skip(site: _Site, options: Options) -> str:
+def _skip(site: Site, options: Options) -> str:
     return skip_reason(site.path, options.skip)
 
 
-def _only(site: _Site, options: Options) -> str:
+def _only(site: Site, options: Options) -> str:
     return only_reason(site.path, options.only)
 
 
-def _ranked(site: _Site, options: Options) -> str:
+def _ranked(site: Site, options: Options) -> str:
     """As the backend decides (``passes/linears/select.py``), which sees it in the graph."""
     N, K = site.rows_and_columns
     return structure.ranked_reason(site.path, site.around, N, K) if options.skips_by_default else ""
 
 
-def _low_rank(site: _Site, options: Options) -> str:
+def _low_rank(site: Site, options: Options) -> str:
     return structure.factor_reason(site.path, site.around) if options.only is None else ""
 
 
-def _plain(site: _Site, options: Options) -> str:
+def _plain(site: Site, options: Options) -> str:
     weight = local(site.weight)
     if type(weight) not in (Tensor, nn.Parameter):
         return f"weight is a {type(weight).__name__}, no plain tensor"
@@ -134,26 +137,26 @@ def _plain(site: _Site, options: Options) -> str:
     return ""
 
 
-def _dtype(site: _Site, options: Options) -> str:
+def _dtype(site: Site, options: Options) -> str:
     dtype = site.weight.dtype
     return "" if dtype in DTYPES else f"weight of {dtype}: int8 takes the place of fp32, bf16 and fp16"
 
 
-def _size(site: _Site, options: Options) -> str:
+def _size(site: Site, options: Options) -> str:
     shape = tuple(local(site.weight).shape)
     return size_reason(shape[::-1] if site.transposed else shape)
 
 
-def _few_columns(site: _Site, options: Options) -> str:
+def _few_columns(site: Site, options: Options) -> str:
     return columns_reason(site.rows_and_columns[1], options.only)
 
 
-def _device(site: _Site, options: Options) -> str:
+def _device(site: Site, options: Options) -> str:
     device = site.weight.device.type
-    return "" if device == "meta" else table.refusal(device) or ""
+    return "" if device == "meta" else options.choice(site.path).refusal(device) or ""
 
 
-Rule = Callable[[_Site, Options], str]
+Rule = Callable[[Site, Options], str]
 
 
 RULES: tuple[Rule, ...] = (
@@ -162,7 +165,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _refuse_what_others_hold(model: nn.Module, sites: list[_Site], options: Options) -> None:
+def _refuse_what_others_hold(model: nn.Module, sites: list[Site], options: Options) -> None:
     """A weight is quantised for all that hold it, or not at all.
 
     Others hold the parameter itself (an embedding tied to the head), or other views of its memory:
@@ -186,40 +189,40 @@ def _refuse_what_others_hold(model: nn.Module, sites: list[_Site], options: Opti
 
 
 @dataclass(frozen=True)
-class _Holder:
+class Holder:
     path: str
     module: nn.Module
     name: str
 
-    def is_weight_of(self, accepted: dict[int, _Site]) -> bool:
+    def is_weight_of(self, accepted: dict[int, Site]) -> bool:
         return self.name == "weight" and id(self.module) in accepted
 
     def __str__(self) -> str:
         return f"{self.path}.{self.name}" if self.path else self.name
 
 
-def _holders(model: nn.Module) -> dict[int, list[_Holder]]:
+def _holders(model: nn.Module) -> dict[int, list[Holder]]:
     """The parameters and buffers of a model by the memory that they are in."""
-    holders: dict[int, list[_Holder]] = defaultdict(list)
+    holders: dict[int, list[Holder]] = defaultdict(list)
     for path, module in model.named_modules():
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for name, tensor in tensors:
             part = local(tensor)
             # Those have no memory of their own to share.
-            without = part.device.type == "meta" or isinstance(part, Int8Weight)
+            without = part.device.type == "meta" or isinstance(part, QuantizedWeight)
             key = id(tensor) if without else storage_id(part)
-            holders[key].append(_Holder(path, module, name))
+            holders[key].append(Holder(path, module, name))
     return holders
 
 
-def holders_of(root: Any, tensor: Tensor) -> list[_Holder]:
+def holders_of(root: Any, tensor: Tensor) -> list[Holder]:
     """Where else in a model, seen from ``root``, the memory of a parameter is held."""
     return _holders(root).get(storage_id(tensor), []) if isinstance(root, nn.Module) else []
 
 
-def _by_weight(sites: list[_Site]) -> list[list[_Site]]:
+def by_weight(sites: list[Site]) -> list[list[Site]]:
     """The accepted sites, those of one parameter together."""
-    shared: dict[tuple[int, bool], list[_Site]] = defaultdict(list)
+    shared: dict[tuple[int, bool], list[Site]] = defaultdict(list)
     for site in sites:
         if site.accepted:
             shared[id(site.weight), site.transposed].append(site)

@@ -1,7 +1,14 @@
-"""How int8 weights are written to a ``state_dict`` and read from one.
+"""How quantised weights are written to a ``state_dict`` and read from one.
+
+Int8 with a scale per channel, or one for all:
 
     weight          [1, N, K] int8: the shape of the parameter behind a one, the same on every device
     weight_scale    [N] fp32, one per output channel
+
+Other formats have an entry for each of their parts, as ``weight_packed``, and one more that says what
+they are: their shapes need not tell a group of 64 from a rotation by 64.
+
+    weight_scheme   uint8, the scheme's name and settings as JSON
 
 They are plain tensors, for safetensors and for every other tool; loading packs them again. A float
 ``weight`` is quantised on loading; int8 values in the shape of the parameter, which we wrote before,
@@ -18,12 +25,13 @@ What does not fit raises ``CheckpointError`` before anything is loaded.
 
 torch.distributed.checkpoint takes ``model.state_dict()``. Its ``get_model_state_dict`` does not, unless
 the weights are in shards: it asks a module for an attribute of each name, and ``weight_scale`` is none.
-Shards are written as the ``Int8Weight``s that they are (``int8fx/weights/sharding.py`` puts them
+Shards are written as the ``QuantizedWeight``s that they are (``int8fx/weights/sharding.py`` puts them
 together).
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,13 +39,42 @@ from torch import Tensor, nn
 
 from int8fx import torch_private
 from int8fx.errors import CheckpointError
+from int8fx.kernels.formats.format import COLUMNS, ROWS, Part, WeightFormat
+from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import QMAX
-from int8fx.weights.tensor import Int8Weight
+from int8fx.kernels.schemes.table import scheme_named
+from int8fx.weights.tensor import QuantizedWeight
 
 SCALE = "_scale"
+SCHEME = "_scheme"
 # bitsandbytes keeps its scales beside the weight, under a name of its own.
 BITSANDBYTES_SCALE = "SCB"
 BITSANDBYTES_FORMAT = "weight_format"
+
+
+def key_of(key: str, part: Part) -> str:
+    """Under which name an entry holds a part of the weight ``key``: integers in the weight's own shape
+    have its own name."""
+    return key if part.dims == (ROWS, COLUMNS) else f"{key}_{part.name}"
+
+
+def is_plain(weight_format: WeightFormat) -> bool:
+    """Whether it is stored as int8 with a scale per channel, as every version of int8fx reads it."""
+    return weight_format.files == PER_CHANNEL.name
+
+
+def names_of(key: str, weight_format: WeightFormat) -> list[str]:
+    """The names of the entries that ``entries`` makes."""
+    names = [key_of(key, part) for part in weight_format.parts]
+    return names if is_plain(weight_format) else [*names, key + SCHEME]
+
+
+def keys_of(key: str, weight: Any) -> set[str]:
+    """Every name under which a ``state_dict`` may hold something of the parameter ``key``."""
+    keys = {key, key + SCHEME, *keys_beside(key)}
+    return (
+        keys.union(names_of(key, weight.weight_format)) if isinstance(weight, QuantizedWeight) else keys
+    )
 
 
 def keys_beside(key: str) -> tuple[str, str, str]:
@@ -63,9 +100,9 @@ def checks_on_load(model: nn.Module) -> bool:
     return torch_private.reads_through(model, check)
 
 
-def _int8_parameters(module: nn.Module) -> Iterator[tuple[str, Int8Weight]]:
+def _quantized_parameters(module: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
     for name, weight in module.named_parameters(recurse=False):
-        if isinstance(weight, Int8Weight):
+        if isinstance(weight, QuantizedWeight):
             yield name, weight
 
 
@@ -73,18 +110,34 @@ def _int8_parameters(module: nn.Module) -> Iterator[tuple[str, Int8Weight]]:
 
 
 def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
-    for name, _ in _int8_parameters(module):
+    for name, _ in _quantized_parameters(module):
         weight = state.get(prefix + name)
-        if isinstance(weight, Int8Weight):
+        if isinstance(weight, QuantizedWeight):
             weight.check_readable(prefix + name)
+            del state[prefix + name]
             state.update(entries(prefix + name, weight))
 
 
-def entries(key: str, weight: Int8Weight) -> dict[str, Tensor]:
+def entries(key: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """What a ``state_dict`` holds of a weight."""
-    # A copy of the scales, as the int8 values are: writers drop one of two names with the same memory.
-    values = in_its_shape(weight.w_int8, weight).unsqueeze(0)
-    return {key: values, key + SCALE: weight.w_scale.clone()}
+    kept, found = weight.weight_format, {}
+    for part, tensor in zip(kept.parts, weight.stored(), strict=True):
+        name = key_of(key, part)
+        # A copy, as the integers are: writers drop one of two names with the same memory.
+        found[name] = (
+            in_its_shape(tensor, weight).unsqueeze(0)
+            if name == key
+            else tensor.clone(memory_format=torch.contiguous_format)
+        )
+    if not is_plain(kept):
+        found[key + SCHEME] = _scheme_entry(weight)
+    return found
+
+
+def _scheme_entry(weight: QuantizedWeight) -> Tensor:
+    choice = weight.choice
+    said = {"scheme": choice.scheme.name, "settings": asdict(choice.settings)}
+    return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8, device=weight.device)
 
 
 def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, Any]) -> None:
@@ -94,14 +147,14 @@ def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, A
         ValueError: names the first weight with others.
     """
     for name, weight in weights:
-        if isinstance(weight, Int8Weight) and weight.activation_options != options:
+        if isinstance(weight, QuantizedWeight) and weight.options != options:
             raise ValueError(
-                f"{name} has {weight.activation_options}, and config.json holds one setting for all "
+                f"{name} has {weight.options}, and config.json holds one setting for all "
                 f"weights, {options}; int8fx.save_checkpoint writes the weights alone"
             )
 
 
-def in_its_shape(w_int8: Tensor, weight: Int8Weight) -> Tensor:
+def in_its_shape(w_int8: Tensor, weight: QuantizedWeight) -> Tensor:
     """``w_int8 [N, K]`` in the shape of the parameter; and back."""
     return w_int8.t().contiguous() if weight.transposed else w_int8
 
@@ -114,7 +167,7 @@ class _Entry:
     """The part of a ``state_dict`` that belongs to one int8 weight."""
 
     key: str
-    weight: Int8Weight
+    weight: QuantizedWeight
     state: Mapping[str, Any]
 
     @property
@@ -137,27 +190,32 @@ class _Entry:
         """Raises:
         CheckpointError: names the tensor, what it is and what it should be.
         """
-        key, value, scale, weight = self.key, self.value, self.scale, self.weight
+        key, value, weight = self.key, self.value, self.weight
+        if value is not None and value.is_floating_point():
+            self._check_shape(key, value, tuple(weight.shape))
+            return
+        self._check_scheme()
+        if is_plain(weight.weight_format):
+            self._check_plain(value, self.scale)
+        else:
+            self._check_parts()
+
+    def _check_plain(self, value: Tensor | None, scale: Tensor | None) -> None:
+        key = self.key
         if value is None:
             if scale is not None:
                 raise CheckpointError(f"{key}: its scales are there, and its int8 values are missing")
             return
-        if tuple(value.shape) != tuple(weight.shape):
-            raise CheckpointError(
-                f"{key}: shape {list(value.shape)} in the checkpoint, {list(weight.shape)} in the model"
-            )
-        if value.dtype == torch.int8:
-            self._check_int8(value, scale)
-        elif not value.is_floating_point():
+        self._check_shape(key, value, tuple(self.weight.shape))
+        if value.dtype != torch.int8:
             raise CheckpointError(f"{key}: {value.dtype} in the checkpoint; allowed: int8, or a float")
-
-    def _check_int8(self, value: Tensor, scale: Tensor | None) -> None:
-        key, N = self.key, self.weight.w_scale.shape[0]
         if scale is None:
             ours, theirs, _ = keys_beside(key)
             raise CheckpointError(f"{key}: int8 values without their scales, {ours} or {theirs}")
-        if tuple(scale.shape) != (N,):
-            raise CheckpointError(f"{key}: scales of shape {list(scale.shape)}, {[N]} expected")
+        if tuple(scale.shape) != (self.weight.N,):
+            raise CheckpointError(
+                f"{key}: scales of shape {list(scale.shape)}, {[self.weight.N]} expected"
+            )
         if scale.is_meta or value.is_meta:
             return
         if not (scale.isfinite() & (scale > 0)).all():
@@ -165,29 +223,88 @@ class _Entry:
         if value.amin() < -QMAX:
             raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
 
-    def read(self) -> Int8Weight | None:
-        """The int8 weight in the entry; None when there is none.
+    def _check_scheme(self) -> None:
+        """Whether what is stored is of the weight's format."""
+        kept, entry = self.weight.weight_format, self.state.get(self.key + SCHEME)
+        if entry is None or entry.is_meta:
+            return
+        try:
+            said = json.loads(bytes(entry.tolist()))
+            choice = scheme_named(said["scheme"]).choice(**said["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.key}{SCHEME}: {error}") from error
+        if choice.weight_format.files != kept.files:
+            raise CheckpointError(
+                f"{self.key}: {choice.weight_format.files} in the checkpoint, {kept.files} in the model"
+            )
+
+    def _check_parts(self) -> None:
+        key, weight, kept = self.key, self.weight, self.weight.weight_format
+        names = {key_of(key, part): part for part in kept.parts}
+        missing = [name for name in (*names, key + SCHEME) if name not in self.state]
+        if len(missing) == len(names) + 1:
+            return
+        if missing:
+            raise CheckpointError(
+                f"{key}: {missing[0]} is missing in the checkpoint, and the model has it {kept.name}"
+            )
+        for name, part in names.items():
+            tensor = self.value if name == key else self.state[name]
+            shape = tuple(weight.shape) if name == key else part.shape(weight.N, weight.K)
+            self._check_shape(name, tensor, shape)
+            floating = part.dtype is None and tensor.is_floating_point()
+            if tensor.dtype != part.dtype and not floating:
+                raise CheckpointError(
+                    f"{name}: {tensor.dtype} in the checkpoint, {part.dtype or 'a float'} expected"
+                )
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                raise CheckpointError(f"{name}: corrupt: a value that is not finite")
+
+    def _check_shape(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"{name}: shape {list(value.shape)} in the checkpoint, {list(shape)} in the model"
+            )
+
+    def read(self) -> QuantizedWeight | None:
+        """The weight in the entry; None when there is none.
 
         Raises:
             CheckpointError: as ``check``.
         """
-        self.check()
         value, weight = self.value, self.weight
-        if value is None or isinstance(value, Int8Weight):
+        if isinstance(value, QuantizedWeight):
+            self._check_shape(self.key, value, tuple(weight.shape))
             return value
-        if value.dtype != torch.int8:
-            return Int8Weight.from_float(
-                value,
-                **weight.activation_options,
-                transposed=weight.transposed,
-            )
-        scale = self.scale
-        assert scale is not None
-        w_scale = scale.detach().to(torch.float32, copy=True)
-        return weight.like(in_its_shape(value.detach(), weight), w_scale)
+        self.check()
+        if value is not None and value.is_floating_point():
+            return weight.quantize_like(value)
+        if is_plain(weight.weight_format):
+            if value is None:
+                return None
+            scale = self.scale
+            assert scale is not None
+            w_scale = scale.detach().to(torch.float32, copy=True)
+            return self._of([in_its_shape(value.detach(), weight), w_scale])
+        names = [key_of(self.key, part) for part in weight.weight_format.parts]
+        if names[0] not in self.state:
+            return None
+        return self._of(
+            [
+                in_its_shape(value.detach(), weight)  # type: ignore[union-attr]
+                if name == self.key
+                else self.state[name].detach().clone()
+                for name in names
+            ]
+        )
+
+    def _of(self, stored: list[Tensor]) -> QuantizedWeight:
+        made = self.weight.with_stored(stored, self.weight.N, self.weight.K)
+        # A file that is mapped must not be what a weight consists of.
+        return made.clone() if made.packed is stored[0] else made
 
 
-def read(key: str, like: Int8Weight, state: Mapping[str, Any]) -> Int8Weight | None:
+def read(key: str, like: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight | None:
     """The int8 weight that a ``state_dict`` holds under ``key``, with the attributes of ``like``.
 
     Raises:
@@ -197,12 +314,12 @@ def read(key: str, like: Int8Weight, state: Mapping[str, Any]) -> Int8Weight | N
 
 
 def _read(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-    for name, weight in _int8_parameters(module):
+    for name, weight in _quantized_parameters(module):
         entry = _Entry(prefix + name, weight, state)
         found = entry.read()
         if found is not None:
             state[entry.key] = found
-        for key in keys_beside(entry.key):
+        for key in keys_of(entry.key, weight) - {entry.key}:
             state.pop(key, None)
 
 
@@ -216,7 +333,7 @@ def check(model: nn.Module, state: Mapping[str, Any], prefix: str = "", *_: Any)
         base = f"{prefix}{path}." if path else prefix
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for name, tensor in tensors:
-            if isinstance(tensor, Int8Weight):
+            if isinstance(tensor, QuantizedWeight):
                 _Entry(base + name, tensor, state).check()
             else:
                 _check_float(base + name, tensor, state.get(base + name))
@@ -228,7 +345,7 @@ def _check_float(key: str, tensor: Tensor, value: Tensor | None) -> None:
         hint = ""
         if value.dtype == torch.int8:
             hint = "; int8fx.quantize_(model) before makes weights int8"
-            if hasattr(tensor, "to_local") and isinstance(tensor.to_local(), Int8Weight):
+            if hasattr(tensor, "to_local") and isinstance(tensor.to_local(), QuantizedWeight):
                 hint = ", in int8 shards: load whole weights before the model is sharded"
         raise CheckpointError(
             f"{key}: {value.dtype} in the checkpoint, {tensor.dtype} in the model{hint}"

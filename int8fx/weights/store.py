@@ -9,7 +9,7 @@ snapshot of what was quantised (``int8fx/weights/identity.py``), or somebody has
 (``int8fx/weights/changes.py``). What was packed of it, in whatever form and for whatever graph, goes
 at once.
 
-An ``Int8Weight`` is its own packed form, and needs no store.
+A ``QuantizedWeight`` is its own packed form, and needs no store.
 """
 
 import logging
@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from int8fx.kernels import packing
 from int8fx.kernels.forks import free_in_children
-from int8fx.kernels.formats.format import WeightFormat
-from int8fx.kernels.formats.int8 import PER_CHANNEL
+from int8fx.kernels.formats.format import WeightFormat, stacked
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.torch_private import StorageReference, before_swaps
 from int8fx.weights.identity import Snapshot, snapshot
 from int8fx.weights.memory import AddressRange, AddressRanges, has_memory
-from int8fx.weights.tensor import Int8Weight
+from int8fx.weights.tensor import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
 
 def weight_reason(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> str:
     """Why a tensor cannot be quantised to a format, or serve as what it already is; or empty."""
-    if isinstance(tensor, Int8Weight):
+    if isinstance(tensor, QuantizedWeight):
         return _int8_reason(tensor, expression, kept)
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"weight is a {type(tensor).__name__}, no plain tensor"
@@ -45,15 +45,16 @@ def weight_reason(tensor: Tensor, expression: WeightExpression, kept: WeightForm
     return ""
 
 
-def _int8_reason(weight: Int8Weight, expression: WeightExpression, kept: WeightFormat) -> str:
-    if kept is not PER_CHANNEL:
-        return f"the weight is {PER_CHANNEL.name} already, and the scheme wants it {kept.name}"
+def _int8_reason(weight: QuantizedWeight, expression: WeightExpression, kept: WeightFormat) -> str:
+    if kept.name != weight.weight_format.name:
+        return f"the weight is {weight.weight_format.name} already, and the scheme wants it {kept.name}"
     rows = expression.on_meta(weight.on_meta())
-    # Views that keep all rows and columns have the same int8 form.
-    whole = (weight.w_scale.shape[0], weight.K)
-    if isinstance(rows, Int8Weight) and not rows.transposed and rows.shape == whole:
+    # Views that keep all rows and columns have the same packed form.
+    whole = (weight.N, weight.K)
+    if isinstance(rows, QuantizedWeight) and not rows.transposed and rows.shape == whole:
         return ""
-    return f"an int8 weight cannot be seen through {expression.recipe or 'its transpose'}"
+    seen = expression.recipe or "its transpose"
+    return f"{weight.weight_format.a_weight} cannot be seen through {seen}"
 
 
 @dataclass(eq=False)
@@ -61,7 +62,7 @@ class PackedWeight:
     """The quantised form of one weight.
 
     Attributes:
-        tensors: the parts of its format, as ``(w_int8, w_scale)``.
+        tensors: as a product takes them, ``(packed w_int8, w_scale)`` of int8.
         float_bytes: of the float weight.
     """
 
@@ -100,7 +101,7 @@ class WeightStore:
         Raises:
             RuntimeError: the tensor's storage was made smaller than it.
         """
-        if isinstance(tensor, Int8Weight):
+        if isinstance(tensor, QuantizedWeight):
             return _as_it_is(tensor)
         form = expression.recipe, kept.name
         with self.lock:
@@ -145,7 +146,7 @@ class WeightStore:
         """
         if not self._weights:
             return
-        tensors = [tensor for tensor in tensors if not isinstance(tensor, Int8Weight)]
+        tensors = [tensor for tensor in tensors if not isinstance(tensor, QuantizedWeight)]
         given = set(map(id, tensors))
         plain = AddressRanges(AddressRange.of(tensor) for tensor in tensors if has_memory(tensor))
         elsewhere = {tensor.requires_grad for tensor in tensors if not has_memory(tensor)}
@@ -189,13 +190,13 @@ def _check_memory(tensor: Tensor) -> None:
 def _pack(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
     with torch.no_grad():
         matrix = expression.evaluate(tensor.detach())
-        tensors = kept.quantize(matrix)
+        tensors = packing.pack(kept, stacked(kept, matrix), *matrix.shape[-2:])
     log.debug("quantised %s%s: %s", tuple(matrix.shape), expression.recipe, kept.name)
     return PackedWeight(tensors, matrix.nbytes)
 
 
-def _as_it_is(weight: Int8Weight) -> PackedWeight:
-    return PackedWeight((weight.packed, weight.w_scale), weight.numel() * weight.dtype.itemsize)
+def _as_it_is(weight: QuantizedWeight) -> PackedWeight:
+    return PackedWeight(weight.tensors, weight.numel() * weight.dtype.itemsize)
 
 
 STORE = WeightStore()
@@ -204,7 +205,7 @@ before_swaps(STORE.let_go)
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What the store had for some weights as they were then."""
 
     snapshot: Snapshot

@@ -1,15 +1,18 @@
-"""A weight that is kept in int8: a tensor subclass that stands where the float parameter stood.
+"""A weight that is kept quantised: a tensor subclass that stands where the float parameter stood.
 
-    weight ≈ w_int8 · w_scale        w_int8 [N, K] int8, w_scale [N] fp32
+    weight ≈ dequantize(parts)        the parts of a format (``kernels/formats/format.py``)
 
-It holds the form that its device's kernel takes (``kernels/table.py``) and no second one; ``w_int8``
-unpacks it, bit for bit. To the rest of torch it is a float tensor of the shape that it had, with
-values ``w_int8 · w_scale``, which may be read and moved; what may write to them is in
-``int8fx/weights/operators.py``.
+For int8 per channel that is ``w_int8 · w_scale``, with ``w_int8 [N, K]`` int8 and ``w_scale [N]`` fp32.
+``Int8Weight`` is the name of the class for users, whatever the format.
 
-A product with it is LLM.int8(), by the same operators that the backend puts into a graph, so eager
-and compiled results are one arithmetic. Compiled by another backend, AOTAutograd takes it apart and
-finds these operators as well.
+It holds the tensors that its device's kernel takes (``kernels/packing.py``) and no second form;
+``stored`` unpacks them, bit for bit. To the rest of torch it is a float tensor of the shape that it
+had, with the values that its parts stand for, which may be read and moved; what may write to them is
+in ``int8fx/weights/operators.py``.
+
+A product with it is that of its scheme, by the same operators that the backend puts into a graph, so
+eager and compiled results are one arithmetic. Compiled by another backend, AOTAutograd takes it apart
+and finds these operators as well.
 
 Why a subclass, and no parametrization: ``torch.nn.utils.parametrize`` changes the module's class,
 renames its ``state_dict`` entries and forbids pickling, and its computed weight is an activation to
@@ -21,6 +24,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -28,9 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from int8fx.errors import ReleasedWeightError
+from int8fx.kernels import packing
 from int8fx.kernels.cpu import pages
-from int8fx.kernels.ops import int8_linear as ops
-from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.schemes.scheme import Choice
+from int8fx.kernels.schemes.table import DEFAULT, scheme_named
 from int8fx.torch_private import (
     is_fake,
     is_loaded,
@@ -42,32 +48,30 @@ from int8fx.torch_private import (
 )
 from int8fx.weights import gather
 from int8fx.weights.computed_values import ComputedValues, read_only, refuse_writes
-from int8fx.weights.parts import Part, pack
+from int8fx.weights.pieces import Piece
+
+_PART = "part_"  # what attributes of parts begin with
 
 
-class Int8Weight(ComputedValues):
+class QuantizedWeight(ComputedValues):
     """See above.
 
     Attributes:
-        packed: int8, as the kernel of its device takes it.
-        w_scale: ``[N]`` fp32.
-        K: columns of ``w_int8``; its rows are those of ``w_scale``.
-        transposed: whether the tensor stands for ``(w_int8 · w_scale)ᵀ`` (Hugging Face's ``Conv1D``).
-        threshold, decomposition: of the activations in a product, see ``int8fx.Options``.
+        choice: the scheme that it was quantised by, with the settings of its products.
+        N, K: rows and columns of the matrix.
+        transposed: whether the tensor stands for the matrix's transpose (Hugging Face's ``Conv1D``).
         part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
             is written to it is written there as well.
         released: whether only compiled graphs may read it (``int8fx/compiler/release.py``).
-        unpacked: ``w_int8`` in place of ``packed``, until that is first asked for (``_rebuild``).
+        unpacked: the stored parts, until the packed ones are first asked for (``_rebuild_stored``).
     """
 
-    packed: Tensor
-    unpacked: Tensor
-    w_scale: Tensor
+    choice: Choice
+    N: int
     K: int
     transposed: bool
-    threshold: float
-    decomposition: str
-    part_of: Part | None = None
+    unpacked: Sequence[Tensor]
+    part_of: Piece | None = None
     released: bool = False
 
     NO_DATA = (
@@ -80,65 +84,127 @@ class Int8Weight(ComputedValues):
     __torch_function__ = without_torch_functions
 
     @staticmethod
-    def __new__(cls, packed: Tensor, *parts: Tensor, **form: Any) -> "Int8Weight":
-        """Of its parts; or a parameter of another int8 weight, as ``nn.Parameter`` makes it:
+    def __new__(cls, *tensors: Tensor, **form: Any) -> "QuantizedWeight":
+        """Of packed tensors; or a parameter of another quantised weight, as ``nn.Parameter`` makes it:
         ``type(parameter)(tensor, requires_grad=False)`` is what accelerate puts in its place.
         """
-        return cls._of_parts(packed, *parts, **form) if parts else _parameter(packed, **form)
+        return cls._of_packed(tensors, **form) if "choice" in form else _parameter(*tensors, **form)
 
     @classmethod
-    def _of_parts(
+    def _of_packed(
         cls,
-        packed: Tensor,
-        w_scale: Tensor,
+        packed: Sequence[Tensor],
         *,
+        choice: Choice,
+        N: int,
         K: int,
         dtype: torch.dtype,
         transposed: bool,
-        threshold: float,
-        decomposition: str,
         size: Sequence[int] | None = None,
         stride: Sequence[int] | None = None,
-    ) -> "Int8Weight":
-        N = w_scale.shape[0]
+    ) -> "QuantizedWeight":
         shape = tuple(size) if size is not None else ((K, N) if transposed else (N, K))
-        self = new_wrapper(cls, shape, stride, dtype, packed.device)
-        # A weight may be made, or moved, where only inference is meant, and used in training then.
-        self.packed, self.w_scale = map(out_of_inference_mode, (packed, w_scale))
-        self.K, self.transposed = K, transposed
-        self.threshold, self.decomposition = threshold, decomposition
+        self = new_wrapper(cls, shape, stride, dtype, packed[0].device)
+        self.choice, self.N, self.K, self.transposed = choice, N, K, transposed
+        self._hold(packed)
         return self
+
+    def _hold(self, packed: Sequence[Tensor]) -> None:
+        for name, tensor in zip(self._part_names, packed, strict=True):
+            # A weight may be made, or moved, where only inference is meant, and used in training then.
+            setattr(self, name, out_of_inference_mode(tensor))
 
     @classmethod
     def from_float(
-        cls, weight: Tensor, *, threshold: float, decomposition: str, transposed: bool = False
-    ) -> "Int8Weight":
-        """Quantises ``weight [N, K]``, or ``[K, N]`` when ``transposed``."""
-        matrix = weight.detach()
-        w_int8, w_scale = quantize_weight(matrix.t() if transposed else matrix)
-        quantized = cls(
-            pack(w_int8),
-            w_scale,
-            K=w_int8.shape[1],
-            dtype=weight.dtype,
-            threshold=threshold,
-            decomposition=decomposition,
-            transposed=transposed,
-        )
-        del w_int8
+        cls, weight: Tensor, *, transposed: bool = False, scheme: str = DEFAULT, **settings: Any
+    ) -> "QuantizedWeight":
+        """Quantises ``weight [N, K]``, or ``[K, N]`` when ``transposed``.
+
+        Raises:
+            ValueError: there is no such scheme, or setting of it; names what there is.
+        """
+        return cls.quantized(weight, scheme_named(scheme).choice(**settings), transposed)
+
+    @classmethod
+    def quantized(cls, weight: Tensor, choice: Choice, transposed: bool) -> "QuantizedWeight":
+        """The same by a scheme with its settings."""
+        matrix = weight.detach().t() if transposed else weight.detach()
+        N, K = matrix.shape
+        kept = choice.weight_format
+        if matrix.is_meta:
+            stored: Sequence[Tensor] = kept.zeros(N, K, weight.dtype, weight.device)
+        else:
+            stored = kept.quantize(matrix)
+        packed = packing.pack(kept, stored, N, K)
+        form = {"N": N, "K": K, "dtype": weight.dtype, "transposed": transposed}
+        made = cls(*packed, choice=choice, **form)
+        del stored
         pages.trim_heap()
-        return quantized
+        return made
+
+    # --- what it holds ---------------------------------------------------------------------------
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        return self.choice.weight_format
+
+    @property
+    def _part_names(self) -> list[str]:
+        return [_PART + name for name in self.weight_format.packed_names]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the kernel of its device takes: a compiled graph's inputs."""
+        return tuple(getattr(self, name) for name in self._part_names)
+
+    def stored(self) -> list[Tensor]:
+        """The parts of its format, which depend on no kernel; the integers are a copy."""
+        codes, *others = packing.unpack(self.weight_format, self.tensors, self.N, self.K)
+        return [codes.clone() if codes is self.packed else codes, *others]
+
+    @property
+    def packed(self) -> Tensor:
+        """The integers, as the kernel of its device takes them."""
+        return self.tensors[0]
 
     @property
     def w_int8(self) -> Tensor:
-        """``[N, K]`` int8, a copy."""
-        N = self.w_scale.shape[0]
-        return ops.unpack_weight(self.packed, N, self.K) if N and self.K else self.packed.clone()
+        """``[N, K]`` int8, a copy, of a format that has them."""
+        return self._named("int8", self.stored())
+
+    @property
+    def w_scale(self) -> Tensor:
+        """The scales of a format that has some: ``[N]`` fp32, where there is one a channel."""
+        return self._named("scale", self.tensors)
+
+    def _named(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        names = [part.name for part in self.weight_format.parts]
+        if name not in names:
+            raise AttributeError(f"a weight of {self.weight_format.name} has no {name!r}, but {names}")
+        return tensors[names.index(name)]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``quantize_`` takes for such a weight."""
+        return self.choice.options
+
+    @property
+    def threshold(self) -> float:
+        return self.choice.settings.threshold
+
+    @property
+    def decomposition(self) -> str:
+        return self.choice.settings.decomposition
+
+    @property
+    def described(self) -> str:
+        """As messages call it."""
+        return f"{self.weight_format.a_weight} of shape {list(self.shape)}"
 
     @property
     def int8_bytes(self) -> int:
         """What it takes in memory."""
-        return self.packed.nbytes + self.w_scale.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def check_readable(self, name: str = "") -> None:
         """Raises:
@@ -150,17 +216,19 @@ class Int8Weight(ComputedValues):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float tensor that this stands for, contiguous, in its dtype or another."""
         dtype = dtype or self.dtype
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        matrix = (self.w_int8.to(exact) * self.w_scale.to(exact).unsqueeze(1)).to(dtype)
+        stored = packing.unpack(self.weight_format, self.tensors, self.N, self.K)
+        if dtype == torch.float64:
+            stored = [part.double() if part.is_floating_point() else part for part in stored]
+        matrix = self.weight_format.dequantize(stored, self.N, self.K).to(dtype)
         return (matrix.t().contiguous() if self.transposed else matrix).reshape(self.shape)
 
-    def requires_grad_(self, requires_grad: bool = True) -> "Int8Weight":
+    def requires_grad_(self, requires_grad: bool = True) -> "QuantizedWeight":
         """Raises:
         RuntimeError: an int8 weight cannot be trained.
         """
         if requires_grad:
             raise RuntimeError(
-                f"an int8 weight of shape {list(self.shape)} cannot require grad: train an adapter "
+                f"{self.described} cannot require grad: train an adapter "
                 "beside it (LoRA), or bring the float weights back with int8fx.dequantize_(model)"
             )
         super().requires_grad_(False)
@@ -197,52 +265,55 @@ class Int8Weight(ComputedValues):
         Raises:
             RuntimeError: the value is in float and of another shape.
         """
-        other: Any = value if isinstance(value, Int8Weight) else self.clone().copy_(value)
+        other: Any = value if isinstance(value, QuantizedWeight) else self.clone().copy_(value)
         torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
-        self.packed, self.w_scale, self.part_of = other.packed, other.w_scale, None
-        self.K, self.transposed = other.K, other.transposed
-        self.threshold, self.decomposition = other.threshold, other.decomposition
+        for name in self._part_names:
+            self.__dict__.pop(name, None)
+        owned = {name: each for name, each in other.__dict__.items() if name in other._own_names()}
+        self.__dict__.update(owned)
+        self.part_of = None
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Raises:
         RuntimeError: an int8 weight is read-only; torch would write to a copy.
         """
         raise RuntimeError(
-            f"an int8 weight of shape {list(self.shape)} is read-only, no part of it can be set: "
+            f"{self.described} is read-only, no part of it can be set: "
             "int8fx.dequantize_(model) brings back a float weight to write to"
         )
 
-    def share_memory_(self) -> "Int8Weight":
+    def share_memory_(self) -> "QuantizedWeight":
         """Moves the int8 form to shared memory, in place."""
-        self.packed.share_memory_()
-        self.w_scale.share_memory_()
+        for tensor in self.tensors:
+            tensor.share_memory_()
         return self
 
     def is_shared(self) -> bool:
         return self.packed.is_shared()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return (
-            f"Int8Weight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            f"threshold={self.threshold}, decomposition={self.decomposition!r})"
-        )
+        name = "Int8Weight" if self.weight_format.bits == 8 else type(self).__name__
+        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        form = f"shape={list(self.shape)}, dtype={self.dtype}, device={self.device}"
+        return f"{name}({form}{options})"
 
     def __getattr__(self, name: str) -> Any:
-        """``packed``, of a weight from a file of ``torch.save``'s old format (``_rebuild``)."""
-        if name != "packed" or "unpacked" not in self.__dict__:
+        """A part, of a weight from a file of ``torch.save``'s old format (``_rebuild_stored``)."""
+        if not name.startswith(_PART) or "unpacked" not in self.__dict__:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
-        self.packed = pack(self.__dict__.pop("unpacked"))
-        return self.packed
+        self._hold(packing.pack(self.weight_format, self.__dict__.pop("unpacked"), self.N, self.K))
+        return getattr(self, name)
 
     # --- torch's protocols -----------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        return ["packed", "w_scale"], self._attributes() | {"released": self.released}
+        return self._part_names, self._attributes() | {"released": self.released}
 
     @classmethod
-    def __tensor_unflatten__(cls, inner, attributes, size, stride) -> "Int8Weight":
+    def __tensor_unflatten__(cls, inner, attributes, size, stride) -> "QuantizedWeight":
         form = {name: value for name, value in attributes.items() if name != "released"}
-        weight = cls(inner["packed"], inner["w_scale"], size=size, stride=stride, **form)
+        packed = [inner[_PART + name] for name in form["choice"].weight_format.packed_names]
+        weight = cls(*packed, size=size, stride=stride, **form)
         weight.released = attributes["released"]
         return weight
 
@@ -253,14 +324,15 @@ class Int8Weight(ComputedValues):
 
     def _stable_hash_for_caching(self) -> str:
         """What compile caches tell weights apart by: everything but the values."""
-        form = (tuple(self.shape), self.stride(), self.device, tuple(self.packed.shape))
-        return f"Int8Weight{(*form, *self._attributes().values(), self.released)}"
+        shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in self.tensors]
+        form = (tuple(self.shape), self.stride(), self.device, shapes, self.weight_format.name)
+        return f"Int8Weight{(*form, *self._plain_attributes().values(), self.released)}"
 
     def __deepcopy__(self, memo):
         self.check_readable()
         if id(self) not in memo:
-            parts = self.packed.clone(), self.w_scale.clone()
-            copied = self.with_packed(*parts, size=self.shape, stride=self.stride())
+            packed = [tensor.clone() for tensor in self.tensors]
+            copied = self.with_packed(packed, size=self.shape, stride=self.stride())
             copied.__dict__.update(copy.deepcopy(self._extras(), memo))
             memo[id(self)] = copied
         return memo[id(self)]
@@ -268,7 +340,7 @@ class Int8Weight(ComputedValues):
     def __reduce_ex__(self, protocol):
         self.check_readable()
         # Not the packed form: a pickle may be read on a machine with another kernel.
-        return _rebuild, (self.w_int8, self.w_scale, self._attributes(), self._extras())
+        return _rebuild_stored, (tuple(self.stored()), self._plain_attributes(), self._extras())
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """FSDP2: what the ranks exchange, and what they know without."""
@@ -277,54 +349,76 @@ class Int8Weight(ComputedValues):
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
         """FSDP2: the whole weight from what all ranks gave."""
-        whole = self.like(*gather.gathered(outputs, metadata), dtype=param_dtype)
+        whole = self.with_stored(
+            gather.gathered(outputs, metadata), *metadata.matrix, dtype=param_dtype
+        )
         if out is None:
             # FSDP frees the memory between two uses of the weight, so it must be torch's own.
-            owned = whole.with_packed(whole.packed.clone(), whole.w_scale.clone())
-            return owned, (owned.packed, owned.w_scale)
-        out.packed.copy_(whole.packed)
-        out.w_scale.copy_(whole.w_scale)
+            owned = whole.with_packed([tensor.clone() for tensor in whole.tensors])
+            return owned, owned.tensors
+        for tensor, gathered in zip(out.tensors, whole.tensors, strict=True):
+            tensor.copy_(gathered)
         return None
 
     # --- copies of itself ------------------------------------------------------------------------
 
-    def like(self, w_int8: Tensor, w_scale: Tensor, **changed: Any) -> "Int8Weight":
-        """Another matrix, with the attributes of this one, some changed."""
-        return self.with_packed(pack(w_int8), w_scale, K=w_int8.shape[1], **changed)
+    def with_stored(
+        self, stored: Sequence[Tensor], N: int, K: int, **changed: Any
+    ) -> "QuantizedWeight":
+        """Another matrix, of stored parts, with the attributes of this one, some changed."""
+        packed = packing.pack(self.weight_format, stored, N, K)
+        return self.with_packed(packed, N=N, K=K, **changed)
 
-    def with_packed(self, packed: Tensor, w_scale: Tensor, **changed: Any) -> "Int8Weight":
-        return type(self)(packed, w_scale, **(self._attributes() | changed))
+    def with_packed(self, packed: Sequence[Tensor], **changed: Any) -> "QuantizedWeight":
+        return type(self)(*packed, **(self._attributes() | changed))
 
-    def on_meta(self, **changed: Any) -> "Int8Weight":
+    def on_meta(self, **changed: Any) -> "QuantizedWeight":
         """Without its values, some attributes changed."""
-        packed = torch.empty(self.w_scale.shape[0], self.K, dtype=torch.int8, device="meta")
-        w_scale = torch.empty_like(self.w_scale, device="meta")
-        return self.with_packed(packed, w_scale, size=self.shape, stride=self.stride(), **changed)
+        stored = self.zeros(self.N, self.K, torch.device("meta"))
+        layout = {"size": self.shape, "stride": self.stride()}
+        return self.with_stored(stored, self.N, self.K, **layout, **changed)
 
-    @property
-    def activation_options(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "decomposition": self.decomposition}
+    def zeros(self, N: int, K: int, device: torch.device) -> list[Tensor]:
+        """Stored parts that stand for zeros."""
+        return self.weight_format.zeros(N, K, self.dtype, device)
+
+    def quantize_like(self, weight: Tensor) -> "QuantizedWeight":
+        """A float tensor, quantised as this one is."""
+        return type(self).quantized(weight, self.choice, self.transposed)
 
     def _attributes(self) -> dict[str, Any]:
-        form = {"K": self.K, "dtype": self.dtype, "transposed": self.transposed}
-        return form | self.activation_options
+        form = {"N": self.N, "K": self.K, "dtype": self.dtype, "transposed": self.transposed}
+        return {"choice": self.choice, **form}
+
+    def _plain_attributes(self) -> dict[str, Any]:
+        """The same in numbers and names, as they are pickled."""
+        plain = {name: each for name, each in self._attributes().items() if name != "choice"}
+        scheme, settings = self.choice.scheme.name, asdict(self.choice.settings)
+        return plain | {"scheme": scheme, "settings": settings}
+
+    def _own_names(self) -> set[str]:
+        return {"unpacked", *self._part_names, *self._attributes()}
 
     def _extras(self) -> dict[str, Any]:
         """What else was set on the tensor: ``_is_param``, and whatever frameworks left."""
-        own = {"packed", "w_scale", "part_of", "released", *self._attributes()}
+        own = {"part_of", "released"} | self._own_names()
         return {name: value for name, value in self.__dict__.items() if name not in own}
+
+
+# What users call it.
+Int8Weight = QuantizedWeight
 
 
 def in_float(tensor: Tensor) -> Tensor:
     """What a tensor stands for, as a plain one in fp32."""
-    return tensor.dequantize(torch.float32) if isinstance(tensor, Int8Weight) else tensor.float()
+    return tensor.dequantize(torch.float32) if isinstance(tensor, QuantizedWeight) else tensor.float()
 
 
 def _parameter(tensor: Tensor, requires_grad: bool = True) -> Any:
     """Raises:
-    TypeError: the tensor is no int8 weight, so its scales are not there.
+    TypeError: the tensor is no quantised weight, so its scales are not there.
     """
-    if not isinstance(tensor, Int8Weight):
+    if not isinstance(tensor, QuantizedWeight):
         raise TypeError(
             f"no int8 weight can be made of a tensor of shape {list(tensor.shape)} and {tensor.dtype} "
             "alone, without scales; int8fx.Int8Weight.from_float quantises one"
@@ -335,34 +429,60 @@ def _parameter(tensor: Tensor, requires_grad: bool = True) -> Any:
     return nn.Parameter(tensor, requires_grad)
 
 
-def _rebuild(w_int8: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> Int8Weight:
-    if is_loaded(w_int8):
-        return _rebuild_packed(pack(w_int8), w_scale, attributes, extras)
-    weight = _rebuild_packed(w_int8, w_scale, attributes, extras)
-    weight.unpacked = weight.__dict__.pop("packed")  # its values are not there to be packed
+# --- pickles -------------------------------------------------------------------------------------
+
+
+def _rebuild_stored(stored: Sequence[Tensor], attributes: dict, extras: dict) -> QuantizedWeight:
+    if all(map(is_loaded, stored)):
+        form = _from_plain(attributes)
+        packed = packing.pack(form["choice"].weight_format, stored, form["N"], form["K"])
+        return _rebuild_packed(packed, attributes, extras)
+    # Their values are not there to be packed: meta stands for them until they are asked for.
+    form = _from_plain(attributes)
+    kept = form["choice"].weight_format
+    empty = kept.zeros(form["N"], form["K"], form["dtype"], stored[0].device)
+    weight = _rebuild_packed((*empty, *kept.derive(empty, form["N"], form["K"])), attributes, extras)
+    for name in weight._part_names:
+        delattr(weight, name)
+    weight.unpacked = stored
     return weight
 
 
-def _rebuild_packed(packed: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> Int8Weight:
-    weight = Int8Weight(packed, w_scale, **attributes)
+def _rebuild_packed(packed: Sequence[Tensor], attributes: dict, extras: dict) -> QuantizedWeight:
+    weight = QuantizedWeight(*packed, **_from_plain(attributes))
     weight.__dict__.update(extras)
     return weight
 
 
-def _share(weight: Int8Weight) -> tuple:
+def _from_plain(attributes: dict) -> dict[str, Any]:
+    form = {name: each for name, each in attributes.items() if name not in ("scheme", "settings")}
+    return {"choice": scheme_named(attributes["scheme"]).choice(**attributes["settings"]), **form}
+
+
+def _rebuild(w_int8: Tensor, w_scale: Tensor, attributes: dict, extras: dict) -> QuantizedWeight:
+    """Of a pickle from before there were formats."""
+    names = ("threshold", "decomposition")
+    settings = {name: attributes[name] for name in names}
+    form = {name: each for name, each in attributes.items() if name not in names}
+    plain = form | {"N": w_scale.shape[0], "scheme": DEFAULT, "settings": settings}
+    return _rebuild_stored((w_int8, w_scale), plain, extras)
+
+
+def _share(weight: QuantizedWeight) -> tuple:
     # Between processes of one machine the packed form itself is handed on, in shared memory.
     weight.check_readable()
-    arguments = weight.packed, weight.w_scale, weight._attributes(), weight._extras()
-    return _rebuild_packed, arguments
+    return _rebuild_packed, (weight.tensors, weight._plain_attributes(), weight._extras())
 
 
-ForkingPickler.register(Int8Weight, _share)
-swap_despite_references(Int8Weight)
+ForkingPickler.register(QuantizedWeight, _share)
+swap_despite_references(QuantizedWeight)
 
 # torch.load(weights_only=True) may rebuild it: of tensors, numbers and names only. That is how
 # torch.distributed.checkpoint reads the shards of a weight, which it keeps as they are.
 # Older files name another module.
-torch.serialization.add_safe_globals([_rebuild, (_rebuild, "int8fx.quantized_weight._rebuild")])
+torch.serialization.add_safe_globals(
+    [_rebuild_stored, _rebuild, (_rebuild, "int8fx.quantized_weight._rebuild")]
+)
 
 
 # What LLM.int8() takes the place of; a product in another dtype uses the de-quantised weight.
@@ -388,7 +508,7 @@ _HANDLERS: dict[Any, Handler] = {}
 
 
 def call(func: Any, args: tuple, kwargs: dict) -> Any:
-    """An operator with an ``Int8Weight`` among its arguments.
+    """An operator with a ``QuantizedWeight`` among its arguments.
 
     Raises:
         RuntimeError: the operator would write to the weight, or the weight was released.
@@ -396,23 +516,23 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
     if func not in _ON_RELEASED:
         # A copy into a weight does not read it.
         read = args[1:] if func is aten.copy_.default else args
-        map_tensors(Int8Weight, _check_readable, (read, kwargs))
+        map_tensors(QuantizedWeight, _check_readable, (read, kwargs))
     handler = _HANDLERS.get(func)
     if handler is not None:
         return handler(func, args, kwargs)
     # In inference mode what is made of other operators comes whole, as ``aten.to`` and ``aten.matmul``.
     result = func.decompose(*args, **kwargs)
-    return _on_the_float_values(func, args, kwargs) if result is NotImplemented else result
+    return on_float_values(func, args, kwargs) if result is NotImplemented else result
 
 
-def _check_readable(weight: Int8Weight) -> Int8Weight:
+def _check_readable(weight: QuantizedWeight) -> QuantizedWeight:
     # Dynamo runs what it traces on fakes, before any backend has the graph.
     if not is_fake(weight.packed):
         weight.check_readable()
     return weight
 
 
-def _on(*functions: Any) -> Callable[[Handler], Handler]:
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         _HANDLERS.update(dict.fromkeys(functions, handler))
         return handler
@@ -420,16 +540,16 @@ def _on(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-def _on_the_float_values(func: Any, args: tuple, kwargs: dict) -> Any:
-    refuse_writes(Int8Weight, func, args, kwargs)
+def on_float_values(func: Any, args: tuple, kwargs: dict) -> Any:
+    refuse_writes(QuantizedWeight, func, args, kwargs)
     traced = not all(type(weight.packed) is Tensor for weight in _weights((args, kwargs)))
-    args, kwargs = map_tensors(Int8Weight, Int8Weight.dequantize, (args, kwargs))
+    args, kwargs = map_tensors(QuantizedWeight, QuantizedWeight.dequantize, (args, kwargs))
     result = func(*args, **kwargs)
     # A trace knows from the operator that it is a copy, and what writes to it is functionalised.
     return result if traced else read_only(func, result)
 
 
-def _weights(values: Any) -> list[Int8Weight]:
-    found: list[Int8Weight] = []
-    map_tensors(Int8Weight, found.append, values)
+def _weights(values: Any) -> list[QuantizedWeight]:
+    found: list[QuantizedWeight] = []
+    map_tensors(QuantizedWeight, found.append, values)
     return found

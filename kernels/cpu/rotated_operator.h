@@ -107,7 +107,7 @@ inline void rotate_and_run(
 
 inline std::vector<at::Tensor> rotated_linears(
     const at::Tensor& x_any, int64_t most, c10::string_view rotation, at::TensorList packed,
-    at::TensorList w_scales, at::TensorList columns, at::TensorList w_columns, at::TensorList biases) {
+    at::TensorList w_scales, at::TensorList w_columns, at::TensorList columns, at::TensorList biases) {
   const size_t count = packed.size();
   TORCH_CHECK(w_scales.size() == count && columns.size() == count && w_columns.size() == count &&
                   (biases.empty() || biases.size() == count),
@@ -146,10 +146,10 @@ inline std::vector<at::Tensor> rotated_linears(
 
 inline at::Tensor rotated_linear(
     const at::Tensor& x, int64_t block, c10::string_view rotation, const at::Tensor& packed,
-    const at::Tensor& w_scale, const at::Tensor& columns, const at::Tensor& w_columns,
+    const at::Tensor& w_scale, const at::Tensor& w_columns, const at::Tensor& columns,
     const std::optional<at::Tensor>& bias) {
   const at::TensorList biases = bias.has_value() ? at::TensorList(*bias) : at::TensorList();
-  return rotated_linears(x, block, rotation, packed, w_scale, columns, w_columns, biases)[0];
+  return rotated_linears(x, block, rotation, packed, w_scale, w_columns, columns, biases)[0];
 }
 
 }  // namespace int8fx

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
 from int8fx.kernels.ops.quantize_reference import weight_scale
 
 
@@ -23,11 +23,21 @@ def grouped(group_size: int) -> WeightFormat:
         w_int8 = torch.round(groups / w_scale.unsqueeze(-1)).to(torch.int8)
         return w_int8.flatten(1).contiguous(), w_scale
 
-    def dequantize(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
-        w_int8, w_scale = tensors
+    def dequantize(stored: Sequence[Tensor], N: int, K: int) -> Tensor:
+        w_int8, w_scale = stored
         return dequantize_groups(w_int8, w_scale, K)
 
-    return WeightFormat(f"int8 by groups of {group_size}", ("int8", "scale"), quantize, dequantize)
+    return WeightFormat(
+        f"int8 by groups of {group_size}",
+        (
+            Part("int8", torch.int8, (ROWS, Axis("K", multiple=group_size))),
+            Part("scale", torch.float32, (ROWS, Axis("K", group_size))),
+        ),
+        quantize,
+        dequantize,
+        granularity=group_size,
+        family="int8 by groups",
+    )
 
 
 def dequantize_groups(w_int8: Tensor, w_scale: Tensor, K: int) -> Tensor:

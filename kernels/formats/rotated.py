@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from int8fx.kernels import table
-from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
+from int8fx.kernels.formats.int8 import FAMILY, SCALE
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.kernels.ops.rotated_linear import dequantize_rotated
 from int8fx.kernels.ops.rotation import rotate_weight, rotated_columns
@@ -15,12 +16,25 @@ from int8fx.kernels.ops.rotation import rotate_weight, rotated_columns
 _ELEMENTS_AT_ONCE = 2**20
 
 
+@dataclass(frozen=True)
+class RotatedColumns(Axis):
+    """K as it is after the rotation, which pads it where no block divides it.
+
+    A piece of K may have blocks of another size, so K is not cut (``Part.of_all_columns``).
+    """
+
+    block: int = 64
+    rotation: str = "hadamard"
+
+    def length(self, size: int) -> int:
+        return rotated_columns(size, self.block, self.rotation)
+
+
 @functools.cache
 def rotated(block: int, rotation: str, columns: tuple[int, ...]) -> WeightFormat:
-    """``w_int8 [N, rotated_columns(K)]`` packed for the device, ``w_scale [N]`` fp32, ``columns [C]``
-    int32 and ``w_columns [C, N]`` in the weight's dtype.
+    """``int8 [N, rotated_columns(K)]``, ``scale [N]`` fp32, and ``columns [C, N]`` in the weight's dtype.
 
-    Of experts ``[E, N, K]`` all but ``columns`` have a first dimension E.
+    A product also takes ``which [C]`` int32: the columns' numbers, which the scheme's settings have.
 
     Args:
         columns: which stay as they are, ascending; they count as 0 in what is rotated.
@@ -28,35 +42,47 @@ def rotated(block: int, rotation: str, columns: tuple[int, ...]) -> WeightFormat
 
     def quantize(weight: Tensor) -> tuple[Tensor, ...]:
         weight = weight.detach()
-        at = torch.tensor(columns, dtype=torch.int32, device=weight.device)
-        w_columns = weight.index_select(-1, at.long()).transpose(-1, -2).contiguous()
-        w_int8, w_scale = quantize_rotated_weight(weight, at, block, rotation)
-        return table.pack(w_int8), w_scale, at, w_columns
+        w_int8, w_scale = quantize_rotated(weight, _which(weight), block, rotation)
+        return w_int8, w_scale, weight.index_select(1, _which(weight).long()).t().contiguous()
 
-    def dequantize(tensors: Sequence[Tensor], N: int, K: int) -> Tensor:
-        packed, w_scale, at, w_columns = tensors
-        w_int8 = table.unpack(packed, N, rotated_columns(K, block, rotation))
-        return dequantize_rotated(w_int8, w_scale, at, w_columns, K, block, rotation)
+    def dequantize(stored: Sequence[Tensor], N: int, K: int) -> Tensor:
+        w_int8, w_scale, w_columns = stored
+        return dequantize_rotated(w_int8, w_scale, w_columns, _which(w_int8), K, block, rotation)
 
-    kept = "".join(f" {k}" for k in columns)
-    name = f"int8, rotated by {rotation} in blocks of {block}, but columns{kept or ' none'}"
-    return WeightFormat(name, ("int8", "scale", "columns", "of_columns"), quantize, dequantize)
+    def derive(stored: Sequence[Tensor], N: int, K: int) -> tuple[Tensor]:
+        return (_which(stored[0]),)
+
+    def _which(like: Tensor) -> Tensor:
+        return torch.tensor(columns, dtype=torch.int32, device=like.device)
+
+    numbers = ", ".join(map(str, columns))
+    kept = f", columns {numbers} as they are" if columns else ""
+    return WeightFormat(
+        f"int8 per channel, rotated ({rotation}, blocks of {block}){kept}",
+        (
+            Part("int8", torch.int8, (ROWS, RotatedColumns("K", block=block, rotation=rotation)), True),
+            SCALE,
+            Part("columns", None, (len(columns), ROWS)),
+        ),
+        quantize,
+        dequantize,
+        family=FAMILY,
+        derived=(Part("which", torch.int32, (len(columns),)),),
+        derive=derive,
+    )
 
 
-def quantize_rotated_weight(
+def quantize_rotated(
     weight: Tensor, columns: Tensor, block: int, rotation: str
 ) -> tuple[Tensor, Tensor]:
-    """``w_int8 [*, N, rotated_columns(K)]`` and ``w_scale [*, N]`` of ``weight [*, N, K]``."""
-    rows = weight.reshape(-1, weight.shape[-1])
-    w_int8 = rows.new_empty(
-        len(rows), rotated_columns(rows.shape[1], block, rotation), dtype=torch.int8
-    )
-    w_scale = rows.new_empty(len(rows), dtype=torch.float32)
-    for part in _parts(rows):
-        rest = rows[part].to(torch.float32).index_fill(1, columns.long(), 0)
+    """``w_int8 [N, rotated_columns(K)]`` and ``w_scale [N]`` fp32 of ``weight [N, K]``."""
+    N, K = weight.shape
+    w_int8 = weight.new_empty(N, rotated_columns(K, block, rotation), dtype=torch.int8)
+    w_scale = weight.new_empty(N, dtype=torch.float32)
+    for part in _parts(weight):
+        rest = weight[part].to(torch.float32).index_fill(1, columns.long(), 0)
         w_int8[part], w_scale[part] = quantize_weight(rotate_weight(rest, block, rotation))
-    shape = weight.shape[:-1]
-    return w_int8.view(*shape, -1), w_scale.view(shape)
+    return w_int8, w_scale
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from int8fx.kernels import packing
 from int8fx.kernels.ops.gradients import _bias_gradient, input_gradient, linears_backward, linears_setup
 from int8fx.kernels.ops.linear_reference import linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_reference
-from int8fx.kernels.packing import _pack_weight, _pack_weight_fake, _unpack_weight, _unpack_weight_fake
 
 _library = torch.library.Library("int8fx", "DEF")
 
@@ -45,8 +45,8 @@ _library.define(
     "quantized_linear_cpu(Tensor x, float threshold, str decomposition, "
     "Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor"
 )
-_library.define("pack_weight(Tensor w_int8) -> Tensor")
-_library.define("unpack_weight(Tensor weight, SymInt N, SymInt K) -> Tensor")
+_library.define("pack_weight(Tensor w_int8, str family='int8') -> Tensor")
+_library.define("unpack_weight(Tensor weight, SymInt N, SymInt K, str family='int8') -> Tensor")
 
 quantize = torch.ops.int8fx.quantize.default
 int8_linear = torch.ops.int8fx.int8_linear.default
@@ -208,9 +208,9 @@ torch.library.register_autograd(
 # --- pack_weight, unpack_weight ------------------------------------------------------------------
 
 
-_library.impl("pack_weight", _pack_weight, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::pack_weight", _pack_weight_fake, lib=_library)
+_library.impl("pack_weight", packing.pack_weight, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::pack_weight", packing.pack_weight_fake, lib=_library)
 
 
-_library.impl("unpack_weight", _unpack_weight, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::unpack_weight", _unpack_weight_fake, lib=_library)
+_library.impl("unpack_weight", packing.unpack_weight, "CompositeExplicitAutograd")
+torch.library.register_fake("int8fx::unpack_weight", packing.unpack_weight_fake, lib=_library)

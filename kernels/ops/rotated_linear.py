@@ -32,19 +32,19 @@ from int8fx.kernels.ops.rotation import rotate, rotate_back, rotated_columns
 _library = torch.library.Library("int8fx", "FRAGMENT")
 _library.define(
     "rotated_linear(Tensor x, int block, str rotation, Tensor weight, Tensor w_scale, "
-    "Tensor columns, Tensor w_columns, Tensor? bias) -> Tensor"
+    "Tensor w_columns, Tensor columns, Tensor? bias) -> Tensor"
 )
 _library.define(
     "rotated_linears(Tensor x, int block, str rotation, Tensor[] weights, Tensor[] w_scales, "
-    "Tensor[] columns, Tensor[] w_columns, Tensor[] biases) -> Tensor[]"
+    "Tensor[] w_columns, Tensor[] columns, Tensor[] biases) -> Tensor[]"
 )
 _library.define(
     "rotated_expert_linear(Tensor x, int block, str rotation, Tensor weight, Tensor w_scale, "
-    "Tensor columns, Tensor w_columns, Tensor? experts, Tensor? ends=None) -> Tensor"
+    "Tensor w_columns, Tensor columns, Tensor? experts, Tensor? ends=None) -> Tensor"
 )
 _library.define(
     "rotated_expert_linear_backward(Tensor grad, int block, str rotation, Tensor weight, "
-    "Tensor w_scale, Tensor columns, Tensor w_columns, Tensor? experts, Tensor? ends, SymInt K) "
+    "Tensor w_scale, Tensor w_columns, Tensor columns, Tensor? experts, Tensor? ends, SymInt K) "
     "-> Tensor"
 )
 rotated_linear = torch.ops.int8fx.rotated_linear.default
@@ -105,15 +105,15 @@ def rotated_linear_reference(
 def dequantize_rotated(
     w_int8: Tensor,
     w_scale: Tensor,
-    columns: Tensor,
     w_columns: Tensor,
+    columns: Tensor,
     K: int,
     block: int,
     rotation: str,
 ) -> Tensor:
-    """ŵ ``[N, K]`` fp32: rotated back, and ``w_columns`` in their places."""
-    w_hat = rotate_back(w_int8.to(torch.float32) * w_scale.unsqueeze(1), K, block, rotation)
-    return w_hat.index_copy(1, columns.long(), w_columns.t().to(torch.float32))
+    """ŵ ``[N, K]`` of w_scale's dtype: rotated back, and ``w_columns`` in their places."""
+    w_hat = rotate_back(w_int8.to(w_scale.dtype) * w_scale.unsqueeze(1), K, block, rotation)
+    return w_hat.index_copy(1, columns.long(), w_columns.t().to(w_scale.dtype))
 
 
 # --- rotated_linear, rotated_linears --------------------------------------------------------------
@@ -125,15 +125,15 @@ def _rotated_linears(
     rotation: str,
     weights: Sequence[Tensor],
     w_scales: Sequence[Tensor],
-    columns: Sequence[Tensor],
     w_columns: Sequence[Tensor],
+    columns: Sequence[Tensor],
     biases: Sequence[Tensor],
 ) -> list[Tensor]:
     K = rotated_columns(x.shape[-1], block, rotation)
     all_biases: Sequence[Tensor | None] = biases or [None] * len(weights)
     outputs = []
-    for weight, w_scale, at, kept, bias in zip(
-        weights, w_scales, columns, w_columns, all_biases, strict=True
+    for weight, w_scale, kept, at, bias in zip(
+        weights, w_scales, w_columns, columns, all_biases, strict=True
     ):
         quantized = quantize_rotated_reference(x, at, block, rotation)
         w_int8 = table.unpack(weight, w_scale.shape[0], K)
@@ -141,9 +141,9 @@ def _rotated_linears(
     return outputs
 
 
-def _rotated_linear(x, block, rotation, weight, w_scale, columns, w_columns, bias) -> Tensor:
+def _rotated_linear(x, block, rotation, weight, w_scale, w_columns, columns, bias) -> Tensor:
     biases = [] if bias is None else [bias]
-    parts = [weight], [w_scale], [columns], [w_columns]
+    parts = [weight], [w_scale], [w_columns], [columns]
     return _rotated_linears(x, block, rotation, *parts, biases)[0]
 
 
@@ -151,18 +151,18 @@ def _output(x: Tensor, w_scale: Tensor) -> Tensor:
     return torch.empty((*x.shape[:-1], w_scale.shape[-1]), dtype=x.dtype, device=x.device)
 
 
-def _fake(x, block, rotation, weight, w_scale, columns, w_columns, bias) -> Tensor:
+def _fake(x, block, rotation, weight, w_scale, w_columns, columns, bias) -> Tensor:
     return _output(x, w_scale)
 
 
-def _fakes(x, block, rotation, weights, w_scales, columns, w_columns, biases) -> list[Tensor]:
+def _fakes(x, block, rotation, weights, w_scales, w_columns, columns, biases) -> list[Tensor]:
     return [_output(x, w_scale) for w_scale in w_scales]
 
 
-def _input_gradient(grad, weight, w_scale, columns, w_columns, K, block, rotation) -> Tensor:
+def _input_gradient(grad, weight, w_scale, w_columns, columns, K, block, rotation) -> Tensor:
     rotated = rotated_columns(K, block, rotation)
     w_int8 = torch.ops.int8fx.unpack_weight(weight, w_scale.shape[0], rotated)
-    w_hat = dequantize_rotated(w_int8, w_scale, columns, w_columns, K, block, rotation)
+    w_hat = dequantize_rotated(w_int8, w_scale, w_columns, columns, K, block, rotation)
     return grad @ w_hat.to(grad.dtype)
 
 
@@ -221,8 +221,8 @@ def _rotated_expert_linear(
     rotation: str,
     weight: Tensor,
     w_scale: Tensor,
-    columns: Tensor,
     w_columns: Tensor,
+    columns: Tensor,
     experts: Tensor | None,
     ends: Tensor | None = None,
 ) -> Tensor:
@@ -236,12 +236,12 @@ def _rotated_expert_linear(
     """
     y = x.new_zeros((x.shape[0], w_scale.shape[1]))
     for e, rows in routed_rows(experts, ends, weight.shape[0]):
-        parts = weight[e], w_scale[e], columns, w_columns[e]
+        parts = weight[e], w_scale[e], w_columns[e], columns
         y[rows] = rotated_linear(x[rows], block, rotation, *parts, None)
     return y
 
 
-def _experts_fake(x, block, rotation, weight, w_scale, columns, w_columns, experts, ends=None):
+def _experts_fake(x, block, rotation, weight, w_scale, w_columns, columns, experts, ends=None):
     return x.new_empty((x.shape[0], w_scale.shape[1]))
 
 
@@ -258,17 +258,17 @@ def _experts_backward(ctx, grad: Tensor) -> tuple:
 
 
 def _experts_input_gradient(
-    grad, block, rotation, weight, w_scale, columns, w_columns, experts, ends, K
+    grad, block, rotation, weight, w_scale, w_columns, columns, experts, ends, K
 ) -> Tensor:
     grad_x = grad.new_zeros((grad.shape[0], K))
     for e, rows in routed_rows(experts, ends, weight.shape[0]):
-        parts = weight[e], w_scale[e], columns, w_columns[e]
+        parts = weight[e], w_scale[e], w_columns[e], columns
         grad_x[rows] = _input_gradient(grad[rows], *parts, K, block, rotation)
     return grad_x
 
 
 def _experts_input_gradient_fake(
-    grad, block, rotation, weight, w_scale, columns, w_columns, experts, ends, K
+    grad, block, rotation, weight, w_scale, w_columns, columns, experts, ends, K
 ) -> Tensor:
     return grad.new_empty((grad.shape[0], K))
 

@@ -15,23 +15,21 @@ float, the result is not finite.
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from int8fx.kernels import table
-from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.format import ROWS, Part, WeightFormat
 from int8fx.kernels.formats.int8 import PER_CHANNEL, PER_TENSOR
 from int8fx.kernels.gpu import composed
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.quantize_reference import MIN_SCALE, QMAX, split_outliers
-from int8fx.kernels.schemes.scheme import (
-    Call,
-    Lowering,
-    Scheme,
-    Settings,
-)
+from int8fx.kernels.schemes.int8 import NO_OUTLIERS, Outliers
+from int8fx.kernels.schemes.scheme import Call, Lowering, Scheme
+from int8fx.kernels.schemes.settings import NoSettings
 
 # Rounding x / scale and the zero point moves an end of the range by a whole step at most.
 _RANGE = QMAX - 0.5
@@ -117,21 +115,26 @@ torch.library.register_autograd(
 )
 
 
-def with_sums(kept: WeightFormat) -> WeightFormat:
-    """The format, and ``w_sum [N]`` fp32, which a zero point meets."""
+SUM = Part("sum", torch.float32, (ROWS,))
 
-    def quantize(weight: Tensor) -> tuple[Tensor, ...]:
-        packed, w_scale = kept.quantize(weight)
-        sums = table.unpack(packed, *weight.shape).sum(1, dtype=torch.int32)
-        return packed, w_scale, sums * w_scale
 
-    return WeightFormat(f"{kept.name}, with sums", (*kept.parts, "sum"), quantize, kept.dequantize)
+def with_sums(weight_format: WeightFormat) -> WeightFormat:
+    """The format, and ``w_sum [N]`` fp32 derived from it, which a zero point of x meets."""
+
+    def derive(stored: Sequence[Tensor], N: int, K: int) -> tuple[Tensor, ...]:
+        w_int8, w_scale = stored
+        return (w_int8.sum(-1, dtype=torch.int32) * w_scale,)
+
+    name = f"{weight_format.name}, with sums"
+    stored_as = weight_format.files
+    return replace(weight_format, name=name, stored_as=stored_as, derived=(SUM,), derive=derive)
 
 
 def _lowering(per_tensor: bool, zero_point: bool, decomposed: bool) -> Lowering:
-    def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
-        threshold = settings.threshold if decomposed else 0.0
-        quantized = call(quantize_affine, x, threshold, settings.decomposition, per_tensor, zero_point)
+    def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Any) -> Any:
+        outliers = settings if decomposed else NO_OUTLIERS
+        threshold, decomposition = outliers.threshold, outliers.decomposition
+        quantized = call(quantize_affine, x, threshold, decomposition, per_tensor, zero_point)
         x_int8, x_scale, x_offset, x_outlier, columns = (
             call(operator.getitem, quantized, index) for index in range(5)
         )
@@ -154,13 +157,13 @@ _as_dtype_of = torch.ops.aten.type_as.default
 
 
 def _dequantized_input(per_tensor: bool, zero_point: bool, decomposed: bool) -> Any:
-    def dequantized(x: Tensor, settings: Settings) -> Tensor:
-        threshold = settings.threshold if decomposed else 0.0
+    def dequantized(x: Tensor, settings: Any) -> Tensor:
+        outliers = settings if decomposed else NO_OUTLIERS
         x_int8, x_scale, x_offset, x_outlier, _ = quantize_affine_reference(
-            x, threshold, settings.decomposition, per_tensor, zero_point
+            x, outliers.threshold, outliers.decomposition, per_tensor, zero_point
         )
         x_hat = x_int8.double() * x_scale.double().unsqueeze(-1) + x_offset.double().unsqueeze(-1)
-        return x_hat + x_outlier if decomposed and threshold else x_hat
+        return x_hat + x_outlier if outliers.threshold else x_hat
 
     return dequantized
 
@@ -168,23 +171,24 @@ def _dequantized_input(per_tensor: bool, zero_point: bool, decomposed: bool) -> 
 def _scheme(
     name: str,
     formula: str,
-    kept: WeightFormat,
+    weight_format: WeightFormat,
     *,
     per_tensor: bool = False,
     zero_point: bool = False,
     decomposed: bool = False,
 ) -> Scheme:
-    kept = with_sums(kept) if zero_point else kept
+    kept = with_sums(weight_format) if zero_point else weight_format
     return Scheme(
         name,
         formula,
         "Dettmers et al. 2022, arXiv 2208.07339, section 2 and Table 1",
-        frozenset({"threshold", "decomposition"} if decomposed else ()),
         lambda settings: kept,
+        Outliers if decomposed else NoSettings,
         _dequantized_input(per_tensor, zero_point, decomposed),
         _lowering(per_tensor, zero_point, decomposed),
         quantize_affine,
         {quantize_affine: quantize_affine_reference, ops.int8_linear: composed.int8_linear},
+        operator=table.INT8_LINEAR,
     )
 
 

@@ -9,22 +9,41 @@ The sum over x̂ and w_int8 is fp32 before it meets w_scale. Where it is above t
 result is not finite, though the product of float weights may be.
 """
 
-import dataclasses
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from int8fx.kernels import table
 from int8fx.kernels.formats.int8 import PER_CHANNEL, PER_TENSOR
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.expert_linear import expert_linear
+from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS as KINDS
 from int8fx.kernels.ops.quantize_reference import quantize_reference
-from int8fx.kernels.schemes.scheme import Call, Scheme, Settings
+from int8fx.kernels.schemes import settings as allowed
+from int8fx.kernels.schemes.scheme import Call, Scheme
 
 
-def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+@dataclass(frozen=True)
+class Outliers:
+    """Which activations stay in 16-bit, see ``kernels/ops/quantize_reference.py``.
+
+    Attributes:
+        threshold: an activation of at least this size is an outlier; 0: there are none.
+        decomposition: ``"column"`` or ``"token"``.
+    """
+
+    threshold: float = allowed.setting(6.0, allowed.threshold)
+    decomposition: str = allowed.setting("column", allowed.one_of(*KINDS))
+
+
+NO_OUTLIERS = Outliers(threshold=0.0)
+
+
+def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Outliers) -> Any:
     """quantize, then int8_linear; see ``passes/linears/lower.py`` for the graph."""
     quantized = call(ops.quantize, x, settings.threshold, settings.decomposition)
     items = [call(operator.getitem, quantized, index) for index in range(2)]
@@ -36,33 +55,46 @@ def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settin
     return call(ops.int8_linear, *items, *weight, bias)
 
 
-def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Settings) -> Any:
+def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Outliers) -> Any:
     """expert_linear; ``routing`` are its ``experts`` and ``ends``."""
     return call(expert_linear, x, settings.threshold, settings.decomposition, *weight, *routing)
 
 
-def dequantized_input(x: Tensor, settings: Settings) -> Tensor:
+def dequantized_input(x: Tensor, settings: Outliers) -> Tensor:
     x_int8, x_scale, x_outlier, _ = quantize_reference(x, settings.threshold, settings.decomposition)
     x_hat = x_int8.to(torch.float32) * x_scale.unsqueeze(-1)
     return x_hat if settings.threshold == 0 else x_hat + x_outlier
 
 
-def _whole(settings: Settings) -> Settings:
-    return dataclasses.replace(settings, threshold=0.0)
+def at_once(
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, settings: Outliers
+) -> Tensor | None:
+    """By the operator that ``passes/int8/join_linears.py`` puts into graphs, where a device has it."""
+    joined = table.joined(x.device.type)
+    if joined is None:
+        return None
+    target, _ = joined
+    packed, w_scale = weight
+    biases = [] if bias is None else [bias]
+    return target(x, settings.threshold, settings.decomposition, [packed], [w_scale], biases)[0]
 
 
-def lower_whole(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
-    return lower(call, x, weight, bias, _whole(settings))
+def lower_whole(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Any) -> Any:
+    return lower(call, x, weight, bias, NO_OUTLIERS)
 
 
-def dequantized_whole_input(x: Tensor, settings: Settings) -> Tensor:
-    return dequantized_input(x, _whole(settings))
+def dequantized_whole_input(x: Tensor, settings: Any) -> Tensor:
+    return dequantized_input(x, NO_OUTLIERS)
 
 
-def lower_whole_experts(
-    call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Settings
-) -> Any:
-    return lower_experts(call, x, weight, routing, _whole(settings))
+def lower_whole_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Any) -> Any:
+    return lower_experts(call, x, weight, routing, NO_OUTLIERS)
+
+
+def whole_at_once(
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, settings: Any
+) -> Tensor | None:
+    return at_once(x, weight, bias, NO_OUTLIERS)
 
 
 DECOMPOSITIONS = {ops.quantize: quantize_reference}
@@ -71,34 +103,38 @@ LLM_INT8 = Scheme(
     "llm.int8",
     "per-token x, per-channel w, outliers of x in 16-bit",
     "Dettmers et al. 2022, arXiv 2208.07339, section 3.2",
-    frozenset({"threshold", "decomposition"}),
     lambda settings: PER_CHANNEL,
+    Outliers,
     dequantized_input,
     lower,
     ops.quantize,
     DECOMPOSITIONS,
     lower_experts,
+    table.INT8_LINEAR,
+    at_once,
 )
 ABSMAX_VECTOR = Scheme(
     "absmax-vector",
     "per-token x, per-channel w",
     "Dettmers et al. 2022, section 3.1: vector-wise quantisation",
-    frozenset(),
     lambda settings: PER_CHANNEL,
-    dequantized_whole_input,
-    lower_whole,
-    ops.quantize,
-    DECOMPOSITIONS,
-    lower_whole_experts,
+    dequantized_input=dequantized_whole_input,
+    lower=lower_whole,
+    quantizer=ops.quantize,
+    decompositions=DECOMPOSITIONS,
+    experts=lower_whole_experts,
+    operator=table.INT8_LINEAR,
+    at_once=whole_at_once,
 )
 ABSMAX_ROW = Scheme(
     "absmax-row",
     "per-token x, one scale for w",
     "Dettmers et al. 2022, Table 1; Khudia et al. 2021, arXiv 2101.05615 (FBGEMM), row-wise",
-    frozenset(),
     lambda settings: PER_TENSOR,
-    dequantized_whole_input,
-    lower_whole,
-    ops.quantize,
-    DECOMPOSITIONS,
+    dequantized_input=dequantized_whole_input,
+    lower=lower_whole,
+    quantizer=ops.quantize,
+    decompositions=DECOMPOSITIONS,
+    operator=table.INT8_LINEAR,
+    at_once=whole_at_once,
 )

@@ -1,21 +1,24 @@
 """Rotated int8: a block Hadamard rotation inside the quantiser, and fixed columns in 16-bit.
 
-    x̂ = rotate_back(Q(rotate(x without columns))) + x at columns        ŵ the same of w
+    x̂ = rotate⁻¹(Q(rotate(x without columns))) + x at columns        ŵ the same of w
 
 The rotation spreads a large column over its block, so that one scale a token is enough, and a row's
 result depends on that row alone (``kernels/ops/rotated_linear.py``). The columns, which a calibration
 finds (``int8fx.calibrate``), take care of what is large in every token. Without one there are none.
 
-The bound of the output, with r the row's rotated elements, p = ⌊log2(block) / 2⌋ and H orthonormal:
+How far y may be from x wᵀ follows from the scales: with r and v the rotated rows of x and of w,
 
-    |y - x wᵀ| <= x_scale (1/2 + ρ) Σ|w_rotated hat| + w_scale / 2 · Σ|r| + round-off of the sums
-    ρ = log2(block) 2**-24 Σ|x| 2**-p / x_scale, what the butterflies round
+    |y - x wᵀ| <= Σ (x_scale / 2 + ε_x) |v̂| + |r| (w_scale / 2 + ε_w)  +  round-off of the sums
+    ε_x <= log2(block) 2**-24 2**-⌊log2(block) / 2⌋ Σ_block |x|,  what the rotation itself rounds
+
+``int8fx/testing/rotations.py`` computes it, and tests hold every kernel to it.
 
 Sources: QuaRot (arXiv 2404.00456) and ConvRot (arXiv 2512.03673) for the rotation; Dettmers et al. 2022
 for columns in 16-bit.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,26 +27,90 @@ from torch import Tensor
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.rotated import rotated
 from int8fx.kernels.ops import rotated_linear as ops
-from int8fx.kernels.ops.rotation import rotate_back_input
-from int8fx.kernels.schemes.scheme import Call, Scheme, Settings
+from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks, rotate_back_input
+from int8fx.kernels.schemes.scheme import Call, Scheme
+from int8fx.kernels.schemes.settings import NotAllowed, one_of, setting
+
+OPERATOR = "rotated_linear"
+MOST_COLUMNS = 64  # that a linear may keep, and a calibration has
+CALIBRATED_COLUMNS = 8  # that it keeps by default where there is a calibration
 
 
-def weight_format(settings: Settings) -> WeightFormat:
-    return rotated(settings.block, settings.rotation, settings.static_columns)
+def _block(value: Any) -> int:
+    allowed = allowed_blocks(ROTATIONS[0])
+    if isinstance(value, bool) or value not in allowed:
+        raise NotAllowed(", ".join(map(str, allowed)))
+    return value
 
 
-def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+def static_columns(value: Any) -> int | tuple[int, ...]:
+    """Which columns, ascending; or how many of a calibration's.
+
+    Raises:
+        NotAllowed: says what is allowed.
+    """
+    allowed = f"how many of a calibration's columns, 0 to {MOST_COLUMNS}, or their ascending numbers"
+    if isinstance(value, bool) or not isinstance(value, (int, tuple, list)):
+        raise NotAllowed(allowed)
+    if isinstance(value, int):
+        if not 0 <= value <= MOST_COLUMNS:
+            raise NotAllowed(allowed)
+        return value
+    numbers = all(type(column) is int and column >= 0 for column in value)
+    if not numbers or len(value) > MOST_COLUMNS or list(value) != sorted(set(value)):
+        raise NotAllowed(allowed)
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Attributes:
+    block: the largest block of columns that is rotated, see ``kernels/ops/rotation.py``.
+    rotation: a name of ``ROTATIONS`` there.
+    columns: which columns of x stay in 16-bit. As an option also how many of a calibration's.
+    """
+
+    block: int = setting(64, _block)
+    rotation: str = setting("hadamard", one_of(*ROTATIONS))
+    columns: int | tuple[int, ...] = setting((), static_columns)
+
+
+def weight_format(settings: Rotation) -> WeightFormat:
+    """Raises:
+    ValueError: the settings say how many columns, and not which; or a block that the rotation lacks.
+    """
+    if settings.block not in allowed_blocks(settings.rotation):
+        sizes = ", ".join(map(str, allowed_blocks(settings.rotation)))
+        raise ValueError(
+            f"block={settings.block} with rotation={settings.rotation!r}; allowed: {sizes}"
+        )
+    return rotated(settings.block, settings.rotation, which(settings))
+
+
+def which(settings: Any) -> tuple[int, ...]:
+    """The columns' numbers.
+
+    Raises:
+        ValueError: the settings say how many, and not which.
+    """
+    columns = settings.columns
+    if isinstance(columns, int) and columns:
+        raise ValueError(f"columns={columns} needs a calibration that says which; give their numbers")
+    return columns or ()
+
+
+def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Rotation) -> Any:
     """rotated_linear; see ``passes/int8/join_rotated.py`` for several of one x."""
     return call(ops.rotated_linear, x, settings.block, settings.rotation, *weight, bias)
 
 
-def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Settings) -> Any:
+def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Rotation) -> Any:
     return call(ops.rotated_expert_linear, x, settings.block, settings.rotation, *weight, *routing)
 
 
-def dequantized_input(x: Tensor, settings: Settings) -> Tensor:
+def dequantized_input(x: Tensor, settings: Rotation) -> Tensor:
     block, rotation = settings.block, settings.rotation
-    columns = torch.tensor(settings.static_columns, dtype=torch.int32, device=x.device)
+    columns = torch.tensor(which(settings), dtype=torch.int32, device=x.device)
     x_int8, x_scale, x_columns = ops.quantize_rotated_reference(x, columns, block, rotation)
     rows = x_int8.double() * x_scale.double().unsqueeze(-1)
     x_hat = rotate_back_input(rows, x.shape[-1], block, rotation)
@@ -54,11 +121,10 @@ INT8_ROTATED = Scheme(
     "int8-rotated",
     "per-token rotated x, per-channel rotated w, calibrated columns in 16-bit",
     "QuaRot, arXiv 2404.00456; ConvRot, arXiv 2512.03673",
-    frozenset({"block", "rotation", "columns"}),
     weight_format,
+    Rotation,
     dequantized_input,
     lower,
-    None,
-    {},
-    lower_experts,
+    experts=lower_experts,
+    operator=OPERATOR,
 )

@@ -50,3 +50,16 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         for scheme in SCHEMES.values()
         for operator, decomposed in scheme.decompositions.items()
     }
+
+
+def scheme_named(name: str) -> Scheme:
+    """Raises:
+    ValueError: there is none of that name; names those that there are.
+    """
+    if name not in SCHEMES:
+        known = ", ".join(map(repr, SCHEMES))
+        raise ValueError(
+            f"scheme {name!r} is not in int8fx.SCHEMES, which has {known}; a package that adds one is "
+            "imported first"
+        )
+    return SCHEMES[name]

@@ -14,42 +14,46 @@ Subnormal x counts, but for bf16 on AVX512-BF16: its instruction takes subnormal
 in 16-bit may do the same.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from int8fx.kernels import table
 from int8fx.kernels.formats.groups import dequantize_groups, grouped
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.quantize_reference import EVERYTHING
 from int8fx.kernels.schemes import int8
-from int8fx.kernels.schemes.scheme import (
-    Call,
-    Scheme,
-    Settings,
-    unchanged,
-)
+from int8fx.kernels.schemes import settings as allowed
+from int8fx.kernels.schemes.scheme import Call, Scheme
+
+WHOLE = int8.Outliers(EVERYTHING, "all")
 
 
-def lower_per_channel(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
-    whole = dataclasses.replace(settings, threshold=EVERYTHING, decomposition="all")
-    return int8.lower(call, x, weight, bias, whole)
+def lower_per_channel(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Any) -> Any:
+    return int8.lower(call, x, weight, bias, WHOLE)
+
+
+def per_channel_at_once(
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, settings: Any
+) -> Tensor | None:
+    return int8.at_once(x, weight, bias, WHOLE)
 
 
 W8A16 = Scheme(
     "w8a16",
     "x as it is, per-channel w",
     "EETQ (NetEase), optimum-quanto's qint8 weights",
-    frozenset(),
     lambda settings: PER_CHANNEL,
-    unchanged,
-    lower_per_channel,
-    ops.quantize,
-    int8.DECOMPOSITIONS,
+    lower=lower_per_channel,
+    quantizer=ops.quantize,
+    decompositions=int8.DECOMPOSITIONS,
+    operator=table.INT8_LINEAR,
+    at_once=per_channel_at_once,
 )
 
 
@@ -100,7 +104,16 @@ torch.library.register_fake("int8fx::group_linear", _fake, lib=_library)
 torch.library.register_autograd("int8fx::group_linear", _backward, setup_context=_setup, lib=_library)
 
 
-def lower_groups(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Settings) -> Any:
+@dataclass(frozen=True)
+class Groups:
+    """Attributes:
+    group_size: how many weights along K share a scale.
+    """
+
+    group_size: int = allowed.setting(128, allowed.multiple_of(16))
+
+
+def lower_groups(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Groups) -> Any:
     return call(group_linear, x, *weight, bias)
 
 
@@ -108,10 +121,9 @@ W8A16_GROUP = Scheme(
     "w8a16-group",
     "x as it is, w by groups of group_size along K",
     "FastChat's compression.py (there 256 weights a group)",
-    frozenset({"group_size"}),
     lambda settings: grouped(settings.group_size),
-    unchanged,
-    lower_groups,
-    None,
-    {group_linear: group_linear_reference},
+    Groups,
+    lower=lower_groups,
+    decompositions={group_linear: group_linear_reference},
+    operator="group_linear",
 )

@@ -2,8 +2,8 @@
 
 Before::
 
-    y1 = int8fx.rotated_linear(x, 64, "hadamard", w1, w_scale1, columns1, w_columns1, bias1)
-    y2 = int8fx.rotated_linear(x, 64, "hadamard", w2, w_scale2, columns2, w_columns2, bias2)
+    y1 = int8fx.rotated_linear(x, 64, "hadamard", w1, w_scale1, w_columns1, columns1, bias1)
+    y2 = int8fx.rotated_linear(x, 64, "hadamard", w2, w_scale2, w_columns2, columns2, bias2)
 
 After::
 

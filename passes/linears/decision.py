@@ -16,6 +16,7 @@ class Decision:
         accepted: whether it was rewritten.
         reason: why it was not; empty when it was.
         scheme: by which it was rewritten, a name of ``int8fx.SCHEMES``; empty when it was not.
+        note: how its product is computed, where no kernel does; else empty.
         experts: how many matrices the weight holds, of which each row meets one; 0 for a linear.
     """
 
@@ -26,9 +27,11 @@ class Decision:
     reason: str = ""
     scheme: str = ""
     experts: int = 0
+    note: str = ""
 
     def __str__(self) -> str:
-        what = self.scheme if self.accepted else f"left alone: {self.reason}"
+        how = f" ({self.note})" if self.note else ""
+        what = f"{self.scheme}{how}" if self.accepted else f"left alone: {self.reason}"
         experts = f"E={self.experts}, " if self.experts else ""
         size = "" if self.shape is None else f" [{experts}N={self.shape[0]}, K={self.shape[1]}]"
         return f"{self.path}{size} {self.spelling}: {what}"

@@ -29,7 +29,8 @@ class Selection:
         paths: the module path of each weight placeholder.
         skip, only: fnmatch patterns on module paths (of the module, not of its weight).
         skips_by_default: whether a weight that is also an embedding, and what is ranked, stay in float.
-        kernel_reason: why a device cannot be served, or None when it can.
+        kernel_reason: why the device of the weight of a module path cannot be served, or None when it
+            can.
         records_gradients: whether the graph, or a part of it, does.
         memory: where the graph writes to, and what shares memory with what.
         attention: whether products of two activations are rewritten.
@@ -46,7 +47,7 @@ class Selection:
     skip: tuple[str, ...]
     only: tuple[str, ...] | None
     skips_by_default: bool
-    kernel_reason: Callable[[str], str | None]
+    kernel_reason: Callable[[str, Tensor], str | None]
     memory: Memory
     records_gradients: bool
     weight_reason: Callable[[str, Tensor, WeightExpression], str]
@@ -244,7 +245,7 @@ def _device(candidate: Candidate, selection: Selection) -> str:
     input_device = candidate.x.meta["example_value"].device
     if weight.device.type != input_device.type:
         return f"input on {input_device}, weight on {weight.device}"
-    return selection.kernel_reason(weight.device.type) or ""
+    return selection.kernel_reason(module_path(candidate, selection), weight) or ""
 
 
 def _real_weight(candidate: Candidate, selection: Selection) -> str:

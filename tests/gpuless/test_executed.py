@@ -18,7 +18,6 @@ from int8fx.kernels.gpu import experts_gradient, launch
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_weight
-from int8fx.kernels.schemes.scheme import Settings
 from int8fx.testing.gpuless import blocks
 from int8fx.testing.gpuless.int8_launches import LinearCheck, relative_error
 from int8fx.testing.gpuless.layers import (
@@ -322,7 +321,9 @@ def test_every_scheme_is_its_reference_and_compiles(M):
         y = compiled(model, {"rules": rules})(x)
     (wrapper,) = wrappers
     errors = {
-        name: relative_error(y[index], scheme.reference(x, linear.weight, linear.bias, Settings()))
+        name: relative_error(
+            y[index], scheme.reference(x, linear.weight, linear.bias, scheme.settings())
+        )
         for (index, (name, scheme)), linear in zip(
             enumerate(int8fx.SCHEMES.items()), model.linears, strict=True
         )

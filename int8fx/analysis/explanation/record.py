@@ -15,6 +15,7 @@ class Row:
         shape: ``(N, K)`` of the weight, or None.
         accepted, reason: whether it runs in int8, and why not.
         scheme: a name of ``int8fx.SCHEMES``, or empty.
+        note: how its product is computed, where no kernel does; else empty.
         calls, rows: how often it ran, and on how many rows of its input in total.
         outlier_columns, outlier_elements: how many had ``|x| >= threshold`` on these inputs; None
             when the input was not seen, or the scheme knows no outliers.
@@ -35,6 +36,7 @@ class Row:
     accepted: bool
     reason: str
     scheme: str
+    note: str
     calls: int
     rows: int
     outlier_columns: int | None

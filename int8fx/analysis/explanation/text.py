@@ -29,8 +29,8 @@ def _row_table(explanation: Findings) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in explanation.rows:
         name: RenderableType = Text(row.path)
-        if row.reason:
-            name = Group(name, Padding(Text(row.reason, style="dim"), (0, 0, 0, 2)))
+        if below := row.reason or row.note:
+            name = Group(name, Padding(Text(below, style="dim"), (0, 0, 0, 2)))
         table.add_row(name, *_cells(row))
     return table
 
