@@ -1,8 +1,8 @@
 """A calibration: which columns of each linear's input are largest, as a small JSON file.
 
-Columns with ``|x|`` far above the others are the same few for every token. A few tokens show them, and
-schemes with ``columns`` keep them in 16-bit (``kernels/schemes/rotated.py``). ``int8fx.calibrate`` makes
-one, the option ``calibration`` takes it.
+Columns with ``|x|`` far above the others are the same few for every token. A few tokens show them,
+and schemes with ``columns`` keep them in 16-bit (``kernels/schemes/rotated.py``). ``int8fx.calibrate``
+makes one, the option ``calibration`` takes it.
 """
 
 import json

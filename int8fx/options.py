@@ -126,9 +126,11 @@ class Options:
         """
         for settings in (self.settings, *(rule.settings for rule in self.rules)):
             columns = settings.get("columns")
-            if self.calibration is None and isinstance(columns, int) and columns:
+            if self.calibration is None and isinstance(columns, int):
                 asked = f"setting 'columns' of {taker}"
-                raise not_allowed(asked, columns, "0 or column numbers, without the option 'calibration'")
+                raise not_allowed(
+                    asked, columns, "0 or column numbers, without the option 'calibration'"
+                )
 
     @property
     def threshold(self) -> float:
@@ -296,7 +298,9 @@ def _calibration(asked: str, value: Any) -> Calibration:
     if isinstance(value, Calibration):
         return value
     if not isinstance(value, (str, os.PathLike)):
-        raise not_allowed(asked, value, "a Calibration, as int8fx.calibrate makes it, or the file of one")
+        raise not_allowed(
+            asked, value, "a Calibration, as int8fx.calibrate makes it, or the file of one"
+        )
     return Calibration.load(value)
 
 

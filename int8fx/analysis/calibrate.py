@@ -38,8 +38,8 @@ def calibrate(
 
     Args:
         model: a module or a function, compiled or not, with float weights or with int8 ones.
-        batches: an iterable of what the model is called with: each a tensor, a tuple of arguments, or a
-            dict of keyword arguments.
+        batches: an iterable of what the model is called with: each a tensor, a tuple of arguments, or
+            a dict of keyword arguments.
         on_batch: told how many batches are done.
 
     Returns:
@@ -69,8 +69,8 @@ def calibrate(
 def _calls(batches: Any) -> Iterable[tuple[tuple, dict[str, Any]]]:
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
-            f"batches is a {type(batches).__name__}; needed is an iterable of batches, each a tensor, a "
-            "tuple of arguments, or a dict of keyword arguments"
+            f"batches is a {type(batches).__name__}; needed is an iterable of batches, each a tensor, "
+            "a tuple of arguments, or a dict of keyword arguments"
         )
     for batch in batches:
         if isinstance(batch, Mapping):

@@ -20,7 +20,9 @@ def matrix(K: int, block: int, rotation: str) -> Tensor:
 
 @functools.cache
 def _block(size: int, rotation: str) -> Tensor:
-    ones = [[(i & j).bit_count() % 2 == is_negative(j, rotation) for i in range(size)] for j in range(size)]
+    ones = [
+        [(i & j).bit_count() % 2 == is_negative(j, rotation) for i in range(size)] for j in range(size)
+    ]
     return torch.where(torch.tensor(ones), 1.0, -1.0).double() * 2.0 ** -((size.bit_length() - 1) // 2)
 
 

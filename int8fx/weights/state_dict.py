@@ -29,6 +29,7 @@ Shards are written as the ``QuantizedWeight``s that they are (``int8fx/weights/s
 together).
 """
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ from int8fx.errors import CheckpointError
 from int8fx.kernels.formats.format import COLUMNS, ROWS, Part, WeightFormat
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import QMAX
+from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import scheme_named
 from int8fx.weights.tensor import QuantizedWeight
 
@@ -146,12 +148,18 @@ def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, A
     Raises:
         ValueError: names the first weight with others.
     """
+    options = _without_columns(options)
     for name, weight in weights:
-        if isinstance(weight, QuantizedWeight) and weight.options != options:
+        # Columns of a calibration are each weight's own, and with it in the files.
+        if isinstance(weight, QuantizedWeight) and _without_columns(weight.options) != options:
             raise ValueError(
                 f"{name} has {weight.options}, and config.json holds one setting for all "
                 f"weights, {options}; int8fx.save_checkpoint writes the weights alone"
             )
+
+
+def _without_columns(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "columns"}
 
 
 def in_its_shape(w_int8: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -169,6 +177,32 @@ class _Entry:
     key: str
     weight: QuantizedWeight
     state: Mapping[str, Any]
+
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """The weight's, with the columns that the entry has, which a calibration chose.
+
+        Raises:
+            CheckpointError: the entry is of another format.
+        """
+        ours, entry = self.weight.choice, self.state.get(self.key + SCHEME)
+        if entry is None or entry.is_meta:
+            return ours
+        try:
+            said = json.loads(bytes(entry.tolist()))
+            choice = scheme_named(said["scheme"]).choice(**said["settings"])
+            stored, kept = choice.weight_format.files, ours.weight_format.files
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.key}{SCHEME}: {error}") from error
+        if stored == kept:
+            return ours
+        if choice.apart_from_columns == ours.apart_from_columns:
+            return choice
+        raise CheckpointError(f"{self.key}: {stored} in the checkpoint, {kept} in the model")
+
+    @property
+    def kept(self) -> WeightFormat:
+        return self.choice.weight_format
 
     @property
     def value(self) -> Any:
@@ -194,8 +228,7 @@ class _Entry:
         if value is not None and value.is_floating_point():
             self._check_shape(key, value, tuple(weight.shape))
             return
-        self._check_scheme()
-        if is_plain(weight.weight_format):
+        if is_plain(self.kept):
             self._check_plain(value, self.scale)
         else:
             self._check_parts()
@@ -223,23 +256,8 @@ class _Entry:
         if value.amin() < -QMAX:
             raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
 
-    def _check_scheme(self) -> None:
-        """Whether what is stored is of the weight's format."""
-        kept, entry = self.weight.weight_format, self.state.get(self.key + SCHEME)
-        if entry is None or entry.is_meta:
-            return
-        try:
-            said = json.loads(bytes(entry.tolist()))
-            choice = scheme_named(said["scheme"]).choice(**said["settings"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.key}{SCHEME}: {error}") from error
-        if choice.weight_format.files != kept.files:
-            raise CheckpointError(
-                f"{self.key}: {choice.weight_format.files} in the checkpoint, {kept.files} in the model"
-            )
-
     def _check_parts(self) -> None:
-        key, weight, kept = self.key, self.weight, self.weight.weight_format
+        key, weight, kept = self.key, self.weight, self.kept
         names = {key_of(key, part): part for part in kept.parts}
         missing = [name for name in (*names, key + SCHEME) if name not in self.state]
         if len(missing) == len(names) + 1:
@@ -279,14 +297,14 @@ class _Entry:
         self.check()
         if value is not None and value.is_floating_point():
             return weight.quantize_like(value)
-        if is_plain(weight.weight_format):
+        if is_plain(self.kept):
             if value is None:
                 return None
             scale = self.scale
             assert scale is not None
             w_scale = scale.detach().to(torch.float32, copy=True)
             return self._of([in_its_shape(value.detach(), weight), w_scale])
-        names = [key_of(self.key, part) for part in weight.weight_format.parts]
+        names = [key_of(self.key, part) for part in self.kept.parts]
         if names[0] not in self.state:
             return None
         return self._of(
@@ -299,7 +317,7 @@ class _Entry:
         )
 
     def _of(self, stored: list[Tensor]) -> QuantizedWeight:
-        made = self.weight.with_stored(stored, self.weight.N, self.weight.K)
+        made = self.weight.with_stored(stored, self.weight.N, self.weight.K, choice=self.choice)
         # A file that is mapped must not be what a weight consists of.
         return made.clone() if made.packed is stored[0] else made
 
@@ -319,6 +337,8 @@ def _read(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: A
         found = entry.read()
         if found is not None:
             state[entry.key] = found
+            if found.choice != weight.choice and not weight.is_meta:
+                weight.data = found  # copying its values would keep the columns that the weight has
         for key in keys_of(entry.key, weight) - {entry.key}:
             state.pop(key, None)
 

@@ -32,7 +32,7 @@ class RotatedColumns(Axis):
 
 @functools.cache
 def rotated(block: int, rotation: str, columns: tuple[int, ...]) -> WeightFormat:
-    """``int8 [N, rotated_columns(K)]``, ``scale [N]`` fp32, and ``columns [C, N]`` in the weight's dtype.
+    """``int8 [N, rotated_columns(K)]``, ``scale [N]`` fp32, ``columns [C, N]`` in the weight's dtype.
 
     A product also takes ``which [C]`` int32: the columns' numbers, which the scheme's settings have.
 

@@ -202,9 +202,7 @@ def _backward_all(ctx, grads: Sequence[Tensor]) -> tuple:
 
 _library.impl("rotated_linear", _rotated_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("int8fx::rotated_linear", _fake, lib=_library)
-torch.library.register_autograd(
-    "int8fx::rotated_linear", _backward, setup_context=_setup, lib=_library
-)
+torch.library.register_autograd("int8fx::rotated_linear", _backward, setup_context=_setup, lib=_library)
 _library.impl("rotated_linears", _rotated_linears, "CompositeExplicitAutograd")
 torch.library.register_fake("int8fx::rotated_linears", _fakes, lib=_library)
 torch.library.register_autograd(
@@ -273,9 +271,7 @@ def _experts_input_gradient_fake(
     return grad.new_empty((grad.shape[0], K))
 
 
-_library.impl(
-    "rotated_expert_linear_backward", _experts_input_gradient, "CompositeExplicitAutograd"
-)
+_library.impl("rotated_expert_linear_backward", _experts_input_gradient, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "int8fx::rotated_expert_linear_backward", _experts_input_gradient_fake, lib=_library
 )

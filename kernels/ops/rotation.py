@@ -21,7 +21,7 @@ has the same, any product: integers and sums are the same.
 The sum is made by butterflies, of strides 1, 2, 4, ..., block / 2 in this order, in fp32. Every kernel
 adds in this order, so all of them have the same bits. Each of the log2(block) additions rounds once:
 
-    |computed - exact| <= log2(block) · 2**-24 · 2**-⌊log2(block) / 2⌋ · Σ_j |x[..., j]|        (and order 2)
+    |computed - exact| <= log2(block) · 2**-24 · 2**-⌊log2(block) / 2⌋ · Σ_j |x[..., j]|   (first order)
 
 Sources: QuaRot (arXiv 2404.00456); the regular matrix, which has no row of ones to gather a constant
 offset, from ConvRot (arXiv 2512.03673).
@@ -145,10 +145,9 @@ def _butterflies(blocks: Tensor, size: int) -> Tensor:
 
 
 def to_regular(rotated: Tensor, K: int, block: int, rotation: str) -> Tensor:
-    """A weight's rotated columns in the order and with the signs of the regular matrix, and back.
+    """A weight's rotated columns in the order and with the signs of the regular matrix.
 
-    Files hold ``w_int8`` so: ``w Hᵀ`` with H as the table's last column names it. Negating an int8 value
-    is exact, as none is -128.
+    ConvRot's files hold ``w_int8`` so. Negating an int8 value is exact, as none is -128.
     """
     order, signs = _regular(block_of(K, block, rotation), rotation)
     blocks = rotated.unflatten(-1, (-1, len(order)))[..., list(order)]

@@ -55,7 +55,7 @@ def static_columns(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, int):
         if not 0 <= value <= MOST_COLUMNS:
             raise NotAllowed(allowed)
-        return value
+        return value or ()
     numbers = all(type(column) is int and column >= 0 for column in value)
     if not numbers or len(value) > MOST_COLUMNS or list(value) != sorted(set(value)):
         raise NotAllowed(allowed)
@@ -93,10 +93,11 @@ def which(settings: Any) -> tuple[int, ...]:
     Raises:
         ValueError: the settings say how many, and not which.
     """
-    columns = settings.columns
-    if isinstance(columns, int) and columns:
-        raise ValueError(f"columns={columns} needs a calibration that says which; give their numbers")
-    return columns or ()
+    if isinstance(settings.columns, int):
+        raise ValueError(
+            f"columns={settings.columns} needs a calibration that says which; give their numbers"
+        )
+    return settings.columns
 
 
 def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Rotation) -> Any:

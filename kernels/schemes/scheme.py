@@ -145,6 +145,13 @@ class Choice:
         stored = stacked(self.weight_format, weight)
         return packing.pack(self.weight_format, stored, *weight.shape[-2:])
 
+    @property
+    def apart_from_columns(self) -> tuple[str, dict[str, Any]]:
+        """The scheme and its settings but for ``columns``, which a calibration gives to each weight."""
+        settings = asdict(self.settings)
+        settings.pop("columns", None)
+        return self.scheme.name, settings
+
     def refusal(self, device_type: str) -> str | None:
         """Why a device cannot serve it, or None."""
         return table.refusal(device_type, self.weight_format.family, self.scheme.operator)
