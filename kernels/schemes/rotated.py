@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.rotated import rotated
 from int8fx.kernels.ops import rotated_linear as ops
+from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
 from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.scheme import Call, Scheme
 from int8fx.kernels.schemes.settings import NotAllowed, one_of, setting
@@ -116,6 +118,17 @@ def dequantized_input(x: Tensor, settings: Rotation) -> Tensor:
     rows = x_int8.double() * x_scale.double().unsqueeze(-1)
     x_hat = rotate_back_input(rows, x.shape[-1], block, rotation)
     return x_hat.index_copy(-1, columns.long(), x_columns.double())
+
+
+def without_rotation(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Rotation) -> Tensor:
+    """What the scheme would come to without its rotation, in fp32: what the rotation gains is seen so."""
+    columns = torch.tensor(which(settings), dtype=torch.int64, device=x.device)
+    x, weight = x.float(), weight.float()
+    x_int8, x_scale, _, _ = quantize_reference(x.index_fill(-1, columns, 0), 0.0, "token")
+    w_int8, w_scale = quantize_weight(weight.index_fill(1, columns, 0))
+    x_hat = (x_int8 * x_scale.unsqueeze(-1)).index_copy(-1, columns, x.index_select(-1, columns))
+    w_hat = (w_int8 * w_scale.unsqueeze(1)).index_copy(1, columns, weight.index_select(1, columns))
+    return F.linear(x_hat, w_hat, None if bias is None else bias.float())
 
 
 INT8_ROTATED = Scheme(

@@ -109,7 +109,7 @@ def module_path(candidate: Candidate, selection: Selection) -> str:
     """
     if candidate.weight is None:
         return candidate.node.name
-    if _is_embedding(candidate) and (head := _linear_around(candidate.node)):
+    if is_embedding(candidate) and (head := _linear_around(candidate.node)):
         return head
     path = selection.paths.get(candidate.weight.placeholder, candidate.node.name)
     return path.removesuffix(".weight")
@@ -132,7 +132,7 @@ def _module_around(node: fx.Node) -> tuple[str, type[nn.Module] | None]:
     return name, kind if isinstance(kind, type) else None
 
 
-def _is_embedding(candidate: Candidate) -> bool:
+def is_embedding(candidate: Candidate) -> bool:
     """Whether the weight is an embedding's as well."""
     assert candidate.weight is not None
     return any(user.target is F.embedding for user in candidate.weight.placeholder.users)
@@ -167,7 +167,7 @@ def _tied_head(candidate: Candidate, selection: Selection) -> str:
     in_float = selection.skips_by_default and not selection.quantizes_head(
         module_path(candidate, selection)
     )
-    return TIED_HEAD if in_float and _is_embedding(candidate) else ""
+    return TIED_HEAD if in_float and is_embedding(candidate) else ""
 
 
 def _router(candidate: Candidate, selection: Selection) -> str:
