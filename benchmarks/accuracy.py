@@ -39,7 +39,8 @@ SPECS = (
 # What the columns of a calibration are found on: not the text that is judged.
 CALIBRATION_TEXT = """Green plants make sugar from carbon dioxide and water, with the energy of
 sunlight; the oxygen that is left over goes into the air. In 1905 Albert Einstein published four papers,
-one of them on light. For the dough you need 200 g of flour, two eggs and a pinch of salt. Bake it at 180 degrees.
+one of them on light. For the dough you need 200 g of flour, two eggs and a pinch of salt. Bake it at
+180 degrees.
 def total(numbers): return sum(int(n) for n in numbers)  # of what was read"""
 
 # Products of two activations beside the linears.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from int8fx.errors import CalibrationError
-from int8fx.kernels.schemes.rotated import MOST_COLUMNS
+from int8fx.kernels.schemes.static_columns import MOST_COLUMNS
 
 _FORMAT, _VERSION = "int8fx calibration", 1
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from int8fx.calibration import Calibration
-from int8fx.kernels.schemes.rotated import CALIBRATED_COLUMNS
 from int8fx.kernels.schemes.scheme import Choice, Scheme
 from int8fx.kernels.schemes.settings import checked_setting, checks_of, not_allowed
+from int8fx.kernels.schemes.static_columns import CALIBRATED_COLUMNS
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
@@ -169,7 +169,8 @@ class Options:
         Raises:
             CalibrationError: the calibration is of another model.
         """
-        if self.calibration is None or "columns" not in choice.scheme.reads or choice.settings.columns:
+        keeps = getattr(choice.settings, "keeps_columns", False)
+        if self.calibration is None or not keeps or choice.settings.columns:
             return choice
         rule = self.rule(path)
         given = {**self.settings, **({} if rule is None else rule.settings)}
@@ -183,7 +184,8 @@ class Options:
 
     def quantizes_head(self, path: str) -> bool:
         """Whether the default of ``skip`` leaves out the output head: its scheme has columns for it."""
-        return self.calibration is not None and "columns" in self.choice(path).scheme.reads
+        settings = self.choice(path).settings
+        return self.calibration is not None and getattr(settings, "quantizes_head", False)
 
     def rule(self, path: str) -> Rule | None:
         """The rule that decides on a module's scheme."""

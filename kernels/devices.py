@@ -7,7 +7,7 @@ from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.gpu import device as gpu
 from int8fx.kernels.ops import int8_linear as ops
-from int8fx.kernels.schemes import rotated
+from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
 
 
 def _cpu_operator() -> tuple[Any, int]:
@@ -19,7 +19,7 @@ def _cpu_attends(few: bool) -> bool:
 
 
 def _cuda_has_no_rotation() -> str:
-    return "the rotation of 'int8-rotated' is in the CPU's kernels alone"
+    return "rotations and static columns are in the CPU's kernels alone"
 
 
 _CPU = table.Kernel(
@@ -46,8 +46,8 @@ table.KERNELS.update(
             experts=gpu.expert_operator,
             whole_rows=True,
         ),
-        table.key_of("cpu", operator=rotated.OPERATOR): dataclasses.replace(_CPU, joined=None),
-        table.key_of("cuda", operator=rotated.OPERATOR): table.Kernel(
+        table.key_of("cpu", operator=ROTATED): dataclasses.replace(_CPU, joined=None),
+        table.key_of("cuda", operator=ROTATED): table.Kernel(
             "none",
             _cuda_has_no_rotation,
             table.as_it_is,

@@ -1,5 +1,7 @@
 """The rotated int8 linear: every instruction set of this machine against the reference and float64."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from int8fx.kernels.formats.rotated import rotated
 from int8fx.kernels.ops import rotated_linear as ops
 from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks
 from int8fx.kernels.schemes.scheme import Choice
+from int8fx.kernels.schemes.static_columns import operands
 from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.testing.rotations import expected_and_bound
 from int8fx.testing.support import compile_once
@@ -48,12 +51,12 @@ def choice(columns=(), block: int = 64, rotation: str = "hadamard") -> Choice:
 
 def parts_of(weight: Tensor, columns=(), block: int = 64, rotation: str = "hadamard"):
     """What the operators take of a weight."""
-    return choice(columns, block, rotation).quantize(weight)
+    return operands(choice(columns, block, rotation).quantize(weight))
 
 
 def linear(x: Tensor, weight: Tensor, bias=None, columns=(), block=64, rotation="hadamard") -> Tensor:
     parts = parts_of(weight, columns, block, rotation)
-    return ops.rotated_linear(x, block, rotation, *parts, bias)
+    return ops.rotated_linear(x, 0.0, block, rotation, *parts, bias)
 
 
 def check(x, weight, bias=None, columns=(), block=64, rotation="hadamard") -> None:
@@ -123,10 +126,10 @@ def test_the_kernel_quantises_as_the_reference(isa, dtype):
     K = 192
     x = rows(5, K, dtype)
     at = torch.tensor([7, 64], dtype=torch.int32)
-    x_int8, x_scale, _ = ops.quantize_rotated_reference(x, at, 64, "hadamard")
+    x_int8, x_scale, _, _ = ops.quantize_rotated_reference(x, at, 0.0, 64, "hadamard")
     nothing = torch.zeros(2, K, dtype=torch.float32)
     parts = table.pack(torch.eye(K, dtype=torch.int8)), torch.ones(K), nothing, at
-    y = ops.rotated_linear(x.float(), 64, "hadamard", *parts, None)
+    y = ops.rotated_linear(x.float(), 0.0, 64, "hadamard", *parts, None)
     assert torch.equal(y, x_int8.float() * x_scale.unsqueeze(1))
 
 
@@ -179,6 +182,23 @@ def test_zeros_and_the_smallest_and_the_largest(isa):
     assert linear(largest, weight).isfinite().all()
 
 
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_rows_of_the_weight_among_processes_have_the_same_bits(isa, dtype, processes):
+    """Cut before it is quantised, as tensor parallelism does it, and after."""
+    x, weight = rows(9, 320, dtype), weight_of(96, 320, dtype)
+    columns = (1, 106, 200)
+    whole = linear(x, weight, None, columns)
+    parts = [linear(x, part.contiguous(), None, columns) for part in weight.chunk(processes)]
+    assert torch.equal(torch.cat(parts, 1), whole)
+    settings = {"columns": columns, "scheme": "int8-rotated"}
+    quantized = int8fx.Int8Weight.from_float(weight, **settings)
+    cut = [F.linear(x, part) for part in quantized.chunk(processes)]
+    assert all(type(part) is int8fx.Int8Weight for part in quantized.chunk(processes))
+    assert torch.equal(torch.cat(cut, 1), whole)
+
+
 # --- several of one x -----------------------------------------------------------------------------
 
 
@@ -197,10 +217,10 @@ def test_several_linears_are_what_each_is_alone(isa, dtype, with_bias):
     for M in (0, 1, 19):
         x = rows(M, K, dtype)
         given = [list(each) for each in zip(*parts, strict=True)]
-        outputs = ops.rotated_linears(x, 64, "hadamard", *given, biases)
+        outputs = ops.rotated_linears(x, 0.0, 64, "hadamard", *given, biases)
         for index, y in enumerate(outputs):
             bias = biases[index] if with_bias else None
-            assert torch.equal(y, ops.rotated_linear(x, 64, "hadamard", *parts[index], bias))
+            assert torch.equal(y, ops.rotated_linear(x, 0.0, 64, "hadamard", *parts[index], bias))
 
 
 def test_leading_dimensions():
@@ -222,10 +242,12 @@ def test_operators_are_what_torch_asks_of_them(with_bias):
         "test_aot_dispatch_dynamic",
     )
     x.requires_grad_()
-    torch.library.opcheck(ops.rotated_linear, (x, 32, "hadamard", *parts, bias), test_utils=checks)
+    torch.library.opcheck(ops.rotated_linear, (x, 0.0, 32, "hadamard", *parts, bias), test_utils=checks)
     lists = [[part, part] for part in parts]
     biases = [bias, bias] if with_bias else []
-    torch.library.opcheck(ops.rotated_linears, (x, 32, "hadamard", *lists, biases), test_utils=checks)
+    torch.library.opcheck(
+        ops.rotated_linears, (x, 0.0, 32, "hadamard", *lists, biases), test_utils=checks
+    )
 
 
 def test_gradients_are_those_of_the_weight_that_the_parts_stand_for():
@@ -234,14 +256,14 @@ def test_gradients_are_those_of_the_weight_that_the_parts_stand_for():
     parts = parts_of(weight, (1, 33))
     bias = torch.randn(24, requires_grad=True)
     grad = torch.randn(5, 24, generator=generator())
-    ops.rotated_linear(x, 64, "hadamard", *parts, bias).backward(grad)
+    ops.rotated_linear(x, 0.0, 64, "hadamard", *parts, bias).backward(grad)
     w_hat = kept.dequantize(kept.quantize(weight), 24, 100)
     assert torch.equal(w_hat[:, [1, 33]], weight[:, [1, 33]])
     torch.testing.assert_close(x.grad, grad @ w_hat)
     torch.testing.assert_close(bias.grad, grad.sum(0))
     x.grad = None
     lists = [[part, part] for part in parts]
-    sum(ops.rotated_linears(x, 64, "hadamard", *lists, [])).backward(grad)
+    sum(ops.rotated_linears(x, 0.0, 64, "hadamard", *lists, [])).backward(grad)
     torch.testing.assert_close(x.grad, 2 * grad @ w_hat)
 
 
@@ -252,14 +274,14 @@ def test_experts_are_the_linears_of_their_rows(dtype, columns):
     weights = torch.stack([weight_of(N, K, dtype, seed=e) for e in range(E)])
     parts = parts_of(weights, columns)
     x, experts = rows(7, K, dtype), torch.tensor([2, 0, 2, 3, 0, -1, 2])  # 3 is none
-    y = ops.rotated_expert_linear(x, 64, "hadamard", *parts, experts, None)
+    y = ops.rotated_expert_linear(x, 0.0, 64, "hadamard", *parts, experts, None)
     for row, e in enumerate(experts.tolist()):
         expected = torch.zeros(N, dtype=dtype) if e == E else linear(x[row], weights[e], None, columns)
         assert torch.equal(y[row], expected)
-    by_ends = ops.rotated_expert_linear(x, 64, "hadamard", *parts, None, torch.tensor([2, 2, 7]))
+    by_ends = ops.rotated_expert_linear(x, 0.0, 64, "hadamard", *parts, None, torch.tensor([2, 2, 7]))
     assert torch.equal(by_ends[2:], linear(x[2:], weights[2], None, columns))
     x.requires_grad_()
-    ops.rotated_expert_linear(x, 64, "hadamard", *parts, experts, None).sum().backward()
+    ops.rotated_expert_linear(x, 0.0, 64, "hadamard", *parts, experts, None).sum().backward()
     kept = rotated(64, "hadamard", columns)
     w_hat = kept.dequantize(kept.quantize(weights[2]), N, K)
     torch.testing.assert_close(x.grad[0].float(), w_hat.sum(0), rtol=2e-2, atol=2e-2)
@@ -271,6 +293,7 @@ def test_experts_are_the_linears_of_their_rows(dtype, columns):
     [
         ({"block": 48}, "block"),
         ({"rotation": "hadamar"}, "rotation"),
+        ({"threshold": 6.0}, "threshold"),
         ({"columns": torch.tensor([3, 300], dtype=torch.int32)}, "columns"),
         ({"columns": torch.tensor([3], dtype=torch.int32)}, "columns"),
         ({"w_scale": torch.ones(17)}, "w_columns"),
@@ -279,9 +302,74 @@ def test_experts_are_the_linears_of_their_rows(dtype, columns):
 def test_what_does_not_fit_is_named(changed, words):
     parts = parts_of(weight_of(32, 128), (1, 33))
     names = ("weight", "w_scale", "w_columns", "columns")
-    given = {"block": 64, "rotation": "hadamard", **dict(zip(names, parts, strict=True)), **changed}
+    given = {
+        "threshold": 0.0,
+        "block": 64,
+        "rotation": "hadamard",
+        **dict(zip(names, parts, strict=True)),
+        **changed,
+    }
     with pytest.raises((RuntimeError, ValueError), match=words):
         ops.rotated_linear(rows(2, 128), *given.values(), None)
+
+
+# --- LLM.int8() beside static columns --------------------------------------------------------------
+
+
+def static(x: Tensor, weight: Tensor, columns=(), threshold: float = 6.0, bias=None) -> Tensor:
+    choice = SCHEMES["llm.int8"].choice(
+        decomposition="static", columns=tuple(columns), threshold=threshold
+    )
+    return choice.product(x, choice.quantize(weight), bias)
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 6.0, 1e9])
+@pytest.mark.parametrize("count", [0, 1, 8])
+def test_static_columns_and_token_wise_outliers(isa, dtype, threshold, count):
+    weight, bias = weight_of(40, 130, dtype), torch.randn(40, generator=generator()).to(dtype)
+    columns = tuple(sorted(torch.randperm(130, generator=generator())[:count].tolist()))
+    scheme = SCHEMES["llm.int8"]
+    settings = scheme.choice(decomposition="static", columns=columns, threshold=threshold).settings
+    for M in (0, 1, 7, 35):
+        x = rows(M, 130, dtype)
+        y = static(x, weight, columns, threshold, bias)
+        expected = scheme.reference(x, weight, bias, settings)
+        magnitude = x.double().abs() @ weight.double().abs().t() + expected.abs() + 1
+        eps = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
+        assert y.dtype == dtype
+        assert ((y.double() - expected).abs() <= (2.0**-24 * 130 * 4 + eps) * magnitude).all()
+
+
+@each_isa
+def test_with_static_columns_a_row_depends_on_itself_alone(isa):
+    x, weight = rows(41, 320), weight_of(100, 320)
+    whole = static(x, weight, (1, 77))
+    for M in (1, 2, 7, 16, 33):
+        assert torch.equal(static(x[:M], weight, (1, 77)), whole[:M])
+    order = torch.randperm(41, generator=generator())
+    assert torch.equal(static(x[order], weight, (1, 77)), whole[order])
+
+
+def test_without_columns_static_is_token():
+    x, weight = rows(9, 128), weight_of(32, 128)
+    choice = SCHEMES["llm.int8"].choice(decomposition="token")
+    assert torch.equal(static(x, weight), choice.product(x, choice.quantize(weight), None))
+
+
+def test_a_calibration_is_for_static_alone_of_the_decompositions():
+    model = Attention()
+    options = {"calibration": calibration(model, 32, 5), "decomposition": "static"}
+    y, report = compile_once(model, rows(5, 96), backend_options=options)
+    assert report.graph.count("rotated_linears.default(") == 1
+    quantized = int8fx.quantize_(copy.deepcopy(model), **options)
+    assert quantized.q.weight.options["columns"] == (5, 32)
+    assert torch.equal(quantized(rows(5, 96)), y)
+    plain = int8fx.quantize_(model, calibration=options["calibration"])
+    assert plain.q.weight.options["columns"] == ()
+    with pytest.raises(ValueError, match=r"decomposition.*'static'"):
+        SCHEMES["llm.int8-zeropoint"].choice(decomposition="static")
 
 
 # --- in a model -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ NAMES = [*int8fx.SCHEMES, W4A16.name]
 SETTINGS = {
     "llm.int8": {"threshold": 3.0, "decomposition": "token"},
     "llm.int8-zeropoint": {"threshold": 3.0},
+    "int8-rotated": {"block": 32, "columns": (7, 40)},
     "w8a16-group": {"group_size": 32},
     W4A16.name: {"group": 32},
 }

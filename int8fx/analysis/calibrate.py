@@ -17,7 +17,7 @@ from int8fx.calibration import CalibratedLinear, Calibration
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.errors import CalibrationError
-from int8fx.kernels.schemes.rotated import MOST_COLUMNS
+from int8fx.kernels.schemes.static_columns import MOST_COLUMNS
 from int8fx.options import Options
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.linears.canonicalize import Candidate
@@ -43,7 +43,7 @@ def calibrate(
         on_batch: told how many batches are done.
 
     Returns:
-        For the option ``calibration`` of the backend and of ``quantize_``; ``save`` writes it to a file.
+        For the option ``calibration`` of the backend and of ``quantize_``; ``save`` writes a file.
 
     Raises:
         CalibrationError: there is no batch, or the model has no linear.

@@ -59,7 +59,7 @@ def expected_and_bound(
     kept = rotated(block, rotation, columns)
     _, w_scale, w_columns = kept.quantize(weight)
     at = torch.tensor(columns, dtype=torch.int32)
-    x_int8, x_scale, _ = quantize_rotated_reference(x, at, block, rotation)
+    x_int8, x_scale, *_ = quantize_rotated_reference(x, at, 0.0, block, rotation)
     rest = [tensor.double().index_fill(-1, at.long(), 0) for tensor in (x, weight)]
     H = matrix(x.shape[-1], block, rotation)
     other = 2.0 ** -((block_of(x.shape[-1], block, rotation).bit_length() - 1) % 2)  # of the weight
@@ -70,7 +70,7 @@ def expected_and_bound(
     quantizing = off_x @ v_hat.t() + r.abs() @ off_w.t()
 
     expected = x.double() @ weight.double().t()
-    of_columns = x.double()[..., at.long()].abs() @ w_columns.double().abs()
+    of_columns = x.double()[..., at.long()].abs() @ w_columns.double().abs().t()
     magnitude = (x_int8.double().abs() * x_scale.double().unsqueeze(-1)) @ v_hat.t() + of_columns
     if bias is not None:
         expected = expected + bias.double()

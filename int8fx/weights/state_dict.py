@@ -12,7 +12,8 @@ they are: their shapes need not tell a group of 64 from a rotation by 64.
 
 They are plain tensors, for safetensors and for every other tool; loading packs them again. A float
 ``weight`` is quantised on loading; int8 values in the shape of the parameter, which we wrote before,
-are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127 · ``weight_scale``).
+are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127 · ``weight_scale``)
+and, for ``int8-rotated``, ConvRot's (``convrot.py``).
 
 Why the one: nobody may take the integers for the values of a float weight, as torch and transformers
 copy any number into a parameter of its shape, and tell of a scale that nothing reads in a warning at
@@ -45,6 +46,7 @@ from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import QMAX
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import scheme_named
+from int8fx.weights import convrot
 from int8fx.weights.tensor import QuantizedWeight
 
 SCALE = "_scale"
@@ -73,7 +75,7 @@ def names_of(key: str, weight_format: WeightFormat) -> list[str]:
 
 def keys_of(key: str, weight: Any) -> set[str]:
     """Every name under which a ``state_dict`` may hold something of the parameter ``key``."""
-    keys = {key, key + SCHEME, *keys_beside(key)}
+    keys = {key, key + SCHEME, convrot.marker_of(key), *keys_beside(key)}
     return (
         keys.union(names_of(key, weight.weight_format)) if isinstance(weight, QuantizedWeight) else keys
     )
@@ -322,18 +324,22 @@ class _Entry:
         return made.clone() if made.packed is stored[0] else made
 
 
+def _entry(key: str, weight: QuantizedWeight, state: Mapping[str, Any]) -> _Entry:
+    return _Entry(key, weight, convrot.as_ours(key, weight, state))
+
+
 def read(key: str, like: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight | None:
     """The int8 weight that a ``state_dict`` holds under ``key``, with the attributes of ``like``.
 
     Raises:
         CheckpointError: names the tensor, what it is and what it should be.
     """
-    return _Entry(key, like, state).read()
+    return _entry(key, like, state).read()
 
 
 def _read(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
     for name, weight in _quantized_parameters(module):
-        entry = _Entry(prefix + name, weight, state)
+        entry = _entry(prefix + name, weight, state)
         found = entry.read()
         if found is not None:
             state[entry.key] = found
@@ -354,7 +360,7 @@ def check(model: nn.Module, state: Mapping[str, Any], prefix: str = "", *_: Any)
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for name, tensor in tensors:
             if isinstance(tensor, QuantizedWeight):
-                _Entry(base + name, tensor, state).check()
+                _entry(base + name, tensor, state).check()
             else:
                 _check_float(base + name, tensor, state.get(base + name))
 

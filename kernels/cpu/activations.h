@@ -51,7 +51,7 @@ struct Activations {
   const int32_t* columns;      // those that may hold an outlier, ascending
   int64_t column_count;
   const float* x_static;       // [M, static_count]: columns that every row has in float, with weights of
-  int64_t static_count;        // their own (Weight::w_columns); with them there are no outliers
+  int64_t static_count;        // their own (Weight::w_columns)
 };
 
 // How its rows are cut.

@@ -10,23 +10,26 @@
 
 #include "multiply.h"
 #include "operands.h"
+#include "quantize_and_run.h"
 
 namespace int8fx {
 
 constexpr int64_t LEAST_BLOCK = 16, LARGEST_BLOCK = 256;
 
 // A name of kernels/ops/rotation.py.
-enum class RotationKind { HADAMARD, RANDOM_SIGNS, CONVROT };
+enum class RotationKind { HADAMARD, RANDOM_SIGNS, CONVROT, NONE };
 
 inline RotationKind rotation_kind(c10::string_view name) {
   if (name == "hadamard") return RotationKind::HADAMARD;
   if (name == "random-signs") return RotationKind::RANDOM_SIGNS;
-  TORCH_CHECK(name == "convrot", "rotation must be hadamard, random-signs or convrot, and is ", name);
-  return RotationKind::CONVROT;
+  if (name == "convrot") return RotationKind::CONVROT;
+  TORCH_CHECK(name == "none", "rotation must be hadamard, random-signs, convrot or none, and is ", name);
+  return RotationKind::NONE;
 }
 
 // The size of a block of K columns, at most `most`: the largest that divides K, or else `most`.
 inline int64_t block_of(int64_t K, int64_t most, RotationKind kind) {
+  if (kind == RotationKind::NONE) return 1;
   const auto allowed = [kind](int64_t size) {
     const bool power_of_4 = std::countr_zero(static_cast<uint64_t>(size)) % 2 == 0;
     return size >= LEAST_BLOCK && size <= LARGEST_BLOCK && std::has_single_bit(static_cast<uint64_t>(size)) &&
@@ -105,8 +108,28 @@ inline void rotate_and_run(
   multiply_rows(kernel_for(in.M).int8, a, weights, &in);
 }
 
+// Rows that are not rotated: without the columns, and with their outliers taken out one by one.
+inline void quantize_beside_columns(
+    const at::Tensor& x, float threshold, const at::Tensor& columns, c10::ArrayRef<Weight> weights) {
+  const int64_t K = x.size(-1), M = x.numel() / std::max<int64_t>(K, 1), count = columns.numel();
+  if (M == 0) return;
+  const auto* k = columns.const_data_ptr<int32_t>();
+  const at::Tensor rest = count ? x.clone() : x;
+  Scratch scratch(Scratch::bytes_for<float>(M * count));
+  float* const kept = scratch.take<float>(M * count);
+  with_dtype(x.scalar_type(), [&]<class T>(T) {
+    T* row = static_cast<T*>(count ? rest.data_ptr() : nullptr);
+    for (int64_t m = 0; count && m < M; ++m, row += K)
+      for (int64_t i = 0; i < count; ++i) {
+        kept[m * count + i] = row[k[i]];
+        row[k[i]] = T(0.0f);
+      }
+  });
+  quantize_and_run(rest, threshold, false, weights, kept, count);
+}
+
 inline std::vector<at::Tensor> rotated_linears(
-    const at::Tensor& x_any, int64_t most, c10::string_view rotation, at::TensorList packed,
+    const at::Tensor& x_any, double threshold, int64_t most, c10::string_view rotation, at::TensorList packed,
     at::TensorList w_scales, at::TensorList w_columns, at::TensorList columns, at::TensorList biases) {
   const size_t count = packed.size();
   TORCH_CHECK(w_scales.size() == count && columns.size() == count && w_columns.size() == count &&
@@ -115,6 +138,7 @@ inline std::vector<at::Tensor> rotated_linears(
   const auto x = contiguous(x_any);
   check_activation(*x);
   const RotationKind kind = rotation_kind(rotation);
+  TORCH_CHECK(kind == RotationKind::NONE || threshold == 0, "rows that are rotated have no outliers: threshold must be 0, and is ", threshold);
   const int64_t K = x->size(-1), block = block_of(K, most, kind);
   std::vector<at::Tensor> converted, outputs;
   std::vector<Weight> weights;
@@ -139,17 +163,21 @@ inline std::vector<at::Tensor> rotated_linears(
       same.push_back(weights[i]);
       done[i] = true;
     }
-    rotate_and_run(*x, columns[first], block, kind, same);
+    if (kind == RotationKind::NONE) {
+      quantize_beside_columns(*x, static_cast<float>(threshold), columns[first], same);
+    } else {
+      rotate_and_run(*x, columns[first], block, kind, same);
+    }
   }
   return outputs;
 }
 
 inline at::Tensor rotated_linear(
-    const at::Tensor& x, int64_t block, c10::string_view rotation, const at::Tensor& packed,
+    const at::Tensor& x, double threshold, int64_t block, c10::string_view rotation, const at::Tensor& packed,
     const at::Tensor& w_scale, const at::Tensor& w_columns, const at::Tensor& columns,
     const std::optional<at::Tensor>& bias) {
   const at::TensorList biases = bias.has_value() ? at::TensorList(*bias) : at::TensorList();
-  return rotated_linears(x, block, rotation, packed, w_scale, w_columns, columns, biases)[0];
+  return rotated_linears(x, threshold, block, rotation, packed, w_scale, w_columns, columns, biases)[0];
 }
 
 }  // namespace int8fx

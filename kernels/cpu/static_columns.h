@@ -42,27 +42,25 @@ inline void static_rows(
   }
 }
 
-// What the rows of a tile give: an integer product, and that of the static columns, which has weights
-// and so no scale of its own.
-struct StaticRows {
-  static constexpr int INT8_ROWS = 1;
-  const Lhs& a;
-  StaticColumns columns;
+// What the rows of a tile give: what is left of them, and the product of the static columns, which has
+// weights of its own and so no scale.
+struct StaticRows : MixedRows {
+  StaticColumns static_columns;
   alignas(64) float of_columns[Isa::MR_ALONE * Isa::PANELS * NR];
 
-  StaticRows(const Lhs& a, const Weight& weight, int64_t panel, const int8_t*, int64_t)
-      : a(a), columns(a, weight, panel) {}
+  StaticRows(const Lhs& a, const Weight& weight, int64_t panel, const int8_t* w, int64_t w_stride)
+      : MixedRows(a, weight, panel, w, w_stride), static_columns(a, weight, panel) {}
 
   template <int B>
   void begin(int64_t m, int64_t rows) {
+    MixedRows::begin<B>(m, rows);
     int64_t r = 0;
-    static_rows<Isa::OUTLIER_ROWS, B>(columns, m, rows, r, of_columns);
-    static_rows<4, B>(columns, m, rows, r, of_columns);
-    static_rows<1, B>(columns, m, rows, r, of_columns);
+    static_rows<Isa::OUTLIER_ROWS, B>(static_columns, m, rows, r, of_columns);
+    static_rows<4, B>(static_columns, m, rows, r, of_columns);
+    static_rows<1, B>(static_columns, m, rows, r, of_columns);
   }
   Floats value(const int32_t* acc, int64_t m, int64_t r, int b, int p, Floats w_scale) const {
     const int64_t at = (r * Isa::PANELS + b) * NR + p * LANES;
-    const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
-    return product * a.in.x_scale[m + r] * w_scale + load<Floats>(of_columns + at);
+    return MixedRows::value(acc, m, r, b, p, w_scale) + load<Floats>(of_columns + at);
   }
 };

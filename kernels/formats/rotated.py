@@ -11,7 +11,7 @@ from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
 from int8fx.kernels.formats.int8 import FAMILY, SCALE
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.kernels.ops.rotated_linear import dequantize_rotated
-from int8fx.kernels.ops.rotation import rotate_weight, rotated_columns
+from int8fx.kernels.ops.rotation import NONE, rotate_weight, rotated_columns
 
 _ELEMENTS_AT_ONCE = 2**20
 
@@ -32,9 +32,10 @@ class RotatedColumns(Axis):
 
 @functools.cache
 def rotated(block: int, rotation: str, columns: tuple[int, ...]) -> WeightFormat:
-    """``int8 [N, rotated_columns(K)]``, ``scale [N]`` fp32, ``columns [C, N]`` in the weight's dtype.
+    """``int8 [N, rotated_columns(K)]``, ``scale [N]`` fp32, ``columns [N, C]`` in the weight's dtype.
 
-    A product also takes ``which [C]`` int32: the columns' numbers, which the scheme's settings have.
+    A product also takes the columns as rows, ``turned [C, N]``, and ``which [C]`` int32: their numbers,
+    which the scheme's settings have.
 
     Args:
         columns: which stay as they are, ascending; they count as 0 in what is rotated.
@@ -43,31 +44,36 @@ def rotated(block: int, rotation: str, columns: tuple[int, ...]) -> WeightFormat
     def quantize(weight: Tensor) -> tuple[Tensor, ...]:
         weight = weight.detach()
         w_int8, w_scale = quantize_rotated(weight, _which(weight), block, rotation)
-        return w_int8, w_scale, weight.index_select(1, _which(weight).long()).t().contiguous()
+        return w_int8, w_scale, weight.index_select(1, _which(weight).long())
 
     def dequantize(stored: Sequence[Tensor], N: int, K: int) -> Tensor:
         w_int8, w_scale, w_columns = stored
-        return dequantize_rotated(w_int8, w_scale, w_columns, _which(w_int8), K, block, rotation)
+        at = _which(w_int8)
+        return dequantize_rotated(w_int8, w_scale, w_columns.t(), at, K, block, rotation)
 
-    def derive(stored: Sequence[Tensor], N: int, K: int) -> tuple[Tensor]:
-        return (_which(stored[0]),)
+    def derive(stored: Sequence[Tensor], N: int, K: int) -> tuple[Tensor, Tensor]:
+        return stored[2].transpose(-1, -2).contiguous(), _which(stored[0])
 
     def _which(like: Tensor) -> Tensor:
         return torch.tensor(columns, dtype=torch.int32, device=like.device)
 
     numbers = ", ".join(map(str, columns))
     kept = f", columns {numbers} as they are" if columns else ""
+    turned = "" if rotation == NONE else f", rotated ({rotation}, blocks of {block})"
     return WeightFormat(
-        f"int8 per channel, rotated ({rotation}, blocks of {block}){kept}",
+        f"int8 per channel{turned or ' without columns'}{kept}",
         (
             Part("int8", torch.int8, (ROWS, RotatedColumns("K", block=block, rotation=rotation)), True),
             SCALE,
-            Part("columns", None, (len(columns), ROWS)),
+            Part("columns", None, (ROWS, len(columns))),
         ),
         quantize,
         dequantize,
         family=FAMILY,
-        derived=(Part("which", torch.int32, (len(columns),)),),
+        derived=(
+            Part("turned", None, (len(columns), ROWS)),
+            Part("which", torch.int32, (len(columns),)),
+        ),
         derive=derive,
     )
 
@@ -81,7 +87,9 @@ def quantize_rotated(
     w_scale = weight.new_empty(N, dtype=torch.float32)
     for part in _parts(weight):
         rest = weight[part].to(torch.float32).index_fill(1, columns.long(), 0)
-        w_int8[part], w_scale[part] = quantize_weight(rotate_weight(rest, block, rotation))
+        if rotation != NONE:
+            rest = rotate_weight(rest, block, rotation)
+        w_int8[part], w_scale[part] = quantize_weight(rest)
     return w_int8, w_scale
 
 

@@ -3,9 +3,9 @@
     rotate(x)[..., i] = 2**-⌊log2(block) / 2⌋ · Σ_j (-1)^popcount(i & j) · sign[j] · x[..., j]
 
 for ``i`` and ``j`` in one block of columns. With S the Sylvester matrix of a block of n columns and D
-the diagonal of signs, ``(x D S)(w D S)ᵀ = n · x wᵀ``. So the product of a rotated x and a rotated weight
-is that of the two before, once the weight has the other part of 1 / n (``rotate_weight``). Both factors
-are powers of two, and cost no rounding.
+the diagonal of signs, ``(x D S)(w D S)ᵀ = n · x wᵀ``. So the product of a rotated x and a rotated
+weight is that of the two before, once the weight has the other part of 1 / n (``rotate_weight``). Both
+factors are powers of two, and cost no rounding.
 
 | rotation | sign[j] | so the matrix is, up to order and sign of its rows |
 |---|---|---|
@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROTATIONS = ("hadamard", "random-signs", "convrot")
+NONE = "none"  # of operators whose rows are not rotated
 LEAST_BLOCK, LARGEST_BLOCK = 16, 256
 # Bit j % 64 of word j // 64: whether sign[j] is -1. Four words of random.Random(0).getrandbits(64).
 RANDOM_BITS = (
@@ -61,6 +62,8 @@ def block_of(K: int, block: int, rotation: str) -> int:
 
 def rotated_columns(K: int, block: int, rotation: str) -> int:
     """How many columns K become: more where no block divides it."""
+    if rotation == NONE:
+        return K
     size = block_of(K, block, rotation)
     return -(-K // size) * size
 
@@ -168,8 +171,8 @@ def from_regular(regular: Tensor, K: int, block: int, rotation: str) -> Tensor:
 def _regular(size: int, rotation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Row i of the regular matrix is ``signs[i]`` times row ``order[i]`` of S D.
 
-    In the factor of 4, row 1 of one is row 2 of the other, and row 3 is negated. So in base 4 the digits
-    1 and 2 change places, and each 3 negates.
+    In the factor of 4, row 1 of one is row 2 of the other, and row 3 is negated. So in base 4 the
+    digits 1 and 2 change places, and each 3 negates.
     """
     if rotation == "random-signs":
         return tuple(range(size)), (1,) * size

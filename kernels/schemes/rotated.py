@@ -32,10 +32,7 @@ from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_w
 from int8fx.kernels.ops.rotation import ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.scheme import Call, Scheme
 from int8fx.kernels.schemes.settings import NotAllowed, one_of, setting
-
-OPERATOR = "rotated_linear"
-MOST_COLUMNS = 64  # that a linear may keep, and a calibration has
-CALIBRATED_COLUMNS = 8  # that it keeps by default where there is a calibration
+from int8fx.kernels.schemes.static_columns import OPERATOR, operands, static_columns, which
 
 
 def _block(value: Any) -> int:
@@ -43,25 +40,6 @@ def _block(value: Any) -> int:
     if isinstance(value, bool) or value not in allowed:
         raise NotAllowed(", ".join(map(str, allowed)))
     return value
-
-
-def static_columns(value: Any) -> int | tuple[int, ...]:
-    """Which columns, ascending; or how many of a calibration's.
-
-    Raises:
-        NotAllowed: says what is allowed.
-    """
-    allowed = f"how many of a calibration's columns, 0 to {MOST_COLUMNS}, or their ascending numbers"
-    if isinstance(value, bool) or not isinstance(value, (int, tuple, list)):
-        raise NotAllowed(allowed)
-    if isinstance(value, int):
-        if not 0 <= value <= MOST_COLUMNS:
-            raise NotAllowed(allowed)
-        return value or ()
-    numbers = all(type(column) is int and column >= 0 for column in value)
-    if not numbers or len(value) > MOST_COLUMNS or list(value) != sorted(set(value)):
-        raise NotAllowed(allowed)
-    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -76,6 +54,16 @@ class Rotation:
     rotation: str = setting("hadamard", one_of(*ROTATIONS))
     columns: int | tuple[int, ...] = setting((), static_columns)
 
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether a calibration gives it columns."""
+        return True
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether with a calibration an output head is in int8, too."""
+        return True
+
 
 def weight_format(settings: Rotation) -> WeightFormat:
     """Raises:
@@ -89,39 +77,28 @@ def weight_format(settings: Rotation) -> WeightFormat:
     return rotated(settings.block, settings.rotation, which(settings))
 
 
-def which(settings: Any) -> tuple[int, ...]:
-    """The columns' numbers.
-
-    Raises:
-        ValueError: the settings say how many, and not which.
-    """
-    if isinstance(settings.columns, int):
-        raise ValueError(
-            f"columns={settings.columns} needs a calibration that says which; give their numbers"
-        )
-    return settings.columns
-
-
 def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Rotation) -> Any:
     """rotated_linear; see ``passes/int8/join_rotated.py`` for several of one x."""
-    return call(ops.rotated_linear, x, settings.block, settings.rotation, *weight, bias)
+    how = 0.0, settings.block, settings.rotation
+    return call(ops.rotated_linear, x, *how, *operands(weight), bias)
 
 
 def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Rotation) -> Any:
-    return call(ops.rotated_expert_linear, x, settings.block, settings.rotation, *weight, *routing)
+    how = 0.0, settings.block, settings.rotation
+    return call(ops.rotated_expert_linear, x, *how, *operands(weight), *routing)
 
 
 def dequantized_input(x: Tensor, settings: Rotation) -> Tensor:
     block, rotation = settings.block, settings.rotation
     columns = torch.tensor(which(settings), dtype=torch.int32, device=x.device)
-    x_int8, x_scale, x_columns = ops.quantize_rotated_reference(x, columns, block, rotation)
+    x_int8, x_scale, _, x_columns = ops.quantize_rotated_reference(x, columns, 0.0, block, rotation)
     rows = x_int8.double() * x_scale.double().unsqueeze(-1)
     x_hat = rotate_back_input(rows, x.shape[-1], block, rotation)
     return x_hat.index_copy(-1, columns.long(), x_columns.double())
 
 
 def without_rotation(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Rotation) -> Tensor:
-    """What the scheme would come to without its rotation, in fp32: what the rotation gains is seen so."""
+    """What the scheme would come to without its rotation, in fp32."""
     columns = torch.tensor(which(settings), dtype=torch.int64, device=x.device)
     x, weight = x.float(), weight.float()
     x_int8, x_scale, _, _ = quantize_reference(x.index_fill(-1, columns, 0), 0.0, "token")

@@ -25,7 +25,7 @@ from int8fx.passes.graph.mutation import Memory
 
 _ADDITIONS = frozenset({operator.add, torch.add, "add", "__add__", torch.ops.aten.add.Tensor})
 # The linears of ours, and which of their arguments is the bias.
-_BIAS = {ops.int8_linear: 6, rotated_linear: 7}
+_BIAS = {ops.int8_linear: 6, rotated_linear: 8}
 
 
 def fuse_epilogue(graph: fx.Graph, memory: Memory) -> int:

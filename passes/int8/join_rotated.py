@@ -2,12 +2,12 @@
 
 Before::
 
-    y1 = int8fx.rotated_linear(x, 64, "hadamard", w1, w_scale1, w_columns1, columns1, bias1)
-    y2 = int8fx.rotated_linear(x, 64, "hadamard", w2, w_scale2, w_columns2, columns2, bias2)
+    y1 = int8fx.rotated_linear(x, 0.0, 64, "hadamard", w1, w_scale1, w_columns1, columns1, bias1)
+    y2 = int8fx.rotated_linear(x, 0.0, 64, "hadamard", w2, w_scale2, w_columns2, columns2, bias2)
 
 After::
 
-    y = int8fx.rotated_linears(x, 64, "hadamard", [w1, w2], [w_scale1, w_scale2], ..., [bias1, bias2])
+    y = int8fx.rotated_linears(x, 0.0, 64, "hadamard", [w1, w2], ..., [bias1, bias2])
     y1, y2 = y[0], y[1]
 
 Whether two linears keep the same columns is known when they run, as weights are inputs of the graph:
@@ -25,7 +25,7 @@ from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.mutation import Memory
 
 MOST = 64  # linears of one call
-_SHARED, _BIAS = 3, 7  # rotated_linear's arguments: what a group has in common, and the last
+_SHARED, _BIAS = 4, 8  # rotated_linear's arguments: what a group has in common, and the last
 
 
 def join_rotated(graph: fx.Graph, fake_mode: Any, memory: Memory) -> int:
