@@ -117,6 +117,8 @@ def check(
     overflows = (before_scale >= largest * 0.999) | (magnitude + bound >= info.max * 0.999)
     if "zeropoint" in name:  # it meets the sum of a channel's weights
         overflows |= w_hat.abs().sum(1) >= largest * 0.999
+    if "rotated" in name:  # elements of a block are summed up before they are quantised
+        overflows |= x.double().abs().sum(1, keepdim=True) >= largest * 0.999
     error = (y.double() - expected).abs()
     wrong = ~(error <= bound) & ~(overflows & ~y.isfinite())
     assert not wrong.any(), (

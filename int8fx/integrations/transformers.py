@@ -152,6 +152,10 @@ class Int8FxQuantizer(HfQuantizer):
                 name for name in _linear_weights(found) if name + state_dict.SCHEME in self.in_files
             }
         self.names = frozenset(names - tied)
+        for decision in found:
+            # A calibration of another model is an error before anything is read.
+            if f"{decision.path}.weight" in self.names and decision.shape is not None:
+                self.quantization_config.choice_of(decision.path, decision.shape)
         if not self.names:
             reasons = "".join(f"\n  {decision}" for decision in found)
             raise ValueError(f"no weight of {type(model).__name__} can be quantised{reasons}")

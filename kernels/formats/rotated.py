@@ -87,9 +87,14 @@ def quantize_rotated(
     w_scale = weight.new_empty(N, dtype=torch.float32)
     for part in _parts(weight):
         rest = weight[part].to(torch.float32).index_fill(1, columns.long(), 0)
-        if rotation != NONE:
-            rest = rotate_weight(rest, block, rotation)
-        w_int8[part], w_scale[part] = quantize_weight(rest)
+        if rotation == NONE:
+            w_int8[part], w_scale[part] = quantize_weight(rest)
+            continue
+        # Sums of the largest floats would be infinite: such rows are made smaller by a power of 2.
+        exponent = rest.abs().amax(1).frexp().exponent.clamp_min(0)
+        rest = rotate_weight(rest.ldexp(-exponent.unsqueeze(1)), block, rotation)
+        w_int8[part], scale = quantize_weight(rest)
+        w_scale[part] = scale.ldexp(exponent)
     return w_int8, w_scale
 
 

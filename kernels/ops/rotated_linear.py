@@ -142,9 +142,12 @@ def dequantize_rotated(
     rotation: str,
 ) -> Tensor:
     """ŵ ``[N, K]`` of w_scale's dtype: rotated back, and ``w_columns`` in their places."""
-    w_hat = w_int8.to(w_scale.dtype) * w_scale.unsqueeze(1)
+    steps = w_int8.to(w_scale.dtype)
     if rotation != NONE:
-        w_hat = rotate_back(w_hat, K, block, rotation)
+        steps = rotate_back(steps, K, block, rotation)
+    # The largest float's rounding may be above it.
+    largest = torch.finfo(w_scale.dtype).max
+    w_hat = (steps * w_scale.unsqueeze(1)).clamp(-largest, largest)
     return w_hat.index_copy(1, columns.long(), w_columns.t().to(w_scale.dtype))
 
 
@@ -195,7 +198,8 @@ def _fakes(
     return [_output(x, w_scale) for w_scale in w_scales]
 
 
-def _input_gradient(grad, weight, w_scale, w_columns, columns, K, block, rotation) -> Tensor:
+def _input_gradient(grad: Tensor, parts: Sequence[Tensor], K: int, block: int, rotation: str) -> Tensor:
+    weight, w_scale, w_columns, columns = parts
     rotated = rotated_columns(K, block, rotation)
     w_int8 = torch.ops.int8fx.unpack_weight(weight, w_scale.shape[0], rotated)
     w_hat = dequantize_rotated(w_int8, w_scale, w_columns, columns, K, block, rotation)
@@ -213,7 +217,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    grad_x = _input_gradient(grad, *ctx.saved_tensors, ctx.K, ctx.block, ctx.rotation)
+    grad_x = _input_gradient(grad, ctx.saved_tensors, ctx.K, ctx.block, ctx.rotation)
     grad_bias = None if ctx.bias_dtype is None else _bias_gradient(grad, ctx.bias_dtype)
     return grad_x, *[None] * 7, grad_bias
 
@@ -228,8 +232,8 @@ def _backward_all(ctx, grads: Sequence[Tensor]) -> tuple:
     saved, count = ctx.saved_tensors, len(grads)
     parts = [saved[start : start + count] for start in range(0, len(saved), count)]
     grad_x = sum(
-        _input_gradient(grad, *each, ctx.K, ctx.block, ctx.rotation)
-        for grad, *each in zip(grads, *parts, strict=True)
+        _input_gradient(grad, each, ctx.K, ctx.block, ctx.rotation)
+        for grad, each in zip(grads, zip(*parts, strict=True), strict=True)
     )
     pairs = zip(grads, ctx.bias_dtypes, strict=False)
     grad_biases = [_bias_gradient(grad, dtype) for grad, dtype in pairs]
@@ -300,7 +304,7 @@ def _experts_input_gradient(
     grad_x = grad.new_zeros((grad.shape[0], K))
     for e, rows in routed_rows(experts, ends, weight.shape[0]):
         parts = weight[e], w_scale[e], w_columns[e], columns
-        grad_x[rows] = _input_gradient(grad[rows], *parts, K, block, rotation)
+        grad_x[rows] = _input_gradient(grad[rows], parts, K, block, rotation)
     return grad_x
 
 

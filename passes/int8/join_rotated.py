@@ -57,8 +57,8 @@ def _fits(linear: fx.Node, group: list[fx.Node], order: dict[fx.Node, int], memo
 
 
 def _join(graph: fx.Graph, fake_mode: Any, linears: list[fx.Node]) -> None:
-    *parts, biases = zip(*(linear.args[_SHARED:] for linear in linears), strict=True)
-    biases = [] if biases[0] is None else list(biases)
+    *parts, last = zip(*(linear.args[_SHARED:] for linear in linears), strict=True)
+    biases = [] if last[0] is None else list(last)
     with graph.inserting_before(linears[0]):
         emit = Emitter(graph, fake_mode, linears[0])
         call = emit.call(rotated_linears, *linears[0].args[:_SHARED], *map(list, parts), biases)
