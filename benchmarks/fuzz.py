@@ -1,19 +1,17 @@
 """Random graphs against float64, many of them: ``python benchmarks/fuzz.py --graphs 2000``.
 
-What is drawn and what is checked is in ``tests/random_graphs.py`` and ``tests/test_fuzz.py``. A graph
-that fails is shrunk by hypothesis and printed; it becomes an entry of ``COUNTEREXAMPLES`` there.
+What is drawn is in ``int8fx/testing/random_graphs.py``, what is checked in ``fuzz.py`` there. A graph
+that fails is shrunk by hypothesis and printed; it becomes an entry of ``COUNTEREXAMPLES`` in
+``tests/test_fuzz.py``.
 """
 
 import argparse
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
-from test_fuzz import check  # noqa: E402
-
-from int8fx.testing.random_graphs import programs  # noqa: E402
+from int8fx.testing.fuzz import check
+from int8fx.testing.random_graphs import programs
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ from int8fx import Int8Weight
 from int8fx.errors import CalibrationError, CheckpointError
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.testing.bounds import expected_and_bound
+from int8fx.testing.four_bits import W4A16
 from int8fx.testing.support import Mlp
+from int8fx.weights import sharding
 
 K, N, RANKS = 64, 96, 2
 
@@ -387,6 +389,55 @@ def check(model):
     assert ((y - expected).abs() <= bound).all()
 
 
+def every_scheme():
+    """Of the table, and of another package."""
+    int8fx.SCHEMES[W4A16.name] = W4A16
+    try:
+        yield from ({"scheme": name} for name in int8fx.SCHEMES)
+    finally:
+        del int8fx.SCHEMES[W4A16.name]
+
+
+def tensor_parallel_in_every_scheme(rank, mesh):
+    """Each process quantises its rows or columns; a checkpoint of the shards comes back bit for bit."""
+    for options in every_scheme():
+        model = int8fx.quantize_(parallelize_module(built(), mesh, PLAN), **options)
+        up, down = locals_of(model)
+        rows = built().up.weight.chunk(RANKS)[rank]
+        columns = built().down.weight.chunk(RANKS, 1)[rank].contiguous()
+        assert torch.equal(up, Int8Weight.from_float(rows, **options))
+        assert torch.equal(down, Int8Weight.from_float(columns, **options))
+        exact = built()(batch())
+        assert (model(batch()) - exact).norm() < 0.15 * exact.norm()
+        whole = sharding.whole(model.up.weight)
+        assert torch.equal(whole.dequantize(), model.up.weight.full_tensor())
+        with shared_directory() as path:
+            read = int8fx.quantize_(parallelize_module(built(5), mesh, PLAN), **options)
+            checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=path)
+            state = {"model": get_model_state_dict(read)}
+            checkpoint.load(state, checkpoint_id=path)
+            set_model_state_dict(read, state["model"])
+            assert all(map(torch.equal, locals_of(read), locals_of(model)))
+            assert torch.equal(read(batch()), model(batch()))
+
+
+def fsdp2_in_every_scheme(rank, mesh):
+    """Weights are cut into equal rows as they are, and gathered bit for bit."""
+    for options in every_scheme():
+        alone, model = (int8fx.quantize_(built(), **options) for _ in range(2))
+        for module in (model.up, model.down, model):
+            fully_shard(module, mesh=mesh)
+        assert [type(part) for part in locals_of(model)] == [Int8Weight, Int8Weight]
+        for _ in range(2):
+            assert torch.equal(model(batch()), alone(batch()))
+        uneven = fully_shard(int8fx.quantize_(built(rows=N + 1), **options), mesh=mesh)
+        if not {"w8a16-group", W4A16.name} & set(options.values()):
+            uneven(batch())
+            continue
+        with pytest.raises(RuntimeError, match="into 2 parts along dimension 0: allowed are equal"):
+            uneven(batch())
+
+
 CASES = [
     tensor_parallel,
     rotated_rows,
@@ -404,6 +455,8 @@ CASES = [
     checkpoints_of_shards,
     checkpoints_of_other_shards,
     whole_checkpoints_into_shards,
+    tensor_parallel_in_every_scheme,
+    fsdp2_in_every_scheme,
 ]
 
 

@@ -1,4 +1,4 @@
-"""Every Python block of the README and the guide runs, page by page, on a toy in the model's place.
+"""Every Python block of the READMEs and the guide runs, page by page, on a toy in the model's place.
 
 A page is one program. Where a page does not load the model, what it prints is compared with the block
 that follows.
@@ -18,7 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 tokenizers = pytest.importorskip("tokenizers")
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("passes", "kernels", "tests")
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / name / "README.md" for name in FOLDERS if (ROOT / name / "README.md").exists()),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -48,7 +53,7 @@ def toy(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs(page, toy, tmp_path):
     blocks = BLOCK.findall(page.read_text())
     code = "\n".join(text for kind, text in blocks if kind == "python")

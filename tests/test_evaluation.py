@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from test_explain import tiny
 from torch import nn
 
 from int8fx.analysis.evaluate import (
@@ -21,6 +20,7 @@ from int8fx.analysis.evaluate import (
 from int8fx.analysis.metrics import compare, windows
 from int8fx.analysis.outlier_injection import inject, inject_and_check
 from int8fx.errors import UserError
+from int8fx.testing.toy_llama import tiny
 from int8fx.weights.store import WeightStore
 
 QUIET = Console(file=io.StringIO())

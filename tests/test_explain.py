@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import int8fx
 from int8fx.analysis.explanation.plots import distinct_inputs, draw, pooled
 from int8fx.analysis.observe import THRESHOLDS
 from int8fx.errors import UserError
-from int8fx.kernels.cpu.int8_linear import K_MULTIPLE, NR
+from int8fx.testing.hand_counts import assert_counted_by_hand
+from int8fx.testing.toy_llama import llama, tiny
 from int8fx.weights.store import STORE
 
 K, N, M = 16, 24, 5
@@ -32,82 +32,6 @@ def model():
 @pytest.fixture
 def x():
     return torch.randn(M, K, generator=torch.Generator().manual_seed(1))
-
-
-def llama(layers: int, **config) -> LlamaForCausalLM:
-    """A random Llama; by default with the shapes of SmolLM2-135M's linears."""
-    shapes = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 128,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 64,
-    }
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **shapes | config)).eval()
-
-
-def tiny(layers: int = 2, **config) -> LlamaForCausalLM:
-    shapes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return llama(layers, **shapes | config)
-
-
-def packed_bytes(n: int, k: int) -> int:
-    """Of the layout of the CPU's C++ operator, see kernels/cpu/int8_linear.py, and of the scales."""
-    if int8fx.kernels.table.kernel_for("cpu").name != "C++":
-        return n * (k + 4)
-    blocks = math.ceil(n / NR)
-    return blocks * (math.ceil(k / K_MULTIPLE) * K_MULTIPLE * NR + 4 * NR) + 4 * n
-
-
-# Of one layer of SmolLM2-135M, [N, K].
-SHAPES = {
-    "self_attn.q_proj": (576, 576),
-    "self_attn.k_proj": (192, 576),
-    "self_attn.v_proj": (192, 576),
-    "self_attn.o_proj": (576, 576),
-    "mlp.gate_proj": (1536, 576),
-    "mlp.up_proj": (1536, 576),
-    "mlp.down_proj": (576, 1536),
-}
-
-
-def assert_counted_by_hand(shown: int8fx.Explanation, tokens: int, vocabulary: int) -> None:
-    """Of SmolLM2's 30 layers and its head: names, shapes, bytes and FLOPs."""
-    layers = 30
-    expected = {
-        f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in SHAPES.items()
-    }
-    assert len(expected) == 210
-    quantised = {row.path: row.shape for row in shown.rows if row.accepted}
-    assert quantised == expected
-    (head,) = [row for row in shown.rows if not row.accepted]
-    assert (head.path, head.shape) == ("lm_head", (vocabulary, 576))
-    assert head.reason == "skip: matches 'lm_head'"
-
-    totals = shown.totals
-    multiplied = layers * sum(n * k for n, k in SHAPES.values())
-    # Two products of [tokens, 64] and [64, tokens] in each of nine heads; no causal mask is counted.
-    attention = layers * 2 * 2 * 9 * tokens * tokens * 64
-    assert (totals.candidates, totals.accepted) == (211, 210)
-    assert totals.float_bytes == 4 * multiplied
-    assert totals.kept_bytes == layers * sum(packed_bytes(n, k) for n, k in SHAPES.values())
-    assert totals.left_bytes == 4 * vocabulary * 576
-    assert totals.flops == 2 * tokens * (multiplied + vocabulary * 576) + attention
-    assert totals.accepted_share == pytest.approx(2 * tokens * multiplied / totals.flops)
-    assert sum(row.share for row in shown.rows) == pytest.approx(1 - attention / totals.flops)
-    lines = str(shown).splitlines()
-    assert max(map(len, lines)) <= 80
-    listed = [line.split()[:2] for line in lines]
-    for path, (n, k) in {**expected, "lm_head": (vocabulary, 576)}.items():
-        assert listed.count([path, f"{n}x{k}"]) == 1
 
 
 def test_smollm2s_210_linears_and_its_head_by_hand_count():

@@ -4,33 +4,16 @@ import warnings
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import pipeline
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import int8fx
 from int8fx.testing.checked import checking
+from int8fx.testing.toy_llama import of_one_layer, words
 
 LINEARS = 7  # of the one layer; the head stays in float
 PROMPT = torch.arange(1, 9).unsqueeze(0)
 NEW = 5
-
-
-def llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
@@ -54,16 +37,6 @@ def tokenizer():
     return words()
 
 
-def words():
-    """A tokenizer of 64 words, w0 to w63, with a chat's template."""
-    vocabulary = {f"w{index}": index for index in range(64)}
-    split = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    split.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=split, unk_token="w0", eos_token="w63")
-    made.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
-    return made
-
-
 def generate(model, **options):
     return model.generate(PROMPT, max_new_tokens=NEW, do_sample=False, **options)
 
@@ -80,7 +53,7 @@ IN_PLACE = {
 @pytest.mark.parametrize("beams", [1, 2], ids=["greedy", "beams"])
 @pytest.mark.parametrize("compile_", IN_PLACE.values(), ids=IN_PLACE)
 def test_generate(eager_calls, compile_, beams, cache):
-    model = llama()
+    model = of_one_layer()
     compile_(model)
     with checking() as seen, int8fx.collect_reports() as reports, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -93,7 +66,7 @@ def test_generate(eager_calls, compile_, beams, cache):
 
 
 def test_assisted_generation(eager_calls):
-    model, assistant = llama(), llama(seed=1)
+    model, assistant = of_one_layer(), of_one_layer(seed=1)
     model.compile(backend="llmint8")
     assistant.compile(backend="llmint8")
     with checking() as seen:
@@ -105,7 +78,7 @@ def test_assisted_generation(eager_calls):
 
 
 def test_a_pipeline_and_a_chat(eager_calls, tokenizer):
-    model = llama()
+    model = of_one_layer()
     model.compile(backend="llmint8")
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     chat = [{"role": "user", "content": "w5 w6 w7"}]
@@ -125,7 +98,7 @@ def test_a_pipeline_and_a_chat(eager_calls, tokenizer):
 
 
 def test_generate_through_the_wrapper_says_that_it_runs_uncompiled(eager_calls):
-    model = llama()
+    model = of_one_layer()
     wrapper = torch.compile(model, backend="llmint8")
     message = r"generate of LlamaForCausalLM runs uncompiled.*\n?.*model.compile\(backend=\"llmint8\"\)"
     with pytest.warns(UserWarning, match=message), int8fx.collect_reports() as reports:
@@ -139,7 +112,7 @@ def test_generate_through_the_wrapper_says_that_it_runs_uncompiled(eager_calls):
 
 def test_a_wrapper_as_the_assistant_says_so_as_well():
     torch._dynamo.reset()
-    model, assistant = llama(), torch.compile(llama(seed=1), backend="llmint8")
+    model, assistant = of_one_layer(), torch.compile(of_one_layer(seed=1), backend="llmint8")
     with pytest.warns(UserWarning, match="generate of LlamaForCausalLM runs uncompiled"):
         generate(model, assistant_model=assistant)
 
@@ -147,8 +120,8 @@ def test_a_wrapper_as_the_assistant_says_so_as_well():
 @pytest.mark.parametrize("backend", ["eager", int8fx.llmint8], ids=["another", "a function"])
 def test_whose_wrapper_it_is(backend):
     torch._dynamo.reset()
-    other = torch.compile(llama(seed=1), backend="llmint8")
-    wrapper = torch.compile(llama(), backend=backend)
+    other = torch.compile(of_one_layer(seed=1), backend="llmint8")
+    wrapper = torch.compile(of_one_layer(), backend=backend)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         generate(wrapper)
@@ -160,8 +133,8 @@ def test_whose_wrapper_it_is(backend):
 
 def test_a_float_model_beside_a_compiled_one_generates_in_silence():
     torch._dynamo.reset()
-    compiled = llama()
+    compiled = of_one_layer()
     compiled.compile(backend="llmint8")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        generate(llama())
+        generate(of_one_layer())

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from test_generation import llama, words
 from transformers import LlamaForCausalLM
 
 import int8fx
 from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.testing.installed import install, run
+from int8fx.testing.toy_llama import of_one_layer, words
 
 TOKENS = torch.arange(8).unsqueeze(0)
 
@@ -56,7 +56,7 @@ def environment(tmp_path_factory):
 def saved(tmp_path_factory):
     """A folder of int8 files, ``int8``, and the model of which they are."""
     folder = tmp_path_factory.mktemp("saved")
-    llama().bfloat16().save_pretrained(folder / "float")
+    of_one_layer().bfloat16().save_pretrained(folder / "float")
     model = LlamaForCausalLM.from_pretrained(folder / "float", quantization_config=Int8FxConfig())
     model.save_pretrained(folder / "int8")
     return folder, model.eval()

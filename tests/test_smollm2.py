@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from test_explain import assert_counted_by_hand
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import int8fx
@@ -23,6 +22,7 @@ from int8fx.analysis.evaluate import (
 from int8fx.analysis.metrics import sample_text
 from int8fx.bench import smollm2
 from int8fx.integrations.transformers import Int8FxConfig
+from int8fx.testing.hand_counts import assert_counted_by_hand
 
 PATH = smollm2.cache_directory() / smollm2.CONVERTED
 pytestmark = pytest.mark.skipif(not PATH.is_dir(), reason="int8fx demo has not fetched it here")

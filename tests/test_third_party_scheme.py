@@ -16,6 +16,7 @@ from torch import nn
 import int8fx
 from int8fx import Int8Weight
 from int8fx.errors import CheckpointError, ReleasedWeightError
+from int8fx.kernels import table
 from int8fx.testing.four_bits import W4A16
 from int8fx.testing.support import Mlp, compile_once
 
@@ -36,6 +37,8 @@ each_scheme = pytest.mark.parametrize("name", NAMES)
 def another_package(monkeypatch):
     """What importing it would do."""
     monkeypatch.setitem(int8fx.SCHEMES, W4A16.name, W4A16)
+    yield
+    table.kernel_for.cache_clear()
 
 
 def model_of(seed=0, width=K):
@@ -297,6 +300,37 @@ class Tiny(nn.Module):
         return SimpleNamespace(logits=self.head(self.body(self.embedding(input_ids))))
 
 
+# --- a kernel that lays it out ---------------------------------------------------------------------
+
+
+def test_what_is_stored_does_not_depend_on_a_kernels_layout(monkeypatch, tmp_path):
+    """A layout of the same shape and another order: nothing but the kernel's row knows it."""
+    plain = quantized(W4A16.name)
+    family = plain.up.weight.weight_format.family
+    row = table.Kernel(
+        "rows upside down",
+        load=lambda: None,
+        pack=lambda codes: torch.cat([codes.flip(0), codes[:1]]),
+        packed_shape=lambda rows, columns: (rows + 1, columns),
+        unpack=lambda packed, rows, columns: packed[:rows].flip(0),
+    )
+    monkeypatch.setitem(table.KERNELS, table.key_of("cpu", family, W4A16.operator), row)
+    table.kernel_for.cache_clear()
+    model = quantized(W4A16.name)
+    assert model.up.weight.packed.shape == (N + 1, K // 2)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert torch.equal(pickle.loads(pickle.dumps(plain)).up.weight, model.up.weight)
+    assert torch.equal(model.up.weight[:32].dequantize(), plain.up.weight[:32].dequantize())
+    assert torch.equal(model(batch()), plain(batch()))
+    y, report = compile_once(model, batch())
+    assert [decision.note for decision in report.decisions] == ["", ""]
+    torch.testing.assert_close(y, plain(batch()))
+    torch._dynamo.reset()
+    exported = torch.compile(model, backend="aot_eager", fullgraph=True)(batch())
+    assert torch.equal(exported, plain(batch()))
+
+
 # --- what does not fit ---------------------------------------------------------------------------
 
 
@@ -379,8 +413,41 @@ def test_settings_that_a_scheme_does_not_have_are_named_with_what_it_has(options
         assert [word for word in words if word not in str(raised.value)] == []
 
 
-def test_a_weight_whose_package_is_not_imported_says_so(monkeypatch):
+def test_a_weight_whose_package_is_not_imported_says_so(monkeypatch, tmp_path):
     pickled = pickle.dumps(quantized(W4A16.name).up.weight)
+    int8fx.save_checkpoint(quantized(W4A16.name), tmp_path)
     monkeypatch.delitem(int8fx.SCHEMES, W4A16.name)
     with pytest.raises(ValueError, match=r"scheme 'w4a16' is not in int8fx.SCHEMES"):
         pickle.loads(pickled)
+    with pytest.raises(
+        CheckpointError, match=r"up.weight_scheme: scheme 'w4a16' is not in int8fx.SCHEM"
+    ):
+        int8fx.load_checkpoint(quantized("llm.int8"), tmp_path)
+
+
+def test_models_of_other_settings_are_compiled_apart():
+    """The same functions, in graphs that differ by what is bound to them alone."""
+    model, x = model_of().up, batch()
+    for group in (16, 64, 16):
+        y, _ = compile_once(model, x, backend_options={"scheme": W4A16.name, "group": group})
+        settings = W4A16.choice(group=group).settings
+        expected = W4A16.reference(x, model.weight, model.bias, settings)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@each_scheme
+def test_conv1d_of_hugging_face_keeps_its_shape(name, tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, x = nn.Sequential(Conv1D(N, K)).requires_grad_(False), batch()
+    y, _ = compile_once(copy.deepcopy(conv), x, backend_options=options_of(name))
+    other = copy.deepcopy(conv)
+    nn.init.zeros_(other[0].weight)
+    for each in (conv, other):
+        int8fx.quantize_(each, **options_of(name))
+    assert conv[0].weight.shape == (K, N) and conv[0].weight.transposed
+    torch.testing.assert_close(conv(x), y)
+    int8fx.save_checkpoint(conv, tmp_path)
+    assert torch.equal(int8fx.load_checkpoint(other, tmp_path)(x), conv(x))
+    assert torch.equal(conv[0].weight[:, :48].dequantize(), conv[0].weight.dequantize()[:, :48])

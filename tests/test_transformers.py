@@ -26,6 +26,7 @@ from int8fx.errors import CalibrationError, CheckpointError
 from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.testing.four_bits import W4A16
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -481,3 +482,27 @@ def test_a_state_dict_of_mapped_tensors_keeps_what_its_owner_wrote(tmp_path):
     assert all(torch.equal(mapped[name], tensor) for name, tensor in edited.items())
     up = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(model.get_parameter(up).w_int8, quantize_weight(edited[up])[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "llm.int8-zeropoint", "threshold": 3.0},
+        {"scheme": "w8a16-group", "group_size": 32},
+        {"scheme": W4A16.name, "group": 32},
+    ],
+    ids=lambda options: options["scheme"],
+)
+def test_files_of_another_scheme(floats, tmp_path, monkeypatch, options):
+    monkeypatch.setitem(int8fx.SCHEMES, W4A16.name, W4A16)
+    model = load(floats[0], quantization_config=Int8FxConfig(**options))
+    quantized = int8fx.quantize_(load(floats[0]), **options)
+    tokens = torch.arange(8).unsqueeze(0)
+    for number, each in enumerate((model, quantized)):
+        path = tmp_path / str(number)
+        each.save_pretrained(path, max_shard_size="30KB")
+        again = load(path)
+        weight = again.get_parameter(UP)
+        assert weight.options == {**int8fx.SCHEMES[options["scheme"]].choice().options, **options}
+        assert torch.equal(weight, model.get_parameter(UP))
+        assert torch.equal(again(tokens).logits, model(tokens).logits)

@@ -160,7 +160,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     def _is_half(self, name: str, tensor: Tensor) -> bool:
         if name in self.parameters:
-            return tensor.dtype == torch.int8
+            return not tensor.is_floating_point()
         return self._weight_of(name) in self.parameters
 
     def _form(self, owner: nn.Module) -> dict[str, Any]:

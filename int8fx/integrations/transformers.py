@@ -103,7 +103,7 @@ class Int8FxQuantizer(HfQuantizer):
         self.in_files = {}
 
     @property
-    def serialized_names(self) -> dict[str, list[str]]:
+    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
         kept = self.quantization_config.choice.weight_format
         return {"weight": state_dict.names_of("weight", kept)}
 

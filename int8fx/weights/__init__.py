@@ -1,1 +1,1 @@
-"""The life of a weight: packed once, kept as an ``Int8Weight``, saved, loaded, cut into shards."""
+"""The life of a weight: packed once, kept as a ``QuantizedWeight``, saved, loaded, cut into shards."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from int8fx.errors import CheckpointError
 from int8fx.torch_private import persistent_tensors
-from int8fx.weights.state_dict import check, checks_on_load, keys_of
+from int8fx.weights.state_dict import check, check_schemes, checks_on_load, is_in, keys_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -64,6 +64,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     tensors: dict[str, Tensor] = {}
     for file in _files(Path(path)):
         tensors.update(_read(file))
+    check_schemes(persistent_tensors(model), tensors)
     tied = _check_names(model, tensors)
     if not checks_on_load(model):  # it was never quantised
         check(model, tensors)
@@ -158,8 +159,7 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]
         CheckpointError: names what is missing or unexpected.
     """
     expected = dict(persistent_tensors(model))
-    held = {name: keys_of(name, tensor) for name, tensor in expected.items()}
-    known = set().union(*held.values())
+    known = {key for name, tensor in expected.items() for key in keys_of(name, tensor)}
     unexpected = sorted(tensors.keys() - known)
     if unexpected:
         raise CheckpointError(f"{unexpected[0]}: in the checkpoint, and not in the model")
@@ -168,7 +168,7 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]
         by_tensor[id(tensor)].append(name)
     tied: dict[str, str] = {}
     for names in by_tensor.values():
-        present = [name for name in names if not held[name].isdisjoint(tensors)]
+        present = [name for name in names if is_in(tensors, name, expected[name])]
         if not present:
             raise CheckpointError(f"{names[0]}: in the model, and missing in the checkpoint")
         tied |= {name: present[0] for name in names if name is not present[0]}

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from int8fx.kernels.formats.int8 import PER_CHANNEL
+
 SCALE_BYTES = torch.float32.itemsize
-# The parts of what may be cut anywhere, and into any number of pieces.
-INT8_WITH_SCALES = ["int8", "scale"]
+# The parts of what may be cut along either axis, into pieces of any length.
+CUT_ANYWHERE = PER_CHANNEL.parts
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Cut:
     @classmethod
     def of(cls, part: Any, ranks: int, size: Sequence[int]) -> "Cut":
         dimension = 0 if part.shape[1] == size[1] else 1
-        with_scales = [each.name for each in part.weight_format.parts] == INT8_WITH_SCALES
-        return cls(tuple(size), dimension, ranks, part.transposed, not with_scales)
+        anywhere = part.weight_format.parts == CUT_ANYWHERE
+        return cls(tuple(size), dimension, ranks, part.transposed, not anywhere)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -97,7 +99,8 @@ def _rows_of_each_part(part: Any, cut: Cut) -> tuple[Tensor, ...]:
     if not (cut.rows and cut.scales_apart and all(each.dim_of("N") == 0 for each in kept.parts)):
         raise RuntimeError(
             f"FSDP2 cannot cut a weight of shape {list(cut.size)}, {kept.name}, into {cut.ranks} parts "
-            f"along dimension {cut.dimension}: allowed are equal numbers of rows; leave it in float (skip)"
+            f"along dimension {cut.dimension}: allowed are equal numbers of rows; leave it in float "
+            "(skip)"
         )
     return tuple(tensor.contiguous() for tensor in part.stored())
 

@@ -147,7 +147,9 @@ def _copy(func: Any, args: tuple, kwargs: dict) -> Any:
             f"{target.described} cannot take the values of a tensor of shape {list(source.shape)}"
         )
     if isinstance(source, QuantizedWeight) and source.transposed is not target.transposed:
-        raise RuntimeError("an int8 weight cannot take the values of a transposed one: scales differ")
+        raise RuntimeError(
+            f"{target.weight_format.a_weight} cannot take the values of a transposed one: scales differ"
+        )
     source = _in_format_of(target, source)
     if source.device.type != target.device.type:
         source = source.to(target.device)

@@ -32,7 +32,7 @@ together).
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +41,8 @@ from torch import Tensor, nn
 
 from int8fx import torch_private
 from int8fx.errors import CheckpointError
-from int8fx.kernels.formats.format import COLUMNS, ROWS, Part, WeightFormat
+from int8fx.kernels import packing
+from int8fx.kernels.formats.format import COLUMNS, ROWS, WeightFormat
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import QMAX
 from int8fx.kernels.schemes.scheme import Choice
@@ -51,15 +52,18 @@ from int8fx.weights.tensor import QuantizedWeight
 
 SCALE = "_scale"
 SCHEME = "_scheme"
+INTEGERS = (torch.int8, torch.uint8)
 # bitsandbytes keeps its scales beside the weight, under a name of its own.
 BITSANDBYTES_SCALE = "SCB"
 BITSANDBYTES_FORMAT = "weight_format"
 
 
-def key_of(key: str, part: Part) -> str:
-    """Under which name an entry holds a part of the weight ``key``: integers in the weight's own shape
-    have its own name."""
-    return key if part.dims == (ROWS, COLUMNS) else f"{key}_{part.name}"
+def part_names(key: str, weight_format: WeightFormat) -> list[str]:
+    """Under which names a ``state_dict`` holds the parts of the weight ``key``: integers in its shape
+    have its own."""
+    first, *others = weight_format.parts
+    is_own = first.dims == (ROWS, COLUMNS) and first.dtype in INTEGERS
+    return [key if is_own else f"{key}_{first.name}", *(f"{key}_{part.name}" for part in others)]
 
 
 def is_plain(weight_format: WeightFormat) -> bool:
@@ -69,16 +73,23 @@ def is_plain(weight_format: WeightFormat) -> bool:
 
 def names_of(key: str, weight_format: WeightFormat) -> list[str]:
     """The names of the entries that ``entries`` makes."""
-    names = [key_of(key, part) for part in weight_format.parts]
+    names = part_names(key, weight_format)
     return names if is_plain(weight_format) else [*names, key + SCHEME]
 
 
 def keys_of(key: str, weight: Any) -> set[str]:
     """Every name under which a ``state_dict`` may hold something of the parameter ``key``."""
     keys = {key, key + SCHEME, convrot.marker_of(key), *keys_beside(key)}
-    return (
-        keys.union(names_of(key, weight.weight_format)) if isinstance(weight, QuantizedWeight) else keys
-    )
+    if isinstance(weight, QuantizedWeight):
+        keys.update(names_of(key, weight.weight_format))
+    return keys
+
+
+def is_in(state: Mapping[str, Any], key: str, weight: Any) -> bool:
+    """Whether a ``state_dict`` holds the values of the parameter ``key``, in float or in integers."""
+    if not isinstance(weight, QuantizedWeight):
+        return key in state
+    return key in state or part_names(key, weight.weight_format)[0] in state
 
 
 def keys_beside(key: str) -> tuple[str, str, str]:
@@ -118,15 +129,16 @@ def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, meta
         weight = state.get(prefix + name)
         if isinstance(weight, QuantizedWeight):
             weight.check_readable(prefix + name)
-            del state[prefix + name]
-            state.update(entries(prefix + name, weight))
+            found = entries(prefix + name, weight)
+            state.update(found)
+            if prefix + name not in found:
+                del state[prefix + name]
 
 
 def entries(key: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """What a ``state_dict`` holds of a weight."""
     kept, found = weight.weight_format, {}
-    for part, tensor in zip(kept.parts, weight.stored(), strict=True):
-        name = key_of(key, part)
+    for name, tensor in zip(part_names(key, kept), weight.stored(), strict=True):
         # A copy, as the integers are: writers drop one of two names with the same memory.
         found[name] = (
             in_its_shape(tensor, weight).unsqueeze(0)
@@ -150,18 +162,20 @@ def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, A
     Raises:
         ValueError: names the first weight with others.
     """
-    options = _without_columns(options)
     for name, weight in weights:
         # Columns of a calibration are each weight's own, and with it in the files.
-        if isinstance(weight, QuantizedWeight) and _without_columns(weight.options) != options:
+        kept = weight.options if isinstance(weight, QuantizedWeight) else options
+        if _without(kept, {"columns"}) != _without(options, {"columns"}):
+            alike = {"columns", *({"scheme"} if kept["scheme"] == options["scheme"] else ())}
+            ours, theirs = _without(kept, alike), _without(options, alike)
             raise ValueError(
-                f"{name} has {weight.options}, and config.json holds one setting for all "
-                f"weights, {options}; int8fx.save_checkpoint writes the weights alone"
+                f"{name} has {ours}, and config.json holds one setting for all "
+                f"weights, {theirs}; int8fx.save_checkpoint writes the weights alone"
             )
 
 
-def _without_columns(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "columns"}
+def _without(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def in_its_shape(w_int8: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -204,6 +218,7 @@ class _Entry:
 
     @property
     def kept(self) -> WeightFormat:
+        """The format of what is stored."""
         return self.choice.weight_format
 
     @property
@@ -260,7 +275,7 @@ class _Entry:
 
     def _check_parts(self) -> None:
         key, weight, kept = self.key, self.weight, self.kept
-        names = {key_of(key, part): part for part in kept.parts}
+        names = dict(zip(part_names(key, kept), kept.parts, strict=True))
         missing = [name for name in (*names, key + SCHEME) if name not in self.state]
         if len(missing) == len(names) + 1:
             return
@@ -304,28 +319,37 @@ class _Entry:
                 return None
             scale = self.scale
             assert scale is not None
-            w_scale = scale.detach().to(torch.float32, copy=True)
-            return self._of([in_its_shape(value.detach(), weight), w_scale])
-        names = [key_of(self.key, part) for part in self.kept.parts]
+            return self._of([in_its_shape(value, weight), scale.to(torch.float32)])
+        names = part_names(self.key, self.kept)
         if names[0] not in self.state:
             return None
-        return self._of(
-            [
-                in_its_shape(value.detach(), weight)  # type: ignore[union-attr]
-                if name == self.key
-                else self.state[name].detach().clone()
-                for name in names
-            ]
-        )
+        own = {self.key: in_its_shape(value, weight)} if names[0] == self.key else {}
+        return self._of([own.get(name, self.state[name]) for name in names])
 
     def _of(self, stored: list[Tensor]) -> QuantizedWeight:
-        made = self.weight.with_stored(stored, self.weight.N, self.weight.K, choice=self.choice)
-        # A file that is mapped must not be what a weight consists of.
-        return made.clone() if made.packed is stored[0] else made
+        stored = [part.detach() for part in stored]
+        weight = self.weight
+        packed = packing.pack(self.kept, stored, weight.N, weight.K)
+        # A file that is mapped, or somebody else's tensor, must not be what a weight consists of.
+        return weight.with_packed(
+            [tensor.clone() if any(tensor is part for part in stored) else tensor for tensor in packed],
+            choice=self.choice,
+        )
 
 
 def _entry(key: str, weight: QuantizedWeight, state: Mapping[str, Any]) -> _Entry:
     return _Entry(key, weight, convrot.as_ours(key, weight, state))
+
+
+def check_schemes(weights: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Whether the weights that a ``state_dict`` holds are of the formats that they have in the model.
+
+    Raises:
+        CheckpointError: names the first that is not, and both formats.
+    """
+    for key, weight in weights:
+        if isinstance(weight, QuantizedWeight):
+            _ = _entry(key, weight, state).choice
 
 
 def read(key: str, like: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight | None:

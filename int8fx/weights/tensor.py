@@ -58,6 +58,8 @@ class QuantizedWeight(ComputedValues):
 
     Attributes:
         choice: the scheme that it was quantised by, with the settings of its products.
+        tensors: what the kernel of its device takes; every call of a compiled graph reads them. Each is
+            an attribute by its part's name as well, for ``__tensor_flatten__``.
         N, K: rows and columns of the matrix.
         transposed: whether the tensor stands for the matrix's transpose (Hugging Face's ``Conv1D``).
         part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
@@ -67,6 +69,7 @@ class QuantizedWeight(ComputedValues):
     """
 
     choice: Choice
+    tensors: tuple[Tensor, ...]
     N: int
     K: int
     transposed: bool
@@ -88,7 +91,7 @@ class QuantizedWeight(ComputedValues):
         """Of packed tensors; or a parameter of another quantised weight, as ``nn.Parameter`` makes it:
         ``type(parameter)(tensor, requires_grad=False)`` is what accelerate puts in its place.
         """
-        return cls._of_packed(tensors, **form) if "choice" in form else _parameter(*tensors, **form)
+        return cls._of_packed(tensors, **form) if "choice" in form else _parameter(tensors[0], **form)
 
     @classmethod
     def _of_packed(
@@ -110,9 +113,9 @@ class QuantizedWeight(ComputedValues):
         return self
 
     def _hold(self, packed: Sequence[Tensor]) -> None:
-        for name, tensor in zip(self._part_names, packed, strict=True):
-            # A weight may be made, or moved, where only inference is meant, and used in training then.
-            setattr(self, name, out_of_inference_mode(tensor))
+        # A weight may be made, or moved, where only inference is meant, and used in training then.
+        self.tensors = tuple(map(out_of_inference_mode, packed))
+        self.__dict__.update(zip(self._part_names, self.tensors, strict=True))
 
     @classmethod
     def from_float(
@@ -152,11 +155,6 @@ class QuantizedWeight(ComputedValues):
     def _part_names(self) -> list[str]:
         return [_PART + name for name in self.weight_format.packed_names]
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What the kernel of its device takes: a compiled graph's inputs."""
-        return tuple(getattr(self, name) for name in self._part_names)
-
     def stored(self) -> list[Tensor]:
         """The parts of its format, which depend on no kernel; the integers are a copy."""
         codes, *others = packing.unpack(self.weight_format, self.tensors, self.N, self.K)
@@ -187,6 +185,11 @@ class QuantizedWeight(ComputedValues):
     def options(self) -> dict[str, Any]:
         """What ``quantize_`` takes for such a weight."""
         return self.choice.options
+
+    @property
+    def activation_options(self) -> dict[str, Any]:
+        """The same without the scheme."""
+        return asdict(self.choice.settings)
 
     @property
     def threshold(self) -> float:
@@ -298,8 +301,9 @@ class QuantizedWeight(ComputedValues):
         return f"{name}({form}{options})"
 
     def __getattr__(self, name: str) -> Any:
-        """A part, of a weight from a file of ``torch.save``'s old format (``_rebuild_stored``)."""
-        if not name.startswith(_PART) or "unpacked" not in self.__dict__:
+        """Packed parts, of a weight from a file of the old ``torch.save`` (``_rebuild_stored``)."""
+        is_part = name == "tensors" or name.startswith(_PART)
+        if not is_part or "unpacked" not in self.__dict__:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
         self._hold(packing.pack(self.weight_format, self.__dict__.pop("unpacked"), self.N, self.K))
         return getattr(self, name)
@@ -403,7 +407,7 @@ class QuantizedWeight(ComputedValues):
         return plain | {"scheme": scheme, "settings": settings}
 
     def _own_names(self) -> set[str]:
-        return {"unpacked", *self._part_names, *self._attributes()}
+        return {"unpacked", "tensors", *self._part_names, *self._attributes()}
 
     def _extras(self) -> dict[str, Any]:
         """What else was set on the tensor: ``_is_param``, and whatever frameworks left."""
@@ -455,7 +459,7 @@ def _rebuild_stored(stored: Sequence[Tensor], attributes: dict, extras: dict) ->
     kept = form["choice"].weight_format
     empty = kept.zeros(form["N"], form["K"], form["dtype"], stored[0].device)
     weight = _rebuild_packed((*empty, *kept.derive(empty, form["N"], form["K"])), attributes, extras)
-    for name in weight._part_names:
+    for name in ("tensors", *weight._part_names):
         delattr(weight, name)
     weight.unpacked = stored
     return weight

@@ -10,6 +10,7 @@ Each dimension of a part follows an axis of the weight, or has a size of its own
 piece of each part belongs to some rows and columns of the weight: for slices, shards, and checks.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,11 +104,12 @@ class WeightFormat:
             name are the same.
         parts: what is stored, the integers first.
         quantize: ``weight [N, K]`` of any floating dtype to the parts.
-        dequantize: ``(parts, N, K)`` to ŵ ``[N, K]`` fp32.
+        dequantize: ``(parts, N, K)`` to ŵ ``[N, K]`` fp32, a new tensor; in fp64 of scales in fp64.
         bits: of an integer.
         granularity: what shares a scale: ``"tensor"``, ``"channel"``, or a number of weights along K.
-        zero_point: whether 0 is stored as an integer of its own.
-        codebook: the values that integers stand for, where they are no multiples of the scale.
+        zero_point: whether a part of that name says which integer stands for 0.
+        codebook: the ``2**bits`` values that integers stand for, where these are no multiples of the
+            scale.
         family: what the kernel table knows the layout of the parts by, whatever their numbers mean.
         stored_as: the name of the format whose files this one reads and writes; by default its own.
         derived: parts that a product needs, and that nothing stores.
@@ -128,12 +130,20 @@ class WeightFormat:
     derive: Callable[[Sequence[Tensor], int, int], tuple[Tensor, ...]] = nothing
 
     def __post_init__(self) -> None:
-        names = [part.name for part in (*self.parts, *self.derived)]
+        stored = [part.name for part in self.parts]
+        if self.zero_point and "zero_point" not in stored:
+            raise ValueError(f"weight format {self.name!r} has zero points, and no part 'zero_point'")
+        if self.codebook is not None and len(self.codebook) != 2**self.bits:
+            raise ValueError(
+                f"weight format {self.name!r} has a codebook of {len(self.codebook)} values, for "
+                f"integers of {self.bits} bits; allowed: {2**self.bits}"
+            )
+        names = list(self.packed_names)
         follow = [part for part in self.parts if part.dims[:1] == (ROWS,)]
         if len(set(names)) != len(names) or not self.parts or not follow:
             raise ValueError(
-                f"weight format {self.name!r} has the parts {names}: it needs names that differ, and one "
-                "of the stored ones has to have the rows of the weight"
+                f"weight format {self.name!r} has the parts {names}: their names have to differ, and "
+                "one of those that are stored has to have the rows of the weight"
             )
 
     @property
@@ -151,7 +161,7 @@ class WeightFormat:
         """The same with its article."""
         return f"{'an' if self.bits == 8 else 'a'} {self.kind} weight"
 
-    @property
+    @functools.cached_property
     def packed_names(self) -> tuple[str, ...]:
         """Of the tensors that a product takes."""
         return tuple(part.name for part in (*self.parts, *self.derived))

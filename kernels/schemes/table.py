@@ -1,13 +1,10 @@
 """All schemes, by name.
 
-A new one is a file beside this one, and a row here. The file defines a ``Scheme``
-(``kernels/schemes/scheme.py``): how it keeps weights, as any number of tensors of any shape and dtype
-(packed
-4-bit weights, zero points, a scale for each group), and its product, written once against ``call``.
-From the row on options, rules, reports, ``explain``, ``evaluate`` and the command know it, and the
-tests, which take their cases from this table, hold its lowering against its reference:
-``tests/test_schemes.py``, which also adds a 4-bit scheme and takes it away again, and
-``tests/gpuless`` for the GPU path.
+A new one is a file beside this one, and a row here (``kernels/README.md``). From the row on options,
+rules, reports, ``explain``, ``evaluate``, the command, ``quantize_`` and checkpoints know it. The tests
+take their cases from this table: ``tests/test_schemes.py`` holds its lowering against its reference,
+``tests/test_third_party_scheme.py`` takes its weights through everything, and ``tests/gpuless`` has the
+GPU path.
 """
 
 from collections.abc import Callable
