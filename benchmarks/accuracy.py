@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 
 import int8fx
-from int8fx.analysis.evaluate import Settings, contender, evaluate
+from int8fx.analysis.evaluate import Settings, contender, evaluate, logits_of
+from int8fx.analysis.outlier_injection import inject_and_check
 from int8fx.bench import smollm2
 from int8fx.bench.texts import load_with_tokens
 from int8fx.bench.timing import machine
@@ -82,6 +83,12 @@ def main() -> None:
     if arguments.attention:
         # Fused attention has no products that a graph could show.
         model.set_attn_implementation("eager")
+    factor = arguments.factor if arguments.inject else None
+    if arguments.rotated and factor is not None:
+        # Columns are found in the model that has the outlier features.
+        channels = inject_and_check(model, factor, arguments.seed, logits_of(model), token_ids[:512])
+        print(f"channels {channels} of every norm x{factor:g}")
+        factor = None
     contenders: Mapping[str, Mapping[str, Any]] = {spec: contender(spec) for spec in SPECS}
     if arguments.attention:
         contenders = ATTENTION
@@ -90,7 +97,7 @@ def main() -> None:
     settings = Settings(
         contenders,
         windows=arguments.windows,
-        factor=arguments.factor if arguments.inject else None,
+        factor=factor,
         seed=arguments.seed,
         compiled=True,
     )

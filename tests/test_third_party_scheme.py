@@ -150,7 +150,8 @@ def test_copies_and_pickles(name, copied):
     assert_same(twin, model)
     for mine, other in zip(weights_of(model), weights_of(twin), strict=True):
         pairs = zip(mine.tensors, other.tensors, strict=True)
-        assert all(left.data_ptr() != right.data_ptr() for left, right in pairs)
+        # Tensors without elements, as of no columns, are nowhere.
+        assert all(left.data_ptr() != right.data_ptr() for left, right in pairs if left.numel())
 
 
 @pytest.mark.parametrize("zipped", [True, False])

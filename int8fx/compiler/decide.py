@@ -91,7 +91,7 @@ def select(compilation: Compilation) -> None:
         if not reason:
             compilation.accepted.append(candidate)
         if not reason and candidate.weight is not None:
-            choice = options.calibrated(choice, path, dimensions[-2:])
+            choice = options.calibrated(choice, path, (dimensions[-2], dimensions[-1]))
             compilation.choices[candidate] = choice
             compilation.products[candidate] = choice.lower_experts if routed else choice.lower
     _warn_of_trainable(compilation.decisions)

@@ -106,7 +106,7 @@ def entries(key: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         ValueError: it has static columns, another rotation, or blocks that ConvRot has not.
     """
     settings: Any = weight.choice.settings
-    rotation = getattr(settings, "rotation", None)
+    rotation = getattr(settings, "rotation", "none")
     fits = rotation in _ROTATIONS and not settings.columns and not weight.transposed
     block = block_of(weight.K, settings.block, rotation) if fits else 0
     if block not in allowed_blocks("convrot") or weight.K % block:
