@@ -3,10 +3,12 @@
 import int8fx.kernels.devices  # the rows of the kernel table
 import int8fx.weights.operators  # noqa: F401  what torch's operators do with a QuantizedWeight
 import int8fx_autoload
+from int8fx.analysis.calibrate import calibrate
 from int8fx.analysis.explain import explain
 from int8fx.analysis.explanation.explanation import Explanation
 from int8fx.analysis.suggest import Suggestion, suggest
 from int8fx.backend import llmint8
+from int8fx.calibration import Calibration
 from int8fx.compiler.report import Report, collect_reports
 from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
@@ -20,12 +22,14 @@ int8fx_autoload.register()
 __version__ = "0.1.0"
 __all__ = [
     "SCHEMES",
+    "Calibration",
     "Explanation",
     "Int8Weight",
     "Options",
     "QuantizedWeight",
     "Report",
     "Suggestion",
+    "calibrate",
     "collect_reports",
     "decisions",
     "dequantize_",

@@ -19,6 +19,10 @@ class ReleaseError(UserError, ImportError):
         super().__init__(f"int8fx needs {library} >= {oldest}, and this is {library} {found}")
 
 
+class CalibrationError(UserError, ValueError):
+    """A calibration that is of another model, or damaged: names what differs."""
+
+
 class BudgetError(UserError, ValueError):
     """A budget that no choice of options keeps."""
 

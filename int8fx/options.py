@@ -1,14 +1,18 @@
 """The options of ``torch.compile(..., backend="llmint8", options={...})``, checked before use."""
 
+import dataclasses
 import fnmatch
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from int8fx.calibration import Calibration
 from int8fx.kernels.schemes.scheme import Choice, Scheme
 from int8fx.kernels.schemes.settings import checked_setting, checks_of, not_allowed
+from int8fx.kernels.schemes.static_columns import CALIBRATED_COLUMNS
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
@@ -55,6 +59,8 @@ class Options:
         skip: fnmatch patterns on module paths that stay in float.
         only: when given, only module paths that match one of these are rewritten. What they name is
             rewritten even if it is a buffer that no linear owns, a low-rank factor, or has few columns.
+        calibration: which columns of each linear's input schemes with ``columns`` keep in 16-bit: a
+            ``Calibration``, or the file of one. ``columns`` is how many of them, by default 8.
         inductor: Inductor config patches, applied over those of ``mode``.
         attention: whether products of two activations (QKᵀ and PV of attention that is not fused) are
             in int8, too. Off by default, as in the paper.
@@ -76,6 +82,7 @@ class Options:
     rules: tuple[Rule, ...] = ()
     skip: tuple[str, ...] = OUTPUT_HEADS
     only: tuple[str, ...] | None = None
+    calibration: Calibration | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     attention: bool = False
     release_weights: bool = False
@@ -114,7 +121,21 @@ class Options:
             if name not in allowed
         }
         skips = "skip" not in given
-        return cls(**values, settings=settings, skips_by_default=skips, given=frozenset(given))
+        options = cls(**values, settings=settings, skips_by_default=skips, given=frozenset(given))
+        options._check_columns(taker)
+        return options
+
+    def _check_columns(self, taker: str) -> None:
+        """Raises:
+        ValueError: a number of columns is given, and no calibration that says which.
+        """
+        for settings in (self.settings, *(rule.settings for rule in self.rules)):
+            columns = settings.get("columns")
+            if self.calibration is None and isinstance(columns, int):
+                asked = f"setting 'columns' of {taker}"
+                raise not_allowed(
+                    asked, columns, "0 or column numbers, without the option 'calibration'"
+                )
 
     @property
     def threshold(self) -> float:
@@ -139,8 +160,37 @@ class Options:
         """A scheme with the settings that a module has for it."""
         rule = self.rule(path)
         settings = {} if kept is None else asdict(kept.settings)
-        settings |= {**self.settings, **({} if rule is None else rule.settings)}
+        given = {**self.settings, **({} if rule is None else rule.settings)}
+        # How many columns is asked of the calibration; which ones is a setting.
+        settings |= {name: value for name, value in given.items() if not _is_count(name, value)}
         return scheme.choice(**{name: settings[name] for name in settings if name in scheme.reads})
+
+    def calibrated(self, choice: Choice, path: str, shape: tuple[int, int]) -> Choice:
+        """The choice with the columns that the calibration has for a linear of a float weight.
+
+        Args:
+            shape: ``(N, K)`` of its weight.
+
+        Raises:
+            CalibrationError: the calibration is of another model.
+        """
+        keeps = getattr(choice.settings, "keeps_columns", False)
+        if self.calibration is None or not keeps or choice.settings.columns:
+            return choice
+        rule = self.rule(path)
+        given = {**self.settings, **({} if rule is None else rule.settings)}
+        count = given.get("columns")
+        if isinstance(count, tuple):
+            return choice
+        columns = self.calibration.columns_of(
+            path, shape, CALIBRATED_COLUMNS if count is None else count
+        )
+        return Choice(choice.scheme, dataclasses.replace(choice.settings, columns=columns))
+
+    def quantizes_head(self, path: str) -> bool:
+        """Whether the default of ``skip`` leaves out the output head: its scheme has columns for it."""
+        settings = self.choice(path).settings
+        return self.calibration is not None and getattr(settings, "quantizes_head", False)
 
     def rule(self, path: str) -> Rule | None:
         """The rule that decides on a module's scheme."""
@@ -247,6 +297,20 @@ def _setting(
     return value
 
 
+def _is_count(name: str, value: Any) -> bool:
+    return name == "columns" and not isinstance(value, tuple)
+
+
+def _calibration(asked: str, value: Any) -> Calibration:
+    if isinstance(value, Calibration):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise not_allowed(
+            asked, value, "a Calibration, as int8fx.calibrate makes it, or the file of one"
+        )
+    return Calibration.load(value)
+
+
 def _patterns(asked: str, value: Any) -> tuple[str, ...]:
     # A str is a sequence of str: ["lm_head"] was meant, and "lm_head" would match single letters.
     listed = isinstance(value, (list, tuple, set, frozenset))
@@ -284,6 +348,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "rules": _rules,
     "skip": _patterns,
     "only": _patterns,
+    "calibration": _calibration,
     "inductor": _patches,
     "attention": _flag,
     "release_weights": _flag,

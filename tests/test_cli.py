@@ -34,7 +34,7 @@ def test_version(capsys):
 def test_help_lists_the_commands():
     result = CliRunner().invoke(int8fx.cli.app.app, ["--help"])
     assert result.exit_code == 0
-    commands = ("demo", "explain", "evaluate", "quantize", "bench", "suggest")
+    commands = ("demo", "explain", "evaluate", "calibrate", "quantize", "bench", "suggest")
     assert [name for name in commands if name not in result.output] == []
 
 
@@ -334,6 +334,37 @@ def test_quantize_writes_what_from_pretrained_reads(capsys, tmp_path):
     with torch.no_grad():
         error = (loaded(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
     assert 0 < error < 0.05
+
+
+def test_calibrate_writes_what_the_other_commands_take(capsys, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import int8fx
+
+    source, file, text = tmp_path / "float", tmp_path / "calibration.json", tmp_path / "text.txt"
+    saved_model(source)
+    text.write_text(" ".join(f"w{index % 100}" for index in range(200)))
+    given = ["--out", str(file), "--text", str(text), "--tokens", "160"]
+    code, printed, err = run(capsys, "calibrate", str(source), *given, "--json")
+    assert code == 0, err
+    assert json.loads(printed) == {"file": str(file), "linears": 15, "rows": 160}
+    assert len(int8fx.Calibration.load(file).linears) == 15
+    rotated = ["--scheme", "int8-rotated", "--calibration", str(file)]
+    code, printed, err = run(capsys, "explain", str(source), "--text", str(text), *rotated, "--json")
+    assert code == 0, err
+    rows = json.loads(printed)["rows"]
+    assert [len(row["static_columns"]) for row in rows if row["accepted"]] == [8] * len(rows)
+    assert all(row["sqnr_db"] > 0 and row["sqnr_db_unrotated"] > 0 for row in rows)
+    code, _, err = run(capsys, "quantize", str(source), str(tmp_path / "int8"), *rotated)
+    assert code == 0, err
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert len(loaded.model.layers[0].mlp.up_proj.weight.options["columns"]) == 8
+    spec = f"int8-rotated,columns=4,calibration={file}"
+    code, printed, err = run(
+        capsys, "evaluate", str(source), "--text", str(text), *EVALUATED, "--scheme", spec, "--json"
+    )
+    assert code == 0, err
+    assert 0 < json.loads(printed)["accuracies"][spec]["mean_kl"] < 0.01
 
 
 def test_files_in_int8_are_explained_and_elsewhere_refused(capsys, tmp_path):

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import int8fx
 from int8fx import Int8Weight
-from int8fx.errors import CheckpointError
+from int8fx.errors import CalibrationError, CheckpointError
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.testing.bounds import expected_and_bound
 from int8fx.testing.four_bits import W4A16
@@ -79,6 +79,39 @@ def tensor_parallel(rank, mesh):
     check(model)
     compiled = torch.compile(model, backend="llmint8")
     torch.testing.assert_close(compiled(batch()), model(batch()))
+
+
+def rotated_rows(rank, mesh):
+    """Rows of a rotated weight, with and without static columns: the bits of one process alone."""
+    x = batch() * torch.where(torch.arange(K) == 5, 50.0, 1.0)
+    for columns in ([], [5, 40]):
+        options = {"scheme": "int8-rotated", "columns": columns, "skip": ["down"]}
+        alone = int8fx.quantize_(built(), **options)
+        model = int8fx.quantize_(parallelize_module(built(), mesh, PLAN), **options)
+        part = model.up.weight.to_local()
+        assert type(part) is Int8Weight and part.options["columns"] == tuple(columns)
+        y = model.up(x)
+        y = y.to_local() if isinstance(y, DTensor) else y
+        assert torch.equal(y, alone.up(x).chunk(RANKS, 1)[rank])
+
+
+def fsdp2_rotated(rank, mesh):
+    """Rows of each part go to every process, the static columns' weights among them."""
+    for columns in ([], [5, 40]):
+        options = {"scheme": "int8-rotated", "columns": columns, "only": ["up"]}
+        model, alone = int8fx.quantize_(built(), **options), int8fx.quantize_(built(), **options)
+        fully_shard(model.up, mesh=mesh)
+        assert model.up.weight.to_local().shape == (N // RANKS, K)
+        assert torch.equal(model.up(batch()), alone.up(batch()))
+
+
+def columns_of_columns(rank, mesh):
+    """A calibration names columns of all: a weight of which each process holds some is refused."""
+    model = parallelize_module(built(), mesh, PLAN)
+    calibration = int8fx.calibrate(built(), [batch()])
+    with pytest.raises(CalibrationError, match=r"down: each process holds some of its 96 columns"):
+        int8fx.quantize_(model, scheme="int8-rotated", calibration=calibration)
+    assert type(model.up.weight.to_local()) is not Int8Weight
 
 
 def tensor_parallel_saved(rank, mesh):
@@ -407,6 +440,9 @@ def fsdp2_in_every_scheme(rank, mesh):
 
 CASES = [
     tensor_parallel,
+    rotated_rows,
+    fsdp2_rotated,
+    columns_of_columns,
     tensor_parallel_saved,
     tensor_parallel_of_floats,
     tp_plan_of_transformers,

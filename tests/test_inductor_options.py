@@ -43,6 +43,7 @@ print("error", ((run(x) - model(x)).norm() / model(x).norm()).item())
     [
         ({"inductor": {"cpp_wrapper": True}}, None),
         ({"scheme": "w8a16", "inductor": {"cpp_wrapper": True}}, None),
+        ({"scheme": "int8-rotated", "inductor": {"cpp_wrapper": True}}, None),
         ({"inductor": {"freezing": True}}, None),
         ({"inductor": {"triton.cudagraphs": True}}, None),
         ({"inductor": {"cpp.enable_kernel_profile": True, "cpp.threads": 1}}, None),

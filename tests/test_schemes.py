@@ -234,14 +234,15 @@ def test_groups_that_do_not_divide_k():
 def test_w8a16_reads_the_packed_weight_of_llm_int8():
     formats = {name: SCHEMES[name].choice().weight_format.name for name in SCHEMES}
     assert formats["w8a16"] == formats["llm.int8"] == formats["absmax-vector"]
-    assert len(set(formats.values())) == 5
+    assert len(set(formats.values())) == 6
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_scheme_says_what_it_is(name):
     scheme = SCHEMES[name]
     assert scheme.name == name and scheme.formula in str(scheme) and scheme.source in str(scheme)
-    assert scheme.reads <= {"threshold", "decomposition", "group_size"}
+    known = {"threshold", "decomposition", "group_size", "block", "rotation", "columns"}
+    assert scheme.reads <= known
     assert table.kernel_for("cpu") is not None
 
 

@@ -22,7 +22,7 @@ from transformers import (
 
 import int8fx
 from int8fx import Int8Weight
-from int8fx.errors import CheckpointError
+from int8fx.errors import CalibrationError, CheckpointError
 from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.ops.quantize_reference import quantize_weight
@@ -185,6 +185,40 @@ def test_what_quantize_changed_is_saved_and_read_in_int8(floats, tmp_path):
     assert read.get_parameter(UP).threshold == 3.0
     assert type(read.get_parameter(UP.replace("up_proj", "down_proj"))) is nn.Parameter
     assert torch.equal(logits(read), logits(model))
+
+
+def test_a_calibration_goes_with_the_files(floats, tmp_path):
+    """Columns are each weight's own, and the output head is in int8 as well."""
+    path, _ = floats
+    calibration = int8fx.calibrate(load(path), [torch.arange(8).unsqueeze(0)])
+    calibration.save(tmp_path / "calibration.json")
+    config = Int8FxConfig(scheme="int8-rotated", calibration=tmp_path / "calibration.json", columns=3)
+    model = load(path, quantization_config=config)
+    weights = {
+        name: weight for name, weight in model.named_parameters() if isinstance(weight, Int8Weight)
+    }
+    assert "lm_head.weight" in weights
+    for linear in calibration.linears:
+        kept = weights[f"{linear.path}.weight"].options["columns"]
+        assert kept == tuple(sorted(linear.columns[:3]))
+    model.save_pretrained(tmp_path / "int8")
+    written = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
+    assert written == {"quant_method": "int8fx", "scheme": "int8-rotated"}
+    (tmp_path / "calibration.json").unlink()
+    read = load(tmp_path / "int8")
+    assert read.get_parameter("lm_head.weight").options == weights["lm_head.weight"].options
+    assert torch.equal(logits(read), logits(model))
+    in_place = int8fx.quantize_(load(path), scheme="int8-rotated", calibration=calibration, columns=3)
+    assert torch.equal(logits(in_place), logits(model))
+    in_place.save_pretrained(tmp_path / "in place")
+    assert torch.equal(logits(load(tmp_path / "in place")), logits(model))
+
+
+def test_a_calibration_of_another_model_is_named(floats):
+    calibration = int8fx.calibrate(nn.Linear(4, 4), [torch.zeros(1, 4)])
+    config = Int8FxConfig(scheme="int8-rotated", calibration=calibration)
+    with pytest.raises(CalibrationError, match=r"not in the calibration, which is of a Linear"):
+        load(floats[0], quantization_config=config)
 
 
 def test_a_model_inside_of_a_quantised_module_is_saved_and_read_in_int8(floats, tmp_path):

@@ -51,14 +51,14 @@ def check(run: Run, torch: Any, case: Case) -> dict[str, Any] | None:
 def _call(torch: Any, case: Case, x: Any, linears: tuple) -> tuple[Any, Any]:
     """What the linears read, and the operator."""
     if not case.norm:
-        run = torch.ops.int8fx.quantized_linears
+        run = torch.ops.int8fx.int8_linears_gpu
         return x, lambda: run(x, case.threshold, case.way, *linears)
     from int8fx.kernels.gpu.norm import norm_statistics, normalized_reference
 
     weight = 1 + torch.rand(case.K, dtype=x.dtype)
     bias = torch.randn(case.K, dtype=x.dtype) if case.norm.endswith("bias") else None
     h = normalized_reference(x, *norm_statistics(x, case.norm, EPS), weight, bias, case.norm)
-    normed = torch.ops.int8fx.normed_linears
+    normed = torch.ops.int8fx.normed_linears_gpu
     return h, lambda: normed(x, None, case.norm, weight, bias, EPS, case.threshold, case.way, *linears)
 
 

@@ -69,7 +69,7 @@ def counted(run: Run) -> None:
         linears = operands(torch, layer.widths, layer.K, half)
         for M in _ROWS if not run.rehearses else (9,):
             x, weight = activation(torch, M, layer.K, half), torch.ones(layer.K, dtype=half)
-            torch.ops.int8fx.normed_linears(
+            torch.ops.int8fx.normed_linears_gpu(
                 x, None, "rms", weight, None, EPS, THRESHOLD, "column", *linears
             )
     run.place.synchronize()

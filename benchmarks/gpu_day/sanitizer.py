@@ -67,7 +67,9 @@ def sanitized(run: Run) -> None:
         linears = operands(torch, widths, K, half, bias=True)
         x, weight = activation(torch, M, K, half), torch.ones(K, dtype=half)
         for way in WAYS:
-            torch.ops.int8fx.quantized_linears(x, THRESHOLD, way, *linears)
-            torch.ops.int8fx.normed_linears(x, None, "rms", weight, None, EPS, THRESHOLD, way, *linears)
+            torch.ops.int8fx.int8_linears_gpu(x, THRESHOLD, way, *linears)
+            torch.ops.int8fx.normed_linears_gpu(
+                x, None, "rms", weight, None, EPS, THRESHOLD, way, *linears
+            )
     run.place.synchronize()
     print(_RAN)

@@ -134,7 +134,7 @@ def _cublas(torch: Any, name: str, x: Any, weight: Any, w: list[Any], s: list[An
 
 
 def _normed(torch: Any, x: Any, weight: Any, way: str, w: list[Any], s: list[Any]) -> Callable[[], Any]:
-    run = torch.ops.int8fx.normed_linears
+    run = torch.ops.int8fx.normed_linears_gpu
     return lambda: run(x, None, "rms", weight, None, EPS, THRESHOLD, way, w, s, [])
 
 
@@ -220,7 +220,7 @@ def _decode_tile_calls(run: Run, layer: Layer, M: int, way: str) -> Calls:
     x, kind = activation(torch, M, layer.K, half), tables.kind_of_decode(M, way)
 
     def linears() -> list[Any]:
-        return torch.ops.int8fx.quantized_linears(x, THRESHOLD, way, weights, scales, [])
+        return torch.ops.int8fx.int8_linears_gpu(x, THRESHOLD, way, weights, scales, [])
 
     return {
         tables.label(tile): tables.forced(

@@ -104,8 +104,8 @@ def contender(spec: str) -> dict[str, Any]:
     options: dict[str, Any] = {"scheme": name}
     for setting in settings:
         key, separator, value = setting.partition("=")
-        if not separator or name not in SCHEMES or key not in SCHEMES[name].reads:
-            reads = sorted(SCHEMES[name].reads) if name in SCHEMES else []
+        reads = sorted(_settings_of(name))
+        if not separator or key not in reads:
             raise UserError(
                 f"--scheme {spec}: {setting!r} is no setting that it reads; allowed: "
                 f"{', '.join(f'{each}=...' for each in reads) or 'none'}"
@@ -116,6 +116,12 @@ def contender(spec: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--scheme {spec}: {error}") from error
     return options
+
+
+def _settings_of(name: str) -> set[str]:
+    """What a contender may set: the settings of its scheme, and a calibration for their columns."""
+    reads = set(SCHEMES[name].reads) if name in SCHEMES else set()
+    return reads | ({"calibration"} if "columns" in reads else set())
 
 
 def _number(text: str) -> Any:

@@ -96,6 +96,12 @@ def _row(graph: "Graph", index: int, path: str, seen: "Seen", calls: int, counts
         input_absmax=None if absmax is None else absmax.max().item(),
         sqnr_db=decibels(seen.signal, seen.noise) if quantized else None,
         sqnr_db_at={at: decibels(seen.signal, noise) for at, noise in seen.noise_at.items()},
+        static_columns=tuple(getattr(graph.choices[index].settings, "columns", ()))
+        if index in graph.choices
+        else (),
+        sqnr_db_unrotated=decibels(seen.signal, seen.noise_unrotated)
+        if quantized and seen.noise_unrotated is not None
+        else None,
         channel_absmax=() if absmax is None else tuple(absmax.tolist()),
         float_bytes=0 if seen.stored is None else seen.stored.float_bytes,
         kept_bytes=0 if seen.stored is None else seen.stored.kept_bytes,

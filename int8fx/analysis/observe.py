@@ -20,6 +20,7 @@ from int8fx import torch_private
 from int8fx.analysis.explanation.record import GraphBreak
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import outcomes_of, rewrite_graph
+from int8fx.kernels.schemes.rotated import without_rotation
 from int8fx.kernels.schemes.scheme import Choice, eagerly
 from int8fx.options import Options
 from int8fx.passes.graph.emit import Emitter
@@ -58,6 +59,7 @@ class Seen:
         outlier_elements: how many elements are.
         signal, noise: sums of squares of the float output, and of the difference to it.
         noise_at: the same difference at each of ``THRESHOLDS``, for a scheme that has one.
+        noise_unrotated: the same difference without the rotation of a scheme that has one.
     """
 
     stored: Stored | None = None
@@ -69,6 +71,7 @@ class Seen:
     signal: float = 0.0
     noise: float = 0.0
     noise_at: dict[float, float] = field(default_factory=dict)
+    noise_unrotated: float | None = None
 
     def add_input(self, x: Tensor, threshold: float) -> None:
         """``x [*, K]`` of one call; threshold 0: nothing is an outlier."""
@@ -288,6 +291,9 @@ def _record(
         expected = F.linear(x.float(), in_float(matrix), None if bias is None else bias.float())
     seen.signal += _energy(expected)
     seen.noise += _energy(y.float() - expected)
+    if "rotation" in choice.scheme.reads:
+        unrotated = without_rotation(x, in_float(matrix), bias, settings)
+        seen.noise_unrotated = (seen.noise_unrotated or 0.0) + _energy(unrotated - expected)
     if not decomposes:
         return
     for threshold in THRESHOLDS:

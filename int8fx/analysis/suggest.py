@@ -24,6 +24,7 @@ FLOAT = "float"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm.int8": ("llm.int8", {}),
     "llm.int8 at 3": ("llm.int8", {"threshold": 3.0}),
+    "int8-rotated": ("int8-rotated", {}),
     "w8a16": ("w8a16", {}),
 }
 LADDER = (*WAYS, FLOAT)

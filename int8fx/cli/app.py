@@ -15,11 +15,13 @@ from int8fx.bench.models import check_name
 from int8fx.cli.arguments import (
     FAILED,
     INTERRUPTED,
+    CalibrationOption,
     DebugOption,
     DecompositionOption,
     JsonOption,
     OnlyOption,
     RuleOption,
+    SchemeOption,
     SkipOption,
     ThresholdOption,
     above_zero,
@@ -35,6 +37,8 @@ from int8fx.cli.arguments import (
 from int8fx.errors import QUANTISED, UserError
 
 app = typer.Typer(help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False)
+
+BATCH = 128  # tokens that calibrate runs at once
 
 ModelArgument = Annotated[
     str | None,
@@ -231,9 +235,8 @@ def explain(
     ] = 256,
     threshold: ThresholdOption = None,
     decomposition: DecompositionOption = None,
-    scheme: Annotated[
-        str | None, typer.Option(metavar="NAME", help="How to quantise (llm.int8).")
-    ] = None,
+    scheme: SchemeOption = None,
+    calibration: CalibrationOption = None,
     rule: RuleOption = None,
     skip: SkipOption = None,
     only: OnlyOption = None,
@@ -255,6 +258,7 @@ def explain(
         threshold=threshold,
         decomposition=decomposition,
         scheme=scheme,
+        calibration=calibration,
         rules=rule,
         skip=skip,
         only=only,
@@ -279,9 +283,51 @@ def explain(
 
 @app.command()
 @one_line_errors
+def calibrate(
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")] = Path(
+        "calibration.json"
+    ),
+    text: TextOption = None,
+    tokens: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many tokens of the text to run on.")
+    ] = 512,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Finds which columns of each linear's input are largest: what int8-rotated keeps in 16-bit.
+
+    A few tokens are enough, of any text. The file is for --calibration, and for
+    options={"scheme": "int8-rotated", "calibration": FILE}
+    """
+    progress = Console(stderr=True)
+    writable("--out", out)
+    check_name(model)
+    from int8fx.bench.progress import step
+
+    with step(progress, "Importing torch and transformers"):
+        from int8fx import calibrate as run
+        from int8fx.bench.texts import load_with_tokens
+
+    loaded, token_ids = load_with_tokens(model, text, progress, int8=True)
+    # Some at a time, so that the bar moves.
+    parts = token_ids[:tokens].tensor_split(max(1, min(tokens, len(token_ids)) // BATCH))
+    batches = [{"input_ids": part[None], "use_cache": False} for part in parts]
+    with step(progress, "Running the model, observed", len(batches)) as update:
+        calibration = run(loaded, batches, on_batch=update)
+    calibration.save(out)
+    wrote = {"file": str(out), "linears": len(calibration.linears), "rows": calibration.rows}
+    shown = "{linears} linears over {rows} tokens: {file}".format(**wrote)
+    print_json(wrote) if json else Console().print(shown, soft_wrap=True)
+
+
+@app.command()
+@one_line_errors
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a hub name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    scheme: SchemeOption = None,
+    calibration: CalibrationOption = None,
     threshold: ThresholdOption = None,
     decomposition: DecompositionOption = None,
     skip: SkipOption = None,
@@ -294,7 +340,14 @@ def quantize(
     Afterwards, where int8fx is installed:  AutoModelForCausalLM.from_pretrained(OUT)
     """
     progress = Console(stderr=True)
-    options = backend_options(threshold=threshold, decomposition=decomposition, skip=skip, only=only)
+    options = backend_options(
+        scheme=scheme,
+        calibration=calibration,
+        threshold=threshold,
+        decomposition=decomposition,
+        skip=skip,
+        only=only,
+    )
     absent("OUT", out)
     if model.endswith(".gguf"):
         raise UserError(f"MODEL {model}{QUANTISED}")

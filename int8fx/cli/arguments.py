@@ -126,6 +126,11 @@ ThresholdOption = Annotated[
     float | None, typer.Option(metavar="X", help="An outlier is |x| >= X (6; 0: no decomposition).")
 ]
 DecompositionOption = Annotated[str | None, typer.Option(metavar="NAME", help="column or token.")]
+SchemeOption = Annotated[str | None, typer.Option(metavar="NAME", help="How to quantise (llm.int8).")]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What int8fx calibrate wrote, for schemes that keep columns."),
+]
 SkipOption = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Modules that stay in float; may be repeated."),

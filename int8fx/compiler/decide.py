@@ -23,6 +23,7 @@ from int8fx.passes.linears.ranking import Rankings
 from int8fx.passes.linears.select import (
     REQUIRES_GRAD,
     Selection,
+    is_embedding,
     module_path,
     refusal,
     shape_of_weight,
@@ -67,6 +68,7 @@ def select(compilation: Compilation) -> None:
         ranked_by=rankings.ranked_by,
         factors=factors(shapes, rankings.origins),
         attention=options.attention,
+        quantizes_head=options.quantizes_head,
     )
     for candidate in compilation.found:
         reason = refusal(candidate, selection)
@@ -86,16 +88,27 @@ def select(compilation: Compilation) -> None:
             reason=reason,
             scheme="" if reason else OF_ACTIVATIONS if candidate.weight is None else choice.scheme.name,
             experts=dimensions[0] if len(dimensions) == 3 else 0,
-            note="" if reason or candidate.weight is None else choice.note,
+            note="" if reason or candidate.weight is None else _note(compilation, candidate, choice),
         )
         log.debug("%s", decision)
         compilation.decisions.append(decision)
         if not reason:
             compilation.accepted.append(candidate)
         if not reason and candidate.weight is not None:
+            choice = options.calibrated(choice, path, (dimensions[-2], dimensions[-1]))
             compilation.choices[candidate] = choice
             compilation.products[candidate] = choice.lower_experts if routed else choice.lower
     _warn_of_trainable(compilation.decisions)
+
+
+def _note(compilation: Compilation, candidate: Candidate, choice: Choice) -> str:
+    """How a product is computed where no kernel does, and what else keeps its float weight."""
+    assert candidate.weight is not None
+    notes = [choice.note]
+    if is_embedding(candidate):
+        mib = compilation.tensors[candidate.weight.placeholder].nbytes / 2**20
+        notes.append(f"the embedding keeps the float weight, {mib:.1f} MiB, for its look-up")
+    return "; ".join(filter(None, notes))
 
 
 def _choice(compilation: Compilation, candidate: Candidate, path: str) -> Choice:

@@ -30,12 +30,14 @@ from int8fx.errors import CheckpointError
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
 from int8fx.weights import state_dict
-from int8fx.weights.quantize import OPTIONS, decisions, dequantize_
+from int8fx.weights.quantize import OPTIONS as OF_QUANTIZE
+from int8fx.weights.quantize import decisions, dequantize_
 from int8fx.weights.sites import keeps_transposed
 from int8fx.weights.tensor import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
+OPTIONS = tuple(name for name in OF_QUANTIZE if name != "calibration")
 SKIP = (
     "*time_emb*",  # UNets: time_embedding, and time_emb_proj of each block
     "*time_*embed*",  # transformers: time_embed, time_text_embed, time_guidance_embed

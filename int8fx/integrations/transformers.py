@@ -16,7 +16,7 @@ that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/weights/s
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from int8fx.errors import CheckpointError, ReleaseError
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
+from int8fx.passes.linears.decision import Decision
 from int8fx.weights import checkpoint, sharding, state_dict
 from int8fx.weights.distributed import local
 from int8fx.weights.quantize import (
@@ -64,16 +65,29 @@ class Int8FxConfig(QuantizationConfigMixin):
     def __init__(self, **options: Any) -> None:
         options.pop("quant_method", None)
         self.quant_method: Any = METHOD
-        Options.parse(options, type(self).__name__, OPTIONS)
+        self.parsed = Options.parse(options, type(self).__name__, OPTIONS)
         self.options = options
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, **self.options}
+        # The columns of a calibration are in the files, with each weight.
+        kept = {k: v for k, v in self.options.items() if k not in ("calibration", "columns")}
+        return {"quant_method": METHOD, **kept}
 
     @property
     def choice(self) -> Choice:
-        """The scheme of each weight, and its settings."""
-        return Options.parse(self.options, type(self).__name__, OPTIONS).choice("")
+        """The scheme of each weight, and its settings but for the columns of a calibration."""
+        return self.parsed.choice("")
+
+    def choice_of(self, path: str, shape: tuple[int, int]) -> Choice:
+        """The same of a module's weight, with its columns.
+
+        Args:
+            shape: ``(N, K)``.
+
+        Raises:
+            CalibrationError: the calibration is of another model.
+        """
+        return self.parsed.calibrated(self.choice, path, shape)
 
 
 class Int8FxQuantizer(HfQuantizer):
@@ -140,7 +154,16 @@ class Int8FxQuantizer(HfQuantizer):
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         found = decisions(model, **self.quantization_config.options)
         names = {f"{decision.path}.weight" for decision in found if decision.accepted}
+        if self.pre_quantized:
+            # A calibration, which is not in the configuration, had the head quantised as well.
+            names |= {
+                name for name in _linear_weights(found) if name + state_dict.SCHEME in self.in_files
+            }
         self.names = frozenset(names - tied)
+        for decision in found:
+            # A calibration of another model is an error before anything is read.
+            if f"{decision.path}.weight" in self.names and decision.shape is not None:
+                self.quantization_config.choice_of(decision.path, decision.shape)
         if not self.names:
             reasons = "".join(f"\n  {decision}" for decision in found)
             raise ValueError(f"no weight of {type(model).__name__} can be quantised{reasons}")
@@ -241,7 +264,7 @@ def _models(module: nn.Module) -> Iterator[Any]:
         yield from _models(child)
 
 
-_PATTERNS = ("skip", "only")
+_PATTERNS = ("skip", "only", "calibration")
 
 
 def _ask_for_reader(config: Any, ask: bool) -> None:
@@ -269,17 +292,20 @@ class _Operation(ConversionOps):
         if self.hf_quantizer.maps_files:
             pages.release_mapped(tensor)
 
-    def form(self, model: nn.Module, name: str) -> dict[str, Any]:
-        """How the weight of a name is kept."""
-        owner = model.get_submodule(name.rpartition(".")[0])
+    def quantized(self, model: nn.Module, name: str, weight: Tensor) -> QuantizedWeight:
+        """The weight of a name in the form that it is kept in."""
+        path = name.rpartition(".")[0]
+        owner = model.get_submodule(path)
         state_dict.attach(owner)
-        config = self.hf_quantizer.quantization_config
-        return {"transposed": keeps_transposed(owner), **config.choice.options}
+        transposed = keeps_transposed(owner)
+        N, K = weight.shape[:: -1 if transposed else 1]
+        choice = self.hf_quantizer.quantization_config.choice_of(path, (N, K))
+        return QuantizedWeight.quantized(weight, choice, transposed)
 
     def stands_for(self, model: nn.Module, name: str) -> QuantizedWeight:
         """The weight of a name on the meta device, which is put into the model."""
         empty = torch.empty_like(model.get_parameter(name), device="meta")
-        weight = QuantizedWeight.from_float(empty, **self.form(model, name))
+        weight = self.quantized(model, name, empty)
         parameter = nn.Parameter(weight, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         owner, _, attribute = name.rpartition(".")
@@ -301,7 +327,7 @@ class _Quantize(_Operation):
                 self.stands_for(model, name)
                 result[name] = weight
                 continue
-            quantized = QuantizedWeight.from_float(weight, **self.form(model, name))
+            quantized = self.quantized(model, name, weight)
             self.release(weight)
             result[name] = nn.Parameter(quantized, requires_grad=False)
         return result
@@ -345,6 +371,10 @@ def _is_in_shards(model: Any) -> bool:
     distributed = getattr(model.config, "distributed_config", None)
     sizes = (getattr(distributed, name, None) for name in ("tp_size", "fsdp_size"))
     return any((size or 1) > 1 for size in sizes)
+
+
+def _linear_weights(found: Iterable[Decision]) -> Iterator[str]:
+    return (f"{decision.path}.weight" for decision in found)
 
 
 def _single(value: Any) -> Tensor:

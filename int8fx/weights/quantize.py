@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from int8fx import torch_private
-from int8fx.errors import ReleaseError
+from int8fx.errors import CalibrationError, ReleaseError
+from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import (
@@ -27,7 +28,7 @@ from int8fx.weights.tensor import QuantizedWeight
 log = logging.getLogger(__name__)
 
 # And the settings of the scheme.
-OPTIONS = ("scheme", "skip", "only")
+OPTIONS = ("scheme", "skip", "only", "calibration")
 
 
 def quantize_(model: nn.Module, **options: Any) -> nn.Module:
@@ -43,18 +44,20 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         model: on any device, "meta" included. Weights that are quantised already stay; those that a
             compile released (``release_weights``) may be read by everything from then on.
         options: ``scheme``, its settings (``threshold`` and ``decomposition`` of the default one),
-            ``skip`` and ``only``, as for ``torch.compile`` (``int8fx.Options``). The scheme and its
-            settings are kept with the weights.
+            ``skip``, ``only`` and ``calibration``, as for ``torch.compile`` (``int8fx.Options``). The
+            scheme and its settings, the columns of a calibration among them, are kept with the weights.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: an option is unknown or out of range, no weight of the model can be quantised, or
-            FSDP2 has it in use already; the message says why not. The model is as it was.
+        ValueError: an option is unknown or out of range, no weight of the model can be quantised, a
+            calibration is of another model (``CalibrationError``), or FSDP2 has it in use already; the
+            message says why not. The model is as it was.
     """
     checked = Options.parse(options, "quantize_", OPTIONS)
     sites = sites_of(model, checked)
+    choices = {site.path: site_choice(site, checked) for site in sites if site.accepted}
     released = [p for p in model.parameters() if isinstance(p, QuantizedWeight) and p.released]
     experts = _experts(model, checked)
     if not released and not any(site.accepted or site.reason.startswith(ALREADY) for site in sites):
@@ -66,7 +69,7 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         kept.released = False
     for shared in by_weight(sites):
         weight = shared[0].weight
-        quantized = _quantized(shared[0], checked)
+        quantized = _quantized(shared[0], choices[shared[0].path])
         if id(weight) in shards:
             torch_private.replace_shard(shards[id(weight)], quantized)
         for site in shared:
@@ -195,10 +198,25 @@ def _shards(model: nn.Module, name: str) -> dict[int, Any]:
 # --- one weight ----------------------------------------------------------------------------------
 
 
-def _quantized(site: Site, options: Options) -> nn.Parameter:
-    settings = options.choice(site.path).options
+def site_choice(site: Site, options: Options) -> Choice:
+    """The scheme of a weight and its settings, the columns of a calibration among them.
 
+    Raises:
+        CalibrationError: the calibration is of another model, or the weight is cut along its columns.
+    """
+    N, K = site.rows_and_columns
+    choice = options.calibrated(options.choice(site.path), site.path, (N, K))
+    part = local(site.weight).shape
+    if getattr(choice.settings, "columns", ()) and part[0 if site.transposed else -1] != K:
+        raise CalibrationError(
+            f"{site.path}: each process holds some of its {K} columns, and a calibration names columns "
+            "of all: call int8fx.quantize_ before the model is sharded, or leave it in float (skip)"
+        )
+    return choice
+
+
+def _quantized(site: Site, choice: Choice) -> nn.Parameter:
     def quantize(part: Tensor) -> QuantizedWeight:
-        return QuantizedWeight.from_float(part, transposed=site.transposed, **settings)
+        return QuantizedWeight.quantized(part, choice, site.transposed)
 
     return nn.Parameter(map_local(site.weight, quantize), requires_grad=False)

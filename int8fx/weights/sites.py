@@ -112,6 +112,8 @@ def _already(site: Site, options: Options) -> str:
 
 
 def _skip(site: Site, options: Options) -> str:
+    if options.skips_by_default and options.quantizes_head(site.path):
+        return ""
     return skip_reason(site.path, options.skip)
 
 

@@ -12,7 +12,8 @@ they are: their shapes need not tell a group of 64 from a rotation by 64.
 
 They are plain tensors, for safetensors and for every other tool; loading packs them again. A float
 ``weight`` is quantised on loading; int8 values in the shape of the parameter, which we wrote before,
-are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127 · ``weight_scale``).
+are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127 · ``weight_scale``)
+and, for ``int8-rotated``, ConvRot's (``convrot.py``).
 
 Why the one: nobody may take the integers for the values of a float weight, as torch and transformers
 copy any number into a parameter of its shape, and tell of a scale that nothing reads in a warning at
@@ -29,8 +30,9 @@ Shards are written as the ``QuantizedWeight``s that they are (``int8fx/weights/s
 together).
 """
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +45,9 @@ from int8fx.kernels import packing
 from int8fx.kernels.formats.format import COLUMNS, ROWS, WeightFormat
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import QMAX
+from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import scheme_named
+from int8fx.weights import convrot
 from int8fx.weights.tensor import QuantizedWeight
 
 SCALE = "_scale"
@@ -75,7 +79,7 @@ def names_of(key: str, weight_format: WeightFormat) -> list[str]:
 
 def keys_of(key: str, weight: Any) -> set[str]:
     """Every name under which a ``state_dict`` may hold something of the parameter ``key``."""
-    keys = {key, key + SCHEME, *keys_beside(key)}
+    keys = {key, key + SCHEME, convrot.marker_of(key), *keys_beside(key)}
     if isinstance(weight, QuantizedWeight):
         keys.update(names_of(key, weight.weight_format))
     return keys
@@ -159,16 +163,19 @@ def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, A
         ValueError: names the first weight with others.
     """
     for name, weight in weights:
-        if isinstance(weight, QuantizedWeight) and weight.options != options:
-            alike = {"scheme"} if weight.options["scheme"] == options["scheme"] else set()
-            ours, theirs = (
-                {key: value for key, value in each.items() if key not in alike}
-                for each in (weight.options, options)
-            )
+        # Columns of a calibration are each weight's own, and with it in the files.
+        kept = weight.options if isinstance(weight, QuantizedWeight) else options
+        if _without(kept, {"columns"}) != _without(options, {"columns"}):
+            alike = {"columns", *({"scheme"} if kept["scheme"] == options["scheme"] else ())}
+            ours, theirs = _without(kept, alike), _without(options, alike)
             raise ValueError(
                 f"{name} has {ours}, and config.json holds one setting for all "
                 f"weights, {theirs}; int8fx.save_checkpoint writes the weights alone"
             )
+
+
+def _without(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def in_its_shape(w_int8: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -186,6 +193,33 @@ class _Entry:
     key: str
     weight: QuantizedWeight
     state: Mapping[str, Any]
+
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """The weight's, with the columns that the entry has, which a calibration chose.
+
+        Raises:
+            CheckpointError: the entry is of another format.
+        """
+        ours, entry = self.weight.choice, self.state.get(self.key + SCHEME)
+        if entry is None or entry.is_meta:
+            return ours
+        try:
+            said = json.loads(bytes(entry.tolist()))
+            choice = scheme_named(said["scheme"]).choice(**said["settings"])
+            stored, kept = choice.weight_format.files, ours.weight_format.files
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.key}{SCHEME}: {error}") from error
+        if stored == kept:
+            return ours
+        if choice.apart_from_columns == ours.apart_from_columns:
+            return choice
+        raise CheckpointError(f"{self.key}: {stored} in the checkpoint, {kept} in the model")
+
+    @property
+    def kept(self) -> WeightFormat:
+        """The format of what is stored."""
+        return self.choice.weight_format
 
     @property
     def value(self) -> Any:
@@ -211,8 +245,7 @@ class _Entry:
         if value is not None and value.is_floating_point():
             self._check_shape(key, value, tuple(weight.shape))
             return
-        self.check_scheme()
-        if is_plain(weight.weight_format):
+        if is_plain(self.kept):
             self._check_plain(value, self.scale)
         else:
             self._check_parts()
@@ -240,23 +273,8 @@ class _Entry:
         if value.amin() < -QMAX:
             raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
 
-    def check_scheme(self) -> None:
-        """Whether what is stored is of the weight's format."""
-        kept, entry = self.weight.weight_format, self.state.get(self.key + SCHEME)
-        if entry is None or entry.is_meta:
-            return
-        try:
-            said = json.loads(bytes(entry.tolist()))
-            choice = scheme_named(said["scheme"]).choice(**said["settings"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.key}{SCHEME}: {error}") from error
-        if choice.weight_format.files != kept.files:
-            raise CheckpointError(
-                f"{self.key}: {choice.weight_format.files} in the checkpoint, {kept.files} in the model"
-            )
-
     def _check_parts(self) -> None:
-        key, weight, kept = self.key, self.weight, self.weight.weight_format
+        key, weight, kept = self.key, self.weight, self.kept
         names = dict(zip(part_names(key, kept), kept.parts, strict=True))
         missing = [name for name in (*names, key + SCHEME) if name not in self.state]
         if len(missing) == len(names) + 1:
@@ -296,13 +314,13 @@ class _Entry:
         self.check()
         if value is not None and value.is_floating_point():
             return weight.quantize_like(value)
-        if is_plain(weight.weight_format):
+        if is_plain(self.kept):
             if value is None:
                 return None
             scale = self.scale
             assert scale is not None
             return self._of([in_its_shape(value, weight), scale.to(torch.float32)])
-        names = part_names(self.key, weight.weight_format)
+        names = part_names(self.key, self.kept)
         if names[0] not in self.state:
             return None
         own = {self.key: in_its_shape(value, weight)} if names[0] == self.key else {}
@@ -311,11 +329,16 @@ class _Entry:
     def _of(self, stored: list[Tensor]) -> QuantizedWeight:
         stored = [part.detach() for part in stored]
         weight = self.weight
-        packed = packing.pack(weight.weight_format, stored, weight.N, weight.K)
+        packed = packing.pack(self.kept, stored, weight.N, weight.K)
         # A file that is mapped, or somebody else's tensor, must not be what a weight consists of.
         return weight.with_packed(
-            [tensor.clone() if any(tensor is part for part in stored) else tensor for tensor in packed]
+            [tensor.clone() if any(tensor is part for part in stored) else tensor for tensor in packed],
+            choice=self.choice,
         )
+
+
+def _entry(key: str, weight: QuantizedWeight, state: Mapping[str, Any]) -> _Entry:
+    return _Entry(key, weight, convrot.as_ours(key, weight, state))
 
 
 def check_schemes(weights: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -326,7 +349,7 @@ def check_schemes(weights: Iterable[tuple[str, Tensor]], state: Mapping[str, Any
     """
     for key, weight in weights:
         if isinstance(weight, QuantizedWeight):
-            _Entry(key, weight, state).check_scheme()
+            _ = _entry(key, weight, state).choice
 
 
 def read(key: str, like: QuantizedWeight, state: Mapping[str, Any]) -> QuantizedWeight | None:
@@ -335,15 +358,17 @@ def read(key: str, like: QuantizedWeight, state: Mapping[str, Any]) -> Quantized
     Raises:
         CheckpointError: names the tensor, what it is and what it should be.
     """
-    return _Entry(key, like, state).read()
+    return _entry(key, like, state).read()
 
 
 def _read(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
     for name, weight in _quantized_parameters(module):
-        entry = _Entry(prefix + name, weight, state)
+        entry = _entry(prefix + name, weight, state)
         found = entry.read()
         if found is not None:
             state[entry.key] = found
+            if found.choice != weight.choice and not weight.is_meta:
+                weight.data = found  # copying its values would keep the columns that the weight has
         for key in keys_of(entry.key, weight) - {entry.key}:
             state.pop(key, None)
 
@@ -359,7 +384,7 @@ def check(model: nn.Module, state: Mapping[str, Any], prefix: str = "", *_: Any)
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for name, tensor in tensors:
             if isinstance(tensor, QuantizedWeight):
-                _Entry(base + name, tensor, state).check()
+                _entry(base + name, tensor, state).check()
             else:
                 _check_float(base + name, tensor, state.get(base + name))
 

@@ -314,6 +314,11 @@ class QuantizedWeight(ComputedValues):
         return self._part_names, self._attributes() | {"released": self.released}
 
     @classmethod
+    def __metadata_guard__(cls, before: dict[str, Any], now: dict[str, Any]) -> bool:
+        """Whether a graph of one weight serves another: columns of a calibration are an input of it."""
+        return _guarded(before) == _guarded(now)
+
+    @classmethod
     def __tensor_unflatten__(cls, inner, attributes, size, stride) -> "QuantizedWeight":
         form = {name: value for name, value in attributes.items() if name != "released"}
         packed = [inner[_PART + name] for name in form["choice"].weight_format.packed_names]
@@ -370,7 +375,8 @@ class QuantizedWeight(ComputedValues):
         self, stored: Sequence[Tensor], N: int, K: int, **changed: Any
     ) -> "QuantizedWeight":
         """Another matrix, of stored parts, with the attributes of this one, some changed."""
-        packed = packing.pack(self.weight_format, stored, N, K)
+        kept = changed.get("choice", self.choice).weight_format
+        packed = packing.pack(kept, stored, N, K)
         return self.with_packed(packed, N=N, K=K, **changed)
 
     def with_packed(self, packed: Sequence[Tensor], **changed: Any) -> "QuantizedWeight":
@@ -411,6 +417,13 @@ class QuantizedWeight(ComputedValues):
 
 # What users call it.
 Int8Weight = QuantizedWeight
+
+
+def _guarded(attributes: dict[str, Any]) -> tuple:
+    form = {name: value for name, value in attributes.items() if name != "choice"}
+    choice = attributes["choice"]
+    count = len(getattr(choice.settings, "columns", ()))
+    return form, choice.apart_from_columns, count
 
 
 def in_float(tensor: Tensor) -> Tensor:

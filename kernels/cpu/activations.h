@@ -3,12 +3,29 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 
 #include <c10/core/ScalarType.h>
 
 namespace int8fx {
 
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
 constexpr float MIN_SCALE = 0x1p-126f;  // kernels/ops/quantize_reference.py says why
+
+// Float rows that are rotated before they are quantised (rotate.h), but for a few columns.
+struct Rotation {
+  int64_t block;               // 16, 32, ..., 256 columns
+  int64_t K;                   // of the rotated rows: the rows' K rounded up to the block
+  const float* signs;          // [block], times the factor of x
+  const int32_t* columns;      // that stay as they are, ascending
+  int64_t column_count;
+  float* x_columns;            // [M, column_count]: where they go
+};
+
+constexpr int64_t MAX_STATIC_COLUMNS = 64;
 
 // Float rows to quantise, and where the result goes.
 struct FloatRows {
@@ -18,7 +35,8 @@ struct FloatRows {
   float threshold;             // 0: nothing is an outlier
   const int32_t* column_mask;  // [K rounded up to NR]: all ones where the column stays whole, 0 where
                                // it is taken out whole; or null: only the outliers are taken out
-  int8_t* x_int8;              // [M, K]
+  const Rotation* rotation;    // or null; with one there are no outliers
+  int8_t* x_int8;              // [M, K], or [M, rotation->K]
   float* x_scale;              // [M]
 };
 
@@ -32,6 +50,8 @@ struct Activations {
   c10::ScalarType dtype;       // fp32, bf16 or fp16; the output's too
   const int32_t* columns;      // those that may hold an outlier, ascending
   int64_t column_count;
+  const float* x_static;       // [M, static_count]: columns that every row has in float, with weights of
+  int64_t static_count;        // their own (Weight::w_columns)
 };
 
 // How its rows are cut.

@@ -15,6 +15,8 @@
 #include "identity.h"
 #include "multiply.h"
 #include "operands.h"
+#include "quantize_and_run.h"
+#include "rotated_operator.h"
 #include "storage.h"
 
 using namespace std::string_literals;
@@ -58,43 +60,6 @@ void run(
     a.column_count = columns.size();
   }
   if (a.M > 0) multiply_rows(kernel_for(a.M).int8, a, weights);
-}
-
-void quantize_and_run(
-    const at::Tensor& x, float threshold, bool column, c10::ArrayRef<Weight> weights) {
-  FloatRows in{};
-  in.K = x.size(-1);
-  in.M = x.numel() / std::max<int64_t>(in.K, 1);
-  in.x = x.const_data_ptr();
-  in.dtype = x.scalar_type();
-  in.threshold = threshold;
-  if (in.M == 0) return;
-  const Kernel& kernel = kernel_for(in.M);
-  std::vector<int32_t> columns;
-  if (threshold > 0) columns = find_outlier_columns(kernel, in);
-
-  Scratch scratch(Scratch::bytes_for<int8_t>(in.M * in.K) + Scratch::bytes_for<float>(in.M));
-  in.x_int8 = scratch.take<int8_t>(in.M * in.K);
-  in.x_scale = scratch.take<float>(in.M);
-  std::vector<int32_t> mask;
-  if (columns.empty()) {
-    in.threshold = 0;
-  } else if (column) {
-    mask.assign(round_up(in.K, NR), -1);
-    for (const int32_t k : columns) mask[k] = 0;
-    in.column_mask = mask.data();
-  }
-  Activations a{};
-  a.M = in.M;
-  a.K = in.K;
-  a.x_int8 = in.x_int8;
-  a.x_scale = in.x_scale;
-  a.x_outlier = in.x;
-  a.threshold = column ? 0 : threshold;  // a column is taken out whole
-  a.dtype = in.dtype;
-  a.columns = columns.data();
-  a.column_count = columns.size();
-  multiply_rows(kernel.int8, a, weights, &in);
 }
 
 void run_weight_only(const at::Tensor& x, c10::ArrayRef<Weight> weights) {
@@ -163,6 +128,8 @@ TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("attention", attention);
   m.impl("int8_linears", int8_linears);
   m.impl("int8_linears.single", single_int8_linear);
+  m.impl("rotated_linears", rotated_linears);
+  m.impl("rotated_linear", rotated_linear);
 }
 
 }  // namespace

@@ -14,8 +14,8 @@ static_assert(
     "tile_product<B> multiplies a tile of rows with B micro-panels: exact int32 [rows][PANELS * NR]");
 
 #include "with_dtype.h"
-#include "tile.h"
 #include "quantize.h"
+#include "tile.h"
 #include "attention.h"
 #include "few_queries.h"
 #include "in_fp32.h"

@@ -88,8 +88,16 @@ struct LimbRows {
   const int8_t* w;
   int64_t w_stride;
 
+  LimbRows(const Lhs& a, const Weight&, int64_t, const int8_t* w, int64_t w_stride)
+      : a(a), w(w), w_stride(w_stride) {}
+
   template <int B>
   void begin(int64_t, int64_t) {}
+  Floats value(const int32_t* acc, int64_t m, int64_t r, int b, int p, Floats w_scale) const {
+    return product(acc, m, r, b, p) * w_scale;
+  }
+
+ private:
   Floats product(const int32_t* acc, int64_t m, int64_t r, int b, int p) const {
     const float scale = a.packed.row_scale[m + r];
     if (scale != scale) {

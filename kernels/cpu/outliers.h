@@ -35,12 +35,14 @@ inline std::vector<int32_t> flagged(const bool* columns, int64_t K) {
 // not, all flagged columns of all rows, which then share one read of the weights' columns.
 template <class T>
 void collect_outliers(const Lhs& a, int64_t tile) {
-  const auto& [M, K, x_int8, x_scale, x_outlier, threshold, dtype, columns, column_count] = a.in;
+  const int64_t M = a.in.M, K = a.in.K, column_count = a.in.column_count;
+  const int32_t* const columns = a.in.columns;
+  const float threshold = a.in.threshold;
   const int64_t m0 = tile * a.tiling.rows;
   const int64_t rows = std::min(a.tiling.rows, M - m0);
   Outlier* const outliers = a.packed.outliers + m0 * column_count;
   const auto outlier = [&](int64_t r, int32_t k) {
-    const float value = static_cast<const T*>(x_outlier)[(m0 + r) * K + k];
+    const float value = static_cast<const T*>(a.in.x_outlier)[(m0 + r) * K + k];
     // With a threshold, a NaN is no outlier; without, everything that is not zero is.
     return threshold == 0 || std::abs(value) >= threshold ? value : 0.0f;
   };

@@ -22,6 +22,8 @@ struct Weight {
   const void* bias;            // [N] of bias_dtype, or null
   c10::ScalarType bias_dtype;
   void* y;                     // [M, N], the output
+  const void* w_columns;       // [static_count, N] of columns_dtype: of the columns of x in float
+  c10::ScalarType columns_dtype;
 
   int64_t panels() const { return (N + NR - 1) / NR; }
 };

@@ -94,6 +94,14 @@ struct Reciprocal {
   }
 };
 
+inline float largest_of(Words magnitudes) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < LANES; ++i) bits = std::max<uint32_t>(bits, magnitudes[i]);
+  float absmax;
+  std::memcpy(&absmax, &bits, 4);
+  return absmax;
+}
+
 // Of a row whose vectors are value(k, count).
 template <class F>
 inline float largest_magnitude(int64_t K, const F& value) {
@@ -102,11 +110,26 @@ inline float largest_magnitude(int64_t K, const F& value) {
     const Words bits = magnitude(value(k, count));
     largest = bits > largest ? bits : largest;
   });
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < LANES; ++i) bits = std::max<uint32_t>(bits, largest[i]);
-  float absmax;
-  std::memcpy(&absmax, &bits, 4);
-  return absmax;
+  return largest_of(largest);
+}
+
+// The row in int8; returns its scale.
+template <class F>
+inline float write_int8(int8_t* out, int64_t K, float absmax, const F& value) {
+  const float step = absmax / 127.0f;
+  const float scale = step < MIN_SCALE ? MIN_SCALE : step;  // a NaN stays
+  const auto write = [&](auto divide) {
+    for_vectors(K, [&](int64_t k, auto count) {
+      const Bytes quantized = __builtin_convertvector(Isa::to_ints(divide(value(k, count))), Bytes);
+      __builtin_memcpy(out + k, &quantized, count);
+    });
+  };
+  if (Isa::FMA_ROUNDS_ONCE && Reciprocal::serves(scale)) {
+    write(Reciprocal(scale));
+  } else {
+    write([scale](Floats v) { return v / scale; });
+  }
+  return scale;
 }
 
 template <class T, bool OUTLIERS, bool COLUMN>
@@ -117,20 +140,7 @@ void quantize_row(const FloatRows& in, int64_t m) {
     if constexpr (OUTLIERS) return regular<COLUMN>(in, v, k);
     return v;
   };
-  const float step = largest_magnitude(in.K, value) / 127.0f;
-  const float scale = step < MIN_SCALE ? MIN_SCALE : step;  // a NaN stays
-  in.x_scale[m] = scale;
-
-  int8_t* out = in.x_int8 + m * in.K;
-  const auto write = [&](auto divide) {
-    for_vectors(in.K, [&](int64_t k, auto count) {
-      const Bytes quantized = __builtin_convertvector(Isa::to_ints(divide(value(k, count))), Bytes);
-      __builtin_memcpy(out + k, &quantized, count);
-    });
-  };
-  if constexpr (Isa::FMA_ROUNDS_ONCE)
-    if (Reciprocal::serves(scale)) return write(Reciprocal(scale));
-  write([scale](Floats v) { return v / scale; });
+  in.x_scale[m] = write_int8(in.x_int8 + m * in.K, in.K, largest_magnitude(in.K, value), value);
 }
 
 template <class T>
@@ -145,6 +155,9 @@ void flag_columns(const FloatRows& in, int64_t m0, int64_t m1, int32_t* flags) {
   with_dtype(in.dtype, [&]<class T>(T) { flag_columns_of<T>(in, m0, m1, flags); });
 }
 
+#include "rotate.h"
+
 void quantize_rows(const FloatRows& in, int64_t m0, int64_t m1) {
+  if (in.rotation) return rotate_rows(in, m0, m1);
   with_dtype(in.dtype, [&]<class T>(T) { quantize_rows_of<T>(in, m0, m1); });
 }

@@ -143,17 +143,17 @@ void outlier_tile(OutlierColumns& weights, int64_t m, int64_t rows, float* out) 
   }
 }
 
-// y = product(r, p) * w_scale + bias for rows m + r of 16 channels, whose vectors are p.
+// y = value(r, p) + bias for rows m + r of 16 channels, whose vectors are p.
 template <class T, class F>
 inline void finish(
-    const Weight& weight, int64_t m, int64_t rows, const Channels& c, const F& product) {
+    const Weight& weight, int64_t m, int64_t rows, const Channels& c, const F& value) {
   T* y = static_cast<T*>(weight.y) + m * weight.N + c.n;
   for (int64_t r = 0; r < rows; ++r, y += weight.N) {
     T part_of_panel[NR];
     T* out = c.count == NR ? y : part_of_panel;
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p)
-      store_as(out + p * LANES, product(r, p) * c.w_scale[p] + c.bias[p]);
+      store_as(out + p * LANES, value(r, p) + c.bias[p]);
     if (c.count < NR) std::memcpy(static_cast<void*>(y), out, c.count * sizeof(T));
   }
 }
@@ -191,20 +191,23 @@ struct MixedRows {
   OutlierColumns columns;
   alignas(64) float outlier[Isa::MR_ALONE * Isa::PANELS * NR];
 
-  MixedRows(const Lhs& a, const int8_t* w, int64_t w_stride) : a(a), columns(a, w, w_stride) {}
+  MixedRows(const Lhs& a, const Weight&, int64_t, const int8_t* w, int64_t w_stride)
+      : a(a), columns(a, w, w_stride) {}
 
   template <int B>
   void begin(int64_t m, int64_t rows) {
     if (a.in.column_count) outlier_tile<B>(columns, m, rows, outlier);
   }
   // Vector p of micro-panel b: of row m + r, whose integer sums are in acc.
-  Floats product(const int32_t* acc, int64_t m, int64_t r, int b, int p) const {
+  Floats value(const int32_t* acc, int64_t m, int64_t r, int b, int p, Floats w_scale) const {
     const int64_t at = (r * Isa::PANELS + b) * NR + p * LANES;
     const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
     const Floats extra = a.in.column_count ? load<Floats>(outlier + at) : Floats{};
-    return product * a.in.x_scale[m + r] + extra;
+    return (product * a.in.x_scale[m + r] + extra) * w_scale;
   }
 };
+
+#include "static_columns.h"
 
 // The lines of y that a tile writes: by the time it is multiplied they are in the cache.
 template <class T, int B>
@@ -222,7 +225,7 @@ void multiply_panels(
   const int64_t stride = panel_bytes(a.tiling.K_padded);
   const int8_t* w = weight.packed + panel * stride;
   const Channels channels[2] = {{weight, panel}, {weight, panel + B - 1}};
-  Rows tile{a, w, stride};
+  Rows tile{a, weight, panel, w, stride};
   Prefetch ahead =
       how.once ? Prefetch{nullptr, 0, how.near} : next_panels(a, weight, m1 - m0, panel, B);
   for (int64_t m = m0; m < m1; m += a.tiling.rows) {
@@ -233,7 +236,7 @@ void multiply_panels(
     tile.template begin<B>(m, rows);
     for (int b = 0; b < B; ++b)
       finish<T>(weight, m, rows, channels[b], [&](int64_t r, int p) {
-        return tile.product(acc, m, r, b, p);
+        return tile.value(acc, m, r, b, p, channels[b].w_scale[p]);
       });
   }
 }
@@ -251,6 +254,7 @@ void multiply_rows(
 void multiply(
     const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
   with_dtype(a.in.dtype, [&]<class T>(T) {
+    if (a.in.static_count) return multiply_rows<StaticRows, T>(a, weight, m0, m1, panel0, panel1);
     multiply_rows<MixedRows, T>(a, weight, m0, m1, panel0, panel1);
   });
 }

@@ -73,13 +73,9 @@ inline void multiply_tile(
   TILES[rows - 1](
       static_cast<const Element*>(a.packed.x) + m * a.tiling.K_padded, w, a.tiling.K_padded, sums, ahead);
   finish<Y>(weight, m, rows, channels, [&](int64_t r, int p) {
-    return load<Floats>(sums + r * NR + p * LANES);
+    return load<Floats>(sums + r * NR + p * LANES) * channels.w_scale[p];
   });
 }
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 template <class Y>
 void multiply_as(

@@ -58,7 +58,7 @@ def quantize_reference(
     weight in the 16-bit product; without decomposition it makes its row's scale infinite.
     """
     regular, x_outlier, outlier_columns = split_outliers(x, threshold, decomposition)
-    x_scale = _scale(regular)
+    x_scale = row_scale(regular)
     x_int8 = torch.round(regular / x_scale.unsqueeze(-1)).to(torch.int8)
     return x_int8, x_scale, x_outlier, outlier_columns
 
@@ -107,9 +107,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_scale(rows: Tensor) -> Tensor:
     """``[*]`` fp32 of ``rows [*, K]``: 127 times it is finite where the row is."""
-    scale = _scale(rows)
+    scale = row_scale(rows)
     return torch.where(scale.isinf(), scale, scale.clamp_max(MAX_SCALE))
 
 
-def _scale(rows: Tensor) -> Tensor:
+def row_scale(rows: Tensor) -> Tensor:
+    """``[*]`` fp32 of ``rows [*, K]``: absmax / 127, and at least ``MIN_SCALE``."""
     return (rows.abs().amax(-1) / QMAX).clamp_min(MIN_SCALE)

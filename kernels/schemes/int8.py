@@ -18,13 +18,25 @@ import torch
 from torch import Tensor
 
 from int8fx.kernels import table
+from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.int8 import PER_CHANNEL, PER_TENSOR
+from int8fx.kernels.formats.rotated import rotated
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.expert_linear import expert_linear
 from int8fx.kernels.ops.quantize_reference import DECOMPOSITIONS as KINDS
 from int8fx.kernels.ops.quantize_reference import quantize_reference
+from int8fx.kernels.ops.rotated_linear import (
+    quantize_rotated_reference,
+    rotated_expert_linear,
+    rotated_linear,
+)
+from int8fx.kernels.ops.rotation import NONE
 from int8fx.kernels.schemes import settings as allowed
 from int8fx.kernels.schemes.scheme import Call, Scheme
+from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
+from int8fx.kernels.schemes.static_columns import operands, static_columns, which
+
+STATIC = "static"
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,44 @@ class Outliers:
     threshold: float = allowed.setting(6.0, allowed.threshold)
     decomposition: str = allowed.setting("column", allowed.one_of(*KINDS))
 
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether some columns stay in 16-bit for every token."""
+        return self.decomposition == STATIC
+
+
+@dataclass(frozen=True)
+class LlmInt8(Outliers):
+    """Of LLM.int8().
+
+    Attributes:
+        decomposition: also ``"static"``: some columns, the same for every token, and the outliers of
+            what is left token by token.
+        columns: which these are, ascending, with ``"static"``.
+    """
+
+    decomposition: str = allowed.setting("column", allowed.one_of(*KINDS, STATIC))
+    columns: int | tuple[int, ...] = allowed.setting((), static_columns)
+
+    @property
+    def operator(self) -> str:
+        """In the kernel table."""
+        return ROTATED if self.keeps_columns else table.INT8_LINEAR
+
 
 NO_OUTLIERS = Outliers(threshold=0.0)
+_UNROTATED = 0, NONE  # the last settings of rotated_linear
+
+
+def weight_format(settings: LlmInt8) -> WeightFormat:
+    return rotated(*_UNROTATED, which(settings)) if settings.keeps_columns else PER_CHANNEL
 
 
 def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Outliers) -> Any:
     """quantize, then int8_linear; see ``passes/linears/lower.py`` for the graph."""
+    if settings.keeps_columns:
+        how = settings.threshold, *_UNROTATED
+        return call(rotated_linear, x, *how, *operands(weight), bias)
     quantized = call(ops.quantize, x, settings.threshold, settings.decomposition)
     items = [call(operator.getitem, quantized, index) for index in range(2)]
     if settings.threshold == 0:
@@ -57,13 +101,27 @@ def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Outlie
 
 def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Outliers) -> Any:
     """expert_linear; ``routing`` are its ``experts`` and ``ends``."""
+    if settings.keeps_columns:
+        how = settings.threshold, *_UNROTATED
+        return call(rotated_expert_linear, x, *how, *operands(weight), *routing)
     return call(expert_linear, x, settings.threshold, settings.decomposition, *weight, *routing)
 
 
 def dequantized_input(x: Tensor, settings: Outliers) -> Tensor:
+    if settings.keeps_columns:
+        return _dequantized_beside_columns(x, settings)
     x_int8, x_scale, x_outlier, _ = quantize_reference(x, settings.threshold, settings.decomposition)
     x_hat = x_int8.to(torch.float32) * x_scale.unsqueeze(-1)
     return x_hat if settings.threshold == 0 else x_hat + x_outlier
+
+
+def _dequantized_beside_columns(x: Tensor, settings: Any) -> Tensor:
+    columns = torch.tensor(which(settings), dtype=torch.int64, device=x.device)
+    how = settings.threshold, *_UNROTATED
+    x_int8, x_scale, x_outlier, x_columns = quantize_rotated_reference(x, columns, *how)
+    x_hat = x_int8.to(torch.float32) * x_scale.unsqueeze(-1)
+    x_hat = x_hat + x_outlier if settings.threshold else x_hat
+    return x_hat.index_copy(-1, columns, x_columns.to(torch.float32))
 
 
 def at_once(
@@ -71,7 +129,7 @@ def at_once(
 ) -> Tensor | None:
     """By the operator that ``passes/int8/join_linears.py`` puts into graphs, where a device has it."""
     joined = table.joined(x.device.type)
-    if joined is None:
+    if joined is None or settings.keeps_columns:
         return None
     target, _ = joined
     packed, w_scale = weight
@@ -103,8 +161,8 @@ LLM_INT8 = Scheme(
     "llm.int8",
     "per-token x, per-channel w, outliers of x in 16-bit",
     "Dettmers et al. 2022, arXiv 2208.07339, section 3.2",
-    lambda settings: PER_CHANNEL,
-    Outliers,
+    weight_format,
+    LlmInt8,
     dequantized_input,
     lower,
     ops.quantize,

@@ -145,15 +145,27 @@ class Choice:
         stored = stacked(self.weight_format, weight)
         return packing.pack(self.weight_format, stored, *weight.shape[-2:])
 
+    @property
+    def apart_from_columns(self) -> tuple[str, dict[str, Any]]:
+        """The scheme and its settings but for ``columns``, which a calibration gives to each weight."""
+        settings = asdict(self.settings)
+        settings.pop("columns", None)
+        return self.scheme.name, settings
+
     def refusal(self, device_type: str) -> str | None:
         """Why a device cannot serve it, or None."""
-        return table.refusal(device_type, self.weight_format.family, self.scheme.operator)
+        return table.refusal(device_type, self.weight_format.family, self.operator)
+
+    @property
+    def operator(self) -> str:
+        """What its product is in the kernel table: of some schemes it depends on the settings."""
+        return getattr(self.settings, "operator", self.scheme.operator)
 
     @property
     def note(self) -> str:
         """Why no kernel computes it, or empty."""
         kept = self.weight_format
-        return table.without_kernel(kept.name, kept.family, self.scheme.operator)
+        return table.without_kernel(kept.name, kept.family, self.operator)
 
     def lower(self, call: Call, x: Any, weight: Sequence[Any], bias: Any) -> Any:
         if self.scheme.lower is None:

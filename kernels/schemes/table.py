@@ -10,7 +10,7 @@ GPU path.
 from collections.abc import Callable
 from typing import Any
 
-from int8fx.kernels.schemes import affine, int8, weight_only
+from int8fx.kernels.schemes import affine, int8, rotated, weight_only
 from int8fx.kernels.schemes.scheme import Scheme
 
 DEFAULT = int8.LLM_INT8.name
@@ -25,6 +25,7 @@ SCHEMES: dict[str, Scheme] = {
         int8.ABSMAX_VECTOR,
         affine.ZEROPOINT_TENSOR,
         affine.ZEROPOINT_VECTOR,
+        rotated.INT8_ROTATED,
         weight_only.W8A16,
         weight_only.W8A16_GROUP,
     )

@@ -20,11 +20,13 @@ import torch
 from torch import fx
 
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.rotated_linear import rotated_linear
 from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.arguments import argument, set_argument
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import rank_of, tensor_of
 
+LINEARS = (ops.int8_linear, rotated_linear)
 _ADDITIONS = frozenset({operator.add, torch.add, "add", "__add__", torch.ops.aten.add.Tensor})
 
 READ_WITHOUT = "the product is read without the bias as well"
@@ -38,7 +40,7 @@ WRITTEN = "the graph writes to the bias before it is added"
 def fold_biases(graph: fx.Graph, context: Context) -> Result:
     """Moves biases into the int8 linears of one graph; changed: how many."""
     memory, result = context.memory(), Result()
-    for linear in graph.find_nodes(op="call_function", target=ops.int8_linear):
+    for linear in [node for node in graph.nodes if node.target in LINEARS]:
         addition, vector = _added_vector(linear)
         if addition is None or argument(linear, "bias") is not None:
             continue

@@ -36,6 +36,8 @@ class Selection:
             is; or empty.
         ranked_by: what ranks the values of a node (``passes/linears/ranking.py``), or empty.
         factors: nodes of linears that are a low-rank factor (``passes/linears/low_rank.py``).
+        quantizes_head: whether the scheme of a module path quantises an output head, too, so that the
+            default of ``skip`` leaves rankings in float alone.
     """
 
     tensors: Mapping[fx.Node, Tensor]
@@ -50,6 +52,7 @@ class Selection:
     ranked_by: Callable[[fx.Node], str]
     factors: frozenset[fx.Node]
     attention: bool = False
+    quantizes_head: Callable[[str], bool] = lambda path: False
 
 
 REQUIRES_GRAD = "weight requires grad"
@@ -104,7 +107,7 @@ def module_path(candidate: Candidate, selection: Selection) -> str:
     """
     if candidate.weight is None:
         return candidate.node.name
-    if _is_embedding(candidate) and (head := _linear_around(candidate.node)):
+    if is_embedding(candidate) and (head := _linear_around(candidate.node)):
         return head
     path = selection.paths.get(candidate.weight.placeholder, candidate.node.name)
     return path.removesuffix(".weight")
@@ -127,13 +130,15 @@ def _module_around(node: fx.Node) -> tuple[str, type[nn.Module] | None]:
     return name, kind if isinstance(kind, type) else None
 
 
-def _is_embedding(candidate: Candidate) -> bool:
+def is_embedding(candidate: Candidate) -> bool:
     """Whether the weight is an embedding's as well."""
     assert candidate.weight is not None
     return any(user.target is F.embedding for user in candidate.weight.placeholder.users)
 
 
 def _skipped(candidate: Candidate, selection: Selection) -> str:
+    if selection.skips_by_default and selection.quantizes_head(module_path(candidate, selection)):
+        return ""
     return skip_reason(module_path(candidate, selection), selection.skip)
 
 
@@ -157,7 +162,10 @@ def only_reason(path: str, only: tuple[str, ...] | None) -> str:
 
 
 def _tied_head(candidate: Candidate, selection: Selection) -> str:
-    return TIED_HEAD if selection.skips_by_default and _is_embedding(candidate) else ""
+    in_float = selection.skips_by_default and not selection.quantizes_head(
+        module_path(candidate, selection)
+    )
+    return TIED_HEAD if in_float and is_embedding(candidate) else ""
 
 
 def _router(candidate: Candidate, selection: Selection) -> str:

@@ -38,7 +38,7 @@ def test_default_compiles_with_ours_and_fuses_every_linear(model, log, cache):
     (report,) = reports
     accepted = [decision for decision in report.decisions if decision.accepted]
     assert len(accepted) == len(report.decisions) == LINEARS
-    assert report.graph.count("quantized_linears_cpu") >= LINEARS
+    assert report.graph.count("int8_linears") >= LINEARS
     assert log()[0] == "int8fx: compiled by 'llmint8' in mode 2, int8 linears fused"
     assert log()[1] == f"int8fx: {LINEARS} of {LINEARS + 1} layers in int8"
 

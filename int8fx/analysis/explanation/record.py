@@ -25,6 +25,8 @@ class Row:
         sqnr_db: of its output against the float weight's on the same input; None when it stays in
             float or did not run, ``inf`` when they are equal.
         sqnr_db_at: the same at other thresholds, 0 being no decomposition.
+        static_columns: the columns of its input that its scheme keeps in 16-bit for every row.
+        sqnr_db_unrotated: the same in int8 without the rotation that its scheme has, else None.
         channel_absmax: the largest ``|x|`` of each input channel.
         float_bytes, kept_bytes: of its weight, before and after.
         counts_bytes: False when an earlier row has the same weight.
@@ -46,6 +48,8 @@ class Row:
     input_absmax: float | None
     sqnr_db: float | None
     sqnr_db_at: dict[float, float]
+    static_columns: tuple[int, ...]
+    sqnr_db_unrotated: float | None
     channel_absmax: tuple[float, ...]
     float_bytes: int
     kept_bytes: int

@@ -1,7 +1,7 @@
 """Findings as text for a terminal of 80 columns."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -39,10 +39,18 @@ def row_table(explanation: Findings) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in explanation.rows:
         name: RenderableType = Text(row.path)
-        if below := row.reason or row.note:
+        if below := row.reason or "; ".join(filter(None, (row.note, *_rotation(row)))):
             name = Group(name, Padding(Text(below, style="dim"), (0, 0, 0, 2)))
         table.add_row(name, *_cells(row))
     return table
+
+
+def _rotation(row: Row) -> Iterator[str]:
+    """What a rotated linear keeps in 16-bit, and what the rotation gains."""
+    if row.static_columns:
+        yield f"columns {', '.join(map(str, row.static_columns))} in 16-bit"
+    if row.sqnr_db_unrotated is not None:
+        yield f"{row.sqnr_db_unrotated:.1f} dB without rotation"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
