@@ -118,8 +118,8 @@ def check(
     if "zeropoint" in name:  # it meets the sum of a channel's weights
         overflows |= w_hat.abs().sum(1) >= largest * 0.999
     if "rotated" in name:
-        # ŵ ends at the largest float, which half a step of the 32 elements of a block may pass, each over
-        # the root of 32; a step is at most the largest sum of the block over 127.
+        # ŵ ends at the largest float, which half a step of the 32 elements of a block may pass, each
+        # over the root of 32; a step is at most the largest sum of the block over 127.
         clamped = (w_hat.abs() >= largest).double() * (32 / 127 / 2 * largest)
         bound = bound + sizes @ clamped.t()
         # Elements of a block are summed up before they are quantised.
