@@ -16,8 +16,9 @@ from int8fx.analysis.metrics import Reference
 from int8fx.analysis.rerun import Rerun
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import rewrite_graph
+from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.ops.expert_linear import routed_rows
-from int8fx.kernels.schemes.scheme import eagerly
+from int8fx.kernels.schemes.scheme import Choice, eagerly
 from int8fx.options import Options
 from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.weights.store import WeightStore
@@ -139,21 +140,21 @@ class Mixtures:
 
     def _add(self, compilation: Compilation, candidate: Candidate, path: str) -> None:
         assert candidate.weight is not None
-        compilation.products[candidate] = self._product(candidate, path)
+        kept = compilation.choices[candidate].weight_format
+        compilation.products[candidate] = self._product(candidate, path, kept)
         if path not in self._bytes:
             tensor = compilation.tensors[candidate.weight.placeholder]
-            kept = compilation.choices[candidate].weight_format
             packed = self._store.get(tensor, candidate.weight, kept)
             self._bytes[path] = (packed.float_bytes, packed.nbytes)
             self.paths.append(path)
 
-    def _product(self, candidate: Candidate, path: str) -> Product:
+    def _product(self, candidate: Candidate, path: str, in_graph: WeightFormat) -> Product:
         expression = candidate.weight
         assert expression is not None
         routed = candidate.routing is not None
         in_float = _experts_in_float if routed else F.linear
         ways = {
-            way: choice.lower_experts if routed else choice.lower
+            way: self._lowering(candidate, choice, in_graph)
             for way, choice in self._choices.items()
             if not routed or choice.scheme.experts is not None
         }
@@ -161,11 +162,11 @@ class Mixtures:
 
         def switched(x: Tensor, weight: Tensor, last: Any, *kept: Tensor) -> Tensor:
             if path in self._active:
-                return ways[self._active[path]](eagerly, x, kept, last)
+                return ways[self._active[path]](x, weight, last, kept)
             y = in_float(x, expression.evaluate(weight).to(x.dtype), last)
             if self._noise is not None:
                 for way, lower in ways.items():
-                    error = lower(eagerly, x, kept, last).double() - y
+                    error = lower(x, weight, last, kept).double() - y
                     self._noise[path][way] += error.square().sum().item()
             return y
 
@@ -175,6 +176,24 @@ class Mixtures:
             return call(switched, x, candidate.scope.lift(expression.placeholder), last, *kept)
 
         return emit
+
+    def _lowering(
+        self, candidate: Candidate, choice: Choice, in_graph: WeightFormat
+    ) -> Callable[[Tensor, Tensor, Any, Sequence[Tensor]], Tensor]:
+        """``(x, float weight, bias or routing, packed weight) -> y``.
+
+        The packed weight is of the graph's format; another one comes from the store.
+        """
+        lower = choice.lower if candidate.routing is None else choice.lower_experts
+        expression = candidate.weight
+        assert expression is not None
+
+        def product(x: Tensor, weight: Tensor, last: Any, packed: Sequence[Tensor]) -> Tensor:
+            if choice.weight_format.name != in_graph.name:
+                packed = self._store.get(weight, expression, choice.weight_format).tensors
+            return lower(eagerly, x, packed, last)
+
+        return product
 
 
 def _experts_in_float(

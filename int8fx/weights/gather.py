@@ -102,7 +102,19 @@ def _rows_of_each_part(part: Any, cut: Cut) -> tuple[Tensor, ...]:
             f"along dimension {cut.dimension}: allowed are equal numbers of rows; leave it in float "
             "(skip)"
         )
-    return tuple(tensor.contiguous() for tensor in part.stored())
+    # FSDP2 cannot hand on what has no elements, as the weights of no columns.
+    return tuple(tensor.contiguous() for tensor in part.stored() if tensor.numel())
+
+
+def with_empty_parts(part: Any, outputs: Sequence[Tensor], cut: Cut) -> list[Tensor]:
+    """The stored parts of the whole, those without elements among them; ``part`` is a process's."""
+    kept, given = part.weight_format, iter(outputs)
+    return [
+        torch.empty(shape, dtype=each.dtype or part.dtype, device=part.device)
+        if 0 in shape
+        else next(given)
+        for shape, each in zip(kept.shapes(*cut.matrix), kept.parts, strict=True)
+    ]
 
 
 def gathered(outputs: Sequence[Tensor], cut: Cut) -> Sequence[Tensor]:

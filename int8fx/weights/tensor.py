@@ -358,9 +358,8 @@ class QuantizedWeight(ComputedValues):
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
         """FSDP2: the whole weight from what all ranks gave."""
-        whole = self.with_stored(
-            gather.gathered(outputs, metadata), *metadata.matrix, dtype=param_dtype
-        )
+        stored = gather.with_empty_parts(self, gather.gathered(outputs, metadata), metadata)
+        whole = self.with_stored(stored, *metadata.matrix, dtype=param_dtype)
         if out is None:
             # FSDP frees the memory between two uses of the weight, so it must be torch's own.
             owned = whole.with_packed([tensor.clone() for tensor in whole.tensors])

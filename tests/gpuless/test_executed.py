@@ -386,9 +386,7 @@ def test_what_has_no_kernel_for_a_gpu_stays_in_float_and_says_why(options):
     with torch.no_grad(), retargeted([].append), int8fx.collect_reports() as reports:
         y = compiled(model, options)(x)
     (decision,) = reports[0].decisions
-    assert decision.reason == (
-        "no int8 kernel for device 'cuda': rotations and static columns are in the CPU's kernels alone"
-    )
+    assert decision.reason.endswith("rotations and static columns are in the CPU's kernels alone")
     assert relative_error(y, model(x)) < TOLERANCE[torch.float16]
 
 

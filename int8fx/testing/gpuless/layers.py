@@ -20,7 +20,9 @@ OURS = ("decode_kernel", "norm_kernel", "quantize_gather_kernel", "gemm_kernel",
 
 def serve_cpu_tensors_with_gpu_kernels() -> None:
     """The harness retargets after our passes, which see the device that the tensors are on."""
-    table.KERNELS[table.key_of("cpu")] = table.KERNELS[table.key_of("cuda")]
+    for operator in {key[0] for key in table.KERNELS}:
+        cpu, cuda = (table.key_of(device, operator=operator) for device in ("cpu", "cuda"))
+        table.KERNELS[cpu] = table.KERNELS[cuda]
     table.kernel_for.cache_clear()
 
 
