@@ -11,8 +11,9 @@ batching = pytest.importorskip("transformers.generation.configuration_utils")
 PROMPTS = [[1, 2, 3, 4], list(range(5, 40)), [7, 8]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
+    """Of its own for each test: a model keeps the compiled step of ``generate_batch``."""
     torch.compiler.reset()
     return int8fx.quantize_(serving.tiny_llama(), decomposition="token").requires_grad_(False)
 
