@@ -3,10 +3,10 @@
     python benchmarks/serving.py
 
 vLLM's guide for CPUs advises to preload tcmalloc and libiomp5. The script finds them in this
-environment or on the system, starts every engine with them, and says so. Each engine is a process of its own, one
-after another, and the whole list is run ``--rounds`` times. A figure is the median over the rounds.
-``--engines`` picks some. Greedy answers of int8fx are compared, token by token, with what transformers
-chooses after the same words.
+environment or on the system, starts every engine with them, and says so. Each engine is a process
+of its own, one after another, and the whole list is run ``--rounds`` times. A figure is the median
+over the rounds. ``--engines`` picks some. Greedy answers of int8fx are compared, token by token,
+with what transformers chooses after the same words.
 """
 
 import argparse
