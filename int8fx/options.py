@@ -127,9 +127,18 @@ class Options:
 
     def _check_columns(self, taker: str) -> None:
         """Raises:
-        ValueError: a number of columns is given, and no calibration that says which.
+        ValueError: a number of columns is given, and no calibration that says which; or a calibration,
+            and no scheme that keeps columns.
         """
-        for settings in (self.settings, *(rule.settings for rule in self.rules)):
+        rules = [(rule.scheme, {**self.settings, **rule.settings}) for rule in self.rules]
+        used = [(self.scheme, self.settings), *rules]
+        keeps = any(_keeps_columns(SCHEMES[scheme], settings) for scheme, settings in used)
+        if self.calibration is not None and not keeps:
+            raise ValueError(
+                f"option 'calibration' of {taker}: {', '.join(scheme for scheme, _ in used)} keeps no "
+                "columns; allowed with scheme='int8-rotated' and with decomposition='static'"
+            )
+        for _, settings in used:
             columns = settings.get("columns")
             if self.calibration is None and isinstance(columns, int):
                 asked = f"setting 'columns' of {taker}"
@@ -295,6 +304,12 @@ def _setting(
         known = sorted({each for scheme in used for each in scheme.reads})
         raise not_allowed(asked, value, f"settings that {names} reads: {', '.join(known) or 'none'}")
     return value
+
+
+def _keeps_columns(scheme: Scheme, settings: Mapping[str, Any]) -> bool:
+    given = {name: settings[name] for name in settings if name in scheme.reads}
+    chosen = scheme.choice(**{name: given[name] for name in given if not _is_count(name, given[name])})
+    return getattr(chosen.settings, "keeps_columns", False)
 
 
 def _is_count(name: str, value: Any) -> bool:

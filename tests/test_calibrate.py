@@ -214,6 +214,13 @@ def test_rules_have_numbers_of_columns_and_columns_of_their_own(model, calibrati
     assert [row.static_columns for row in explained.rows] == [(40,), (3, 5)]
 
 
+def test_a_calibration_without_columns_to_keep_is_an_error(calibration):
+    with pytest.raises(ValueError, match=r"'calibration' of quantize_: llm\.int8 keeps no columns"):
+        int8fx.quantize_(model_of(), calibration=calibration)
+    with pytest.raises(ValueError, match=r"columns=\(3,\) with decomposition='column'"):
+        int8fx.Options.parse({"columns": [3]})
+
+
 def test_columns_without_a_calibration_need_their_numbers(model):
     with pytest.raises(
         ValueError, match=r"'columns' of backend 'llmint8'.*without the option 'calibration'"
@@ -280,7 +287,8 @@ def test_with_a_calibration_the_output_head_is_quantised_too(tied):
     }
     assert (y - model(tokens)).norm() < 0.02 * model(tokens).norm()
     # Not where nobody asked for it: without a calibration, by `skip`, or in another scheme.
-    for others in (SCHEME, {**options, "skip": ["lm_head"]}, {**options, "scheme": "llm.int8"}):
+    static = {**options, "scheme": "llm.int8", "decomposition": "static"}
+    for others in (SCHEME, {**options, "skip": ["lm_head"]}, static):
         _, report = compile_once(model, tokens, backend_options=others)
         assert [d.path for d in report.decisions if not d.accepted] == ["lm_head"]
 

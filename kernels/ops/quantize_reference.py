@@ -58,7 +58,7 @@ def quantize_reference(
     weight in the 16-bit product; without decomposition it makes its row's scale infinite.
     """
     regular, x_outlier, outlier_columns = split_outliers(x, threshold, decomposition)
-    x_scale = row_scale(regular)
+    x_scale = _scale(regular)
     x_int8 = torch.round(regular / x_scale.unsqueeze(-1)).to(torch.int8)
     return x_int8, x_scale, x_outlier, outlier_columns
 
@@ -107,10 +107,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_scale(rows: Tensor) -> Tensor:
     """``[*]`` fp32 of ``rows [*, K]``: 127 times it is finite where the row is."""
-    scale = row_scale(rows)
+    scale = _scale(rows)
     return torch.where(scale.isinf(), scale, scale.clamp_max(MAX_SCALE))
 
 
-def row_scale(rows: Tensor) -> Tensor:
-    """``[*]`` fp32 of ``rows [*, K]``: absmax / 127, and at least ``MIN_SCALE``."""
+def _scale(rows: Tensor) -> Tensor:
     return (rows.abs().amax(-1) / QMAX).clamp_min(MIN_SCALE)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from int8fx.kernels import table
 from int8fx.kernels.ops.expert_linear import routed_rows
+from int8fx.kernels.ops.gradients import _bias_gradient
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 from int8fx.kernels.ops.rotation import (
     NONE,
@@ -204,10 +205,6 @@ def _input_gradient(grad: Tensor, parts: Sequence[Tensor], K: int, block: int, r
     w_int8 = torch.ops.int8fx.unpack_weight(weight, w_scale.shape[0], rotated)
     w_hat = dequantize_rotated(w_int8, w_scale, w_columns, columns, K, block, rotation)
     return grad @ w_hat.to(grad.dtype)
-
-
-def _bias_gradient(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0).to(bias_dtype)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -70,6 +70,12 @@ class LlmInt8(Outliers):
     decomposition: str = allowed.setting("column", allowed.one_of(*KINDS, STATIC))
     columns: int | tuple[int, ...] = allowed.setting((), static_columns)
 
+    def __post_init__(self) -> None:
+        if self.columns and not self.keeps_columns:
+            raise ValueError(
+                f"columns={self.columns} with decomposition={self.decomposition!r}; allowed: 'static'"
+            )
+
     @property
     def operator(self) -> str:
         """In the kernel table."""
