@@ -136,6 +136,15 @@ def test_head_in_int8_files_is_refused(tmp_path):
         pass
 
 
+def test_scheme_that_files_are_not_in_is_refused(tmp_path):
+    files = serving.save(int8fx.quantize_(serving.tiny_llama()), tmp_path / "int8")
+    with (
+        pytest.raises(Exception, match="as int8 per channel, and the scheme 'zeropoint-vector'"),
+        serving.engine(files, **options(scheme="zeropoint-vector"), enforce_eager=True),
+    ):
+        pass
+
+
 def test_experts(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -10,6 +10,7 @@ from int8fx.testing import serving
 
 PROMPTS = [[1, 2, 3, 4], list(range(5, 40))]
 LINEARS = 4 * serving.LAYERS
+ZEROPOINT = {"quant_method": "int8fx", "scheme": "zeropoint-vector"}
 
 
 @pytest.fixture
@@ -74,8 +75,13 @@ def test_other_options_are_another_graph(model, cache):
             {"compilation_config": {"mode": 3}},
             "int8fx: compiled by 'inductor' in mode 2, int8 linears by operators",
         ),
+        (
+            {"hf_overrides": {"quantization_config": ZEROPOINT}},
+            "int8fx: compiled by 'llmint8' in mode 2, int8 linears by operators where their scheme has "
+            "no fused form in vLLM",
+        ),
     ],
-    ids=["eager", "inductor"],
+    ids=["eager", "inductor", "zeropoint-vector"],
 )
 def test_what_the_user_asks_for_stays(model, log, cache, settings, line):
     with serving.engine(model, quantization="int8fx", **settings) as llm:

@@ -28,7 +28,9 @@ from int8fx.integrations.vllm.files import FilesInInt8
 from int8fx.integrations.vllm.heads import HeadMethod
 from int8fx.integrations.vllm.linears import Int8FxLinearMethod
 from int8fx.integrations.vllm.modes import METHOD, compiles_with_ours
-from int8fx.kernels.schemes.scheme import Choice
+from int8fx.kernels.formats.int8 import PER_CHANNEL
+from int8fx.kernels.schemes.scheme import Choice, Settings
+from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import DTYPES, LEAST_K, only_reason, skip_reason
@@ -126,6 +128,11 @@ class Int8FxConfig(QuantizationConfig):
             return self._head(layer, prefix)
         return None
 
+    def fuses(self) -> bool:
+        """Whether every scheme of the options is one whose linears the backend rewrites and fuses."""
+        names = {self.options.scheme, *(rule.scheme for rule in self.options.rules)}
+        return all(SCHEMES[name].weight_format(Settings()) is PER_CHANNEL for name in names)
+
     # --- decisions -------------------------------------------------------------------------------
 
     def _linear(self, layer: LinearBase, prefix: str) -> Any:
@@ -135,6 +142,11 @@ class Int8FxConfig(QuantizationConfig):
         in_files = self.files.kind_of(paths)
         if in_files:
             choice = self._one_choice(paths)
+            if choice.weight_format is not PER_CHANNEL:
+                raise ValueError(
+                    f"{TAKER}: the files hold {prefix} as {PER_CHANNEL.name}, and the scheme "
+                    f"{choice.scheme.name!r} keeps weights as {choice.weight_format.name}"
+                )
             self._decided(prefix, shape, "", choice)
             return Int8FxLinearMethod(choice, in_files, fused=compiles_with_ours())
         reason = self._refusal(paths, layer.input_size, is_router)
@@ -151,7 +163,7 @@ class Int8FxConfig(QuantizationConfig):
             )
         reason = self._refusal((prefix,), layer.moe_config.hidden_dim, False)
         choice = self._one_choice((prefix,))
-        if not reason and choice.scheme.experts is None:
+        if not reason and (choice.scheme.experts is None or choice.weight_format is not PER_CHANNEL):
             reason = f"scheme {choice.scheme.name!r} has no product for experts"
         self._decided(prefix, None, reason, choice)
         return None if reason else ExpertsMethod(layer.moe_config, choice)
