@@ -6,9 +6,11 @@ import torch
 
 import int8fx
 from int8fx.compiler.compilation import Compilation
-from int8fx.compiler.pipeline import rewrite_graph, speed_up_float
+from int8fx.compiler.context import context_of
+from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.kernels import table
 from int8fx.options import Options
+from int8fx.passes import order
 from int8fx.testing.support import compile_once
 from int8fx.weights.store import WeightStore
 
@@ -40,7 +42,7 @@ def elsewhere(monkeypatch) -> None:
         attends=lambda few: bool(never()),
         whole_rows=False,
     )
-    monkeypatch.setitem(table.KERNELS, "elsewhere", kernel)
+    monkeypatch.setitem(table.KERNELS, table.key_of("elsewhere"), kernel)
 
 
 def test_a_compile_asks_for_no_kernel_of_another_device(monkeypatch):
@@ -52,13 +54,15 @@ def test_a_compile_asks_for_no_kernel_of_another_device(monkeypatch):
 
 def test_a_graph_without_a_cpu_builds_nothing_for_one(monkeypatch):
     """As one of a GPU alone; that of no device at all needs none to run."""
-    cpu = dataclasses.replace(table.KERNELS["cpu"], load=never)
-    monkeypatch.setitem(table.KERNELS, "cpu", cpu)
+    cpu = dataclasses.replace(table.KERNELS[table.key_of("cpu")], load=never)
+    monkeypatch.setitem(table.KERNELS, table.key_of("cpu"), cpu)
     table.kernel_for.cache_clear()
     store, seen = WeightStore(), []
 
     def watch(compilation: Compilation) -> None:
-        speed_up_float(compilation)
+        context = context_of(compilation, for_inductor=True)
+        for each in order.PASSES:
+            each.run(compilation.root, context)
         seen.append((table.describe(compilation.devices), compilation.decisions))
 
     def backend(gm: torch.fx.GraphModule, inputs: list):

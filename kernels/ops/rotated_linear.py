@@ -29,7 +29,7 @@ from torch import Tensor
 
 from int8fx.kernels import table
 from int8fx.kernels.ops.expert_linear import routed_rows
-from int8fx.kernels.ops.gradients import _bias_gradient
+from int8fx.kernels.ops.gradients import bias_gradient
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 from int8fx.kernels.ops.rotation import (
     NONE,
@@ -215,7 +215,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple:
     grad_x = _input_gradient(grad, ctx.saved_tensors, ctx.K, ctx.block, ctx.rotation)
-    grad_bias = None if ctx.bias_dtype is None else _bias_gradient(grad, ctx.bias_dtype)
+    grad_bias = None if ctx.bias_dtype is None else bias_gradient(grad, ctx.bias_dtype)
     return grad_x, *[None] * 7, grad_bias
 
 
@@ -233,7 +233,7 @@ def _backward_all(ctx, grads: Sequence[Tensor]) -> tuple:
         for grad, each in zip(grads, zip(*parts, strict=True), strict=True)
     )
     pairs = zip(grads, ctx.bias_dtypes, strict=False)
-    grad_biases = [_bias_gradient(grad, dtype) for grad, dtype in pairs]
+    grad_biases = [bias_gradient(grad, dtype) for grad, dtype in pairs]
     return grad_x, None, None, None, *([None] * count for _ in parts), grad_biases
 
 

@@ -29,7 +29,7 @@ from int8fx.integrations.vllm.heads import HeadMethod
 from int8fx.integrations.vllm.linears import Int8FxLinearMethod
 from int8fx.integrations.vllm.modes import METHOD, compiles_with_ours
 from int8fx.kernels.formats.int8 import PER_CHANNEL
-from int8fx.kernels.schemes.scheme import Choice, Settings
+from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
@@ -131,7 +131,7 @@ class Int8FxConfig(QuantizationConfig):
     def fuses(self) -> bool:
         """Whether every scheme of the options is one whose linears the backend rewrites and fuses."""
         names = {self.options.scheme, *(rule.scheme for rule in self.options.rules)}
-        return all(SCHEMES[name].weight_format(Settings()) is PER_CHANNEL for name in names)
+        return all(SCHEMES[name].choice().weight_format is PER_CHANNEL for name in names)
 
     # --- decisions -------------------------------------------------------------------------------
 
