@@ -19,7 +19,7 @@ def test_a_packed_weight_is_aligned_and_comes_back_bit_for_bit(K):
 
 
 def test_the_table_packs_so_for_a_gpu():
-    row = table.KERNELS["cuda"]
+    row = table.KERNELS[table.key_of("cuda")]
     assert row.packed_shape(5, 99) == (5, 112)
     w_int8 = torch.randint(-127, 128, (5, 99), dtype=torch.int8)
     assert torch.equal(row.unpack(row.pack(w_int8), 5, 99), w_int8)
