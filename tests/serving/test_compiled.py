@@ -16,7 +16,7 @@ ZEROPOINT = {"quant_method": "int8fx", "scheme": "zeropoint-vector"}
 @pytest.fixture
 def log(caplog, monkeypatch):
     """What int8fx wrote to vLLM's log."""
-    importlib.import_module("vllm")  # which sets its logger up
+    importlib.import_module("vllm.logger")  # which sets its logger up
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.INFO, logger="vllm")
     return lambda: [each.getMessage() for each in caplog.records if each.name == "vllm.int8fx"]
