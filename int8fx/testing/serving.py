@@ -119,11 +119,13 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     limits = {"max_model_len": 256, "max_num_seqs": 16, "disable_log_stats": True}
-    llm = LLM(str(model), **limits | settings)
+    llm = None
     try:
+        llm = LLM(str(model), **limits | settings)
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    finally:  # after a start that failed as well
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         torch.compiler.reset()
