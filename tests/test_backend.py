@@ -108,7 +108,7 @@ def test_size_assertions_are_left_out_unless_asked_for():
     [
         (
             {"treshold": 6.0},
-            "unknown option 'treshold'.*allowed: attention, check_weights, decomposition,",
+            "unknown option 'treshold'.*allowed: attention, calibration, check_weights, columns,",
         ),
         ({"threshold": "6"}, "'threshold'.*given '6' .str.; allowed: a number >= 0"),
         ({"threshold": -1.0}, "'threshold'.*given -1.0"),

@@ -7,7 +7,7 @@ those of a backend that compiles nothing. Some are compiled with Inductor as wel
 import pytest
 import torch
 
-from int8fx.kernels.formats import int8
+from int8fx.kernels import packing
 from int8fx.testing.checked import checking
 from int8fx.testing.toy_models import build
 from int8fx.torch_private import compile_counts
@@ -82,13 +82,13 @@ def test_compiled_it_computes_what_the_checked_graph_does(toys, name):
 
 
 def test_the_check_can_fail(monkeypatch):
-    quantize = int8.quantize_weight
+    pack = packing.pack
 
-    def halved(weight):
-        w_int8, w_scale = quantize(weight)
-        return w_int8, w_scale * 0.5
+    def halved(weight_format, stored, N, K):
+        w_int8, w_scale = stored
+        return pack(weight_format, (w_int8, w_scale * 0.5), N, K)
 
-    monkeypatch.setattr(int8, "quantize_weight", halved)
+    monkeypatch.setattr(packing, "pack", halved)
     with checking() as seen:
         run(build("bert"), "llmint8")
     assert seen.worst > 1
