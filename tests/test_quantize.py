@@ -118,7 +118,7 @@ def test_options_are_kept_with_the_weight_and_those_given_at_the_compile_go_firs
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"treshold": 6.0}, "unknown option 'treshold' for quantize_; allowed: decomposition, only,"),
+        ({"treshold": 6.0}, "unknown option 'treshold' for quantize_; allowed: calibration, columns, "),
         ({"inductor": {}}, "unknown option 'inductor' for quantize_"),
         ({"threshold": -1}, "option 'threshold' of quantize_: given -1"),
         ({"only": ["nothing"]}, "found no weight to quantise in Model\n  up .*only: matches none"),

@@ -240,7 +240,7 @@ def test_weights_of_two_thresholds_are_not_saved_as_of_one(floats, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"treshold": 6.0}, "unknown option 'treshold' for Int8FxConfig; allowed: decomposition,"),
+        ({"treshold": 6.0}, "unknown option 'treshold' for Int8FxConfig; allowed: calibration,"),
         ({"threshold": -1}, "option 'threshold' of Int8FxConfig: given -1"),
     ],
 )

@@ -217,6 +217,6 @@ def site_choice(site: Site, options: Options) -> Choice:
 
 def _quantized(site: Site, choice: Choice) -> nn.Parameter:
     def quantize(part: Tensor) -> QuantizedWeight:
-        return QuantizedWeight.quantized(part, choice, site.transposed)
+        return QuantizedWeight.from_float(part, transposed=site.transposed, **choice.options)
 
     return nn.Parameter(map_local(site.weight, quantize), requires_grad=False)
