@@ -64,7 +64,7 @@ class CompiledGraph(_Serializable):
         RuntimeError: another int8fx wrote the file, or one on another kind of machine.
         """
         saved = pickle.loads(data)
-        here = _made_by(saved["devices"])
+        here = _made_by(saved.get("devices", ()))  # another version may have written less
         if saved["made by"] != here:
             raise RuntimeError(
                 f"the compiled graph was written by {saved['made by']}, and this is {here}"
