@@ -108,7 +108,7 @@ try:
     int8fx.quantize_(model)
 except UserWarning as warning:
     print(warning)
-print(type(model.model.layers[0].mlp.up_proj.weight).__name__)
+print(isinstance(model.model.layers[0].mlp.up_proj.weight, int8fx.Int8Weight))
 """
     done = run(OLD_TRANSFORMERS + code, install(tmp_path / "site"))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -117,7 +117,7 @@ print(type(model.model.layers[0].mlp.up_proj.weight).__name__)
         "int8fx needs transformers >= 5.17.0, and this is transformers 4.57.6: save_pretrained of "
         "LlamaForCausalLM cannot write int8 files here, and int8fx.save_checkpoint can"
     )
-    assert kind == "Int8Weight"
+    assert kind == "True"
 
 
 def test_a_compile_apart_runs_where_torch_cannot_isolate_it(monkeypatch):
