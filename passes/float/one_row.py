@@ -1,11 +1,14 @@
 """One row: a linear that stays in float, the output head, is in decode a sum along its weight.
 
     y = linear(x, w, b)        x [..., K] of one row, w [N, K]
-    y = (x.float() * w.float()).sum(-1) + b
+    y = (once(x.float()) * w.float()).sum(-1) + b
 
-Inductor fuses the right side into one walk over the weight, at the speed of memory; a library's product
-of one row reads it at half of that: 3.4 ms instead of 1.8 for SmolLM2's head of 49152 x 576 in bf16,
-7.1 instead of 3.6 for 32000 x 2048 (two cores of Zen 4). Sums are fp32, rounded once.
+Inductor fuses the right side into one read of the weight, at the speed of memory; a library's product of
+one row reads it at half of that: 3.4 ms instead of 1.8 for SmolLM2's head of 49152 x 576 in bf16, 7.1
+instead of 3.6 for 32000 x 2048 (two cores of Zen 4). Sums are fp32, rounded once.
+
+``once`` writes the row to memory. Without, Inductor puts the norm in front of the head into the sum, and
+computes it again for each of the N outputs.
 """
 
 from typing import Any
@@ -16,6 +19,7 @@ from torch import fx
 
 from int8fx.kernels.devices import float_speed
 from int8fx.kernels.ops.limits import DTYPES
+from int8fx.kernels.ops.once import once
 from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.values import shape_of, tensor_of
@@ -71,7 +75,7 @@ def _rewrite(node: fx.Node, fake_mode: Any) -> None:
     dtype = node.meta["example_value"].dtype
     with node.graph.inserting_before(node):
         emit = Emitter(node.graph, fake_mode, node)
-        row = emit.method("float", emit.method("reshape", x, -1))
+        row = emit.call(once, emit.method("float", emit.method("reshape", x, -1)))
         y = emit.method("sum", emit.call(torch.mul, row, emit.method("float", w)), -1)
         if bias is not None:
             y = emit.call(torch.add, y, bias)
