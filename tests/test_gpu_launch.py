@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import pkgutil
+import types
 from typing import Any
 
 import pytest
@@ -64,6 +65,8 @@ class Recorder:
         monkeypatch.setattr(configs, "architecture", lambda device: arch)
         monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
         monkeypatch.setattr(torch.cuda, "device", self.on)
+        unmeasured = types.SimpleNamespace(name="a GPU without a table of tiles")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: unmeasured)
 
     def __call__(self, kernel: Any) -> Any:
         def run(*args: Any, **constants: Any) -> None:

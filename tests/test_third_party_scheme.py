@@ -398,7 +398,7 @@ def test_k_need_not_be_a_multiple_of_the_group():
     [
         ({"scheme": "w4a16", "group": 7}, ["'group'", "given 7 (int)", "a multiple of 2"]),
         ({"scheme": "w4a16", "threshold": 3.0}, ["'threshold'", "'w4a16' reads: group"]),
-        ({"group": 32}, ["'group'", "'llm.int8' reads: decomposition, threshold"]),
+        ({"group": 32}, ["'group'", "'llm.int8' reads: columns, decomposition, threshold"]),
         ({"scheme": "w4a16", "groups": 32}, ["unknown option 'groups'", "allowed:", "group,"]),
         ({"scheme": "w8a16", "threshold": 3.0}, ["'threshold'", "'w8a16' reads: none"]),
     ],
