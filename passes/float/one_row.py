@@ -4,8 +4,8 @@
     y = (once(x.float()) * w.float()).sum(-1) + b
 
 Inductor fuses the right side into one read of the weight, at the speed of memory. A library's product
-of one row reads it at half of that: 3.4 ms instead of 1.8 for SmolLM2's head of 49152 x 576 in bf16, 7.1
-instead of 3.6 for 32000 x 2048 (two cores of Zen 4). Sums are fp32, rounded once.
+of one row reads it at half of that: 3.4 ms instead of 1.8 for SmolLM2's head of 49152 x 576 in bf16,
+7.1 instead of 3.6 for 32000 x 2048 (two cores of Zen 4). Sums are fp32, rounded once.
 
 ``once`` writes the row to memory. Without, Inductor puts the norm in front of the head into the sum,
 and computes it again for each of the N outputs.
