@@ -50,9 +50,12 @@ SKIP = (
 
 
 class _Method(str, Enum):
-    """diffusers asks a method for its ``value``."""
+    """diffusers asks a method for its ``value``, and puts it into messages."""
 
     INT8FX = "int8fx"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class Int8FxConfig(QuantizationConfigMixin):
