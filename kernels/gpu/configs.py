@@ -128,13 +128,19 @@ _MANY = {1: 0.7, 2: 0.75}
 _ROWS_16 = (DecodeConfig(32, 256, 4, 4, blocks=2), DecodeConfig(64, 128, 4, 4, blocks=3))
 _ROWS_64 = (DecodeConfig(64, 128, 4, 4, blocks=2),)
 _QUANTIZING = (DecodeConfig(128, 128, 8, 4), DecodeConfig(256, 128, 8, 3))
+# There a program of 256 threads has 128 registers at most, which a tile of 128 x 128 spills.
+_SM_120_QUANTIZING = (DecodeConfig(64, 128, 4, 4, blocks=3), _QUANTIZING[1])
 _CDNA_ROWS_16 = (DecodeConfig(16, 256, 4, 2, blocks=2), DecodeConfig(32, 128, 4, 2, blocks=2))
 _CDNA_ROWS_64 = (DecodeConfig(64, 128, 4, 2, blocks=1),)
 _CDNA_QUANTIZING = (DecodeConfig(64, 128, 4, 2), DecodeConfig(128, 128, 4, 2))
 DECODE: dict[str, dict[str, tuple[DecodeConfig, ...]]] = {
     arch: {"rows 16": _CDNA_ROWS_16, "rows 64": _CDNA_ROWS_64, "quantises": _CDNA_QUANTIZING}
     if arch.startswith("gfx")
-    else {"rows 16": _ROWS_16, "rows 64": _ROWS_64, "quantises": _QUANTIZING}
+    else {
+        "rows 16": _ROWS_16,
+        "rows 64": _ROWS_64,
+        "quantises": _SM_120_QUANTIZING if arch == "sm_120" else _QUANTIZING,
+    }
     for arch in GEMM
 }
 
