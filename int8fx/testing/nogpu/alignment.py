@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 _INSTRUCTION = re.compile(r"(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(%\w+)\s*,\s*(.*);")
+_HALVES = re.compile(r"mov\.b64\s+\{\s*(%\w+)\s*,\s*(%\w+)\s*\}\s*,\s*(%\w+)\s*;")
 _ADDRESS = re.compile(r"\[\s*(%\w+)")
 _REGISTER = re.compile(r"%\w+")
 _PARAMETER = re.compile(r"_param_(\d+)\]")
@@ -71,6 +72,15 @@ class _Flow:
             found = _INSTRUCTION.match(line.strip())
             if found and not found[1].startswith(("st.", "ld.global", "ld.shared")):
                 self._made[found[2]].append((found[1], found[3]))
+        for first, second, pair in _HALVES.findall(ptx):
+            self._unpack((first, second), pair)
+
+    def _unpack(self, halves: tuple[str, str], pair: str) -> None:
+        """Two values that were put into one register, and are taken out of it again."""
+        for place, half in enumerate(halves):
+            for _, operands in self._made[pair]:
+                packed = _REGISTER.findall(operands) if operands.startswith("{") else []
+                self._made[half].append(("mov.b32", packed[place] if len(packed) == 2 else pair))
 
     def origin(self, register: str) -> tuple[set[int], bool]:
         """The parameters that it is made of, by number; and whether by an unscaled remainder."""
