@@ -21,6 +21,7 @@ from int8fx.kernels.schemes.static_columns import MOST_COLUMNS
 from int8fx.options import Options
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.linears.canonicalize import Candidate
+from int8fx.passes.linears.select import LEAST_K
 from int8fx.weights.store import WeightStore
 
 _Key = tuple[str, tuple[int, int]]  # the path and the shape of a linear
@@ -112,9 +113,12 @@ class _Seen:
 
     def _watch(self, compilation: Compilation) -> None:
         for candidate, decision in zip(compilation.found, compilation.decisions, strict=True):
-            if candidate.weight is not None and candidate.x is not None and decision.shape is not None:
-                linear = self.linears.setdefault((decision.path, decision.shape), _Linear())
-                _insert(compilation, candidate, linear)
+            shape = decision.shape
+            # Weights of few columns stay in float, as the product of a rotary embedding does.
+            if candidate.weight is None or candidate.x is None or shape is None or shape[1] < LEAST_K:
+                continue
+            linear = self.linears.setdefault((decision.path, shape), _Linear())
+            _insert(compilation, candidate, linear)
 
     def calibration(self, model: str) -> Calibration:
         linears = tuple(
