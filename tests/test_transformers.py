@@ -215,7 +215,7 @@ def test_a_calibration_goes_with_the_files(floats, tmp_path):
 
 
 def test_a_calibration_of_another_model_is_named(floats):
-    calibration = int8fx.calibrate(nn.Linear(4, 4), [torch.zeros(1, 4)])
+    calibration = int8fx.calibrate(nn.Linear(32, 32), [torch.zeros(1, 32)])
     config = Int8FxConfig(scheme="int8-rotated", calibration=calibration)
     with pytest.raises(CalibrationError, match=r"not in the calibration, which is of a Linear"):
         load(floats[0], quantization_config=config)
