@@ -4,10 +4,11 @@ environment="$(mktemp -d)"
 trap 'rm -rf "$environment"' EXIT
 export PATH="$environment/bin:$PATH"
 
-# interpreter VERSION: the Python of that version, on the path or among pyenv's.
+# interpreter VERSION: the Python of that version, on the path or beside the one that is (as pyenv has them).
 interpreter() {
-    local candidate
-    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do
+    local candidate beside
+    beside="$(dirname "$(python3 -c 'import sys; print(sys.base_prefix)')")"
+    for candidate in "python$1" "$beside/$1".*/bin/python "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do
         if "$candidate" -c '' 2>/dev/null; then
             echo "$candidate"
             return
