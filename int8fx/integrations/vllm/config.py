@@ -35,7 +35,7 @@ from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import DTYPES, LEAST_K, only_reason, skip_reason
 
-OPTIONS = ("scheme", "threshold", "decomposition", "group_size", "rules", "skip", "only")
+OPTIONS = ("scheme", "rules", "skip", "only")  # and the settings of schemes
 TAKER = "vLLM's quantization 'int8fx'"
 BITSANDBYTES = "bitsandbytes"
 # What vLLM's models call the linear that ranks experts.
