@@ -94,14 +94,14 @@ def test_output_head_in_int8(model):
 def test_rules_by_module(model):
     rules = [["*.mlp.*", "absmax-vector"]]
     with serving.engine(model, **options(rules=rules), enforce_eager=True) as llm:
-        (thresholds,) = llm.collective_rpc(_thresholds)
-    assert {value for name, value in thresholds.items() if ".mlp." in name} == {0.0}
-    assert {value for name, value in thresholds.items() if ".self_attn." in name} == {6.0}
+        (schemes,) = llm.collective_rpc(_schemes)
+    assert {value for name, value in schemes.items() if ".mlp." in name} == {"absmax-vector"}
+    assert {value for name, value in schemes.items() if ".self_attn." in name} == {"llm.int8"}
 
 
-def _thresholds(worker):
+def _schemes(worker):
     named = worker.model_runner.model.named_modules()
-    return {name: module.weight.threshold for name, module in named if hasattr(module, "int8fx")}
+    return {name: each.weight.options["scheme"] for name, each in named if hasattr(each, "int8fx")}
 
 
 @pytest.mark.parametrize(
