@@ -6,6 +6,9 @@ from torch import nn
 
 import int8fx
 from int8fx import torch_private
+from int8fx.compiler import inductor
+from int8fx.kernels import table
+from int8fx.kernels.ops import int8_linear as ops
 from int8fx.passes import order
 from int8fx.passes.graph.outline import NOTHING, SHARES, UNLIKE, Repeat, longest_repeat
 from int8fx.testing.toy_llama import tiny
@@ -50,7 +53,7 @@ def without_inductor(monkeypatch):
     return graphs
 
 
-def run(model, *args, outlining=True, monkeypatch=None, **kwargs):
+def run(model, *args, outlining=True, **kwargs):
     """The output, and what the pass says of each graph."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
@@ -96,6 +99,22 @@ def test_equal_layers_are_calls_of_one_body(without_inductor):
     calls = gm.graph.find_nodes(op="call_function", target=torch_private.subgraph_call())
     assert len(calls) == said.changed
     assert len(gm.graph.nodes) < len(without_inductor[0].graph.nodes)
+
+
+def test_rows_inside_of_a_body_count_for_inductors_settings(monkeypatch):
+    """A GPU's kernels read whole rows, which Inductor must not split."""
+    patches = []
+
+    def keep(gm, inputs, given, *rest):
+        patches.append(given)
+        return gm
+
+    monkeypatch.setattr(torch_private, "compile_with_inductor", keep)
+    monkeypatch.setattr(table, "with_whole_rows", lambda: frozenset({ops.int8_linears}))
+    for longest, expected in ((K - 1, False), (2 * K, None)):
+        monkeypatch.setattr(inductor, "WHOLE_ROW", longest)
+        _, (said,) = run(Stack(5), torch.randn(4, K))
+        assert said.changed >= 4 and patches[-1].get("split_reductions") is expected
 
 
 def test_and_inductor_compiles_them_to_the_same():

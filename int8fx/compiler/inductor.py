@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.fx import GraphModule
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
@@ -55,7 +56,11 @@ def _whole_rows(compilation: Compilation) -> dict[str, Any]:
     Llama-3-8B's down_proj: a row's absmax would be two launches, and what it scales a third. The
     setting is for a whole graph, so one with such a row pays for it in its other long reductions.
     """
-    nodes = (node for scope in compilation.root.walk() for node in scope.graph.nodes)
+    # All graphs: ``outline`` put most of the calls into bodies of its own.
+    graphs = (
+        module.graph for module in compilation.root.gm.modules() if isinstance(module, GraphModule)
+    )
+    nodes = (node for graph in graphs for node in graph.nodes)
     operators = table.with_whole_rows()
     rows = [shape_of(argument(node, "x"))[-1] for node in nodes if node.target in operators]
     return {"split_reductions": False} if any(K > WHOLE_ROW for K in rows) else {}
