@@ -30,6 +30,7 @@ from torch import Tensor
 from int8fx.kernels import table
 from int8fx.kernels.ops.expert_linear import routed_rows
 from int8fx.kernels.ops.gradients import bias_gradient
+from int8fx.kernels.ops.library import register
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 from int8fx.kernels.ops.rotation import (
     NONE,
@@ -39,29 +40,6 @@ from int8fx.kernels.ops.rotation import (
     rotate_back,
     rotated_columns,
 )
-
-_library = torch.library.Library("int8fx", "FRAGMENT")
-_library.define(
-    "rotated_linear(Tensor x, float threshold, int block, str rotation, Tensor weight, Tensor w_scale, "
-    "Tensor w_columns, Tensor columns, Tensor? bias) -> Tensor"
-)
-_library.define(
-    "rotated_linears(Tensor x, float threshold, int block, str rotation, Tensor[] weights, "
-    "Tensor[] w_scales, Tensor[] w_columns, Tensor[] columns, Tensor[] biases) -> Tensor[]"
-)
-_library.define(
-    "rotated_expert_linear(Tensor x, float threshold, int block, str rotation, Tensor weight, "
-    "Tensor w_scale, Tensor w_columns, Tensor columns, Tensor? experts, Tensor? ends=None) -> Tensor"
-)
-_library.define(
-    "rotated_expert_linear_backward(Tensor grad, int block, str rotation, Tensor weight, "
-    "Tensor w_scale, Tensor w_columns, Tensor columns, Tensor? experts, Tensor? ends, SymInt K) "
-    "-> Tensor"
-)
-rotated_linear = torch.ops.int8fx.rotated_linear.default
-rotated_linears = torch.ops.int8fx.rotated_linears.default
-rotated_expert_linear = torch.ops.int8fx.rotated_expert_linear.default
-rotated_expert_linear_backward = torch.ops.int8fx.rotated_expert_linear_backward.default
 
 
 def check_rotation(threshold: float, block: int, rotation: str) -> None:
@@ -237,13 +215,21 @@ def _backward_all(ctx, grads: Sequence[Tensor]) -> tuple:
     return grad_x, None, None, None, *([None] * count for _ in parts), grad_biases
 
 
-_library.impl("rotated_linear", _rotated_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::rotated_linear", _fake, lib=_library)
-torch.library.register_autograd("int8fx::rotated_linear", _backward, setup_context=_setup, lib=_library)
-_library.impl("rotated_linears", _rotated_linears, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::rotated_linears", _fakes, lib=_library)
-torch.library.register_autograd(
-    "int8fx::rotated_linears", _backward_all, setup_context=_setup_all, lib=_library
+rotated_linear = register(
+    "rotated_linear(Tensor x, float threshold, int block, str rotation, Tensor weight, Tensor w_scale, "
+    "Tensor w_columns, Tensor columns, Tensor? bias) -> Tensor",
+    _rotated_linear,
+    _fake,
+    _setup,
+    _backward,
+)
+rotated_linears = register(
+    "rotated_linears(Tensor x, float threshold, int block, str rotation, Tensor[] weights, "
+    "Tensor[] w_scales, Tensor[] w_columns, Tensor[] columns, Tensor[] biases) -> Tensor[]",
+    _rotated_linears,
+    _fakes,
+    _setup_all,
+    _backward_all,
 )
 
 
@@ -311,12 +297,18 @@ def _experts_input_gradient_fake(
     return grad.new_empty((grad.shape[0], K))
 
 
-_library.impl("rotated_expert_linear_backward", _experts_input_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "int8fx::rotated_expert_linear_backward", _experts_input_gradient_fake, lib=_library
+rotated_expert_linear_backward = register(
+    "rotated_expert_linear_backward(Tensor grad, int block, str rotation, Tensor weight, "
+    "Tensor w_scale, Tensor w_columns, Tensor columns, Tensor? experts, Tensor? ends, SymInt K) "
+    "-> Tensor",
+    _experts_input_gradient,
+    _experts_input_gradient_fake,
 )
-_library.impl("rotated_expert_linear", _rotated_expert_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::rotated_expert_linear", _experts_fake, lib=_library)
-torch.library.register_autograd(
-    "int8fx::rotated_expert_linear", _experts_backward, setup_context=_experts_setup, lib=_library
+rotated_expert_linear = register(
+    "rotated_expert_linear(Tensor x, float threshold, int block, str rotation, Tensor weight, "
+    "Tensor w_scale, Tensor w_columns, Tensor columns, Tensor? experts, Tensor? ends=None) -> Tensor",
+    _rotated_expert_linear,
+    _experts_fake,
+    _experts_setup,
+    _experts_backward,
 )

@@ -26,6 +26,7 @@ from int8fx.kernels.formats.format import ROWS, Part, WeightFormat
 from int8fx.kernels.formats.int8 import PER_CHANNEL, PER_TENSOR
 from int8fx.kernels.gpu import composed
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.library import register
 from int8fx.kernels.ops.quantize_reference import MIN_SCALE, QMAX, split_outliers
 from int8fx.kernels.schemes.int8 import NO_OUTLIERS, Outliers
 from int8fx.kernels.schemes.scheme import Call, Lowering, Scheme
@@ -80,18 +81,6 @@ def _range(values: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return values.amin(over, keepdim=True), values.amax(over, keepdim=True)
 
 
-_library = torch.library.Library("int8fx", "FRAGMENT")
-_library.define(
-    "quantize_affine(Tensor x, float threshold, str decomposition, bool per_tensor, bool zero_point) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-quantize_affine = torch.ops.int8fx.quantize_affine.default
-
-
-def _quantize(x: Tensor, *how: Any) -> tuple[Tensor, ...]:
-    return quantize_affine_reference(x, *how)
-
-
 def _fake(x: Tensor, threshold: float, decomposition: str, *how: bool) -> tuple[Tensor, ...]:
     x_int8, x_scale, x_outlier, outlier_columns = ops.quantize(x, threshold, decomposition)
     return x_int8, x_scale, torch.empty_like(x_scale), x_outlier, outlier_columns
@@ -108,10 +97,13 @@ def _backward(ctx: Any, *grads: Any) -> tuple:
     return (grads[3] if ctx.decomposed else None), None, None, None, None
 
 
-_library.impl("quantize_affine", _quantize, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::quantize_affine", _fake, lib=_library)
-torch.library.register_autograd(
-    "int8fx::quantize_affine", _backward, setup_context=_setup, lib=_library
+quantize_affine = register(
+    "quantize_affine(Tensor x, float threshold, str decomposition, bool per_tensor, bool zero_point) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    quantize_affine_reference,
+    _fake,
+    _setup,
+    _backward,
 )
 
 

@@ -26,6 +26,8 @@ from int8fx.kernels import table
 from int8fx.kernels.formats.groups import dequantize_groups, grouped
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.gradients import bias_gradient
+from int8fx.kernels.ops.library import register
 from int8fx.kernels.ops.quantize_reference import EVERYTHING
 from int8fx.kernels.schemes import int8
 from int8fx.kernels.schemes import settings as allowed
@@ -71,15 +73,6 @@ def group_linear_reference(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Ten
     return F.linear(x, w_hat.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-_library = torch.library.Library("int8fx", "FRAGMENT")
-_library.define("group_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor")
-group_linear = torch.ops.int8fx.group_linear.default
-
-
-def _group_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return group_linear_reference(x, weight, w_scale, bias)
-
-
 def _fake(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], w_scale.shape[0])
 
@@ -95,13 +88,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     grad_x = grad @ dequantize_groups(weight, w_scale, ctx.K).to(grad.dtype)
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, None, grad_bias
 
 
-_library.impl("group_linear", _group_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("int8fx::group_linear", _fake, lib=_library)
-torch.library.register_autograd("int8fx::group_linear", _backward, setup_context=_setup, lib=_library)
+group_linear = register(
+    "group_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor",
+    group_linear_reference,
+    _fake,
+    _setup,
+    _backward,
+)
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ from int8fx.integrations.vllm.heads import HeadMethod
 from int8fx.integrations.vllm.linears import Int8FxLinearMethod
 from int8fx.integrations.vllm.modes import METHOD, compiles_with_ours
 from int8fx.kernels.formats.int8 import PER_CHANNEL
+from int8fx.kernels.ops.limits import DTYPES
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
-from int8fx.passes.linears.select import DTYPES, LEAST_K, only_reason, skip_reason
+from int8fx.passes.linears.select import LEAST_K, only_reason, skip_reason
 
 OPTIONS = ("scheme", "rules", "skip", "only")  # and the settings of schemes
 TAKER = "vLLM's quantization 'int8fx'"
