@@ -229,7 +229,7 @@ def weight_only(x: Tensor, weights: list[tuple[Tensor, Tensor]], biases: list[Te
 def check_weight_only(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
     """At most one fp32 rounding for each k, three to add a channel's parts, and two in the epilogue.
 
-    In a product by digits an element is off by 2**-22 (16-bit) or 2**-30 of the row's largest, too.
+    In a product in limbs an element is off by 2**-22 (16-bit) or 2**-30 of the row's largest, too.
     """
     (y,) = weight_only(x, [(w_int8, w_scale)], [] if bias is None else [bias])
     carrier = (torch.zeros_like(x, dtype=torch.int8), torch.zeros(x.shape[:-1]), x)
@@ -269,9 +269,9 @@ def test_weight_only_rows_of_every_size(isa, dtype):
 
 @needs_kernel
 @each_dtype
-@pytest.mark.parametrize("K", [2**17 - 1, 2**17 + 1])  # the second would overflow in digits
+@pytest.mark.parametrize("K", [2**17 - 1, 2**17 + 1])  # the second would overflow in limbs
 def test_weight_only_sums_do_not_overflow(dtype, K):
-    """-128 · -128 in the two lower digits of every k but one."""
+    """-128 · -128 in the two lower limbs of every k but one."""
     x = torch.full((1, K), -32896 * 2.0**-22).to(dtype)
     x[0, 0] = 0.75
     check_weight_only(x, torch.full((16, K), -128, dtype=torch.int8), torch.ones(16) / 4, None)
