@@ -122,7 +122,7 @@ def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: 
         seen: its ``sass.Inspection``.
     """
     c = config
-    kinds = _kinds(gpu, c, seen, M, N, outliers)
+    kinds = tile_kinds(gpu, c, seen, M, N, outliers)
     step_k = c.block_k * c.unroll
     steps = math.ceil(math.ceil(K / step_k) / c.parts)
     slowest, cycles = [], []
@@ -145,7 +145,7 @@ def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: 
     crossing = {1: 0, 2: 2}.get(c.parts, 2 * c.parts - 1)
     sums = 4 * crossing * kinds[-1].programs * c.block_m * c.block_n
     limits = {
-        slowest[0]: _busiest(gpu, blocks, programs, cycles) / (gpu.clock * 1e9),
+        slowest[0]: busiest(gpu, blocks, programs, cycles) / (gpu.clock * 1e9),
         "memory": nbytes / (gpu.dram * DRAM_SHARE),
         "L2": (operands + sums) / gpu.l2,
     }
@@ -161,7 +161,7 @@ def _drains(gpu: Gpu, config: Any, seen: Any, tiles: int) -> bool:
     return is_alone and any("IGMMA" in loop for loop in seen.loops)
 
 
-def _kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> list[_Tiles]:
+def tile_kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> list[_Tiles]:
     """The extended tiles of a product, if there are such, and the plain ones, as programs take them."""
     from int8fx.kernels.gpu.configs import product_tiles
     from int8fx.kernels.gpu.gather import BLOCK_O
@@ -181,7 +181,7 @@ def _kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> l
     return [kind for kind in kinds if kind.programs]
 
 
-def _busiest(gpu: Gpu, blocks: int, programs: Sequence[int], cycles: Sequence[float]) -> float:
+def busiest(gpu: Gpu, blocks: int, programs: Sequence[int], cycles: Sequence[float]) -> float:
     """Cycles of the processor that ends last.
 
     Args:
@@ -237,7 +237,7 @@ def quantize_gather(
     rows = (3 * M * K + 4 * M) if quantizes else M * min(SECTOR * outliers, 2 * K)
     nbytes = rows + 4 * outliers * M + sum(widths) * outliers * (SECTOR + 2)
     memory = nbytes / (gpu.dram * DRAM_SHARE)
-    of_w, of_x, of_rows = _gather_instructions(gathers, quantizes, shape, K, outliers)
+    of_w, of_x, of_rows = gather_instructions(gathers, quantizes, shape, K, outliers)
     # The candidate rows and their elements, for each part of the list; the list and what it lists, for
     # each block of outliers. Who quantises waits for the first two, those of each chunk beside the
     # second of the one before, and for the rows of each later step.
@@ -262,7 +262,7 @@ def quantize_gather(
     return max((time(each) for each in range(gpu.processors)), key=lambda each: each.seconds)
 
 
-def _gather_instructions(
+def gather_instructions(
     gathers: Any, quantizes: Any, shape: dict[str, int], K: int, outliers: int
 ) -> tuple[int, int, int]:
     """Of a warp that gathers from a weight, from x, and of one that quantises rows; 0 on AMD."""

@@ -427,22 +427,32 @@ def test_unusable_cache_falls_back_to_a_temporary_directory(monkeypatch, tmp_pat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    built = []
-    monkeypatch.setattr(build, "_compile", lambda compiler, library: built.append(library))
+    compiler = tmp_path / "c++"
+    writes_a_file = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {{ {writes_a_file}; }}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
     library = build.build()
-    assert built == [library] and library.parent.parent == tmp_path
+    assert library.exists() and library.parent.parent == tmp_path
     library.parent.chmod(0o777)  # where others can write, they could plant a library
     with pytest.raises(build.BuildError, match="no writable directory"):
         build.build()
 
 
-def test_load_gives_the_reason(tmp_path):
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nowhere/g++", "the C++ compiler in $CXX is not there: /nowhere/g++"),
+        ("g++ '", '$CXX is no command: "g++ \'": No closing quotation'),
+    ],
+)
+def test_load_gives_the_reason(compiler, reason):
     script = "from int8fx.kernels.cpu import int8_linear as cpu; print(cpu.load())"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={"CXX": "/nowhere/g++", "PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={"CXX": compiler, "PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "the C++ compiler in $CXX is not there: /nowhere/g++"
+    assert done.stdout.strip() == reason
