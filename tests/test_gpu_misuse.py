@@ -152,5 +152,5 @@ def test_an_input_on_another_device_than_the_weight_is_an_error_and_the_model_as
 def test_operands_in_a_tuple_are_refused():
     """Inductor would drop the launch, and the result would be memory that was never written."""
     x = torch.ones(4, 8)
-    with pytest.raises(TypeError, match="norm_kernel.* is a tuple"):
+    with pytest.raises(TypeError, match=r"norm_kernel.* is a tuple"):
         run(norm_kernel, (4,), (x, x), 4, 8)
