@@ -176,8 +176,8 @@ def checking(exact: bool = False, inductor: bool = False) -> Iterator[Seen]:
 
         return run
 
-    def get(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
-        packed = original_get(tensor, expression, kept)
+    def get(tensor: Tensor, expression: WeightExpression, weight_format: WeightFormat) -> PackedWeight:
+        packed = original_get(tensor, expression, weight_format)
         seen.weights[packed.tensors[0].data_ptr()] = expression.evaluate(tensor.detach())
         return packed
 
