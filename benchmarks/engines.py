@@ -1,6 +1,6 @@
 """int8fx beside other inference engines on a CPU: llama.cpp, ONNX Runtime, OpenVINO and CTranslate2.
 
-    python benchmarks/engines.py                                    # makes what is missing, and runs all
+    python benchmarks/engines.py             # makes what is missing, and runs all
     python benchmarks/engines.py MODEL --engines "llama.cpp Q8_0,int8fx llm.int8" --rounds 3
 
 ``MODEL`` is a folder of a Llama of transformers; by default SmolLM2-135M-Instruct. Each engine reads

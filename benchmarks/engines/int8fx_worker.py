@@ -1,7 +1,7 @@
 """torch: int8fx, Inductor or eager, with a static KV cache: ``int8fx_worker.py FOLDER CAPACITY HOW``.
 
-``HOW`` is JSON: ``dtype``, ``backend`` (none: eager), ``options``, and ``calibrate``, whether the columns
-of int8-rotated are found on 64 tokens first.
+``HOW`` is JSON: ``dtype``, ``backend`` (none: eager), ``options``, and ``calibrate``, whether the
+columns of int8-rotated are found on 64 tokens first.
 """
 
 import json

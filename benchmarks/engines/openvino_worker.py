@@ -1,6 +1,7 @@
 """OpenVINO: ``openvino_worker.py FOLDER CAPACITY``.
 
-It is the model that its GenAI runs, with the KV cache inside. Its runtime is asked token by token, since ``LLMPipeline`` gives neither logits nor single steps.
+It is the model that its GenAI runs, with the KV cache inside. Its runtime is asked token by token:
+``LLMPipeline`` gives neither logits nor single steps.
 """
 
 import sys

@@ -136,7 +136,7 @@ CHECKS: dict[Any, Callable[[Seen, Sequence[Any], Any], Any]] = {
 
 
 class _Checking(TorchDispatchMode):
-    # A body that repeats comes as one call (``passes/graph/outline.py``); what is in it is checked, too.
+    # A body that repeats comes as one call (``passes/graph/outline.py``). What is in it is checked.
     supports_higher_order_operators = True
 
     def __init__(self, seen: Seen) -> None:
