@@ -15,22 +15,29 @@ SHRINKS = tuple(1 - step / 20 for step in range(11))  # of the range
 _ELEMENTS_AT_ONCE = 2**20
 
 
-def quantize_groups(weight: Tensor, bits: int, group: int, zeros: str) -> list[Tensor]:
+def quantize_groups(
+    weight: Tensor, bits: int, group: int, zeros: str, dtype: torch.dtype
+) -> list[Tensor]:
     """``codes [N, G · group]`` uint8, ``scale [N, G]``, and zero points or offsets ``[N, G]``.
 
-    Scales, offsets and zero points in float have the weight's dtype. ``zeros`` is as in ``grouped.py``.
+    Args:
+        weight: ``[N, K]`` of any floating dtype.
+        bits, group, zeros: as in ``grouped.py``.
+        dtype: of scales, of offsets, and of zero points in float.
     """
-    pieces = [_quantize_rows(weight[rows], bits, group, zeros) for rows in _some_rows(weight)]
+    pieces = [_quantize_rows(weight[rows], bits, group, zeros, dtype) for rows in some_rows(weight)]
     return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
 
-def _quantize_rows(weight: Tensor, bits: int, group: int, zeros: str) -> tuple[Tensor, ...]:
+def _quantize_rows(
+    weight: Tensor, bits: int, group: int, zeros: str, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     width = weight.shape[1] if group < 0 else group
     groups = F.pad(weight.float(), (0, -weight.shape[1] % width)).unflatten(1, (-1, width))
     low, high = _ranges(groups, bits, zeros)
     best, least = None, None
     for shrink in SHRINKS:
-        grid = grid_of(low * shrink, high * shrink, bits, zeros, weight.dtype)
+        grid = grid_of(low * shrink, high * shrink, bits, zeros, dtype)
         codes = codes_on(groups, grid, bits)
         error = (values_on(codes, grid) - groups).square_().sum(-1, keepdim=True)
         if best is None or least is None:
@@ -41,7 +48,7 @@ def _quantize_rows(weight: Tensor, bits: int, group: int, zeros: str) -> tuple[T
         best = [torch.where(better, new, old) for new, old in zip((codes, *grid), best, strict=True)]
     assert best is not None
     codes, scale, zero = best
-    return (codes.to(torch.uint8).flatten(1), *stored_grid(scale, zero, bits, zeros, weight.dtype))
+    return (codes.to(torch.uint8).flatten(1), *stored_grid(scale, zero, bits, zeros, dtype))
 
 
 def _ranges(groups: Tensor, bits: int, zeros: str) -> tuple[Tensor, Tensor]:
@@ -96,6 +103,7 @@ def _least(dtype: torch.dtype) -> float:
     return 2.0**-24 if dtype == torch.float16 else 2.0**-126
 
 
-def _some_rows(weight: Tensor) -> Iterator[slice]:
+def some_rows(weight: Tensor) -> Iterator[slice]:
+    """Some rows at a time: several forms of a large weight in fp32 are what a peak is made of."""
     step = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
     return (slice(start, start + step) for start in range(0, max(1, len(weight)), step))

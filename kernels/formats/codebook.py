@@ -6,8 +6,8 @@ With ``nested`` absmax is in 8 bits itself, by blocks of 256 along a row (double
 
     absmax[n, b] = DYNAMIC_MAP[absmax_code[n, b]] · nested_absmax[n, b // 256] + offset[n]
 
-bitsandbytes counts its blocks over the rows as they follow each other in memory. Where the block divides
-K, these are the same. ``from_bitsandbytes`` makes the parts of any other weight, too.
+bitsandbytes counts its blocks over the rows as they follow each other in memory. Where the block
+divides K, these are the same. ``from_bitsandbytes`` makes the parts of any other weight, too.
 
 Source: Dettmers et al. 2023, "QLoRA", arXiv 2305.14314, section 3.
 """

@@ -29,8 +29,8 @@ from int8fx.kernels.formats.format import CHANNEL, ROWS, Axis, Part, WeightForma
 
 ZEROS = ("middle", "integer", "float", "offset")
 WHOLE = -1  # as a group: all of K
-# The last part's name and dtype; None is a float of 16 or 32 bits.
-_ZERO_PARTS = {
+# The part beside the scales: its name, and its dtype, of which None is a float of 16 or 32 bits.
+_ZERO_PARTS: dict[str, tuple[tuple[str, torch.dtype | None], ...]] = {
     "middle": (),
     "integer": (("zero_point", torch.uint8),),
     "float": (("zero_point", None),),
@@ -53,7 +53,7 @@ def grouped(bits: int, group: int, zeros: str = "middle", act_order: bool = Fals
 
     def quantize(weight: Tensor) -> tuple[Tensor, ...]:
         weight = weight.detach()
-        codes, *others = quantize_groups(weight, bits, group, zeros)
+        codes, *others = quantize_groups(weight, bits, group, zeros, weight.dtype)
         if act_order:
             others.append(torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device))
         return (pack_bits(codes, bits), *others)
@@ -67,14 +67,13 @@ def grouped(bits: int, group: int, zeros: str = "middle", act_order: bool = Fals
         return torch.zeros_like(w_hat).index_copy_(1, order.long(), w_hat)
 
     by_group = Axis("K", group) if group != WHOLE else 1
-    of_zeros = (Part(name, dtype, (ROWS, by_group)) for name, dtype in _ZERO_PARTS[zeros])
     of_order = (Part("order", torch.int32, (Axis("K"),), of_all_columns=True),) if act_order else ()
     return WeightFormat(
         name_of(bits, group, zeros) + (", act-order" if act_order else ""),
         (
             Part("packed", torch.uint8, (ROWS, codes_along(bits, group))),
             Part("scale", None, (ROWS, by_group)),
-            *of_zeros,
+            *parts_of_zeros(zeros, by_group),
             *of_order,
         ),
         quantize,
@@ -89,6 +88,11 @@ def grouped(bits: int, group: int, zeros: str = "middle", act_order: bool = Fals
 def codes_along(bits: int, group: int) -> Axis:
     """The columns of ``packed``: bytes along K."""
     return Axis("K", codes_in_a_byte(bits), multiple=1 if group == WHOLE else group)
+
+
+def parts_of_zeros(zeros: str, by_group: Axis | int) -> tuple[Part, ...]:
+    """What is stored beside the scales."""
+    return tuple(Part(name, dtype, (ROWS, by_group)) for name, dtype in _ZERO_PARTS[zeros])
 
 
 def name_of(bits: int, group: int, zeros: str) -> str:
