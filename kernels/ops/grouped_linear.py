@@ -40,6 +40,8 @@ from int8fx.kernels.ops.rotation import NONE, rotate_back, rotated_columns
 
 BITS = 4
 FAMILY = f"{BITS}-bit by groups"
+# As the kernel table calls them.
+INT8_ROWS, FLOAT_ROWS = OPERATORS = "grouped_linear", "grouped_float_linear"
 
 
 def stored_bytes(K: int, group: int) -> int:
@@ -210,4 +212,83 @@ grouped_linears = register(
     _fakes,
     _setup_all,
     _backward_all,
+)
+
+
+# --- x as it is -----------------------------------------------------------------------------------
+
+
+def grouped_float_linear_reference(
+    x: Tensor,
+    group: int,
+    zeros: str,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The second formula, in plain PyTorch, in x's dtype."""
+    w_hat = dequantized(packed, _grid(scale, zero_point), group, zeros, x.shape[-1]).to(x.dtype)
+    return F.linear(x, w_hat, None if bias is None else bias.to(x.dtype))
+
+
+def _grouped_float_linears(
+    x: Tensor,
+    group: int,
+    zeros: str,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    *others: Sequence[Tensor],
+) -> list[Tensor]:
+    return [
+        grouped_float_linear_reference(
+            x, group, zeros, weight, scale, *(_at(each, index) for each in others)
+        )
+        for index, (weight, scale) in enumerate(zip(weights, scales, strict=True))
+    ]
+
+
+def _float_fake(x, group, zeros, weight, scale, *others) -> Tensor:
+    return _output(x, scale)
+
+
+def _float_fakes(x, group, zeros, weights, scales, *others) -> list[Tensor]:
+    return [_output(x, scale) for scale in scales]
+
+
+def _float_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, *how, weight, scale, zero_point, bias = inputs
+    _setup(ctx, (x, *how, 0, NONE, weight, scale, zero_point, None, None, bias), output)
+
+
+def _float_backward(ctx: Any, grad: Tensor) -> tuple:
+    grad_x, *_, grad_bias = _backward(ctx, grad)
+    return grad_x, *[None] * 5, grad_bias
+
+
+def _float_setup_all(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, *how, weights, scales, zero_points, biases = inputs
+    _setup_all(ctx, (x, *how, 0, NONE, weights, scales, zero_points, [], [], biases), output)
+
+
+def _float_backward_all(ctx: Any, grads: Sequence[Tensor]) -> tuple:
+    grad_x, *_, weights, scales, zero_points, _, _, biases = _backward_all(ctx, grads)
+    return grad_x, None, None, weights, scales, zero_points, biases
+
+
+grouped_float_linear = register(
+    "grouped_float_linear(Tensor x, int group, str zeros, Tensor weight, Tensor scale, "
+    "Tensor? zero_point, Tensor? bias) -> Tensor",
+    grouped_float_linear_reference,
+    _float_fake,
+    _float_setup,
+    _float_backward,
+)
+grouped_float_linears = register(
+    "grouped_float_linears(Tensor x, int group, str zeros, Tensor[] weights, Tensor[] scales, "
+    "Tensor[] zero_points, Tensor[] biases) -> Tensor[]",
+    _grouped_float_linears,
+    _float_fakes,
+    _float_setup_all,
+    _float_backward_all,
 )
