@@ -12,13 +12,14 @@
 | ``grouped_linear``, ``grouped_linears`` | one linear, or several of one x, which is quantised once |
 | ``grouped_float_linear``, ``grouped_float_linears`` | the same with x as it is |
 
-How far a kernel's y may be from the formula, with u = 2⁻²⁴, G groups, zero and offset as above:
+How far a kernel's y may be from the formula, with u = 2⁻²⁴, G groups and C columns:
 
-    |y - formula| <= (G + 4) · u · Σ_g (|scale_g| Σ_k |code_k x̂_k| + |zero_g scale_g| |Σ_k x̂_k|)  + ε
+    (2 (G + C) + 8) u · [Σ_g Σ_k (|scale_g| code_k + |offset_g|) |x̂_k| + Σ_c |x_c w_c| + |bias|]
 
-since the sum of a group is exact in int32, is rounded once as a float, and meets its scale and its zero
-point in two fused products. ε is the rounding of y to x's dtype, and for ``grouped_float_linear`` the
-sums of a group, which are in fp32: they add K · u to the factor.
+with offset = -zero · scale. The sum of a group is exact in int32, and meets its scale and its offset in
+two fused products. With x as it is, a group's sums are in fp32: its width is added to the factor. Then
+y is rounded to x's dtype. Sums over groups are in fp32 before they meet x_scale: where one is above the
+largest float, y is not finite.
 
 **Gradients** are straight-through: that of x is ``grad @ ŵ``, ŵ rotated back, with its columns.
 """

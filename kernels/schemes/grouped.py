@@ -66,12 +66,24 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class GroupsOfBits(Groups):
+class ScaledGroups(Groups):
+    """Attributes:
+    column_scale: whether x is multiplied by a number for each column, which AWQ chooses.
+    """
+
+    column_scale: bool = setting(False)
+
+    def weight_format(self, bits: int) -> WeightFormat:
+        return grouped(bits, self.group_size, self.zeros, self.act_order, self.column_scale)
+
+
+@dataclass(frozen=True)
+class GroupsOfBits(ScaledGroups):
     """Attributes:
     bits: of a code.
     """
 
-    bits: int = setting(3, _whole_number(1, 8))
+    bits: int = setting(8, _whole_number(1, 8))
 
 
 @dataclass(frozen=True)
@@ -113,11 +125,17 @@ class Codebook:
 # --- x as it is -----------------------------------------------------------------------------------
 
 
-def lower_float(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Groups) -> Any:
+def lower_float(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: ScaledGroups) -> Any:
     """grouped_float_linear, of x with its columns in the order of the weight's."""
+    if settings.column_scale:
+        *weight, column_scale = weight
+        x = call(_as_dtype_of, call(torch.mul, x, column_scale), x)
     x, packed, scale, zero_point, _ = _operands(call, x, weight, settings)
     how = settings.group_size, settings.zeros
     return call(ops.grouped_float_linear, x, *how, packed, scale, zero_point, bias)
+
+
+_as_dtype_of = torch.ops.aten.type_as.default
 
 
 def _operands(call: Call, x: Any, weight: Sequence[Any], settings: Groups) -> tuple[Any, ...]:
@@ -133,8 +151,8 @@ W4A16_GROUP = Scheme(
     "w4a16-group",
     "x as it is, w in 4 bits by groups of group_size along K",
     _SOURCE,
-    lambda settings: grouped(4, settings.group_size, settings.zeros, settings.act_order),
-    Groups,
+    lambda settings: settings.weight_format(4),
+    ScaledGroups,
     lower=lower_float,
     operator=ops.FLOAT_ROWS,
 )
@@ -142,7 +160,7 @@ WNA16_GROUP = Scheme(
     "wna16-group",
     "x as it is, w in 1 to 8 bits by groups of group_size along K",
     _SOURCE + "; HQQ",
-    lambda settings: grouped(settings.bits, settings.group_size, settings.zeros, settings.act_order),
+    lambda settings: settings.weight_format(settings.bits),
     GroupsOfBits,
 )
 NF4 = Scheme(
