@@ -182,7 +182,7 @@ def test_slices_stay_quantised_and_multiply_as_parts_of_the_product(name):
     torch.testing.assert_close(rows, nn.functional.linear(x, weight))
     left, right = weight.split(K // 2, 1)
     # Blocks of a rotation are those of all columns: a piece of them is a float copy.
-    cuts = weight.weight_format.column_step > 0
+    cuts = weight.weight_format.can_cut(slice(0, N), slice(0, K // 2), N, K)
     assert (type(left) is Int8Weight) is (type(right) is Int8Weight) is cuts
     # Nor are the columns of a group beside each other with act-order; and 256 blocks of 32 columns share
     # what an absmax in 8 bits is scaled by.
