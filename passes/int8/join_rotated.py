@@ -15,69 +15,29 @@ the kernel compares them, and rotates once for each set. Linears with a bias are
 only where the bias is there before the first of them.
 """
 
-from collections import defaultdict
-from typing import Any
-
 from torch import fx
 
 from int8fx.kernels.ops.rotated_linear import rotated_linear, rotated_linears
 from int8fx.passes.contract import Context, Result
-from int8fx.passes.graph.arguments import argument
-from int8fx.passes.graph.emit import Emitter
-from int8fx.passes.graph.mutation import Memory
-
-MOST = 64  # linears of one call
-ALIKE = ("x", "threshold", "block", "rotation")  # what the linears of a call have in common
-# Of each linear, and what the call has a list of.
-OF_EACH = {"weight": "weights", "w_scale": "w_scales", "w_columns": "w_columns", "columns": "columns"}
+from int8fx.passes.int8.joint import Joint
 
 ALONE = "no other rotated linear reads its input with what it needs there before"
+
+ROTATED = Joint(
+    rotated_linear,
+    rotated_linears,
+    ("x", "threshold", "block", "rotation"),
+    {
+        "weight": "weights",
+        "w_scale": "w_scales",
+        "w_columns": "w_columns",
+        "columns": "columns",
+        "bias": "biases",
+    },
+    ALONE,
+)
 
 
 def join_rotated(graph: fx.Graph, context: Context) -> Result:
     """Joins the rotated linears of one graph; changed: how many calls several of them became."""
-    result = Result()
-    for group in _groups(graph, context.memory()):
-        if len(group) == 1:
-            result.refuse(ALONE)
-            continue
-        _join(graph, context.fake_mode, group)
-        result.changed += 1
-    return result
-
-
-def _groups(graph: fx.Graph, memory: Memory) -> list[list[fx.Node]]:
-    """Linears that one call may take the place of, at the first of them."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    open_groups: dict[tuple, list[fx.Node]] = {}
-    found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for linear in graph.find_nodes(op="call_function", target=rotated_linear):
-        alike = (argument(linear, name) for name in ALIKE)
-        key = (*alike, argument(linear, "bias") is None)
-        group = open_groups.get(key)
-        if group is None or not _fits(linear, group, order, memory):
-            group = open_groups[key] = found[linear]
-        group.append(linear)
-    return list(found.values())
-
-
-def _fits(linear: fx.Node, group: list[fx.Node], order: dict[fx.Node, int], memory: Memory) -> bool:
-    first, read = group[0], linear.all_input_nodes
-    there = all(order[node] < order[first] for node in read)
-    return len(group) < MOST and there and not memory.written_between(first, linear, read)
-
-
-def _join(graph: fx.Graph, fake_mode: Any, linears: list[fx.Node]) -> None:
-    given = {name: argument(linears[0], name) for name in ALIKE}
-    of_each = {
-        several: [argument(linear, name) for linear in linears] for name, several in OF_EACH.items()
-    }
-    biases = [argument(linear, "bias") for linear in linears]
-    with graph.inserting_before(linears[0]):
-        emit = Emitter(graph, fake_mode, linears[0])
-        read = {**of_each, "biases": [] if biases[0] is None else biases}
-        call = emit.named(rotated_linears, **given, **read)
-        outputs = [emit.item(call, index) for index in range(len(linears))]
-    for linear, y in zip(linears, outputs, strict=True):
-        linear.replace_all_uses_with(y)
-        graph.erase_node(linear)
+    return ROTATED.join(graph, context)
