@@ -135,7 +135,7 @@ def _load_foreign(
     names = loading.names_of(checkpoint, model)
     tied = _check_names(model, names)
     weights = loading.read_into(checkpoint, model, names, scheme)
-    floats = {name: _as_in_model(model, name, each) for name, each in weights.plain.items()}
+    floats = _as_in_model(model, weights.plain)
     check(model, floats)
     # Nothing fails from here on.
     for name, weight in weights.quantized.items():
@@ -149,10 +149,15 @@ def _load_foreign(
     return model
 
 
-def _as_in_model(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A float tensor in the dtype that the model has it in."""
-    dtype = dict(persistent_tensors(model))[name].dtype
-    return tensor.to(dtype) if tensor.is_floating_point() and dtype.is_floating_point else tensor
+def _as_in_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float tensors in the dtype that the model has each in."""
+    dtypes = {name: tensor.dtype for name, tensor in persistent_tensors(model)}
+    return {
+        name: tensor.to(dtypes[name])
+        if tensor.is_floating_point() and dtypes[name].is_floating_point
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _read(file: Path) -> dict[str, Tensor]:

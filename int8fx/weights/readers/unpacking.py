@@ -15,7 +15,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         words: ``[R, W]`` of any integer dtype, little-endian.
         bits: 1 to 8.
     """
-    stream = words.contiguous().view(torch.uint8)
+    # Of one column any stride counts as contiguous, and only one of 1 can be seen as bytes.
+    stream = words.contiguous().flatten().view(torch.uint8).view(len(words), -1)
     missing = -stream.shape[-1] % bits
     if missing:
         stream = torch.nn.functional.pad(stream, (0, missing))
