@@ -58,7 +58,14 @@ class Numbers:
 
 
 def numbers(
-    N: int, K: int, bits: int, group: int, *, act_order: bool = False, symmetric: bool = False, seed: int = 0
+    N: int,
+    K: int,
+    bits: int,
+    group: int,
+    *,
+    act_order: bool = False,
+    symmetric: bool = False,
+    seed: int = 0,
 ) -> Numbers:
     """Random ones, of every code and every zero point from 1 on."""
     random = torch.Generator().manual_seed(seed)
@@ -162,9 +169,9 @@ def awq_gemv(given: Numbers, group: int) -> Foreign:
 
 
 def awq_gemv_fast(given: Numbers, group: int, *, llm_awq: bool = False) -> Foreign:
-    """Of four rows and 64 columns 64 words: value ``v`` of the 256, row after row, is nibble ``v % 4`` of
-    word ``v // 4``. In a row, 32 columns are in the order 0 1 8 9 16 17 24 25 2 3 10 ..., of which then
-    each eight are in the order 0 2 4 6 1 3 5 7."""
+    """Of four rows and 64 columns 64 words: value ``v`` of the 256, row after row, is nibble ``v % 4``
+    of word ``v // 4``. In a row, 32 columns are in the order 0 1 8 9 16 17 24 25 2 3 10 ..., of which
+    then each eight are in the order 0 2 4 6 1 3 5 7."""
     N, K = given.codes.shape
     pairs = [8 * i + 2 * j + p for j in range(4) for i in range(4) for p in range(2)]
     order = [pairs[8 * eight + place] for eight in range(4) for place in _AWQ_ORDER]
@@ -229,7 +236,12 @@ def bitsandbytes(
     values = codes.flatten().tolist()
     values += [0] * (len(values) % 2)
     packed = [values[i] * 16 + values[i + 1] for i in range(0, len(values), 2)]
-    state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": [N, K]}
+    state: dict[str, Any] = {
+        "quant_type": kind,
+        "blocksize": block,
+        "dtype": "bfloat16",
+        "shape": [N, K],
+    }
     tensors = {
         "weight": torch.tensor(packed, dtype=torch.uint8).unsqueeze(1),
         "weight.absmax": absmax,
@@ -293,7 +305,7 @@ def _hqq_packed(rows: Tensor, bits: int) -> Tensor:
 
 def quanto(codes: Tensor, scale: Tensor, shift: Tensor | None, bits: int) -> Foreign:
     """``codes [N, K]`` int8 of 8 bits, or uint8; ``scale`` and ``shift [N, G]``."""
-    N, K = codes.shape
+    K = codes.shape[1]
     groups = torch.arange(K) // (K // scale.shape[1])
     w_hat = codes.double() * scale.double()[:, groups]
     tensors = {"input_scale": torch.ones(()), "output_scale": torch.ones(())}
@@ -489,7 +501,9 @@ def write(
         metadata |= {name.replace("PATH", path): said for name, said in foreign.metadata.items()}
     if "tensor_names" in metadata:
         metadata["tensor_names"] = json.dumps([f"{path}.weight" for path in modules])
-    save_file({name: each.clone() for name, each in tensors.items()}, folder / "model.safetensors", metadata)
+    save_file(
+        {name: each.clone() for name, each in tensors.items()}, folder / "model.safetensors", metadata
+    )
     first = next(iter(modules.values()))
     quantization = {"quantization_config": {**first.config, **changed}} if first.config else {}
     (folder / "config.json").write_text(json.dumps({**(config or {}), **quantization}))
@@ -599,7 +613,9 @@ def samples() -> dict[str, Writer]:
         "compressed-tensors-w8a16": ct_of(8, 32),
         "compressed-tensors-w3a16": ct_of(3, 32, symmetric=False),
         "compressed-tensors-w8a8": ct_of(8, 1 << 20, packed=False, activations=True),
-        "compressed-tensors-w8a8-zeros": ct_of(8, 1 << 20, packed=False, symmetric=False, activations=True),
+        "compressed-tensors-w8a8-zeros": ct_of(
+            8, 1 << 20, packed=False, symmetric=False, activations=True
+        ),
         "torchao-intx-4": lambda N, K: torchao_intx(
             ints(N, K, -8, 8), scales(N, K // 32).bfloat16(), ints(N, K // 32, -8, 8), 4
         ),

@@ -52,9 +52,7 @@ def save_checkpoint(
     save_torch_state_dict(state, directory, max_shard_size=max_shard_size)
 
 
-def load_checkpoint(
-    model: nn.Module, path: str | Path, *, scheme: str | None = None
-) -> nn.Module:
+def load_checkpoint(model: nn.Module, path: str | Path, *, scheme: str | None = None) -> nn.Module:
     """Loads a checkpoint into a model, of int8fx or of another system.
 
     A checkpoint of int8fx needs a model on which ``quantize_`` was called. One on the meta device gets

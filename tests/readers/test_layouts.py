@@ -7,9 +7,9 @@ import torch
 from int8fx.testing import foreign_files
 from int8fx.testing.foreign_files import Foreign, numbers
 from int8fx.weights.readers import table
+from int8fx.weights.readers.loading import Checkpoint
 from int8fx.weights.readers.neutral import Grouped, Rotated, Values
 from int8fx.weights.readers.opening import opened
-from int8fx.weights.readers.loading import Checkpoint
 
 SAMPLES = foreign_files.samples()
 PATH = "model.layers.0.mlp.up_proj"

@@ -15,9 +15,8 @@ from int8fx.weights.tensor import QuantizedWeight
 
 SAMPLES = foreign_files.samples()
 N, K = 96, 128
-# What the formats of ours compute otherwise than their owner, by a rounding of fp32: an offset or a float
-# zero point that is not the owner's, a rotation.
-ROUNDED = {"torchao-int4", "comfyui-convrot", "fp8"}
+# What has a rounding of fp32 more than w_hat: offsets, a rotation; and what is quantised again.
+ROUNDED = {"torchao-int4", "comfyui-convrot", "fp8", "quanto-4", "quanto-2"}
 
 
 class Model(nn.Module):
@@ -54,10 +53,12 @@ def float_model(foreign) -> Model:
 def test_a_model_on_the_meta_device_gets_the_weights(name, tmp_path):
     foreign = SAMPLES[name](N, K)
     model = on_meta()
-    assert int8fx.load_checkpoint(model, foreign_files.write(tmp_path, {"up": foreign}, plain())) is model
+    assert (
+        int8fx.load_checkpoint(model, foreign_files.write(tmp_path, {"up": foreign}, plain())) is model
+    )
     weight = model.up.weight
     assert isinstance(weight, QuantizedWeight) and not weight.requires_grad
-    error = (weight.dequantize().double() - foreign.w_hat).abs()
+    error = (weight.dequantize() - foreign.w_hat.float()).abs()
     if name == "fp8":  # quantised again
         assert (error.amax(1) <= foreign.w_hat.abs().amax(1) / 127 / 2 * 1.001).all()
     else:
@@ -68,12 +69,6 @@ def test_a_model_on_the_meta_device_gets_the_weights(name, tmp_path):
     # Some owners quantise x as well.
     bound = 0.02 if weight.options["scheme"] in ("absmax-vector", "int8-rotated", "llm.int8") else 1e-5
     assert (model(x) - expected).norm() <= bound * expected.norm()
-
-
-BYTES = {
-    "gptq-4-v1": (4 + 8 + 16) / 32 * 8 / 8,
-    "gptq-2-v2": (2 * 32 + 16 + 8) / 32,
-}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +89,7 @@ def test_compiled_is_as_eager(name, tmp_path):
     int8fx.load_checkpoint(model, foreign_files.write(tmp_path, {"up": SAMPLES[name](N, K)}, plain()))
     x = torch.randn(5, K)
     with int8fx.collect_reports() as reports:
-        compiled = torch.compile(model, backend="llmint8")(x)
+        compiled = torch.compile(model, backend="llmint8", options={"skip": ["head"]})(x)
     assert reports[0].decisions[0].accepted
     assert (compiled - model(x)).norm() <= 1e-5 * model(x).norm()
 
@@ -125,7 +120,9 @@ def test_another_scheme_of_the_same_numbers(tmp_path):
     model = int8fx.load_checkpoint(on_meta(), tmp_path, scheme="w4a8-group")
     assert model.up.weight.options["scheme"] == "w4a8-group"
     assert torch.equal(model.up.weight.dequantize().double(), foreign.w_hat)
-    with pytest.raises(CheckpointError, match="up.weight: 4-bit .* in the checkpoint, and scheme 'w8a16'"):
+    with pytest.raises(
+        CheckpointError, match=r"up\.weight: 4-bit .* in the checkpoint, and scheme 'w8a16'"
+    ):
         int8fx.load_checkpoint(on_meta(), tmp_path, scheme="w8a16")
 
 
@@ -138,7 +135,7 @@ def test_a_bias_of_zeros_for_a_module_without_one(zeros, tmp_path):
     if zeros:
         int8fx.load_checkpoint(on_meta(bias=False), tmp_path)
     else:
-        with pytest.raises(CheckpointError, match="up.bias: in the checkpoint, and not in the model"):
+        with pytest.raises(CheckpointError, match=r"up\.bias: in the checkpoint, and not in the model"):
             int8fx.load_checkpoint(on_meta(bias=False), tmp_path)
 
 
@@ -163,14 +160,15 @@ def test_an_activation_that_awq_scaled(tmp_path):
     unscaled = float_model(foreign)
     expected = unscaled.head(unscaled.act(unscaled.up(unscaled.norm(x))) / scales)
     assert (model(x) - expected).norm() <= 1e-5 * expected.norm()
-    assert (torch.compile(model, backend="llmint8")(x) - expected).norm() <= 1e-5 * expected.norm()
+    compiled = torch.compile(model, backend="llmint8", options={"skip": ["head"]})
+    assert (compiled(x) - expected).norm() <= 1e-5 * expected.norm()
     assert torch.equal(model.state_dict()["act.scales"], scales)
 
 
 def test_a_model_that_is_quantised_already(tmp_path):
     foreign_files.write(tmp_path, {"up": SAMPLES["gptq-4-v1"](N, K)}, plain())
     model = int8fx.quantize_(Model().requires_grad_(False))
-    with pytest.raises(CheckpointError, match="up.weight: int8 per channel in the model, and GPTQ has a"):
+    with pytest.raises(CheckpointError, match=r"up\.weight: int8 per channel in the model, and GPTQ"):
         int8fx.load_checkpoint(model, tmp_path)
 
 

@@ -39,7 +39,9 @@ _OF_THE_MAKER = frozenset(
     "modules_to_fuse backend exllama_config meta lm_head model_seqlen provider version_info pack_dtype "
     "dynamic damp_percent true_sequential".split()
 )
-_READ = frozenset({"bits", "w_bit", "group_size", "q_group_size", "version", "format", "checkpoint_format"})
+_READ = frozenset(
+    {"bits", "w_bit", "group_size", "q_group_size", "version", "format", "checkpoint_format"}
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def settings(config: Config) -> Settings:
         raise config.error("bits is missing")
     if config.get("dynamic"):
         raise config.error(f"dynamic = {config.get('dynamic')!r} is not read")
-    named = {str(config.get(n)).lower() for n in ("version", "format", "checkpoint_format") if config.get(n)}
+    named = {
+        str(config.get(n)).lower() for n in ("version", "format", "checkpoint_format") if config.get(n)
+    }
     layout = next(iter(named), "gemm")
     if len(named) > 1 or layout not in LAYOUTS:
         raise config.error(f"version = {', '.join(sorted(named))}; read: {', '.join(LAYOUTS)}")
@@ -161,4 +165,5 @@ def _groups(K: int, group: int) -> tuple[int, int]:
 def _words(K: int, group: int) -> int:
     """How many words of eight groups gemv has room for in a row."""
     multiple = _PADDING.get(group, 1)
-    return -(-(-(-(K // group) // 8)) // multiple) * multiple
+    words = (K // group + 7) // 8
+    return (words + multiple - 1) // multiple * multiple

@@ -33,8 +33,9 @@ _STATE = frozenset(
 )
 _CONFIG = frozenset(
     "quant_method _load_in_4bit _load_in_8bit load_in_4bit load_in_8bit bnb_4bit_compute_dtype "
-    "bnb_4bit_quant_storage bnb_4bit_quant_type bnb_4bit_use_double_quant llm_int8_enable_fp32_cpu_offload "
-    "llm_int8_has_fp16_weight llm_int8_skip_modules llm_int8_threshold".split()
+    "bnb_4bit_quant_storage bnb_4bit_quant_type bnb_4bit_use_double_quant "
+    "llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight llm_int8_skip_modules "
+    "llm_int8_threshold".split()
 )
 
 
@@ -96,10 +97,13 @@ def _state(module: StoredModule, name: str) -> dict[str, Any]:
 
 def _shape(module: StoredModule, name: str, state: dict[str, Any]) -> tuple[int, int]:
     shape = state.get("shape")
-    ok = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
-    if not ok or min(shape) < 1:
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, shape))):
         raise module.error(name, f"shape = {shape!r}; read: that of a matrix")
     return shape[0], shape[1]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _number(

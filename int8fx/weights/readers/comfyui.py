@@ -2,13 +2,13 @@
 
     weight          [N, K] int8
     weight_scale    one for all, or [N]
-    comfy_quant     uint8, JSON: {"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}
+    comfy_quant     uint8, JSON: {"format": "int8_tensorwise", "convrot": true,
+                    "convrot_groupsize": 256}
 
 A rotated weight is kept rotated (``int8fx/weights/convrot.py``).
 """
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ def read(module: StoredModule, settings: None) -> Grouped | Rotated:
         return Grouped(codes, scale, K, 8, owner=DYNAMIC)
     block = said.get("convrot_groupsize", 256)
     if block not in allowed_blocks("convrot") or K % block:
-        raise module.error(MARKER, f"groups of {block!r} of K={K}; allowed: {allowed_blocks('convrot')}")
+        raise module.error(
+            MARKER, f"groups of {block!r} of K={K}; allowed: {allowed_blocks('convrot')}"
+        )
     return Rotated(codes, scale.squeeze(1), block)
 
 

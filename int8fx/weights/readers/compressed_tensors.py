@@ -1,13 +1,13 @@
 """compressed-tensors' files, as llm-compressor writes them.
 
-    int-quantized, naive-quantized    weight [N, K] int8, weight_scale [N, 1], [N, G] or [1]
-    float-quantized                   the same of float8_e4m3fn, which no integers stand for
-    pack-quantized                    weight_packed [N, K · bits / 32] int32: a stream of bits along K, of
-                                      integers plus 2^(bits - 1)
-                                      weight_shape [2], weight_g_idx [K] (act-order)
-    weight_zero_point                 as the integers; packed: a stream along N, [N · bits / 32, G]
+int-quantized, naive-quantized    weight [N, K] int8, weight_scale [N, 1], [N, G] or [1]
+float-quantized                   the same of float8_e4m3fn, which no integers stand for
+pack-quantized                    weight_packed [N, K · bits / 32] int32: a stream of bits along K, of
+                                  integers plus 2^(bits - 1)
+                                  weight_shape [2], weight_g_idx [K] (act-order)
+weight_zero_point                 as the integers; packed: a stream along N, [N · bits / 32, G]
 
-    ŵ = (q - zero_point) · scale
+ŵ = (q - zero_point) · scale
 """
 
 import re

@@ -3,8 +3,8 @@
     weight          [K, N] int8, permuted
     weight_scales   [N]                   ŵ = w_int8 · scale, of -128 to 127
 
-Its ``cutlass_preprocessors.cc`` makes ``weight`` of ``w_int8ᵀ [K, N]`` in four steps, which are undone in
-the opposite order:
+Its ``cutlass_preprocessors.cc`` makes ``weight`` of ``w_int8ᵀ [K, N]`` in four steps, which are undone
+in the opposite order:
 
     1. of each 16 rows, row i becomes that of ``_ROWS[i]``
     2. the matrix is transposed, to [N, K]

@@ -1,4 +1,4 @@
-"""Weights in float8 with a scale for each block, as DeepSeek's and transformers' ``fp8`` files have them.
+"""Weights in float8 with a scale for each block, as in DeepSeek's and transformers' ``fp8`` files.
 
     weight             [N, K] float8_e4m3fn
     weight_scale_inv   [⌈N / n⌉, ⌈K / k⌉]      ŵ = weight · scale of its block of n rows and k columns
@@ -32,7 +32,11 @@ def settings(config: Config) -> tuple[int, int] | None:
     block = config.get("weight_block_size")
     if block is None:
         return None
-    if not isinstance(block, list | tuple) or len(block) != 2 or not all(_is_size(each) for each in block):
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or not all(_is_size(each) for each in block)
+    ):
         raise config.error(f"weight_block_size = {block!r}; two numbers expected")
     return block[0], block[1]
 

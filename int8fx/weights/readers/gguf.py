@@ -54,7 +54,9 @@ def read(module: StoredModule, settings: None) -> Grouped:
     if rows.shape[1] % block.bytes:
         raise module.error("weight", f"rows of {rows.shape[1]} bytes, no multiple of {block.bytes}")
     found = _READ[kind](rows.unflatten(1, (-1, block.bytes)))
-    if not found.scale.isfinite().all() or found.offset is not None and not found.offset.isfinite().all():
+    if not found.scale.isfinite().all() or (
+        found.offset is not None and not found.offset.isfinite().all()
+    ):
         raise module.error("weight", "corrupt: a scale that is not finite")
     return found
 

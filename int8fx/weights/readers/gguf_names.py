@@ -1,7 +1,7 @@
 """GGUF's names of tensors, and their rows' order, as the models of transformers have them.
 
-llama.cpp's converter renames tensors, and for ``llama`` it interleaves the two halves of each head in the
-rows of q and k: row ``2 · i + j`` of a head is row ``i + j · d / 2`` of transformers' model.
+llama.cpp's converter renames tensors, and for ``llama`` it interleaves the two halves of each head in
+the rows of q and k: row ``2 · i + j`` of a head is row ``i + j · d / 2`` of transformers' model.
 """
 
 from torch import Tensor
@@ -79,5 +79,7 @@ class Renamed:
         if heads is None:
             heads = self.metadata.get(f"{architecture}.attention.head_count")
         if type(heads) is not int or heads < 1 or rows.shape[0] % (2 * heads):
-            raise CheckpointError(f"{self.path}: {architecture}.{key} = {heads!r} does not divide the rows")
+            raise CheckpointError(
+                f"{self.path}: {architecture}.{key} = {heads!r} does not divide the rows"
+            )
         return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)

@@ -5,8 +5,8 @@
     scales    [G, N]                     ŵ = (q - z) · scale
     g_idx     [K] int32                  the group of each input; with act-order these are not sorted
 
-gptqmodel subtracts version 1's one from whole words of 2, 4 and 8 bits, borrows between fields included,
-so it is added to whole words here. Fields of 3 bits cross words, and each is counted modulo 8.
+gptqmodel subtracts version 1's one from whole words of 2, 4 and 8 bits, borrows between fields
+included, so it is added to whole words here. Fields of 3 bits cross words, and each is counted modulo 8.
 """
 
 import re
@@ -28,12 +28,12 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 # What tells how the file was made, or how its owner runs it: nothing of it changes what is stored.
 _OF_THE_MAKER = frozenset(
-    "quant_method method meta damp_percent damp_auto_increment static_groups true_sequential mse gptaq foem "
-    "model_name_or_path model_file_base_name model_seqlen block_name_to_quantize module_name_preceding_"
-    "first_block batch_size pad_token_id dataset tokenizer use_cuda_fp16 use_exllama exllama_config "
-    "max_input_length cache_block_outputs modules_in_block_to_quantize desc_act sym lm_head act_group_aware "
-    "backend is_marlin_format adapter rotation hyb_act parallel_packing pack_impl offload_to_disk "
-    "disable_exllama modules_to_not_convert".split()
+    "quant_method method meta damp_percent damp_auto_increment static_groups true_sequential mse gptaq "
+    "foem model_name_or_path model_file_base_name model_seqlen block_name_to_quantize "
+    "module_name_preceding_first_block batch_size pad_token_id dataset tokenizer use_cuda_fp16 "
+    "use_exllama exllama_config max_input_length cache_block_outputs modules_in_block_to_quantize "
+    "desc_act sym lm_head act_group_aware backend is_marlin_format adapter rotation hyb_act "
+    "parallel_packing pack_impl offload_to_disk disable_exllama modules_to_not_convert".split()
 )
 _READ = frozenset({"bits", "group_size", "checkpoint_format", "format", "pack_dtype", "dynamic"})
 

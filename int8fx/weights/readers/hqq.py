@@ -1,11 +1,11 @@
 """HQQ's files, as its ``HQQLinear`` writes them for safetensors.
 
-    W_q     the integers, packed by parts of the rows of W.reshape(-1, g) (axis 1) or (g, -1) (axis 0):
-            8, 6, 5 bits a byte each; 4 bits the first half of the rows in the high nibble; 2 bits
-            quarters, 1 bit eighths; 3 bits ten parts in an int32, the first in the bits from 27 on
-    scale, zero          one for each group; ŵ = (q - zero) · scale with a float zero
-    nbits, group_size, axis, shape, packing, view_as_float, compute_dtype, ...    numbers and names, as
-            tensors
+W_q     the integers, packed by parts of the rows of W.reshape(-1, g) (axis 1) or (g, -1) (axis 0):
+        8, 6, 5 bits a byte each; 4 bits the first half of the rows in the high nibble; 2 bits
+        quarters, 1 bit eighths; 3 bits ten parts in an int32, the first in the bits from 27 on
+scale, zero          one for each group; ŵ = (q - zero) · scale with a float zero
+nbits, group_size, axis, shape, packing, view_as_float, compute_dtype, ...    numbers and names, as
+        tensors
 """
 
 import torch
@@ -20,7 +20,15 @@ from int8fx.weights.readers.unpacking import halves
 _PARTS = {"8bit_u8": 1, "4bit_u8": 2, "2bit_u8": 4, "1bit_u8": 8}
 _THREE = "3bit_32"
 _IN_WORD = 10
-_PACKING = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: _THREE, 2: "2bit_u8", 1: "1bit_u8"}
+_PACKING = {
+    8: "8bit_u8",
+    6: "8bit_u8",
+    5: "8bit_u8",
+    4: "4bit_u8",
+    3: _THREE,
+    2: "2bit_u8",
+    1: "1bit_u8",
+}
 _TERNARY = 1.58  # bits that are kept as 2
 # What is stored beside the weight.
 NUMBERS = (
@@ -95,9 +103,15 @@ def _codes(module: StoredModule, bits: int, rows: int, columns: int) -> Tensor:
         stored = stored.contiguous().view(wanted)
     parts = _IN_WORD if packing == _THREE else _PARTS[packing]
     height = -(-rows // parts) if packing == _THREE else rows // parts
-    if stored.dtype != wanted or tuple(stored.shape) != (height, columns) or rows % parts and bits != 3:
+    if (
+        stored.dtype != wanted
+        or tuple(stored.shape) != (height, columns)
+        or (rows % parts and bits != 3)
+    ):
         found = f"{stored.dtype} of shape {list(stored.shape)}"
-        raise module.error("W_q", f"{found} in the checkpoint, {wanted} of {[height, columns]} expected")
+        raise module.error(
+            "W_q", f"{found} in the checkpoint, {wanted} of {[height, columns]} expected"
+        )
     if packing == _THREE:
         return _three_bits(stored)[:rows]
     return halves(stored, parts)
@@ -110,7 +124,9 @@ def _three_bits(stored: Tensor) -> Tensor:
 def _of_groups(module: StoredModule, name: str, groups: int) -> Tensor:
     tensor = module.take_floats(name)
     if tensor.numel() != groups:
-        raise module.error(name, f"shape {list(tensor.shape)} in the checkpoint, {groups} groups expected")
+        raise module.error(
+            name, f"shape {list(tensor.shape)} in the checkpoint, {groups} groups expected"
+        )
     return tensor.flatten()
 
 

@@ -85,7 +85,9 @@ class Checkpoint:
         try:
             neutral = self.reader.read(module, self.settings)
         except ValueError as error:
-            raise error if isinstance(error, CheckpointError) else module.error("", str(error)) from error
+            raise (
+                error if isinstance(error, CheckpointError) else module.error("", str(error))
+            ) from error
         if shape is not None and neutral.shape != shape:
             entry = next(iter(module.tensors))
             raise module.error(

@@ -3,8 +3,8 @@
     weight_blocks   [N, K / 32, 16] uint8    two a byte, the first in the low nibble
     weight_scales   [N, K / 32] uint8        the exponent, plus 127
 
-A four-bit float is 0, 0.5, 1, 1.5, 2, 3, 4 or 6, with a sign: half of a whole number. So the weight is int8
-with scales of 2^(exponent - 1), exactly.
+A four-bit float is 0, 0.5, 1, 1.5, 2, 3, 4 or 6, with a sign: half of a whole number. So the weight is
+int8 with scales of 2^(exponent - 1), exactly.
 """
 
 import torch
@@ -36,7 +36,9 @@ def read(module: StoredModule, settings: None) -> Grouped:
     if bool((exponents == _NAN).any()):
         raise module.error("weight_scales", "corrupt: an exponent of 255, which stands for NaN")
     if bool((exponents < _LEAST).any()):
-        raise module.error("weight_scales", "an exponent below -125, where fp32 loses bits, is not read")
+        raise module.error(
+            "weight_scales", "an exponent below -125, where fp32 loses bits, is not read"
+        )
     numbers = [*_HALVES, *(-each for each in _HALVES)]
     table = torch.tensor(numbers, dtype=torch.int8, device=blocks.device)
     nibbles = torch.stack([blocks & 15, blocks >> 4], -1).view(N, groups * GROUP)

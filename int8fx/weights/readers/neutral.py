@@ -5,8 +5,8 @@
     Rotated    ŵ rotated by blocks of columns, and Grouped of one group (``kernels/ops/rotation.py``)
     Values     ŵ[n, k] itself: of numbers that are no integers times a scale
 
-``dequantized`` is the reference that the owner's own code is held against: it computes in a dtype of the
-caller's choice, as owners compute in 16-bit.
+``dequantized`` is the reference that the owner's own code is held against: it computes in a dtype of
+the caller's choice, as owners compute in 16-bit.
 """
 
 import math

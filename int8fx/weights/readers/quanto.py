@@ -1,16 +1,15 @@
 """optimum-quanto's files: the weights of its frozen modules, and ``quanto_qmap.json``.
 
-    qint8           weight._data        [N, K] int8       weight._scale [N, 1]      ŵ = data · scale
-    qint4, qint2    weight._data._data  uint8, of rows of one group each: the first half (quarter) of the
-                                        rows in the low bits
-                    weight._scale, weight._shift [N · K / g, 1]
-                    ŵ = data · scale - shift with a float shift, (data - shift) · scale with an integer
-    input_scale, output_scale           of activations, where these are quantised
+qint8           weight._data        [N, K] int8       weight._scale [N, 1]      ŵ = data · scale
+qint4, qint2    weight._data._data  uint8, of rows of one group each: the first half (quarter) of the
+                                    rows in the low bits
+                weight._scale, weight._shift [N · K / g, 1]
+                ŵ = data · scale - shift with a float shift, (data - shift) · scale with an integer
+input_scale, output_scale           of activations, where these are quantised
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +57,9 @@ def read(module: StoredModule, settings: Settings) -> Grouped:
         codes = module.take("weight._data", torch.int8, None, None)
         scale = module.take_floats("weight._scale")
         if scale.numel() not in (1, codes.shape[0]):
-            raise module.error("weight._scale", f"{scale.numel()} scales, 1 or {codes.shape[0]} expected")
+            raise module.error(
+                "weight._scale", f"{scale.numel()} scales, 1 or {codes.shape[0]} expected"
+            )
         return Grouped(codes, scale.view(-1, 1).expand(codes.shape[0], 1), codes.shape[1], 8)
     return _affine(module, bits)
 

@@ -2,7 +2,7 @@
 
 | neutral form | scheme |
 |---|---|
-| signed integers of 8 bits, one scale a row | its owner's: ``absmax-vector``, ``llm.int8``; else ``w8a16`` |
+| signed integers of 8 bits, one scale a row | its owner's ``absmax-vector`` or ``llm.int8``; else ``w8a16`` |
 | the same, a scale for each group | ``w8a16-group`` |
 | 4 bits by groups | ``w4a16-group`` |
 | other bits by groups, or zero points of 8 bits | ``wna16-group`` |
@@ -104,10 +104,20 @@ def _int8(neutral: Grouped, name: str) -> Kept:
     K, scale = neutral.shape[1], neutral.scale.float()
     if scale.shape[1] == 1:
         owner: Mapping[str, Any] = neutral.owner or {"scheme": "w8a16"}
-        return Kept(_choice(**owner), (neutral.codes, scale.squeeze(1).contiguous()))
+        return Kept(_choice(**owner), _per_channel(neutral.codes, scale.squeeze(1), name))
     _check_group(neutral.group, name)
     padded = torch.nn.functional.pad(neutral.codes, (0, -K % neutral.group))
     return Kept(_choice("w8a16-group", group_size=neutral.group), (padded, scale.contiguous()))
+
+
+def _per_channel(codes: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Rows of zeros may have a scale of 0 in a file, and have one above it here."""
+    if bool((scale < 0).any()):
+        raise CheckpointError(f"{name}: a scale below 0, which int8 per channel has not")
+    of_zeros = scale == 0
+    if not bool(of_zeros.any()):
+        return codes, scale.contiguous()
+    return codes.masked_fill(of_zeros.unsqueeze(1), 0), scale.masked_fill(of_zeros, 1)
 
 
 def _grouped(neutral: Grouped, name: str) -> Kept:
@@ -188,7 +198,10 @@ def _by_rows(neutral: Grouped, name: str) -> Kept:
     if neutral.g_idx is None or not torch.equal(neutral.g_idx.long(), strided):
         raise CheckpointError(f"{name}: groups of rows that are not N / group apart are not kept")
     parts = row_groups.from_codes(
-        neutral.codes.t(), neutral.scale.t(), None if zero_point is None else zero_point.t(), neutral.bits
+        neutral.codes.t(),
+        neutral.scale.t(),
+        None if zero_point is None else zero_point.t(),
+        neutral.bits,
     )
     return Kept(choice, parts)
 

@@ -1,12 +1,12 @@
 """torchao's safetensors files of integers in plain layouts; the header's metadata says what each is.
 
-    IntxUnpackedToInt8Tensor   _weight_qdata [N, K] int8, _weight_scale, _weight_zero_point [N, G]
-                               ŵ = (q - z) · scale
-    Int8Tensor                 _weight_qdata [N, K] int8, _weight_scale [N, 1] or [1, 1]
-                               _weight_zero_point (of activations quantised with one: refused)
-    Int4Tensor                 _weight_qdata [N, K / 2] int8, the even column in the low nibble, signed
-                               _weight_scale, _weight_zero_point [G, N]
-                               ŵ = q · scale + z: z is in the unit of the weight
+IntxUnpackedToInt8Tensor   _weight_qdata [N, K] int8, _weight_scale, _weight_zero_point [N, G]
+                           ŵ = (q - z) · scale
+Int8Tensor                 _weight_qdata [N, K] int8, _weight_scale [N, 1] or [1, 1]
+                           _weight_zero_point (of activations quantised with one: refused)
+Int4Tensor                 _weight_qdata [N, K / 2] int8, the even column in the low nibble, signed
+                           _weight_scale, _weight_zero_point [G, N]
+                           ŵ = q · scale + z: z is in the unit of the weight
 """
 
 import json
@@ -107,7 +107,7 @@ def _int8(module: StoredModule, fields: Mapping[str, Any], block: list[int]) -> 
     scale = module.take_floats(SCALE)
     if module.has(ZERO_POINT) and bool((module.tensors[ZERO_POINT] != 0).any()):
         raise module.error(ZERO_POINT, "zero points of int8 weights are not read")
-    if block != [1, K] and block != [N, K] or scale.numel() != (N if block[0] == 1 else 1):
+    if (block != [1, K] and block != [N, K]) or scale.numel() != (N if block[0] == 1 else 1):
         raise module.error(SCALE, f"{scale.numel()} scales of blocks {block} of {[N, K]}")
     owner = DYNAMIC if fields.get("act_quant_kwargs") else {}
     return Grouped(codes, scale.reshape(-1, 1).expand(N, 1), K, 8, owner=owner)

@@ -1,7 +1,7 @@
 """Integers of a few bits out of words and bytes.
 
-Most layouts are one stream of bits, low bits first: integer ``i`` has the bits from ``i · bits`` on, also
-where these cross the border of two words. ``bits`` bytes of such a stream hold 8 integers.
+Most layouts are one stream of bits, low bits first: integer ``i`` has the bits from ``i · bits`` on,
+also where these cross the border of two words. ``bits`` bytes of such a stream hold 8 integers.
 """
 
 import torch
