@@ -6,7 +6,8 @@
     g_idx     [K] int32                  the group of each input; with act-order these are not sorted
 
 gptqmodel subtracts version 1's one from whole words of 2, 4 and 8 bits, borrows between fields
-included, so it is added to whole words here. Fields of 3 bits cross words, and each is counted modulo 8.
+included, so it is added to whole words here. Fields of 3 bits cross words, and each is counted modulo
+8.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 | neutral form | scheme |
 |---|---|
-| signed integers of 8 bits, one scale a row | its owner's ``absmax-vector`` or ``llm.int8``; else ``w8a16`` |
+| signed 8 bits, one scale a row | its owner's ``absmax-vector`` or ``llm.int8``; else ``w8a16`` |
 | the same, a scale for each group | ``w8a16-group`` |
 | 4 bits by groups | ``w4a16-group`` |
 | other bits by groups, or zero points of 8 bits | ``wna16-group`` |
