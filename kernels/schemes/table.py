@@ -10,7 +10,7 @@ GPU path.
 from collections.abc import Callable
 from typing import Any
 
-from int8fx.kernels.schemes import affine, grouped, int8, rotated, weight_only
+from int8fx.kernels.schemes import affine, grouped, int8, rotated, row_groups, weight_only
 from int8fx.kernels.schemes.scheme import Scheme
 
 DEFAULT = int8.LLM_INT8.name
@@ -32,6 +32,7 @@ SCHEMES: dict[str, Scheme] = {
         grouped.W4A8_GROUP,
         grouped.WNA16_GROUP,
         grouped.NF4,
+        row_groups.WNA16_ROWS,
     )
 }
 
