@@ -1,0 +1,164 @@
+"""``int8fx compile``: a model into a folder that runs without a compiler and without transformers."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from int8fx.ahead import artefact as files
+from int8fx.ahead import machine, mapped
+from int8fx.ahead.artefact import Artefact
+from int8fx.ahead.trace import DTYPES, Program, Tracer, described
+from int8fx.errors import UserError
+from int8fx.kernels.cpu import build
+from int8fx.kernels.cpu.trusted import OTHERS_WRITE
+from int8fx.options import Options
+
+CONTEXT = 2048
+RUNNER = Path(__file__).with_name("runner.cpp")
+Step = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compiled.
+
+    Attributes:
+        name: of the model, for people.
+        model: of transformers, on a CPU.
+        tokenizer: of transformers.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def compile_model(
+    source: Source,
+    folder: Path,
+    options: Mapping[str, Any],
+    context: int | None = None,
+    step: Step = lambda text: None,
+) -> Artefact:
+    """Writes a folder for ``int8fx.load``.
+
+    Args:
+        folder: is made, whole or not at all; it is not there yet.
+        options: of the backend.
+        context: how many tokens the KV cache holds; by default what the model was made for, at most
+            ``CONTEXT``.
+        step: is told what is done next.
+
+    Raises:
+        UserError: the model does not fit, and why; or the folder cannot be made.
+    """
+    limit = getattr(_config(source), "max_position_embeddings", CONTEXT)
+    context = min(CONTEXT, limit) if context is None else context
+    if context < 4 or context > limit:
+        raise UserError(f"--context {context}: allowed are 4 to {limit}, what the model was made for")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder.parent) as unfinished:
+            made = Path(unfinished) / folder.name
+            made.mkdir(mode=0o755)
+            _write(source, made, Options.parse(options), dict(options), context, step)
+            made.replace(folder)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error}") from error
+    return files.read(folder)
+
+
+def _write(
+    source: Source, folder: Path, options: Options, given: dict[str, Any], context: int, step: Step
+) -> None:
+    chat = _write_tokenizer(source, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        tracer = Tracer(source.model, context, options, Path(scratch))
+        programs = {}
+        for name, trace in ((files.DECODE, tracer.decode), (files.PREFILL, tracer.prefill)):
+            step(f"Compiling the {name}")
+            programs[name] = trace()
+            _copy_program(name, programs[name], folder)
+    step("Writing the weights")
+    weights = {name: _content(each) for name, each in tracer.tensors.weights.items()}
+    mapped.write_file(folder / files.WEIGHTS, weights)
+    step("Compiling what runs them")
+    _copy(build.build(), folder / files.KERNELS)
+    _copy(build.build(source=RUNNER), folder / files.RUNNER)
+    _protect(folder)
+    files.write(
+        Artefact(
+            made_by=files.made_here(machine.instructions()),
+            model=source.name,
+            options={name: str(value) for name, value in given.items()},
+            context=context,
+            vocabulary=_config(source).vocab_size,
+            stop=_stop(source),
+            chat=chat,
+            operators=sorted({each for program in programs.values() for each in program.operators}),
+            programs={name: program.inputs for name, program in programs.items()},
+            buffers=described(tracer.tensors.buffers),
+            folder=folder,
+        )
+    )
+
+
+def _config(source: Source) -> Any:
+    return source.model.config.get_text_config(decoder=True)
+
+
+def _copy_program(name: str, program: Program, folder: Path) -> None:
+    """The library of a program, and the list of operators, by which torch's runner finds them."""
+    library = next(path for path in program.files if path.suffix == ".so")
+    _copy(library, folder / f"{name}.so")
+    for path in program.files:
+        if path.suffix == ".json" and "nodes" in json.loads(path.read_text()):
+            _copy(path, folder / f"{name}.json")
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _protect(folder: Path) -> None:
+    """A umask may let others write, and what others may write is not run."""
+    for path in (folder, *folder.iterdir()):
+        path.chmod(path.stat().st_mode & ~OTHERS_WRITE)
+
+
+def _content(tensor: Tensor) -> tuple[str, tuple[int, ...], memoryview]:
+    import torch
+
+    content = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return DTYPES[tensor.dtype], tuple(tensor.shape), content
+
+
+def _write_tokenizer(source: Source, folder: Path) -> dict[str, str]:
+    """The tokenizer's file; what its chat template needs."""
+    backend = getattr(source.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"model {source.name}: its tokenizer is in Python; one of the package tokenizers is needed"
+        )
+    backend.save(str(folder / files.TOKENIZER))
+    words = {
+        name: str(value)
+        for name, value in source.tokenizer.special_tokens_map.items()
+        if isinstance(value, str)
+    }
+    template = source.tokenizer.chat_template
+    return words | ({"template": template} if isinstance(template, str) else {})
+
+
+def _stop(source: Source) -> list[int]:
+    """The tokens that end a text, as ``generate`` takes them."""
+    given = source.model.generation_config.eos_token_id
+    given = source.tokenizer.eos_token_id if given is None else given
+    listed = given if isinstance(given, list | tuple) else [given]
+    return sorted({int(each) for each in listed if each is not None})
