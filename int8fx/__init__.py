@@ -1,7 +1,7 @@
 """LLM.int8() as a torch.compile backend: ``torch.compile(model, backend="llmint8")``."""
 
 import int8fx_autoload
-from int8fx.version import __version__
+from int8fx.version import __version__ as __version__
 
 int8fx_autoload.register()
 

@@ -2,8 +2,8 @@
 
     int8fx.json          what this module reads and writes: see ``Artefact``
     weights.safetensors  quantised weights as the kernels take them, and the float ones beside them
-    prefill.so, .json    the compiled graph for any number of tokens, and the operators that it calls
-    decode.so, .json     the same for one token
+    prefill.so           the compiled graph for any number of tokens
+    decode.so            the same for one token
     kernels.so           the CPU kernels of int8fx
     runner.so            what calls these libraries (``runner.cpp``)
     tokenizer.json       as the package tokenizers reads it
@@ -55,6 +55,22 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """A compiled graph.
+
+    Attributes:
+        inputs: their names, in order: ``TOKENS``, of weights or of buffers.
+        calls: what it calls by torch's dispatcher, in the order of its own numbers: the operator's name,
+            its overload, and for each argument its kind and its value. The graph gives a ``tensor``,
+            ``tensors``, an ``int`` or ``ints`` at each call, and the value is how many; ``text``, ``real``,
+            ``flag`` and ``none`` stay.
+    """
+
+    inputs: Sequence[str]
+    calls: Sequence[tuple[str, str, Sequence[tuple[str, Any]]]]
+
+
+@dataclass(frozen=True)
 class Artefact:
     """What ``int8fx.json`` holds.
 
@@ -66,7 +82,7 @@ class Artefact:
         stop: tokens that end a text.
         chat: what its chat template needs: ``template``, and special tokens by their names.
         operators: ``(name, overload, schema)`` of int8fx's operators that the programs call.
-        programs: the inputs of each by their names, in order: ``TOKENS``, of weights or of buffers.
+        programs: the compiled graphs, by name.
         buffers: of the KV cache, by name.
         files: size in bytes of each file, and SHA-256 of those that are read whole.
         folder: where it is.
@@ -80,7 +96,7 @@ class Artefact:
     stop: Sequence[int]
     chat: Mapping[str, str]
     operators: Sequence[Sequence[str]]
-    programs: Mapping[str, Sequence[str]]
+    programs: Mapping[str, Graph]
     buffers: Mapping[str, Buffer]
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     folder: Path = Path()
@@ -148,7 +164,8 @@ def _parsed(manifest: Path) -> Artefact:
             name: Buffer(each["dtype"], tuple(each["shape"]), each["counts"])
             for name, each in values.pop("buffers").items()
         }
-        return Artefact(**values, buffers=buffers, folder=manifest.parent)
+        programs = {name: Graph(**each) for name, each in values.pop("programs").items()}
+        return Artefact(**values, programs=programs, buffers=buffers, folder=manifest.parent)
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{manifest}: damaged: {error}") from error
 

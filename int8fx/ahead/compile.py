@@ -1,6 +1,5 @@
 """``int8fx compile``: a model into a folder that runs without a compiler and without transformers."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 from int8fx.ahead import artefact as files
 from int8fx.ahead import machine, mapped
 from int8fx.ahead.artefact import Artefact
-from int8fx.ahead.trace import DTYPES, Program, Tracer, described
+from int8fx.ahead.trace import DTYPES, Tracer, described
 from int8fx.errors import UserError
 from int8fx.kernels.cpu import build
 from int8fx.kernels.cpu.trusted import OTHERS_WRITE
@@ -84,7 +83,7 @@ def _write(
         for name, trace in ((files.DECODE, tracer.decode), (files.PREFILL, tracer.prefill)):
             step(f"Compiling the {name}")
             programs[name] = trace()
-            _copy_program(name, programs[name], folder)
+            _copy(programs[name].library, folder / f"{name}.so")
     step("Writing the weights")
     weights = {name: _content(each) for name, each in tracer.tensors.weights.items()}
     mapped.write_file(folder / files.WEIGHTS, weights)
@@ -102,7 +101,7 @@ def _write(
             stop=_stop(source),
             chat=chat,
             operators=sorted({each for program in programs.values() for each in program.operators}),
-            programs={name: program.inputs for name, program in programs.items()},
+            programs={name: program.graph for name, program in programs.items()},
             buffers=described(tracer.tensors.buffers),
             folder=folder,
         )
@@ -111,15 +110,6 @@ def _write(
 
 def _config(source: Source) -> Any:
     return source.model.config.get_text_config(decoder=True)
-
-
-def _copy_program(name: str, program: Program, folder: Path) -> None:
-    """The library of a program, and the list of operators, by which torch's runner finds them."""
-    library = next(path for path in program.files if path.suffix == ".so")
-    _copy(library, folder / f"{name}.so")
-    for path in program.files:
-        if path.suffix == ".json" and "nodes" in json.loads(path.read_text()):
-            _copy(path, folder / f"{name}.json")
 
 
 def _copy(source: Path, target: Path) -> None:

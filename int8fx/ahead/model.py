@@ -48,8 +48,8 @@ class Model:
         self._cache = Cache(artefact.buffers, artefact.context)
         memory = self._weights.tensors | self._cache.memory
         self._programs = {
-            name: Program(libraries, name, list(inputs), memory, artefact.vocabulary)
-            for name, inputs in artefact.programs.items()
+            name: Program(libraries, name, graph, memory, artefact.vocabulary)
+            for name, graph in artefact.programs.items()
         }
         self._lock = threading.Lock()
         self._turn = object()

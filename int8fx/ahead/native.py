@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from int8fx.ahead import machine
-from int8fx.ahead.artefact import KERNELS, RUNNER, TOKENS, Artefact, open_trusted
+from int8fx.ahead.artefact import KERNELS, RUNNER, TOKENS, Artefact, Graph, open_trusted
 from int8fx.ahead.mapped import DTYPES, Memory
 from int8fx.errors import ArtefactError
 from int8fx.kernels.cpu import process
@@ -25,6 +25,12 @@ _FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "undefine": ((), None),
     "open": ((_text, _long, _pointer), _text),
     "close": ((_pointer,), None),
+    "call": ((_pointer, _text, _text), _text),
+    "argument": ((_pointer, ctypes.c_int32, _long), _text),
+    "text": ((_pointer, _text), _text),
+    "real": ((_pointer, _double), _text),
+    "flag": ((_pointer, ctypes.c_int32), _text),
+    "none": ((_pointer,), _text),
     "input": ((_pointer, _long, _pointer, ctypes.c_int32, _pointer, _long), _text),
     "run": ((_pointer, _long, _pointer), _text),
     "most_likely": ((_pointer, _long), _long),
@@ -53,8 +59,7 @@ class Libraries:
         """Raises:
         ArtefactError: a library cannot be loaded, or may not; names it.
         """
-        programs = (f"{each}.{kind}" for each in artefact.programs for kind in ("so", "json"))
-        names = [name for name in (KERNELS, RUNNER, *programs) if name in artefact.files]
+        names = [KERNELS, RUNNER, *(f"{name}.so" for name in artefact.programs)]
         self._artefact = artefact
         self.folder = Path(f"/proc/self/fd/{open_trusted(artefact, names)}")
         _load_torch()
@@ -96,6 +101,10 @@ def _load_torch() -> None:
             raise ArtefactError(f"{folder / name}: cannot be loaded: {error}") from error
 
 
+# The arguments of an operator that change from call to call, as runner.cpp numbers them.
+_CHANGING = ("tensor", "tensors", "int", "ints")
+
+
 class Program:
     """A compiled graph with its inputs."""
 
@@ -103,27 +112,42 @@ class Program:
         self,
         libraries: Libraries,
         name: str,
-        inputs: list[str],
+        graph: Graph,
         memory: Mapping[str, Memory],
         vocabulary: int,
     ) -> None:
         """
         Args:
-            inputs: the name of each, in order.
-            memory: where each is, but for ``TOKENS``.
+            memory: where each input is, but for ``TOKENS``.
             vocabulary: how many logits it gives.
 
         Raises:
             ArtefactError: it cannot be loaded, or an input is not there.
         """
-        self._call, self._tokens, self._vocabulary = libraries, inputs.index(TOKENS), vocabulary
+        self._libraries, self._vocabulary = libraries, vocabulary
+        self._tokens = graph.inputs.index(TOKENS)
         self.logits = (ctypes.c_float * vocabulary)()
         self._handle = _pointer()
         library = str(libraries.folder / f"{name}.so").encode()
-        libraries("open", library, len(inputs), ctypes.byref(self._handle))
-        for position, each in enumerate(inputs):
+        libraries("open", library, len(graph.inputs), ctypes.byref(self._handle))
+        for operator, overload, arguments in graph.calls:
+            self._call("call", operator.encode(), overload.encode())
+            for kind, value in arguments:
+                self._add_argument(kind, value)
+        for position, each in enumerate(graph.inputs):
             if each != TOKENS:
                 self._set(position, memory[each])
+
+    def _add_argument(self, kind: str, value: Any) -> None:
+        if kind in _CHANGING:
+            self._call("argument", _CHANGING.index(kind), value)
+        elif kind == "none":
+            self._call("none")
+        else:
+            self._call(kind, value.encode() if kind == "text" else value)
+
+    def _call(self, name: str, *args: Any) -> None:
+        self._libraries(name, self._handle, *args)
 
     def __call__(self, tokens: list[int]) -> None:
         """Runs it on tokens that come behind those of the cache; ``logits`` are of the last one.
@@ -133,21 +157,21 @@ class Program:
         """
         given = (_long * len(tokens))(*tokens)
         self._set(self._tokens, Memory(ctypes.addressof(given), "I64", (1, len(tokens))))
-        self._call("run", self._handle, self._vocabulary, self.logits)
+        self._call("run", self._vocabulary, self.logits)
 
     def _set(self, position: int, memory: Memory) -> None:
         shape = (_long * len(memory.shape))(*memory.shape)
         dtype = DTYPES[memory.dtype].number
-        self._call("input", self._handle, position, memory.address, dtype, shape, len(memory.shape))
+        self._call("input", position, memory.address, dtype, shape, len(memory.shape))
 
     def most_likely(self) -> int:
         """Of the tokens that may come next."""
-        return self._call("most_likely", self.logits, self._vocabulary)
+        return self._libraries("most_likely", self.logits, self._vocabulary)
 
     def sampled(self, temperature: float, top_p: float, uniform: float) -> int:
         """One of the most likely whose probabilities add up to ``top_p``, by a number in [0, 1)."""
-        return self._call("sample", self.logits, self._vocabulary, temperature, top_p, uniform)
+        return self._libraries("sample", self.logits, self._vocabulary, temperature, top_p, uniform)
 
     def __del__(self) -> None:
         if self._handle:
-            self._call("close", self._handle)
+            self._call("close")

@@ -14,15 +14,84 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
+#include <torch/csrc/inductor/aoti_torch/proxy_executor.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 namespace {
 
-// A compiled graph with its inputs: weights and cache stay, tokens change.
-struct Program {
-  explicit Program(const std::string& library) : runner(library) {}
+enum class Kind : int32_t { TENSOR, TENSORS, INT, INTS };
 
-  torch::inductor::AOTIModelContainerRunnerCpu runner;
+// An argument that changes from call to call: of a list, how long it is.
+struct Argument {
+  Kind kind;
+  size_t position;
+  int64_t length;
+};
+
+// An operator that a compiled graph calls by the dispatcher.
+struct Call {
+  c10::OperatorHandle op;
+  torch::jit::Stack fixed;
+  std::vector<Argument> arguments;
+};
+
+// Calls operators for a compiled graph. torch's own executor takes no empty list of tensors.
+class Executor : public torch::aot_inductor::ProxyExecutor {
+ public:
+  std::vector<Call> calls;
+
+  // Behind the tensors among the arguments come those that take the results.
+  void call_function(
+      int index, int, int64_t* ints, int, AtenTensorHandle* tensors) override {
+    const Call& call = calls.at(index);
+    torch::jit::Stack stack = call.fixed;
+    for (const Argument& each : call.arguments) stack[each.position] = value_of(each, ints, tensors);
+    call.op.callBoxed(stack);
+    for (c10::IValue& result : stack) {
+      if (result.isTensorList())
+        for (const at::Tensor& each : result.toTensorVector()) tensor_of(*tensors++) = each;
+      else
+        tensor_of(*tensors++) = std::move(result).toTensor();
+    }
+  }
+
+ private:
+  static at::Tensor& tensor_of(AtenTensorHandle handle) {
+    return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
+  }
+
+  static c10::IValue value_of(const Argument& each, int64_t*& ints, AtenTensorHandle*& tensors) {
+    switch (each.kind) {
+      case Kind::TENSOR:
+        return tensor_of(*tensors++);
+      case Kind::TENSORS: {
+        c10::List<at::Tensor> list;
+        list.reserve(each.length);
+        for (int64_t i = 0; i < each.length; ++i) list.push_back(tensor_of(*tensors++));
+        return list;
+      }
+      case Kind::INT:
+        return *ints++;
+      case Kind::INTS: {
+        const c10::List<int64_t> list(c10::IntArrayRef(ints, each.length));
+        ints += each.length;
+        return list;
+      }
+    }
+    TORCH_CHECK(false, "no kind of argument");
+  }
+};
+
+// A compiled graph with its inputs: weights and cache stay, tokens change.
+class Program : public torch::inductor::AOTIModelContainerRunnerCpu {
+ public:
+  explicit Program(const std::string& library) : AOTIModelContainerRunnerCpu(library) {
+    proxy_executor_handle_ = reinterpret_cast<AOTIProxyExecutorHandle>(
+        static_cast<torch::aot_inductor::ProxyExecutor*>(&executor));
+  }
+
+  Executor executor;
   std::vector<at::Tensor> inputs;
 };
 
@@ -103,12 +172,45 @@ EXPORT const char* int8fx_ahead_input(
   });
 }
 
+// The next operator that the graph calls. Arguments that do not change follow in the order of the schema,
+// as do those that do.
+EXPORT const char* int8fx_ahead_call(Program* program, const char* name, const char* overload) {
+  return told([&] {
+    auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
+    program->executor.calls.push_back({op, {}, {}});
+  });
+}
+
+EXPORT const char* int8fx_ahead_argument(Program* program, int32_t kind, int64_t length) {
+  return told([&] {
+    Call& call = program->executor.calls.back();
+    call.arguments.push_back({static_cast<Kind>(kind), call.fixed.size(), length});
+    call.fixed.emplace_back();
+  });
+}
+
+EXPORT const char* int8fx_ahead_text(Program* program, const char* value) {
+  return told([&] { program->executor.calls.back().fixed.emplace_back(std::string(value)); });
+}
+
+EXPORT const char* int8fx_ahead_real(Program* program, double value) {
+  return told([&] { program->executor.calls.back().fixed.emplace_back(value); });
+}
+
+EXPORT const char* int8fx_ahead_flag(Program* program, int32_t value) {
+  return told([&] { program->executor.calls.back().fixed.emplace_back(value != 0); });
+}
+
+EXPORT const char* int8fx_ahead_none(Program* program) {
+  return told([&] { program->executor.calls.back().fixed.emplace_back(); });
+}
+
 // Logits of the last position, [vocabulary].
 EXPORT const char* int8fx_ahead_run(Program* program, int64_t vocabulary, float* logits) {
   return told([&] {
     // Operators of ours have a gradient in Python, where that is there; nobody asks for one.
     const at::AutoDispatchBelowAutograd below;
-    const auto outputs = program->runner.run(program->inputs);
+    const auto outputs = program->run(program->inputs);
     const auto values = to_float(outputs.at(0), vocabulary);
     std::copy(values.begin(), values.end(), logits);
   });

@@ -5,7 +5,6 @@ from the model and from the cache stays an input of the graph: each is a tensor 
 place in a file or in memory where the artefact runs.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from int8fx import torch_private
-from int8fx.ahead.artefact import TOKENS, Buffer
+from int8fx.ahead.artefact import TOKENS, Buffer, Graph
+from int8fx.ahead.operators import operator_calls, operators_of
 from int8fx.bench.contenders import cache_argument, empty_cache
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import decide, report, rewrite_what_was_accepted
@@ -92,13 +92,13 @@ class Program:
     """A compiled graph.
 
     Attributes:
-        inputs: their names, in order.
-        files: what AOTInductor wrote.
+        graph: how it is called.
+        library: what AOTInductor wrote.
         operators: of int8fx, that it calls: ``(name, overload, schema)``.
     """
 
-    inputs: list[str]
-    files: Sequence[Path]
+    graph: Graph
+    library: Path
     operators: list[tuple[str, str, str]]
 
 
@@ -204,7 +204,9 @@ class Tracer:
             self._folder,
             name,
         )
-        return Program([named[node.name] for node in nodes], files, _operators(files))
+        calls = operator_calls(files)
+        library = next(path for path in files if path.suffix == ".so")
+        return Program(Graph([named[node.name] for node in nodes], calls), library, operators_of(calls))
 
     def _name(self, compilation: Compilation, node: fx.Node, value: Tensor, tokens: Tensor) -> str:
         if value is tokens:
@@ -230,24 +232,3 @@ def _refusal(name: str, error: Exception) -> UserError:
 def _reasons(compilation: Compilation) -> str:
     reasons = {each.reason for each in compilation.decisions if not each.accepted}
     return "; ".join(sorted(reasons)) or "it has none"
-
-
-def _operators(files: Sequence[Path]) -> list[tuple[str, str, str]]:
-    """What a program calls of int8fx.
-
-    Raises:
-        UserError: an operator is in Python alone.
-    """
-    names: set[str] = set()
-    for path in files:
-        if path.suffix == ".json":
-            listed = json.loads(path.read_text()).get("nodes", ())
-            names |= {each["node"]["target"] for each in listed}
-    found = []
-    for name in sorted(name for name in names if name.startswith("int8fx::")):
-        operator = torch_private.operator_named(name)
-        if not torch_private.has_cpu_kernel(operator):
-            raise UserError(f"{name} has no kernel in C++, so nothing without Python can run it")
-        packet, _, overload = name.partition(".")
-        found.append((packet, overload, str(operator._schema)))
-    return found
