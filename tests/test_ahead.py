@@ -267,7 +267,7 @@ def test_a_file_that_is_cut_off_is_named(copied, name):
         int8fx.load(copied)
 
 
-@pytest.mark.parametrize("name", ["prefill.so", "prefill.json", "kernels.so", "runner.so"])
+@pytest.mark.parametrize("name", ["prefill.so", "decode.so", "kernels.so", "runner.so"])
 def test_code_that_was_changed_does_not_run(copied, name):
     path = copied / name
     content = bytearray(path.read_bytes())

@@ -60,10 +60,10 @@ class Graph:
 
     Attributes:
         inputs: their names, in order: ``TOKENS``, of weights or of buffers.
-        calls: what it calls by torch's dispatcher, in the order of its own numbers: the operator's name,
-            its overload, and for each argument its kind and its value. The graph gives a ``tensor``,
-            ``tensors``, an ``int`` or ``ints`` at each call, and the value is how many; ``text``, ``real``,
-            ``flag`` and ``none`` stay.
+        calls: what it calls by torch's dispatcher, in the order of its own numbers: the operator's
+            name, its overload, and for each argument its kind and its value. The graph gives a
+            ``tensor``, ``tensors``, an ``int`` or ``ints`` at each call, and the value is how many;
+            ``text``, ``real``, ``flag`` and ``none`` stay.
     """
 
     inputs: Sequence[str]

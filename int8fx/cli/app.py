@@ -454,9 +454,12 @@ def run(
     from int8fx.cli.run import Settings, talk, write
 
     how = Settings(tokens, temperature, top_p, seed, threads)
-    if prompt is None and not chat:
+    if chat:
+        talk(directory, prompt, how)
+    elif prompt is None:
         raise UserError("a PROMPT is needed, or --chat")
-    (talk if chat else write)(directory, prompt, how)
+    else:
+        write(directory, prompt, how)
 
 
 @app.command()
