@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import int8fx
+import int8fx.cli.app
 from int8fx.ahead.artefact import MANIFEST, WEIGHTS
-from int8fx.ahead.compile import Source, compile_model
+from int8fx.ahead.compile import compile_model
 from int8fx.ahead.mapped import ALIGNMENT, MappedFile, write_file
 from int8fx.errors import ArtefactError, UserError
 from int8fx.testing import toy_llama
@@ -33,7 +34,7 @@ def artefact(toy, tmp_path_factory):
     """The folder of the toy."""
     folder = tmp_path_factory.mktemp("ahead") / "toy"
     with torch.no_grad():
-        compile_model(Source("toy", toy, toy_llama.words()), folder, {}, CONTEXT)
+        compile_model(toy, toy_llama.words(), folder, context=CONTEXT)
     return folder
 
 
@@ -232,6 +233,58 @@ def test_a_model_without_a_template_says_so(copied):
         int8fx.load(copied).chat([{"role": "user", "content": "w1"}])
 
 
+# --- The command ---------------------------------------------------------------------------------
+
+
+def command(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """The command ``int8fx``, as its console script starts it."""
+    script = (
+        f"import sys; sys.argv = ['int8fx', *{list(arguments)}]; from int8fx_run import main; main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        input=given,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_writes_what_follows_a_prompt(artefact):
+    done = command("run", str(artefact), "w3 w5 w7", "--tokens", "6")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == int8fx.load(artefact).generate("w3 w5 w7", max_new_tokens=6) + "\n"
+    assert f"Loading {artefact}" in done.stderr.replace("\n", "")
+
+
+def test_the_command_talks_until_an_empty_line(artefact):
+    """The second answer is to the whole conversation."""
+    done = command("run", str(artefact), "--chat", "--tokens", "4", given="w5 w6\nw7\n\n")
+    assert done.returncode == 0, done.stderr
+    model, messages, shown = int8fx.load(artefact), [], ""
+    for question in ("w5 w6", "w7"):
+        messages.append({"role": "user", "content": question})
+        answer = "".join(model.chat(messages, max_new_tokens=4))
+        messages.append({"role": "assistant", "content": answer})
+        shown += f"> {answer}\n"
+    assert done.stdout == shown + "> "
+
+
+def test_compiling_is_what_the_command_does(toy, tmp_path, capsys):
+    """From files, which are those of transformers; the artefact's name and options are told."""
+    toy.save_pretrained(tmp_path / "model")
+    toy_llama.words().save_pretrained(tmp_path / "model")
+    out, model = tmp_path / "out", str(tmp_path / "model")
+    scheme = ["--scheme", "absmax-vector", "--dtype", "bfloat16", "--context", "32"]
+    assert int8fx.cli.app.main(["compile", model, "--out", str(out), *scheme, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["model"], told["linears"], told["context"]) == (model, 7, 32)
+    loaded = int8fx.load(out)
+    assert loaded.artefact.options == {"scheme": "absmax-vector"}
+    assert loaded._weights.tensors["model.embed_tokens.weight"].dtype == "BF16"
+    assert len(list(loaded.tokens([1, 2, 3], max_new_tokens=5))) == 5
+
+
 # --- What does not run here ----------------------------------------------------------------------
 
 
@@ -391,20 +444,20 @@ def test_a_model_with_another_cache_is_refused(tmp_path):
         vocab_size=64,
         sliding_window=8,
     )
-    source = Source("toy", MistralForCausalLM(config).eval(), toy_llama.words())
+    model = MistralForCausalLM(config).eval()
     with pytest.raises(UserError, match=r"StaticSlidingWindowLayer.*keep the keys and values"):
-        compile_model(source, tmp_path / "out", {}, CONTEXT)
+        compile_model(model, toy_llama.words(), tmp_path / "out", context=CONTEXT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_an_int8_linear_is_refused(toy, tmp_path):
-    source = Source("toy", toy, toy_llama.words())
     with pytest.raises(UserError, match="no linear of this model becomes int8"):
-        compile_model(source, tmp_path / "out", {"skip": ["*"]}, CONTEXT)
+        compile_model(
+            toy, toy_llama.words(), tmp_path / "out", context=CONTEXT, options={"skip": ["*"]}
+        )
 
 
 @pytest.mark.parametrize("context", [3, 129])
 def test_a_cache_that_the_model_was_not_made_for_is_refused(toy, tmp_path, context):
-    source = Source("toy", toy, toy_llama.words())
     with pytest.raises(UserError, match=f"--context {context}: allowed are 4 to 128"):
-        compile_model(source, tmp_path / "out", {}, context)
+        compile_model(toy, toy_llama.words(), tmp_path / "out", context=context)

@@ -24,14 +24,8 @@ Step = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is compiled.
-
-    Attributes:
-        name: of the model, for people.
-        model: of transformers, on a CPU.
-        tokenizer: of transformers.
-    """
+class _Source:
+    """What is compiled, and its name for people."""
 
     name: str
     model: Any
@@ -39,24 +33,33 @@ class Source:
 
 
 def compile_model(
-    source: Source,
-    folder: Path,
-    options: Mapping[str, Any],
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    name: str = "",
     context: int | None = None,
+    options: Mapping[str, Any] | None = None,
     step: Step = lambda text: None,
 ) -> Artefact:
     """Writes a folder for ``int8fx.load``.
 
     Args:
+        model, tokenizer: of transformers, on a CPU.
         folder: is made, whole or not at all; it is not there yet.
-        options: of the backend.
+        name: of the model, for people; by default where it was loaded from.
         context: how many tokens the KV cache holds; by default what the model was made for, at most
             ``CONTEXT``.
+        options: of the backend.
         step: is told what is done next.
 
     Raises:
         UserError: the model does not fit, and why; or the folder cannot be made.
     """
+    source = _Source(name or model.config.name_or_path or type(model).__name__, model, tokenizer)
+    folder, options = Path(folder), dict(options or {})
+    if folder.exists():
+        raise UserError(f"{folder} is there already; give a folder that is not")
     limit = getattr(_config(source), "max_position_embeddings", CONTEXT)
     context = min(CONTEXT, limit) if context is None else context
     if context < 4 or context > limit:
@@ -65,20 +68,18 @@ def compile_model(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder.parent) as unfinished:
             made = Path(unfinished) / folder.name
-            made.mkdir(mode=0o755)
-            _write(source, made, Options.parse(options), dict(options), context, step)
+            made.mkdir()
+            _write(source, made, options, context, step)
             made.replace(folder)
     except OSError as error:
         raise UserError(f"--out {folder}: {error}") from error
     return files.read(folder)
 
 
-def _write(
-    source: Source, folder: Path, options: Options, given: dict[str, Any], context: int, step: Step
-) -> None:
+def _write(source: _Source, folder: Path, options: dict[str, Any], context: int, step: Step) -> None:
     chat = _write_tokenizer(source, folder)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        tracer = Tracer(source.model, context, options, Path(scratch))
+        tracer = Tracer(source.model, context, Options.parse(options), Path(scratch))
         programs = {}
         for name, trace in ((files.DECODE, tracer.decode), (files.PREFILL, tracer.prefill)):
             step(f"Compiling the {name}")
@@ -95,7 +96,7 @@ def _write(
         Artefact(
             made_by=files.made_here(machine.instructions()),
             model=source.name,
-            options={name: str(value) for name, value in given.items()},
+            options={name: str(value) for name, value in options.items()},
             context=context,
             vocabulary=_config(source).vocab_size,
             stop=_stop(source),
@@ -108,7 +109,7 @@ def _write(
     )
 
 
-def _config(source: Source) -> Any:
+def _config(source: _Source) -> Any:
     return source.model.config.get_text_config(decoder=True)
 
 
@@ -129,7 +130,7 @@ def _content(tensor: Tensor) -> tuple[str, tuple[int, ...], memoryview]:
     return DTYPES[tensor.dtype], tuple(tensor.shape), content
 
 
-def _write_tokenizer(source: Source, folder: Path) -> dict[str, str]:
+def _write_tokenizer(source: _Source, folder: Path) -> dict[str, str]:
     """The tokenizer's file; what its chat template needs."""
     backend = getattr(source.tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -146,7 +147,7 @@ def _write_tokenizer(source: Source, folder: Path) -> dict[str, str]:
     return words | ({"template": template} if isinstance(template, str) else {})
 
 
-def _stop(source: Source) -> list[int]:
+def _stop(source: _Source) -> list[int]:
     """The tokens that end a text, as ``generate`` takes them."""
     given = source.model.generation_config.eos_token_id
     given = source.tokenizer.eos_token_id if given is None else given

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from int8fx.ahead import artefact as files
-from int8fx.ahead.compile import Source, compile_model
+from int8fx.ahead.compile import compile_model
 from int8fx.analysis.explanation.record import mib
 from int8fx.bench import models, smollm2
 from int8fx.bench.progress import step
@@ -75,13 +75,21 @@ def compile_files(
         # Buffers stay: rounded rotary frequencies would be another model's.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[dtype])
-    source = Source(name or smollm2.CONVERTED, model, tokenizer)
+    shown = name or smollm2.CONVERTED
     with collect_reports() as reports, step(progress, "Compiling", 4) as update:
         done = iter(range(1, 5))
-        artefact = compile_model(source, directory, options, context, lambda text: update(next(done)))
+        artefact = compile_model(
+            model,
+            tokenizer,
+            directory,
+            name=shown,
+            context=context,
+            options=options,
+            step=lambda text: update(next(done)),
+        )
     sizes = {name: each["bytes"] for name, each in artefact.files.items()}
     return Compiled(
-        model=source.name,
+        model=shown,
         directory=str(directory),
         linears=len(reports[0].accepted),
         context=artefact.context,
