@@ -77,8 +77,7 @@ def build(passed_over: Collection[Path] = (), source: Path | None = None) -> Pat
         BuildError: there is no compiler, it failed, or nothing can be written anywhere.
     """
     compiler = find_compiler()
-    stem = "int8_linear" if source is None else source.stem
-    name = f"{stem}_{_key(compiler, source)}.so"
+    name = library_name(compiler, source)
     candidates = [directory / name for directory in cache_directories() if directory not in passed_over]
     for library in candidates:
         if _is_usable(library):
@@ -118,7 +117,9 @@ def cache_directories() -> list[Path]:
     return found
 
 
-def _key(compiler: list[str], source: Path | None = None) -> str:
+def library_name(compiler: list[str], source: Path | None = None) -> str:
+    """Another one for each compiler, torch, machine, flag and source; None, the kernels'."""
+    stem = "int8_linear" if source is None else source.stem
     source = source or SOURCE
     version = _run([*compiler, "--version"])
     key = hashlib.sha256()
@@ -126,7 +127,7 @@ def _key(compiler: list[str], source: Path | None = None) -> str:
         key.update(part.encode() + b"\0")
     for file in sorted([source, *source.parent.rglob("*.h")]):
         key.update(file.read_bytes() + b"\0")
-    return key.hexdigest()[:16]
+    return f"{stem}_{key.hexdigest()[:16]}.so"
 
 
 def _is_usable(library: Path) -> bool:
