@@ -71,7 +71,7 @@ def _groups(graph: fx.Graph, device: str, most: int, memory: Memory) -> list[lis
 
 
 def _key(linear: fx.Node) -> tuple:
-    """What the linears of a call have in common: the bias's dtype and how many columns there are, too."""
+    """What the linears of a call have in common: the bias's dtype and how many columns it has, too."""
     alike = (argument(linear, name) for name in ALIKE)
     bias = tensor_of(argument(linear, "bias"))
     return (*alike, bias is not None and bias.dtype, shape_of(argument(linear, "columns")))
