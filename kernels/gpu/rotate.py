@@ -29,6 +29,7 @@ from int8fx.kernels.gpu.rows import (
 )
 
 _LOOPED = 4096  # columns of a chunk, where a row does not stay in registers
+_OF_LANE = 40  # columns of a row, which are in fp32
 
 
 def rotate_shape(K: int, size: int, itemsize: int) -> dict[str, int | bool]:
@@ -40,7 +41,7 @@ def rotate_shape(K: int, size: int, itemsize: int) -> dict[str, int | bool]:
     """
     length = -(-K // size) * size
     in_registers = K * itemsize <= ROW_BYTES
-    warps = min(8, max(1, triton.next_power_of_2(length + 1) // 2048))
+    warps = triton.next_power_of_2(-(-length // (32 * _OF_LANE)))
     chunk = min(256 * warps, max(size, 32, triton.next_power_of_2(length)))
     chunk = chunk if in_registers else _LOOPED
     return {
