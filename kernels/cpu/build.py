@@ -76,7 +76,7 @@ def build(passed_over: Collection[Path] = ()) -> Path:
         BuildError: there is no compiler, it failed, or nothing can be written anywhere.
     """
     compiler = find_compiler()
-    name = f"int8_linear_{_key(compiler)}.so"
+    name = library_name(compiler)
     candidates = [directory / name for directory in cache_directories() if directory not in passed_over]
     for library in candidates:
         if _is_usable(library):
@@ -116,14 +116,15 @@ def cache_directories() -> list[Path]:
     return found
 
 
-def _key(compiler: list[str]) -> str:
+def library_name(compiler: list[str]) -> str:
+    """Another one for each compiler, torch, machine, flag and source."""
     version = _run([*compiler, "--version"])
     key = hashlib.sha256()
     for part in (*compiler, version, torch.__version__, platform.machine(), *FLAGS):
         key.update(part.encode() + b"\0")
     for source in sorted([SOURCE, *SOURCE.parent.rglob("*.h")]):
         key.update(source.read_bytes() + b"\0")
-    return key.hexdigest()[:16]
+    return f"int8_linear_{key.hexdigest()[:16]}.so"
 
 
 def _is_usable(library: Path) -> bool:

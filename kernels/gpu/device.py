@@ -16,7 +16,7 @@ def load() -> str | None:
         return "the package triton is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    reason = _unsupported(torch.cuda.get_device_properties(0))
+    reason = unsupported(torch.cuda.get_device_properties(0))
     if reason is None:
         import int8fx.kernels.gpu.experts
         import int8fx.kernels.gpu.normed
@@ -24,7 +24,8 @@ def load() -> str | None:
     return reason
 
 
-def _unsupported(properties: Any) -> str | None:
+def unsupported(properties: Any) -> str | None:
+    """Why a GPU with such properties cannot run the kernels, or None."""
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
         return None if arch in _AMD else f"{arch} is none of {', '.join(_AMD)}"

@@ -1,7 +1,7 @@
 """A norm whose result is never written: its statistics, its outliers, and its int8.
 
     h = normalized(x), x the sum of two tensors or one               RMSNorm or LayerNorm, ``NORMS``
-    witness[k]            = a row with |h| >= threshold in column k  (``columns.py``)
+    candidate_rows[k]     = a row with |h| >= threshold in column k  (``columns.py``)
     x_scale[m], x_int8[m] = row m of h quantised without its outliers        (token decomposition)
 
 Whoever reads h afterwards, for its outlier columns, or to quantise it without them, reads x and
@@ -10,8 +10,8 @@ the same h, bit for bit, which ``normalized`` sees to: what is no outlier here a
 lost, or counted twice.
 
 Inductor writes such a kernel as well, where this one does not serve (``serves``). Of RMSNorm in fp16 it
-takes twice the instructions and more: it has no masked scatter for the witness, 16 warps for a row, and
-blocks that end at powers of two. A row here is in chunks, as many as it takes.
+takes twice the instructions and more: it has no masked scatter for the candidate rows, 16 warps for a
+row, and blocks that end at powers of two. A row here is in chunks, as many as it takes.
 """
 
 import torch
@@ -152,7 +152,7 @@ def norm_kernel(
     weight_ptr,  # [K]
     bias_ptr,  # [K], where the norm has one
     statistics_ptr,  # [2, M] fp32: rstd; and mean, where the norm has one
-    witness_ptr,  # [K]
+    candidates_ptr,  # [K]
     x_int8_ptr,  # [M, K], where QUANTIZE
     x_scale_ptr,  # [M] fp32, where QUANTIZE
     M, K,
@@ -184,7 +184,7 @@ def norm_kernel(
         h = normalized(row[index], mean, rstd, weight, bias, NORM)
         h32 = h.to(tl.float32)
         is_outlier = tl.abs(h32) >= tl.full((), threshold, tl.float32)
-        tl.store(witness_ptr + k, m.to(witness_ptr.dtype.element_ty), mask=is_outlier)
+        tl.store(candidates_ptr + k, m.to(candidates_ptr.dtype.element_ty), mask=is_outlier)
         if QUANTIZE:
             h32 = tl.where(is_outlier, 0.0, h32)
             # As integers NaN is larger than all others.

@@ -343,7 +343,7 @@ def of_decode(config: configs.DecodeConfig, parts: int = 1) -> ProductConfig:
 def product_configs(
     arch: str, M: int, N: int, K: int, dtype: torch.dtype, processors: int
 ) -> list[ProductConfig]:
-    """The rows worth trying for a shape, the best guess last. None has tall tiles."""
+    """The rows worth trying for a shape, the best guess last. None has extended tiles."""
     if M > DECODE_ROWS:
         rows = configs.gemm_configs(arch, M, N, K, dtype, processors)
         return [of_product(dataclasses.replace(row, extra_m=0)) for row in rows if not row.extra_m]

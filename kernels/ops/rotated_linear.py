@@ -148,12 +148,12 @@ def _rotated_linears(
     K = rotated_columns(x.shape[-1], block, rotation)
     all_biases: Sequence[Tensor | None] = biases or [None] * len(weights)
     outputs = []
-    for weight, w_scale, kept, at, bias in zip(
+    for weight, w_scale, w_in_float, at, bias in zip(
         weights, w_scales, w_columns, columns, all_biases, strict=True
     ):
         quantized = quantize_rotated_reference(x, at, threshold, block, rotation)
         w_int8 = table.unpack(weight, w_scale.shape[0], K)
-        outputs.append(rotated_linear_reference(*quantized, w_int8, w_scale, kept, bias))
+        outputs.append(rotated_linear_reference(*quantized, w_int8, w_scale, w_in_float, bias))
     return outputs
 
 

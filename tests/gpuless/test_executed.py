@@ -188,7 +188,7 @@ def test_one_compile_serves_several_lengths():
     assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
 
 
-def test_one_compile_serves_any_mix_of_tall_and_short_tiles(monkeypatch):
+def test_one_compile_serves_any_mix_of_extended_and_plain_tiles(monkeypatch):
     """How many there are of either is arithmetic on the number of rows, in the wrapper."""
     monkeypatch.setattr(gpu.configs, "multiprocessors", lambda device: 8)
     torch._dynamo.reset()

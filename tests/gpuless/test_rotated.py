@@ -143,7 +143,7 @@ class Branches(nn.Module):
         (9, torch.bfloat16, 300, 33, {"block": 256, "columns": (5, 40, 41)}),
         (17, torch.float32, 100, 80, {"rotation": "random-signs", "columns": (5,)}),
         (40, torch.float16, 1000, 512, {"block": 16, "columns": tuple(range(0, 64))}),
-        (1100, torch.float16, 64, 272, {"columns": (5,)}),  # where LLM.int8() has tall tiles
+        (1100, torch.float16, 64, 272, {"columns": (5,)}),  # where LLM.int8() has extended tiles
         (5, torch.float16, 17000, 20, {"columns": (5, 16999)}),  # too long for registers, K in parts
     ],
     ids=str,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from int8fx.kernels.gpu import configs
-from int8fx.kernels.gpu.decode import decode_kernel, look_shape
-from int8fx.kernels.gpu.digits import DIGITS
+from int8fx.kernels.gpu.decode import decode_kernel, scan_shape
 from int8fx.kernels.gpu.experts import expert_gemm_kernel, list_shape, quantize_experts_kernel
 from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_kernel
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.norm import norm_kernel, norm_shape, serves
+from int8fx.kernels.gpu.residues import RESIDUES
 from int8fx.kernels.gpu.rotate import columns_room, rotate_kernel, rotate_shape
 from int8fx.kernels.gpu.rotated import ProductConfig, of_decode, of_product
 from int8fx.kernels.gpu.rotated_gemm import rotated_gemm_kernel
@@ -100,7 +100,7 @@ class Specimen:
             constants,
             self.num_warps,
             self.num_stages,
-            (*unaligned, "tall"),
+            (*unaligned, "extended"),
         )
 
     def misaligned(self, unaligned: Collection[str]) -> list[str]:
@@ -111,7 +111,7 @@ class Specimen:
         aligned = {
             number
             for number, name in enumerate(arguments)
-            if types[number] == "i32" and name not in (*unaligned, "tall")
+            if types[number] == "i32" and name not in (*unaligned, "extended")
         }
         return alignment.misaligned(self.compiled(unaligned).asm["ptx"], itemsizes, aligned)
 
@@ -176,7 +176,7 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
         | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "count_ptr": "*i32", "columns_ptr": "*i32"}
         | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}"}
         | _CAPACITIES
-        | {"parts_ptr": "*fp32", "counters_ptr": "*i32", "tall": "i32"},
+        | {"parts_ptr": "*fp32", "counters_ptr": "*i32", "extended": "i32"},
         {
             "BLOCK_O": 32,
             "GROUP_M": 8,
@@ -197,7 +197,7 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
 def decode(
     arch: str, kind: str, config: configs.DecodeConfig, dtype: str = "fp16", columns: int = 4096
 ) -> Specimen:
-    """``kind`` as in ``configs.DECODE``, rows with the digits of outliers; ``columns`` of a program."""
+    """``kind`` as in ``configs.DECODE``, rows with outliers' residues; ``columns`` of a program."""
     quantizes = kind == "quantises"
     itemsize = DTYPES[dtype].itemsize
     return Specimen(
@@ -206,20 +206,20 @@ def decode(
         decode_kernel,
         _linears(dtype)
         | {"x_ptr": f"*{dtype}", "threshold": "fp64", "columns_ptr": "*i32"}
-        | dict.fromkeys(("x_scale_ptr", "digit_scale_ptr", "parts_ptr"), "*fp32")
+        | dict.fromkeys(("x_scale_ptr", "residue_scale_ptr", "parts_ptr"), "*fp32")
         | dict.fromkeys(("x_int8_ptr", "taken_ptr", "counters_ptr"), "*i8")
-        | {f"digit{i}_ptr": "*i8" for i in range(DIGITS)},
+        | {f"residue{i}_ptr": "*i8" for i in range(RESIDUES)},
         {
             "BLOCK_M": 64 if kind == "rows 64" else 16,
             "SPLIT_K": 4,
             "SUMS": configs.counts_parts(arch),
-            "DIGITS": 0 if quantizes else DIGITS,
+            "RESIDUES": 0 if quantizes else RESIDUES,
             "QUANTIZE": quantizes,
             "GROUPED": True,
             "HAS_BIAS": True,
             "PRECISION": _precision(arch, dtype),
         }
-        | look_shape(itemsize, config.num_warps, configs.warp_size(arch), columns)
+        | scan_shape(itemsize, config.num_warps, configs.warp_size(arch), columns)
         | config.constants(K=4096),
         config.num_warps,
         config.num_stages,
@@ -238,7 +238,7 @@ def norm(
 ) -> Specimen:
     constants: dict[str, Any] = norm_shape(torch.empty(1, K, device="meta"))
     num_warps = constants.pop("num_warps")
-    pointers = {"witness_ptr": "*i16", "statistics_ptr": "*fp32", "weight_ptr": f"*{dtype}"}
+    pointers = {"candidates_ptr": "*i16", "statistics_ptr": "*fp32", "weight_ptr": f"*{dtype}"}
     pointers |= {"x_ptr": f"*{dtype}"}
     absent = {} if adds else {"addend_ptr": None, "sum_ptr": None}
     pointers |= dict.fromkeys(("addend_ptr", "sum_ptr"), f"*{dtype}") if adds else {}
@@ -330,7 +330,7 @@ def quantize_gather(
     constants = launch_shape(M, K, N, DTYPES[dtype], norm, shaped)
     alone = constants["CHUNKS"] != 1 or dtype == "fp32"
     num_warps = constants.pop("num_warps")
-    pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
+    pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "candidates_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
     pointers |= dict.fromkeys(("x_ptr", "x_gathered_ptr", "w_gathered_ptr"), f"*{dtype}")
     pointers |= dict.fromkeys(("columns_ptr", "count_ptr", "counters_ptr"), "*i32")
@@ -394,7 +394,7 @@ def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
         f"quantise and list, experts, K = {K}, {dtype}",
         arch,
         quantize_experts_kernel,
-        _of_experts(dtype) | {"witness_ptr": "*i16", "threshold": "fp64"},
+        _of_experts(dtype) | {"candidates_ptr": "*i16", "threshold": "fp64"},
         constants | {"QUANTIZE": True, "BLOCK_E": 256},
         num_warps,
         3,
