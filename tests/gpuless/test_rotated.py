@@ -290,49 +290,33 @@ def test_what_does_not_fit_is_named(changed, words):
 
 
 class NormLinear(nn.Module):
-    """A norm of a residual sum, and linears that read it."""
+    """A linear, a norm of the residual sum, and linears that read it."""
 
     def __init__(self, K: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(K)
+        self.first, self.norm = nn.Linear(K, K), nn.RMSNorm(K)
         self.linears = nn.ModuleList(nn.Linear(K, N) for N in widths)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        total = x + y
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        total = x + self.first(x)
         h = self.norm(total)
         return [total, *(linear(h) for linear in self.linears)]
 
 
-class Call(nn.Module):
-    """A module of one input, so that the harness can call it."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return self.body(x[0], x[1])
+def launches_of(M: int, widths: tuple[int, ...], **options) -> list[str]:
+    model = NormLinear(1024, widths).half().requires_grad_(False)
+    return generated(model, torch.empty(M, 1024, dtype=torch.float16), **options).launches
 
 
-@functools.cache
-def launches_of(M: int, K: int, widths: tuple[int, ...], **options) -> list[str]:
-    model = Call(NormLinear(K, widths)).half().requires_grad_(False)
-    return generated(model, torch.empty(2, M, K, dtype=torch.float16), **options).launches
-
-
-@pytest.mark.parametrize("widths", [(512,), (512, 256, 256)], ids=["one", "three"])
 @pytest.mark.parametrize("M", [1, 16, 17, 4096])
-@pytest.mark.parametrize("with_columns", [False, True], ids=["no columns", "columns"])
-def test_a_norm_and_its_linears_take_no_more_launches_than_token(M, widths, with_columns):
-    token = launches_of(M, 1024, widths, decomposition="token")
-    options = {"scheme": "int8-rotated"}
-    if with_columns:
-        options = {"rules": [("*", "int8-rotated", {"columns": (3, 9)})]}
-    model = Call(NormLinear(1024, widths)).half().requires_grad_(False)
-    launches = generated(model, torch.empty(2, M, 1024, dtype=torch.float16), **options).launches
-    assert len(launches) == 2 <= len(token), (launches, token)
-    first, second = launches
-    assert first.startswith("rotate_kernel") and second.startswith("rotated_gemm_kernel")
+def test_a_norm_and_its_linears_take_no_more_launches_than_token(M):
+    widths = (512, 256, 256)
+    token = launches_of(M, widths, decomposition="token")
+    columns = {"columns": (3, 9)} if M % 2 else {}
+    launches = launches_of(M, widths, rules=[("*", "int8-rotated", columns)])
+    expected = ["rotate_kernel", "rotated_gemm_kernel"] * 2
+    assert [name.rstrip("_0123456789") for name in launches] == expected
+    assert len(launches) <= len(token), token
 
 
 @functools.cache
@@ -345,14 +329,14 @@ def layer(M: int, scheme: str) -> Wrapper:
 def test_llama_decoder_layer(M):
     """Seven linears read four activations, each two launches of ours, norms included.
 
-    With few rows, what Inductor computes in front of down_proj it quantises for ``token`` on the way,
-    and writes here: one launch more in the layer.
+    With few rows, what Inductor computes in front of o_proj and down_proj it quantises for ``token`` on
+    the way. Here it writes that for the kernel that rotates: two launches more in the layer.
     """
     wrapper = layer(M, "int8-rotated")
     launched = [name for name in wrapper.triton_launches if name.startswith(OURS)]
     assert len(launched) == 8, launched
     token = layer(M, "token")
-    assert len(wrapper.launches) <= len(token.launches) + (1 if M <= 16 else 0), (
+    assert len(wrapper.launches) <= len(token.launches) + (2 if M <= 16 else 0), (
         wrapper.launches,
         token.launches,
     )
