@@ -136,7 +136,8 @@ class Options:
         if self.calibration is not None and not keeps:
             raise ValueError(
                 f"option 'calibration' of {taker}: {', '.join(scheme for scheme, _ in used)} keeps no "
-                "columns; allowed with scheme='int8-rotated' and with decomposition='static'"
+                "columns; allowed with scheme='int8-rotated', scheme='w4a8-group' and with "
+                "decomposition='static'"
             )
         for _, settings in used:
             columns = settings.get("columns")

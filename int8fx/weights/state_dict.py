@@ -10,7 +10,8 @@ they are: their shapes need not tell a group of 64 from a rotation by 64.
 
     weight_scheme   uint8, the scheme's name and settings as JSON
 
-They are plain tensors, for safetensors and for every other tool; loading packs them again. A float
+An int8 weight that another system made, with values of -128, has that entry as well. They are plain
+tensors, for safetensors and for every other tool; loading packs them again. A float
 ``weight`` is quantised on loading; int8 values in the shape of the parameter, which we wrote before,
 are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127 · ``weight_scale``)
 and, for ``int8-rotated``, ConvRot's (``convrot.py``).
@@ -145,9 +146,14 @@ def entries(key: str, weight: QuantizedWeight) -> dict[str, Tensor]:
             if name == key
             else tensor.clone(memory_format=torch.contiguous_format)
         )
-    if not is_plain(weight_format):
+    if not is_plain(weight_format) or _is_below_ours(found[key]):
         found[key + SCHEME] = _scheme_entry(weight)
     return found
+
+
+def _is_below_ours(w_int8: Tensor) -> bool:
+    """Whether integers are of another system's file: our own end at -127, and -128 is a fault."""
+    return w_int8.numel() > 0 and not w_int8.is_meta and bool(w_int8.amin() < -QMAX)
 
 
 def _scheme_entry(weight: QuantizedWeight) -> Tensor:
@@ -270,7 +276,7 @@ class _Entry:
             return
         if not (scale.isfinite() & (scale > 0)).all():
             raise CheckpointError(f"{key}: corrupt: a scale that is not finite, or not above 0")
-        if value.amin() < -QMAX:
+        if _is_below_ours(value) and key + SCHEME not in self.state:
             raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
 
     def _check_parts(self) -> None:
