@@ -11,7 +11,7 @@ from int8fx.analysis.explanation.record import Row, Totals, decibels
 from int8fx.options import Options
 
 if TYPE_CHECKING:
-    from int8fx.analysis.observe import Graph, Observation, Seen
+    from int8fx.analysis.observe import Graph, LinearStatistics, Observation
 
 
 def explain(
@@ -77,7 +77,9 @@ def _rows(observation: "Observation") -> Iterator[Row]:
         yield _row(graph, index, path, seen, calls, counts)
 
 
-def _row(graph: "Graph", index: int, path: str, seen: "Seen", calls: int, counts: bool) -> Row:
+def _row(
+    graph: "Graph", index: int, path: str, seen: "LinearStatistics", calls: int, counts: bool
+) -> Row:
     decision = graph.decisions[index]
     absmax, columns = seen.channel_absmax, seen.outlier_columns
     quantized = decision.accepted and seen.calls > 0
