@@ -17,6 +17,7 @@ from int8fx.kernels.gpu import experts as gpu_experts
 from int8fx.kernels.gpu import launch
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
+from int8fx.kernels.ops import grouped_linear
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.kernels.schemes import static_columns
 from int8fx.testing.gpuless import blocks
@@ -310,7 +311,7 @@ def test_gradients_of_experts_are_straight_through(monkeypatch, is_sorted):
 ON_A_GPU = {
     name: scheme
     for name, scheme in int8fx.SCHEMES.items()
-    if scheme.choice().operator != static_columns.OPERATOR
+    if scheme.choice().operator not in (static_columns.OPERATOR, *grouped_linear.OPERATORS)
 }
 
 
