@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from int8fx.passes.linears.select import (
     skip_reason,
 )
 from int8fx.weights import state_dict, structure
+from int8fx.weights.algorithms import apply
+from int8fx.weights.algorithms.methods import NEAREST, method_named
 from int8fx.weights.distributed import local, map_local
 from int8fx.weights.sites import ALREADY, Site, by_weight, sites_of
 from int8fx.weights.tensor import QuantizedWeight
@@ -31,7 +33,18 @@ log = logging.getLogger(__name__)
 OPTIONS = ("scheme", "skip", "only", "calibration")
 
 
-def quantize_(model: nn.Module, **options: Any) -> nn.Module:
+def _nothing(done: int, total: int) -> None:
+    """Of progress."""
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    method: str = NEAREST,
+    batches: Any = None,
+    on_weight: Callable[[int, int], None] = _nothing,
+    **options: Any,
+) -> nn.Module:
     """Replaces the weights of a model's linears by their quantised form, in place.
 
     One weight after another, so that memory peaks one weight above the final size. The modules stay
@@ -43,6 +56,12 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     Args:
         model: on any device, "meta" included. Weights that are quantised already stay; those that a
             compile released (``release_weights``) may be read by everything from then on.
+        method: how integers are chosen: ``"rtn"``, round-to-nearest, in every scheme; for weights by
+            groups along K also ``"hqq"``, ``"gptq"`` and ``"awq"`` (``int8fx/weights/algorithms``),
+            which give settings that they need a default of their own.
+        batches: for ``"gptq"`` and ``"awq"``: what the model is called with, as ``int8fx.calibrate``
+            has them.
+        on_weight: told how many weights are done, and of how many.
         options: ``scheme``, its settings (``threshold`` and ``decomposition`` of the default one),
             ``skip``, ``only`` and ``calibration``, as for ``torch.compile`` (``int8fx.Options``). The
             scheme and its settings, the columns of a calibration among them, are kept with the weights.
@@ -52,9 +71,12 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: an option is unknown or out of range, no weight of the model can be quantised, a
-            calibration is of another model (``CalibrationError``), or FSDP2 has it in use already; the
-            message says why not. The model is as it was.
+            calibration is of another model (``CalibrationError``), a method does not serve a scheme, or
+            FSDP2 has it in use already; the message says why not. The model is as it was.
     """
+    algorithm = method_named(method)
+    if algorithm is not None:
+        options = algorithm.settings | options
     checked = Options.parse(options, "quantize_", OPTIONS)
     sites = sites_of(model, checked)
     choices = {site.path: site_choice(site, checked) for site in sites if site.accepted}
@@ -64,17 +86,24 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         found = (*(site.decision for site in sites), *experts)
         reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
+    groups = by_weight(sites)
+    apply.check(method, algorithm, batches, groups, choices)
     shards = _shards(model, "quantize_")
     for parameter in released:
         parameter.released = False
-    for shared in by_weight(sites):
+    solved = (
+        ((shared, _quantized(shared[0], choices[shared[0].path])) for shared in groups)
+        if algorithm is None
+        else apply.solved(model, groups, choices, algorithm, batches)
+    )
+    for done, (shared, quantized) in enumerate(solved, 1):
         weight = shared[0].weight
-        quantized = _quantized(shared[0], choices[shared[0].path])
         if id(weight) in shards:
             torch_private.replace_shard(shards[id(weight)], quantized)
         for site in shared:
             site.module.weight = quantized
             state_dict.attach(site.module)
+        on_weight(done, len(groups))
     state_dict.check_on_load(model)
     for site in sites:
         log.debug("%s", site.decision)
