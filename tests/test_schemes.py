@@ -241,7 +241,7 @@ def test_a_scheme_says_what_it_is(name):
     scheme = SCHEMES[name]
     assert scheme.name == name and scheme.formula in str(scheme) and scheme.source in str(scheme)
     known = {"threshold", "decomposition", "group_size", "block", "rotation", "columns"}
-    known |= {"zeros", "act_order", "bits", "quant_type", "blocksize", "double_quant"}
+    known |= {"zeros", "act_order", "bits", "quant_type", "blocksize", "double_quant", "column_scale"}
     assert scheme.reads <= known
     assert table.kernel_for("cpu") is not None
 

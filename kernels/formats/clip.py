@@ -34,21 +34,23 @@ def _quantize_rows(
 ) -> tuple[Tensor, ...]:
     width = weight.shape[1] if group < 0 else group
     groups = F.pad(weight.float(), (0, -weight.shape[1] % width)).unflatten(1, (-1, width))
+    grid = grid_of_groups(groups, bits, zeros, dtype)
+    codes = codes_on(groups, grid, bits).to(torch.uint8).flatten(1)
+    return (codes, *stored_grid(*grid, bits, zeros, dtype))
+
+
+def grid_of_groups(groups: Tensor, bits: int, zeros: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``zero [N, G, 1]`` fp32 of ``groups [N, G, group]``, with the best clip."""
     low, high = _ranges(groups, bits, zeros)
-    best, least = None, None
+    best, least = grid_of(low, high, bits, zeros, dtype), None
     for shrink in SHRINKS:
         grid = grid_of(low * shrink, high * shrink, bits, zeros, dtype)
-        codes = codes_on(groups, grid, bits)
-        error = (values_on(codes, grid) - groups).square_().sum(-1, keepdim=True)
-        if best is None or least is None:
-            best, least = [codes, *grid], error
-            continue
-        better = error < least
-        least = torch.where(better, error, least)
-        best = [torch.where(better, new, old) for new, old in zip((codes, *grid), best, strict=True)]
-    assert best is not None
-    codes, scale, zero = best
-    return (codes.to(torch.uint8).flatten(1), *stored_grid(scale, zero, bits, zeros, dtype))
+        error = (values_on(codes_on(groups, grid, bits), grid) - groups).square_().sum(-1, keepdim=True)
+        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
+        least = error if least is None else torch.where(better, error, least)
+        scale, zero = (torch.where(better, new, old) for new, old in zip(grid, best, strict=True))
+        best = scale, zero
+    return best
 
 
 def _ranges(groups: Tensor, bits: int, zeros: str) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def codebook(name: str, block: int = 64, nested: bool = False) -> WeightFormat:
         values = _values(name, packed.device).to(absmax.dtype)
         codes = unpack_bits(packed, 4)[:, : absmax.shape[1] * block]
         steps = values[codes.long()].unflatten(1, (-1, block))
-        return (steps * absmax.unsqueeze(-1)).flatten(1)[:, :K].contiguous()
+        return (steps * absmax.unsqueeze(-1)).flatten(1)[:, :K]
 
     by_block = (ROWS, Axis("K", block))
     absmax_parts = (

@@ -9,6 +9,8 @@
 | ``"float"`` | ``zero_point``, a float |
 | ``"offset"`` | ``-offset / scale``: ŵ = code · scale + ``offset``, a float |
 
+With ``column_scale`` a column of ŵ is that times ``column_scale[k]``, by which a product multiplies x.
+
 With ``act_order`` the columns of one group need not lie beside each other in the weight. They do in
 what is stored: its column j is the weight's column ``order[j]``.
 
@@ -39,9 +41,15 @@ _ZERO_PARTS: dict[str, tuple[tuple[str, torch.dtype | None], ...]] = {
 
 
 @functools.cache
-def grouped(bits: int, group: int, zeros: str = "middle", act_order: bool = False) -> WeightFormat:
+def grouped(
+    bits: int,
+    group: int,
+    zeros: str = "middle",
+    act_order: bool = False,
+    column_scale: bool = False,
+) -> WeightFormat:
     """``packed [N, bytes]`` uint8, ``scale [N, G]``, then zero points or offsets ``[N, G]``, then
-    ``order [K]`` int32.
+    ``order [K]`` int32, then ``column_scale [K]``.
 
     K is padded to a multiple of the group, with codes that mean nothing. Scales, offsets and zero
     points in float are fp32, bf16 or fp16. ``quantize`` gives them the dtype of its weight.
@@ -56,25 +64,31 @@ def grouped(bits: int, group: int, zeros: str = "middle", act_order: bool = Fals
         codes, *others = quantize_groups(weight, bits, group, zeros, weight.dtype)
         if act_order:
             others.append(torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device))
+        if column_scale:
+            others.append(torch.ones_like(weight[0]))
         return (pack_bits(codes, bits), *others)
 
     def dequantize(stored: Sequence[Tensor], N: int, K: int) -> Tensor:
         packed, *others = stored
+        scaled = others.pop() if column_scale else None
         order = others.pop() if act_order else None
         w_hat = dequantize_codes(unpack_bits(packed, bits), bits, group, zeros, others, K)
-        if order is None:
-            return w_hat
-        return torch.zeros_like(w_hat).index_copy_(1, order.long(), w_hat)
+        if order is not None:
+            w_hat = torch.zeros_like(w_hat).index_copy(1, order.long(), w_hat)
+        return w_hat if scaled is None else w_hat * scaled.to(w_hat.dtype)
 
     by_group = Axis("K", group) if group != WHOLE else 1
     of_order = (Part("order", torch.int32, (Axis("K"),), of_all_columns=True),) if act_order else ()
+    of_columns = (Part("column_scale", None, (Axis("K"),)),) if column_scale else ()
+    name = name_of(bits, group, zeros) + (", act-order" if act_order else "")
     return WeightFormat(
-        name_of(bits, group, zeros) + (", act-order" if act_order else ""),
+        name + (", scaled columns" if column_scale else ""),
         (
             Part("packed", torch.uint8, (ROWS, codes_along(bits, group))),
             Part("scale", None, (ROWS, by_group)),
             *parts_of_zeros(zeros, by_group),
             *of_order,
+            *of_columns,
         ),
         quantize,
         dequantize,
@@ -123,7 +137,8 @@ def dequantize_codes(
         w_hat = steps * scale + rest[0]
     else:
         w_hat = (steps - (rest[0] if rest else 2 ** (bits - 1))) * scale
-    return w_hat.flatten(1)[:, :K].contiguous()
+    # No copy: Inductor of torch 2.13 generates wrong code for one of such a slice.
+    return w_hat.flatten(1)[:, :K]
 
 
 # --- what files hold ------------------------------------------------------------------------------

@@ -12,13 +12,14 @@
 | ``grouped_linear``, ``grouped_linears`` | one linear, or several of one x, which is quantised once |
 | ``grouped_float_linear``, ``grouped_float_linears`` | the same with x as it is |
 
-How far a kernel's y may be from the formula, with u = 2⁻²⁴, G groups, zero and offset as above:
+How far a kernel's y may be from the formula, with u = 2⁻²⁴, G groups and C columns:
 
-    |y - formula| <= (G + 4) · u · Σ_g (|scale_g| Σ_k |code_k x̂_k| + |zero_g scale_g| |Σ_k x̂_k|)  + ε
+    (2 (G + C) + 8) u · [Σ_g Σ_k (|scale_g| code_k + |offset_g|) |x̂_k| + Σ_c |x_c w_c| + |bias|]
 
-since the sum of a group is exact in int32, is rounded once as a float, and meets its scale and its zero
-point in two fused products. ε is the rounding of y to x's dtype, and for ``grouped_float_linear`` the
-sums of a group, which are in fp32: they add K · u to the factor.
+with offset = -zero · scale. The sum of a group is exact in int32, and meets its scale and its offset in
+two fused products. With x as it is, a group's sums are in fp32: its width is added to the factor. Then
+y is rounded to x's dtype. Sums over groups are in fp32 before they meet x_scale: where one is above the
+largest float, y is not finite.
 
 **Gradients** are straight-through: that of x is ``grad @ ŵ``, ŵ rotated back, with its columns.
 """
@@ -40,6 +41,8 @@ from int8fx.kernels.ops.rotation import NONE, rotate_back, rotated_columns
 
 BITS = 4
 FAMILY = f"{BITS}-bit by groups"
+# As the kernel table calls them.
+INT8_ROWS, FLOAT_ROWS = OPERATORS = "grouped_linear", "grouped_float_linear"
 
 
 def stored_bytes(K: int, group: int) -> int:
@@ -210,4 +213,83 @@ grouped_linears = register(
     _fakes,
     _setup_all,
     _backward_all,
+)
+
+
+# --- x as it is -----------------------------------------------------------------------------------
+
+
+def grouped_float_linear_reference(
+    x: Tensor,
+    group: int,
+    zeros: str,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The second formula, in plain PyTorch, in x's dtype."""
+    w_hat = dequantized(packed, _grid(scale, zero_point), group, zeros, x.shape[-1]).to(x.dtype)
+    return F.linear(x, w_hat, None if bias is None else bias.to(x.dtype))
+
+
+def _grouped_float_linears(
+    x: Tensor,
+    group: int,
+    zeros: str,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    *others: Sequence[Tensor],
+) -> list[Tensor]:
+    return [
+        grouped_float_linear_reference(
+            x, group, zeros, weight, scale, *(_at(each, index) for each in others)
+        )
+        for index, (weight, scale) in enumerate(zip(weights, scales, strict=True))
+    ]
+
+
+def _float_fake(x, group, zeros, weight, scale, *others) -> Tensor:
+    return _output(x, scale)
+
+
+def _float_fakes(x, group, zeros, weights, scales, *others) -> list[Tensor]:
+    return [_output(x, scale) for scale in scales]
+
+
+def _float_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, *how, weight, scale, zero_point, bias = inputs
+    _setup(ctx, (x, *how, 0, NONE, weight, scale, zero_point, None, None, bias), output)
+
+
+def _float_backward(ctx: Any, grad: Tensor) -> tuple:
+    grad_x, *_, grad_bias = _backward(ctx, grad)
+    return grad_x, *[None] * 5, grad_bias
+
+
+def _float_setup_all(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, *how, weights, scales, zero_points, biases = inputs
+    _setup_all(ctx, (x, *how, 0, NONE, weights, scales, zero_points, [], [], biases), output)
+
+
+def _float_backward_all(ctx: Any, grads: Sequence[Tensor]) -> tuple:
+    grad_x, *_, weights, scales, zero_points, _, _, biases = _backward_all(ctx, grads)
+    return grad_x, None, None, weights, scales, zero_points, biases
+
+
+grouped_float_linear = register(
+    "grouped_float_linear(Tensor x, int group, str zeros, Tensor weight, Tensor scale, "
+    "Tensor? zero_point, Tensor? bias) -> Tensor",
+    grouped_float_linear_reference,
+    _float_fake,
+    _float_setup,
+    _float_backward,
+)
+grouped_float_linears = register(
+    "grouped_float_linears(Tensor x, int group, str zeros, Tensor[] weights, Tensor[] scales, "
+    "Tensor[] zero_points, Tensor[] biases) -> Tensor[]",
+    _grouped_float_linears,
+    _float_fakes,
+    _float_setup_all,
+    _float_backward_all,
 )

@@ -21,7 +21,7 @@ from int8fx.kernels.formats.codebook import CODEBOOKS, codebook
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.grouped import WHOLE, ZEROS, grouped
 from int8fx.kernels.formats.rotated_groups import rotated_groups
-from int8fx.kernels.ops.grouped_linear import grouped_linear
+from int8fx.kernels.ops import grouped_linear as ops
 from int8fx.kernels.ops.rotated_linear import quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE, ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.rotated import allowed_block
@@ -29,7 +29,6 @@ from int8fx.kernels.schemes.scheme import Call, Scheme
 from int8fx.kernels.schemes.settings import NotAllowed, multiple_of, one_of, setting
 from int8fx.kernels.schemes.static_columns import static_columns, which
 
-OPERATOR = "grouped_linear"  # in the kernel table
 _SOURCE = "GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978"
 
 
@@ -67,12 +66,24 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class GroupsOfBits(Groups):
+class ScaledGroups(Groups):
+    """Attributes:
+    column_scale: whether x is multiplied by a number for each column, which AWQ chooses.
+    """
+
+    column_scale: bool = setting(False)
+
+    def weight_format(self, bits: int) -> WeightFormat:
+        return grouped(bits, self.group_size, self.zeros, self.act_order, self.column_scale)
+
+
+@dataclass(frozen=True)
+class GroupsOfBits(ScaledGroups):
     """Attributes:
     bits: of a code.
     """
 
-    bits: int = setting(3, _whole_number(1, 8))
+    bits: int = setting(8, _whole_number(1, 8))
 
 
 @dataclass(frozen=True)
@@ -114,18 +125,42 @@ class Codebook:
 # --- x as it is -----------------------------------------------------------------------------------
 
 
+def lower_float(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: ScaledGroups) -> Any:
+    """grouped_float_linear, of x with its columns in the order of the weight's."""
+    if settings.column_scale:
+        *weight, column_scale = weight
+        x = call(_as_dtype_of, call(torch.mul, x, column_scale), x)
+    x, packed, scale, zero_point, _ = _operands(call, x, weight, settings)
+    how = settings.group_size, settings.zeros
+    return call(ops.grouped_float_linear, x, *how, packed, scale, zero_point, bias)
+
+
+_as_dtype_of = torch.ops.aten.type_as.default
+
+
+def _operands(call: Call, x: Any, weight: Sequence[Any], settings: Groups) -> tuple[Any, ...]:
+    """x, the packed codes, scales, zero points or None, and what else the weight consists of."""
+    packed, scale, *others = weight
+    zero_point = None if settings.zeros == "middle" else others.pop(0)
+    if settings.act_order:
+        x = call(torch.index_select, x, -1, others.pop(0))
+    return x, packed, scale, zero_point, others
+
+
 W4A16_GROUP = Scheme(
     "w4a16-group",
     "x as it is, w in 4 bits by groups of group_size along K",
     _SOURCE,
-    lambda settings: grouped(4, settings.group_size, settings.zeros, settings.act_order),
-    Groups,
+    lambda settings: settings.weight_format(4),
+    ScaledGroups,
+    lower=lower_float,
+    operator=ops.FLOAT_ROWS,
 )
 WNA16_GROUP = Scheme(
     "wna16-group",
     "x as it is, w in 1 to 8 bits by groups of group_size along K",
     _SOURCE + "; HQQ",
-    lambda settings: grouped(settings.bits, settings.group_size, settings.zeros, settings.act_order),
+    lambda settings: settings.weight_format(settings.bits),
     GroupsOfBits,
 )
 NF4 = Scheme(
@@ -163,13 +198,10 @@ def weight_format(settings: RotatedGroups) -> WeightFormat:
 
 def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: RotatedGroups) -> Any:
     """grouped_linear, of x with its columns in the order of the weight's."""
-    packed, scale, *others = weight
-    zero_point = None if settings.zeros == "middle" else others.pop(0)
-    if settings.act_order:
-        x = call(torch.index_select, x, -1, others.pop(0))
+    x, packed, scale, zero_point, others = _operands(call, x, weight, settings)
     _, *kept = others or (None, None, None)
     how = settings.group_size, settings.zeros, settings.block, settings.rotation
-    return call(grouped_linear, x, *how, packed, scale, zero_point, *kept, bias)
+    return call(ops.grouped_linear, x, *how, packed, scale, zero_point, *kept, bias)
 
 
 def dequantized_input(x: Tensor, settings: RotatedGroups) -> Tensor:
@@ -191,5 +223,5 @@ W4A8_GROUP = Scheme(
     RotatedGroups,
     dequantized_input,
     lower,
-    operator=OPERATOR,
+    operator=ops.INT8_ROWS,
 )
