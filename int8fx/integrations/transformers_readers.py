@@ -212,6 +212,9 @@ class _Read(ConversionOps):
     def __init__(self, hf_quantizer: ReaderQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: Any) -> "_Read":
+        return self  # transformers copies it for each weight, and errors are to be found in one place
+
     @property
     def reverse_op(self) -> ConversionOps:
         return ours._AsItIs()
@@ -240,12 +243,12 @@ class _Read(ConversionOps):
     def _weight(self, model: Any, name: str, tensors: dict[str, Tensor], like: Tensor) -> Tensor:
         config = self.hf_quantizer.quantization_config
         path = name.rpartition(".")[0]
-        owner = model.get_submodule(path)
+        owner: nn.Module = model.get_submodule(path)
         transposed = keeps_transposed(owner)
         shape = (like.shape[0], like.shape[1])
         module = StoredModule(path, tensors, shape[::-1] if transposed else shape, type(owner).__name__)
         neutral = config.reader.read(module, config.settings)
-        if not isinstance(owner, tuple(linear_kinds())):
+        if not any(isinstance(owner, kind) for kind in linear_kinds()):
             return neutral.dequantized().to(like.dtype)
         weight = storing.quantized(neutral, like.dtype, name, transposed)
         state_dict.attach(owner)
