@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -525,7 +526,8 @@ def compile_ahead(
         "aot_inductor.model_name_for_generated_files": name,
     }
     # Dynamo has renewed the mode of its own context meanwhile, and two do not mix.
-    with apart_from_dynamo(fake_mode_of(inputs)):
+    with apart_from_dynamo(fake_mode_of(inputs)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of what it is about to drop
         written: Any = compile_fx_aot(gm, list(inputs), config_patches=patches)
     return [Path(each) for each in written if isinstance(each, str)]
 
