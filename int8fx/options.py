@@ -70,6 +70,8 @@ class Options:
             back (``.data.mul_()``, numpy, another process) keeps its old values until
             ``int8fx.refresh(model)``; in-place edits, ``.data =``, ``load_state_dict``, optimizers'
             steps and peft's merges are seen all the same.
+        background: whether graphs run operator by operator while Inductor compiles them in a process
+            of its own (``compiler/background.py``). Others are compiled at once; the log says why.
         dump_graphs: a folder for each graph before and after each pass (``compiler/graphs.py``); None:
             nothing is written.
         skips_by_default: whether a weight that is also an embedding stays in float, and what is
@@ -87,6 +89,7 @@ class Options:
     attention: bool = False
     release_weights: bool = False
     check_weights: bool = True
+    background: bool = False
     dump_graphs: Path | None = None
     skips_by_default: bool = True
     given: frozenset[str] = frozenset()
@@ -369,5 +372,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "attention": _flag,
     "release_weights": _flag,
     "check_weights": _flag,
+    "background": _flag,
     "dump_graphs": _folder,
 }

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -525,7 +526,8 @@ def compile_ahead(
         "aot_inductor.model_name_for_generated_files": name,
     }
     # Dynamo has renewed the mode of its own context meanwhile, and two do not mix.
-    with torch._guards.tracing(torch._guards.TracingContext(fake_mode_of(inputs))):
+    with apart_from_dynamo(fake_mode_of(inputs)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of what it is about to drop
         written: Any = compile_fx_aot(gm, list(inputs), config_patches=patches)
     return [Path(each) for each in written if isinstance(each, str)]
 
@@ -572,6 +574,22 @@ def operator_named(name: str) -> Any:
 def has_cpu_kernel(operator: Any) -> bool:
     """Whether an operator is implemented for a CPU by itself, which those of int8fx are in C++."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
+
+
+@contextlib.contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Inductor compiles in this thread, and asks no pool of workers."""
+    from torch._inductor import config
+
+    with config.patch(compile_threads=1):
+        yield
+
+
+@contextlib.contextmanager
+def apart_from_dynamo(fake_mode: Any) -> Iterator[None]:
+    """For a compile outside of a backend, on fake inputs of this mode: the same twice has one key."""
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        yield
 
 
 def subgraph_call() -> Any:

@@ -60,6 +60,9 @@ def compile_model(
     folder, options = Path(folder), dict(options or {})
     if folder.exists():
         raise UserError(f"{folder} is there already; give a folder that is not")
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise UserError(f"the model is on {device}: int8fx compile takes one on a CPU; model.to('cpu')")
     limit = getattr(_config(source), "max_position_embeddings", CONTEXT)
     context = min(CONTEXT, limit) if context is None else context
     if context < 4 or context > limit:
