@@ -143,14 +143,24 @@ def without_kernel(weights: str, family: str, operator: str) -> str:
     return f"no kernel for {weights}: de-quantised at each call and multiplied in float"
 
 
-def joined(device_type: str, operator: str = INT8_LINEAR) -> tuple[Any, int] | None:
-    """``Kernel.joined`` of the kernel that serves an operator on a device."""
+def joined(device_type: str) -> tuple[Any, int] | None:
+    """``Kernel.joined`` of the kernel that serves a device."""
+    return joined_by(INT8_LINEAR, device_type)
+
+
+def joined_by(operator: str, device_type: str) -> tuple[Any, int] | None:
+    """The same of the kernel that serves an operator."""
     kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None or kernel.joined is None else kernel.joined()
 
 
-def normed(device_type: str, operator: str = INT8_LINEAR) -> Any:
-    """``Kernel.normed`` of the kernel that serves an operator on a device."""
+def normed(device_type: str) -> Any:
+    """``Kernel.normed`` of the kernel that serves a device."""
+    return normed_by(INT8_LINEAR, device_type)
+
+
+def normed_by(operator: str, device_type: str) -> Any:
+    """The same of the kernel that serves an operator."""
     kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None else kernel.normed()
 
