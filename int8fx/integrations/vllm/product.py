@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from int8fx.kernels import packing
+from int8fx.kernels.formats.format import TENSOR
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.weights.tensor import QuantizedWeight
 
@@ -40,17 +41,34 @@ def put(layer: Any, quantized: QuantizedWeight, fused: bool) -> None:
             it rewrites and fuses.
     """
     layer.weight = nn.Parameter(quantized, requires_grad=False)
-    layer.int8fx = None if fused else Product(quantized.tensors, quantized.choice)
+    layer.int8fx = None if fused else of(quantized)
 
 
-def put_float(layer: Any, weight: Tensor, choice: Choice, fused: bool) -> None:
-    """The same of a float weight ``[N, K]``, which is quantised."""
-    put(layer, QuantizedWeight.quantized(weight, choice, transposed=False), fused)
+def quantized(weight: Tensor, choice: Choice, widths: Sequence[int]) -> QuantizedWeight:
+    """A float weight ``[N, K]`` in a scheme.
+
+    Args:
+        widths: N of each matrix that it is made of. One scale for a whole matrix is one for each.
+    """
+    kept = choice.weight_format
+    if kept.granularity != TENSOR or len(widths) == 1:
+        return QuantizedWeight.quantized(weight, choice, transposed=False)
+    N, K = weight.shape
+    each = [kept.quantize(matrix) for matrix in weight.split(list(widths))]
+    stored = [torch.cat(parts) for parts in zip(*each, strict=True)]
+    packed = packing.pack(kept, stored, N, K)
+    form = {"N": N, "K": K, "dtype": weight.dtype, "transposed": False}
+    return QuantizedWeight(*packed, choice=choice, **form)
 
 
 def of_float(weight: Tensor, choice: Choice) -> Product:
     """The product with a float weight ``[N, K]``, quantised, by operators."""
     return Product(choice.quantize(weight), choice)
+
+
+def of(weight: QuantizedWeight) -> Product:
+    """The product with a quantised weight, by operators."""
+    return Product(weight.tensors, weight.choice)
 
 
 def apply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
