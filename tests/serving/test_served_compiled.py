@@ -2,18 +2,19 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import int8fx
 from int8fx.calibration import Calibration
+from int8fx.options import Options
 from int8fx.testing import serving
 
 PROMPTS = [[1, 2, 3, 4], list(range(5, 40))]
 LINEARS = 4 * serving.LAYERS
 TOKEN = {"quant_method": "int8fx", "decomposition": "token"}
-ZEROPOINT = {"quant_method": "int8fx", "scheme": "zeropoint-vector"}
 
 
 @pytest.fixture
@@ -64,10 +65,14 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("options", SCHEMES.values(), ids=SCHEMES)
-def test_second_start_compiles_nothing(model, cache, options):
+def test_every_scheme_is_in_the_graph_and_a_second_start_compiles_nothing(model, log, cache, options):
     settings = {"hf_overrides": {"quantization_config": {"quant_method": "int8fx", **options}}}
-    with serving.engine(model, **settings) as llm:
+    with int8fx.collect_reports() as reports, serving.engine(model, **settings) as llm:
         expected = serving.answers(llm, PROMPTS)
+    (report,) = reports
+    scheme = options.get("scheme", "llm.int8")
+    assert [each.scheme for each in report.decisions] == [scheme] * LINEARS
+    assert log()[0] == "int8fx: compiled by 'llmint8' in mode 2, int8 linears fused"
     before = counters()
     with int8fx.collect_reports() as reports, serving.engine(model, **settings) as llm:
         assert serving.answers(llm, PROMPTS) == expected
@@ -119,13 +124,8 @@ def test_other_options_are_another_graph(model, cache):
             {"compilation_config": {"mode": 3}},
             "int8fx: compiled by 'inductor' in mode 2, int8 linears by operators",
         ),
-        (
-            {"hf_overrides": {"quantization_config": ZEROPOINT}},
-            "int8fx: compiled by 'llmint8' in mode 2, int8 linears by operators where their scheme has "
-            "no fused form in vLLM",
-        ),
     ],
-    ids=["eager", "inductor", "zeropoint-vector"],
+    ids=["eager", "inductor"],
 )
 def test_what_the_user_asks_for_stays(model, log, cache, settings, line):
     with serving.engine(model, quantization="int8fx", **settings) as llm:
@@ -175,12 +175,20 @@ def test_adapters_run_eagerly(model, log, tmp_path):
         assert serving.gaps(expected, prompt, [token for token, _ in answer]).amax() < 0.05
 
 
-def test_adapters_on_several_processes_and_columns_are_refused(model):
-    """With adapters vLLM's cut of a weight along K stays, and a calibration is of all of K."""
-    columns = {"quant_method": "int8fx", "decomposition": "static", "columns": [1, 2]}
-    settings = {"hf_overrides": {"quantization_config": columns}, "tensor_parallel_size": 2}
-    with (
-        pytest.raises(Exception, match="failed"),  # the process says why in its log
-        serving.engine(model, **settings, enable_lora=True),
-    ):
-        pass
+CUT = {
+    "columns": (SCHEMES["static"], None),
+    "files": (SCHEMES["int8-rotated"], {"weight_int8": (128,), "weight_scheme": ()}),
+}
+
+
+@pytest.mark.parametrize(("options", "sizes"), CUT.values(), ids=CUT)
+def test_adapters_on_several_processes_and_what_is_of_all_columns_are_refused(options, sizes):
+    """With adapters vLLM's cut of a weight along K stays: here each of two processes has half of it."""
+    from int8fx.integrations.vllm.files import StoredWeight
+    from int8fx.integrations.vllm.linears import Int8FxLinearMethod
+
+    stored = None if sizes is None else StoredWeight(sizes)
+    method = Int8FxLinearMethod(Options.parse(options).choice(""), stored, fused=False)
+    layer = SimpleNamespace(prefix="layers.0.o_proj")
+    with pytest.raises(ValueError, match=r"layers\.0\.o_proj: adapters .* of all of K; leave"):
+        method.create_weights(layer, 64, [128], 128, 128, torch.bfloat16, weight_loader=print)

@@ -41,8 +41,8 @@ class StoredWeight:
             names = next(([WEIGHT, scale] for scale in SCALES if scale in entries), [])
         else:
             names = []
-        sizes = {name: _behind_rows(entries[name]["shape"]) for name in names if name != SCHEME}
-        return cls(sizes | dict.fromkeys(set(names) & {SCHEME}, ())) if names else None
+        sizes = {name: _behind_rows(entries[name]["shape"]) for name in names}
+        return cls(sizes) if names else None
 
     @property
     def is_plain(self) -> bool:

@@ -82,7 +82,7 @@ class Int8FxLinearMethod(LinearMethodBase):
             weight_loader = _rows_of(layer)
             layer.int8fx_is_summed_later, layer.reduce_results = not layer.reduce_results, False
         elif input_size != K:
-            self._check_columns_are_cut(layer)
+            self._check_cut(layer)
         layer.logical_widths = [N] if layer.int8fx_gathers else output_partition_sizes
         if self.in_files is None:
             self._create_float(layer, N, K, params_dtype, weight_loader)
@@ -90,8 +90,10 @@ class Int8FxLinearMethod(LinearMethodBase):
             like = stored_parts.on_meta(N, K, self.choice, params_dtype)
             stored_parts.create(layer, like, self.in_files, weight_loader)
 
-    def _check_columns_are_cut(self, layer: Any) -> None:
-        """Where each process has some of the K columns of a matrix."""
+    def _check_cut(self, layer: Any) -> None:
+        """Raises:
+        ValueError: each process is to have some of the K columns, and the scheme is about all.
+        """
         columns = getattr(self.choice.settings, "columns", ())
         if columns or not (self.in_files is None or self.in_files.is_plain):
             what = "columns of a calibration" if columns else "files of its scheme"
