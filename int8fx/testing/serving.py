@@ -129,7 +129,8 @@ def in_every_form(source: Path, folder: Path) -> dict[str, Path]:
     tokenizer = AutoTokenizer.from_pretrained(source)
     files = {"bf16": folder / "bf16", "int8fx": folder / "int8fx"}
     model.save_pretrained(files["bf16"])
-    quantize_(model, decomposition="token").save_pretrained(files["int8fx"])
+    quantize_(model, decomposition="token")
+    model.save_pretrained(files["int8fx"])
     for each in files.values():
         tokenizer.save_pretrained(each)
     files["bitsandbytes"] = of_bitsandbytes(files["bf16"], folder / "bitsandbytes")
