@@ -158,6 +158,12 @@ def adapter(folder):
     return int8fx.quantize_(model, decomposition="token", skip=["*lm_head", "*lora_*"])
 
 
+def farthest(model, answers):
+    """Of all tokens, see ``serving.gaps``."""
+    pairs = zip(PROMPTS, answers, strict=True)
+    return max(serving.gaps(model, prompt, [t for t, _ in answer]).amax() for prompt, answer in pairs)
+
+
 def test_adapters_run_eagerly(model, log, tmp_path):
     from vllm.lora.request import LoRARequest
 
@@ -169,10 +175,10 @@ def test_adapters_run_eagerly(model, log, tmp_path):
         given = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
         outputs = llm.generate(given, serving.greedy(16), use_tqdm=False, lora_request=request)
         found = [serving.answer_of(each) for each in outputs]
-    assert found != plain
     assert log()[0] == "int8fx: eager, int8 linears by operators"
-    for prompt, answer in zip(PROMPTS, found, strict=True):
-        assert serving.gaps(expected, prompt, [token for token, _ in answer]).amax() < 0.05
+    # Sums of an adapter are rounded elsewhere in vLLM; some values become another integer.
+    assert farthest(expected, found) < 0.25
+    assert farthest(expected, plain) > 1
 
 
 CUT = {
