@@ -13,6 +13,7 @@ package, imports nothing but the standard library, and waits until one of these 
 itself is imported by the first model that needs it.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import logging
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 METHOD = "int8fx"
 BACKEND = "LLMINT8"  # accelerate spells all of them so
+
+# Whether ``import int8fx`` leaves out what needs torch, see ``int8fx_run.py``.
+light = False
 
 
 def autoload() -> None:
@@ -44,6 +48,16 @@ def register() -> None:
     after_import("diffusers.quantizers.auto", _add_to_diffusers)
     after_import("diffusers.models.modeling_utils", _add_to_diffusers)
     after_import("accelerate.utils.dataclasses", _add_backend)
+
+
+def make_whole() -> None:
+    """Imports what ``import int8fx`` left out, once torch is there."""
+    global light
+    light = False
+    native: Any = sys.modules.get("int8fx.ahead.native")
+    if native is not None:
+        native.forget_definitions()
+    importlib.reload(sys.modules["int8fx"])
 
 
 # --- transformers --------------------------------------------------------------------------------

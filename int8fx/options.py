@@ -136,7 +136,8 @@ class Options:
         if self.calibration is not None and not keeps:
             raise ValueError(
                 f"option 'calibration' of {taker}: {', '.join(scheme for scheme, _ in used)} keeps no "
-                "columns; allowed with scheme='int8-rotated' and with decomposition='static'"
+                "columns; allowed with scheme='int8-rotated', scheme='w4a8-group' and with "
+                "decomposition='static'"
             )
         for _, settings in used:
             columns = settings.get("columns")
@@ -151,24 +152,24 @@ class Options:
         """Of outliers, where a scheme has them."""
         return self.settings.get("threshold", SCHEMES[DEFAULT].choice().settings.threshold)
 
-    def choice(self, path: str, kept: Choice | None = None) -> Choice:
+    def choice(self, path: str, own: Choice | None = None) -> Choice:
         """The scheme of a module, and its settings.
 
         Args:
-            kept: what a quantised weight has from ``quantize_``: it goes before the defaults, and
-                behind what was given for this compile.
+            own: the one that a quantised weight has from ``quantize_``: it goes before the defaults,
+                and behind what was given for this compile.
         """
         rule = self.rule(path)
         if rule is not None:
-            return self.settled(SCHEMES[rule.scheme], path, kept)
-        if kept is not None and "scheme" not in self.given:
-            return self.settled(kept.scheme, path, kept)
-        return self.settled(SCHEMES[self.scheme], path, kept)
+            return self.settled(SCHEMES[rule.scheme], path, own)
+        if own is not None and "scheme" not in self.given:
+            return self.settled(own.scheme, path, own)
+        return self.settled(SCHEMES[self.scheme], path, own)
 
-    def settled(self, scheme: Scheme, path: str, kept: Choice | None) -> Choice:
+    def settled(self, scheme: Scheme, path: str, own: Choice | None) -> Choice:
         """A scheme with the settings that a module has for it."""
         rule = self.rule(path)
-        settings = {} if kept is None else asdict(kept.settings)
+        settings = {} if own is None else asdict(own.settings)
         given = {**self.settings, **({} if rule is None else rule.settings)}
         # How many columns is asked of the calibration; which ones is a setting.
         settings |= {name: value for name, value in given.items() if not _is_count(name, value)}

@@ -45,6 +45,7 @@ class Kernel:
             (``kernels/ops/attention.py``).
         whole_rows: whether Inductor generates the quantisation of a row, in the kernel that computes
             the row, so that it must not split long rows.
+        without_experts: why rows that each meet the matrix of their expert stay in float, or empty.
         slower: why a scheme's product, by the scheme's name and a number of rows, would be slower than
             the 16-bit one, so that it stays in float; or empty.
     """
@@ -61,6 +62,7 @@ class Kernel:
     experts: Callable[[], Any] = lambda: None
     attends: Callable[[bool], bool] = lambda few: False
     whole_rows: bool = False
+    without_experts: str = ""
     slower: Callable[[str, Any], str] = lambda scheme, rows: ""
 
     def operators(self) -> frozenset[Any]:
@@ -162,15 +164,15 @@ def without_kernel(weights: str, family: str, operator: str) -> str:
     return f"no kernel for {weights}: de-quantised at each call and multiplied in float"
 
 
-def joined(device_type: str) -> tuple[Any, int] | None:
-    """``Kernel.joined`` of the kernel that serves a device."""
-    kernel = kernel_for(device_type)
+def joined(device_type: str, operator: str = INT8_LINEAR) -> tuple[Any, int] | None:
+    """``Kernel.joined`` of the kernel that serves an operator on a device."""
+    kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None or kernel.joined is None else kernel.joined()
 
 
-def normed(device_type: str) -> Any:
-    """``Kernel.normed`` of the kernel that serves a device."""
-    kernel = kernel_for(device_type)
+def normed(device_type: str, operator: str = INT8_LINEAR) -> Any:
+    """``Kernel.normed`` of the kernel that serves an operator on a device."""
+    kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None else kernel.normed()
 
 
@@ -178,6 +180,12 @@ def experts(device_type: str) -> Any:
     """``Kernel.experts`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
     return None if kernel is None else kernel.experts()
+
+
+def without_experts(device_type: str, operator: str) -> str:
+    """``Kernel.without_experts`` of the kernel that serves an operator on a device."""
+    kernel = kernel_for(device_type, operator=operator)
+    return "" if kernel is None else kernel.without_experts
 
 
 def with_whole_rows() -> frozenset[Any]:

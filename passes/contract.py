@@ -37,6 +37,10 @@ class Result:
         if count:
             self.refused[reason] += count
 
+    def add(self, other: "Result") -> None:
+        self.changed += other.changed
+        self.refused.update(other.refused)
+
 
 @dataclass
 class Context:
@@ -52,6 +56,7 @@ class Context:
         cpp_wrapper: whether Inductor writes its wrapper in C++.
         quantizers: the operators whose equal calls the linears of one input share.
         joined, normed, experts, attends: what serves on a type of device (``kernels/table.py``).
+        joined_rotated, normed_rotated: the same of rows that are rotated.
         accepted: the linears that are rewritten, in the order in which they run.
         root: the outermost graph.
         subgraph_call: the operator that calls a sub-graph, which Inductor compiles once for all calls.
@@ -68,6 +73,8 @@ class Context:
     quantizers: frozenset[Any] = frozenset()
     joined: Callable[[str], tuple[Any, int] | None] = lambda device: None
     normed: Callable[[str], Any] = lambda device: None
+    joined_rotated: Callable[[str], tuple[Any, int] | None] = lambda device: None
+    normed_rotated: Callable[[str], Any] = lambda device: None
     experts: Callable[[str], Any] = lambda device: None
     attends: Callable[[str, bool], bool] = lambda device, few: False
     accepted: Sequence[Accepted] = ()

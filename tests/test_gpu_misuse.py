@@ -23,7 +23,7 @@ def gpu(name: str, major: int, minor: int) -> SimpleNamespace:
 
 def test_on_a_gpu_without_int8_mma_linears_stay_in_float(monkeypatch):
     """The CPU's row of the table is the GPU's here, loaded on a GPU that is too old."""
-    reason = device._unsupported(gpu("Tesla V100", 7, 0))
+    reason = device.unsupported(gpu("Tesla V100", 7, 0))
     row = dataclasses.replace(table.KERNELS[table.key_of("cuda")], load=lambda: reason)
     monkeypatch.setitem(table.KERNELS, table.key_of("cpu"), row)
     table.kernel_for.cache_clear()
@@ -43,11 +43,11 @@ def test_on_a_gpu_without_int8_mma_linears_stay_in_float(monkeypatch):
 
 def test_which_gpus_serve(monkeypatch):
     for too_old in (gpu("P100", 6, 0), gpu("T4", 7, 5)):
-        assert f"{too_old.name} is sm_{too_old.major}" in device._unsupported(too_old)
-    assert device._unsupported(gpu("A100", 8, 0)) is None
+        assert f"{too_old.name} is sm_{too_old.major}" in device.unsupported(too_old)
+    assert device.unsupported(gpu("A100", 8, 0)) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert device._unsupported(SimpleNamespace(gcnArchName="gfx942:sramecc+")) is None
-    assert "gfx1100 is none of gfx90a" in device._unsupported(SimpleNamespace(gcnArchName="gfx1100"))
+    assert device.unsupported(SimpleNamespace(gcnArchName="gfx942:sramecc+")) is None
+    assert "gfx1100 is none of gfx90a" in device.unsupported(SimpleNamespace(gcnArchName="gfx1100"))
 
 
 @pytest.mark.parametrize(

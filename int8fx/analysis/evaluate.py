@@ -110,7 +110,7 @@ def contender(spec: str) -> dict[str, Any]:
                 f"--scheme {spec}: {setting!r} is no setting that it reads; allowed: "
                 f"{', '.join(f'{each}=...' for each in reads) or 'none'}"
             )
-        options[key] = _number(value)
+        options[key] = _value(value)
     try:
         Options.parse(options)
     except ValueError as error:
@@ -124,7 +124,13 @@ def _settings_of(name: str) -> set[str]:
     return reads | ({"calibration"} if "columns" in reads else set())
 
 
-def _number(text: str) -> Any:
+_FLAGS = {"true": True, "false": False}
+
+
+def _value(text: str) -> Any:
+    """A setting as it is typed: a flag, a number, or else a name."""
+    if text.lower() in _FLAGS:
+        return _FLAGS[text.lower()]
     for convert in (int, float):
         try:
             return convert(text)

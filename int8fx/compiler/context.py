@@ -1,9 +1,12 @@
 """What the passes may know of a compile."""
 
+import functools
+
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.weight_inputs import packed_key
 from int8fx.kernels import table
+from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
 from int8fx.kernels.schemes.table import quantizers
 from int8fx.passes.contract import Context
 from int8fx.passes.linears.candidate import Accepted, Candidate
@@ -26,6 +29,8 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         quantizers=quantizers(),
         joined=table.joined,
         normed=table.normed,
+        joined_rotated=functools.partial(table.joined, operator=ROTATED),
+        normed_rotated=functools.partial(table.normed, operator=ROTATED),
         experts=table.experts,
         attends=table.attends,
         root=compilation.root.graph,

@@ -93,8 +93,8 @@ def _schemes_identity(compilation: Compilation) -> str:
 
 def _sources_of(choice: Choice) -> set[Path]:
     """The files that define what a scheme computes; one typed into a session has none."""
-    scheme, kept = choice.scheme, choice.weight_format
-    functions = [*vars(scheme).values(), *scheme.decompositions.values(), *vars(kept).values()]
+    scheme, weight_format = choice.scheme, choice.weight_format
+    functions = [*vars(scheme).values(), *scheme.decompositions.values(), *vars(weight_format).values()]
     found = (inspect.getsourcefile(each) for each in functions if inspect.isfunction(each))
     paths = {Path(name).resolve() for name in found if name is not None}
     return {path for path in paths if path.is_file()}

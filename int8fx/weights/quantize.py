@@ -65,8 +65,8 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
     shards = _shards(model, "quantize_")
-    for kept in released:
-        kept.released = False
+    for parameter in released:
+        parameter.released = False
     for shared in by_weight(sites):
         weight = shared[0].weight
         quantized = _quantized(shared[0], choices[shared[0].path])

@@ -1,6 +1,7 @@
 """Quantise and gather: rows to int8, and the outlier columns of ``x`` and of the weights side by side.
 
-One launch between the kernel that computes ``x`` (and its witness, ``columns.py``) and the product::
+One launch between the kernel that computes ``x`` and its candidate rows (``columns.py``), and the
+product::
 
     C                       = outlier columns of x, in order
     x_scale[m], x_int8[m]   = row m quantised without the columns in C        (column decomposition)
@@ -37,7 +38,7 @@ from int8fx.kernels.ops.quantize_reference import quantize_reference
 BLOCK_O = 32
 _LEAST_COLUMNS = 256
 _FEW_ROWS, _MANY_ROWS = 256, 1024
-_NEIGHBOURS = 8  # columns of the witness, in one load of a thread
+_NEIGHBOURS = 8  # candidate rows, in one load of a thread
 
 
 def quantize_gather_reference(
@@ -82,7 +83,7 @@ def _gather(
 @triton.jit
 def quantize_gather_kernel(
     x_ptr,  # [M, K]
-    witness_ptr,  # [2, K], of which only the first row is read
+    candidates_ptr,  # [2, K], of which only the first row is read
     statistics_ptr,  # [2, M] fp32, where NORM
     norm_weight_ptr, norm_bias_ptr,  # [K], where NORM
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
@@ -112,7 +113,7 @@ def quantize_gather_kernel(
     STEPS times ``ROWS`` rows of x. With NORM, of the norm of x (``norm.py``)."""
     norm = (statistics_ptr, norm_weight_ptr, norm_bias_ptr)
     # Fewer than 2**15 rows, and a row in registers has no more than 2**14 elements.
-    SHORT: tl.constexpr = CHUNKS > 0 and witness_ptr.dtype.element_ty == tl.int16
+    SHORT: tl.constexpr = CHUNKS > 0 and candidates_ptr.dtype.element_ty == tl.int16
     # Inductor passes Python floats as fp64, eager Triton as fp32.
     limit = tl.full((), threshold, tl.float32)
     program = tl.program_id(0)
@@ -122,7 +123,7 @@ def quantize_gather_kernel(
     of_rows = of_x + tl.cdiv(M, GATHER_ROWS)
     if program < of_rows:
         count = find_columns(
-            witness_ptr, x_ptr, columns_ptr, M, K, limit, NEIGHBOURS, LIST_BLOCK, SHORT, norm, NORM
+            candidates_ptr, x_ptr, columns_ptr, M, K, limit, NEIGHBOURS, LIST_BLOCK, SHORT, norm, NORM
         )
         if program == 0:
             tl.store(count_ptr, count)
@@ -145,7 +146,7 @@ def quantize_gather_kernel(
     elif QUANTIZE:
         first = (program - of_rows) * ROWS * STEPS
         quantize_without_columns(
-            x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, first, M, K, limit,
+            x_ptr, candidates_ptr, x_int8_ptr, x_scale_ptr, first, M, K, limit,
             ROWS, STEPS, CHUNK, CHUNKS, EVEN_K, SHORT, norm, NORM,
         )  # fmt: skip
 
@@ -193,9 +194,9 @@ def _chunks(K: int, dtype: torch.dtype) -> tuple[int, dict[str, int | bool]]:
     if K * dtype.itemsize > ROW_BYTES:
         return 16, chunks_of_row(K, 4096) | {"CHUNKS": 0}
     row = max(32, triton.next_power_of_2(K))
-    ways = [(min(max(row // 512, 4), 16), chunks_of_row(K, row))] if row <= 8192 else []
-    ways += [(warps, chunks_of_row(K, 256 * warps)) for warps in (8, 4)]
-    fits = [(warps, way) for warps, way in ways if way["CHUNKS"] == 1 or 2 < way["CHUNKS"] <= 8]
+    candidates = [(min(max(row // 512, 4), 16), chunks_of_row(K, row))] if row <= 8192 else []
+    candidates += [(warps, chunks_of_row(K, 256 * warps)) for warps in (8, 4)]
+    fits = [each for each in candidates if each[1]["CHUNKS"] == 1 or 2 < each[1]["CHUNKS"] <= 8]
     return min(fits, key=lambda each: each[1]["CHUNK"] * each[1]["CHUNKS"])
 
 

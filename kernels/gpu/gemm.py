@@ -8,7 +8,7 @@ outlier product accumulated into the same registers. With the outliers first, tw
 alive at once, and spill.
 
 With few tiles, SPLIT_K programs share one, each with its part of K and of the outliers (``split.py``).
-With many, some have EXTRA_M rows more (``tall.py``).
+With many, some have EXTRA_M rows more (``mixed_tiles.py``).
 
 Source: Dettmers et al. 2022, "LLM.int8()", equation 8. Reference: ``kernels/ops/linear_reference.py``.
 """
@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels.gpu.groups import pick
+from int8fx.kernels.gpu.mixed_tiles import extended_tile
 from int8fx.kernels.gpu.split import sum_of_large_tile
-from int8fx.kernels.gpu.tall import tall_tile
 from int8fx.kernels.gpu.tiles import STEP_O, scaled_rows, store_tile, wrapped_range
 
 
@@ -62,23 +62,23 @@ def tile_in_bands(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _place(
-    tall, M, tiles_n, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, GROUP_M: tl.constexpr
+    extended, M, tiles_n, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, GROUP_M: tl.constexpr
 ):  # fmt: skip
-    """Of this program's tile: its first row, its column of tiles, and whether it is tall.
+    """Of this program's tile: its first row, its column of tiles, and whether it is extended.
 
-    Tall tiles are the upper ones. They come first, so that short ones fill what is left at the end.
+    Extended tiles are the upper ones. They come first, so that plain ones fill what is left at the end.
     """
-    program, first_row, is_tall = tl.program_id(0), 0, False
+    program, first_row, is_extended = tl.program_id(0), 0, False
     height, tiles_m = BLOCK_M, tl.cdiv(M, BLOCK_M)
     if EXTRA_M:
-        is_tall = program < tall * tiles_n
-        end = tall * (BLOCK_M + EXTRA_M)
-        program = tl.where(is_tall, program, program - tall * tiles_n)
-        first_row = tl.where(is_tall, 0, end)
-        height = tl.where(is_tall, BLOCK_M + EXTRA_M, BLOCK_M)
-        tiles_m = tl.where(is_tall, tall, tl.cdiv(M - end, BLOCK_M))
+        is_extended = program < extended * tiles_n
+        end = extended * (BLOCK_M + EXTRA_M)
+        program = tl.where(is_extended, program, program - extended * tiles_n)
+        first_row = tl.where(is_extended, 0, end)
+        height = tl.where(is_extended, BLOCK_M + EXTRA_M, BLOCK_M)
+        tiles_m = tl.where(is_extended, extended, tl.cdiv(M - end, BLOCK_M))
     tile_m, tile_n = tile_in_bands(program, tiles_m, tiles_n, GROUP_M)
-    return first_row + tile_m * height, tile_n, is_tall
+    return first_row + tile_m * height, tile_n, is_extended
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def gemm_kernel(
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
     y0_ptr, y1_ptr, y2_ptr,  # [M, N]
     M, N0, N1, N2, K, X_CAPACITY, W_CAPACITY,
-    tall,  # tiles of BLOCK_M + EXTRA_M rows in each column of tiles, where EXTRA_M
+    extended,  # tiles of BLOCK_M + EXTRA_M rows in each column of tiles, where EXTRA_M
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -224,7 +224,7 @@ def gemm_kernel(
     first0 = tl.cdiv(N0, BLOCK_N)
     first1 = first0 + tl.cdiv(N1, BLOCK_N)
     tiles_n = first1 + tl.cdiv(N2, BLOCK_N)
-    start_m, tile_n, is_tall = _place(tall, M, tiles_n, BLOCK_M, EXTRA_M, GROUP_M)
+    start_m, tile_n, is_extended = _place(extended, M, tiles_n, BLOCK_M, EXTRA_M, GROUP_M)
     N, w_ptr, w_scale_ptr, bias_ptr, y_ptr = N0, w0_ptr, w_scale0_ptr, bias0_ptr, y0_ptr
     if GROUPED:
         group = (tile_n >= first0).to(tl.int32) + (tile_n >= first1).to(tl.int32)
@@ -240,8 +240,8 @@ def gemm_kernel(
     rows = (x_int8_ptr, x_scale_ptr)
     outliers = (x_gathered_ptr, w_gathered_ptr, columns_ptr, count_ptr, X_CAPACITY, W_CAPACITY)
     linear = (w_ptr, w_scale_ptr, bias_ptr, y_ptr, N)
-    if EXTRA_M and is_tall:
-        tall_tile(
+    if EXTRA_M and is_extended:
+        extended_tile(
             start_m, start_n, rows, outliers, linear, M, K,
             BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, BLOCK_O, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
         )  # fmt: skip

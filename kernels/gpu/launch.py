@@ -3,23 +3,36 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from int8fx.kernels.gpu import configs, tuning
+from int8fx.kernels.gpu import tuning
 
 # What a choice depends on, beside the candidates, which follow M's class: by M itself, each number of
 # rows would be tried anew.
 _SIZES = ("N", "N0", "N1", "N2", "K", "E")
 
 
+class Config(Protocol):
+    """A row of a kernel's table."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+    def constants(self, K: int) -> dict[str, int | bool]:
+        """The kernel's constants, for rows of K elements."""
+
+
 def launch(
     kernel: Any,
-    candidates: Sequence[configs.GemmConfig] | Sequence[configs.DecodeConfig],
+    candidates: Sequence[Config],
     K: int,
     grid: Callable[[dict[str, Any]], tuple[Any, ...]],
     *args: Any,

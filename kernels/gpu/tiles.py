@@ -1,4 +1,4 @@
-"""What all tiles of the product have in common (``gemm.py``, ``tall.py``)."""
+"""What all tiles of the product have in common (``gemm.py``, ``mixed_tiles.py``)."""
 
 import triton
 import triton.language as tl
