@@ -76,13 +76,6 @@ def test_compressed_tensors_files_run_on_our_product(model, tmp_path):
         assert serving.answers(llm, PROMPTS) == expected
 
 
-@pytest.mark.parametrize("scheme", [name for name in int8fx.SCHEMES if name != "llm.int8"])
-def test_every_scheme_serves(model, scheme):
-    with serving.engine(model, **options(scheme=scheme), enforce_eager=True) as llm:
-        assert len(linears(llm)) == LINEARS
-        serving.answers(llm, PROMPTS, tokens=2)
-
-
 def test_output_head_in_int8(model):
     """Tied to the embedding, which stays in float."""
     with serving.engine(model, **options(skip=[]), enforce_eager=True) as llm:

@@ -16,8 +16,9 @@ PROMPTS = [[1, 2, 3, 4], list(range(5, 40))]
 STATIC = {"decomposition": "static"}
 ROTATED = {"scheme": "int8-rotated"}
 CHOSEN = {"decomposition": "static", "columns": [0, 1, 2]}
+BY_ROWS = "wna16-rows"  # whose groups of rows vLLM would cut and merge as rows
 WITHOUT = {
-    **{name: {"scheme": name} for name in int8fx.SCHEMES},
+    **{name: {"scheme": name} for name in int8fx.SCHEMES if name != BY_ROWS},
     "static": STATIC,
     "static, columns": CHOSEN,
     "rotated, block of 16": ROTATED | {"block": 16},
@@ -160,6 +161,17 @@ def test_files_of_another_scheme_than_asked_for_are_refused(tmp_path):
     with (
         pytest.raises(Exception, match=r"q_proj as weight_columns, .*, and the scheme 'w8a16-group'"),
         serving.engine(files, **overrides(scheme="w8a16-group"), enforce_eager=True),
+    ):
+        pass
+
+
+def test_groups_of_rows_are_served_online_and_their_files_are_refused(model, tmp_path):
+    _, found = answers(model, **overrides(scheme=BY_ROWS))
+    assert len(found) == LINEARS
+    files = serving.save(int8fx.quantize_(serving.tiny_llama(), scheme=BY_ROWS), tmp_path / "rows")
+    with (
+        pytest.raises(Exception, match="of which a part does not have the rows of the weight"),
+        serving.engine(files, enforce_eager=True),
     ):
         pass
 
