@@ -10,6 +10,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from int8fx.integrations.vllm import product, stored_parts
 from int8fx.integrations.vllm.files import SCALES, StoredWeight
+from int8fx.integrations.vllm.product import Product
 from int8fx.kernels.schemes.scheme import Choice
 
 
@@ -62,7 +63,8 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         elif self.in_files is None:
             # vLLM calls the head outside of what it compiles. An embedding may share the weight: it
             # stays.
-            layer.int8fx = product.of_float(layer.weight.data, self.choice)
+            weight = layer.weight.data
+            layer.int8fx = Product(product.quantized(weight, self.choice, weight.shape[:1]))
         else:
             self._fill_scales(layer)
             product.put(layer, stored_parts.take(layer), fused=False)

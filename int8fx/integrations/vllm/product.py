@@ -16,16 +16,17 @@ from int8fx.weights.tensor import QuantizedWeight
 class Product(nn.Module):
     """By the scheme's operators, which vLLM's own compilers and eager mode take as they are.
 
-    Args:
-        parts: the packed weight; buffers, so that compilers take them as inputs.
+    Its parts are buffers, so that compilers take them as inputs.
     """
 
-    def __init__(self, parts: Sequence[Tensor], choice: Choice) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
-        self.choice = choice
-        self.names = tuple(f"part{index}" for index in range(len(parts)))
-        for name, part in zip(self.names, parts, strict=True):
+        self.choice = weight.choice
+        self.names = tuple(f"part{index}" for index in range(len(weight.tensors)))
+        for name, part in zip(self.names, weight.tensors, strict=True):
             self.register_buffer(name, part, persistent=False)
+        # The first call looks up which kernel serves, under a lock, which no compiler traces.
+        self(weight.tensors[0].new_zeros(1, weight.K, dtype=weight.dtype), None)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         parts = [getattr(self, name) for name in self.names]
@@ -41,7 +42,7 @@ def put(layer: Any, quantized: QuantizedWeight, fused: bool) -> None:
             it rewrites and fuses.
     """
     layer.weight = nn.Parameter(quantized, requires_grad=False)
-    layer.int8fx = None if fused else of(quantized)
+    layer.int8fx = None if fused else Product(quantized)
 
 
 def quantized(weight: Tensor, choice: Choice, widths: Sequence[int]) -> QuantizedWeight:
@@ -59,16 +60,6 @@ def quantized(weight: Tensor, choice: Choice, widths: Sequence[int]) -> Quantize
     packed = packing.pack(kept, stored, N, K)
     form = {"N": N, "K": K, "dtype": weight.dtype, "transposed": False}
     return QuantizedWeight(*packed, choice=choice, **form)
-
-
-def of_float(weight: Tensor, choice: Choice) -> Product:
-    """The product with a float weight ``[N, K]``, quantised, by operators."""
-    return Product(choice.quantize(weight), choice)
-
-
-def of(weight: QuantizedWeight) -> Product:
-    """The product with a quantised weight, by operators."""
-    return Product(weight.tensors, weight.choice)
 
 
 def apply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
