@@ -54,8 +54,8 @@ def test_help_imports_no_model_code():
         (["demo", "--tokens", "many"], ["--tokens", "'many'", "whole numbers from 1"]),
         (["demo", "--modle", "x"], ["--modle", "--help"]),
         (["dmo"], ["'dmo'", "demo"]),
-        (["demo", "--model", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
-        (["demo", "--model", "missing.gguf"], ["missing.gguf", "no such file"]),
+        (["demo", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
+        (["demo", "missing.gguf"], ["missing.gguf", "no such file"]),
         (["quantize", "./nowhere", "out"], ["./nowhere", "a directory", "hub"]),
         (["quantize", "model.gguf", "out"], ["MODEL model.gguf", "a float model"]),
         (["quantize", "./nowhere", "."], ["OUT .", "is there already"]),
@@ -87,13 +87,15 @@ def test_bad_input_is_one_line(capsys, arguments, words):
     assert not any("Traceback" in line for line in err)
 
 
-@pytest.mark.parametrize("option", ["--html", "--plot"])
-def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(capsys, monkeypatch, tmp_path, option):
+@pytest.mark.parametrize(("option", "ending"), [("--html", "html"), ("--plot", "png")])
+def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(
+    capsys, monkeypatch, tmp_path, option, ending
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(
         "int8fx.bench.texts.load_with_tokens", lambda *_, **__: pytest.fail("it was loaded")
     )
-    code, _, err = run(capsys, "explain", option, str(tmp_path / "figure.png"))
+    code, _, err = run(capsys, "explain", option, str(tmp_path / f"figure.{ending}"))
     assert code == 1
     assert "drawing needs matplotlib" in err[-1] and 'pip install "int8fx[plot]"' in err[-1]
 

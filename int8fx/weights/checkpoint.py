@@ -14,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from int8fx.arguments import check_module
 from int8fx.errors import CheckpointError
 from int8fx.torch_private import persistent_tensors
 from int8fx.weights.state_dict import check, check_schemes, checks_on_load, is_in, keys_of
@@ -27,8 +28,18 @@ def save_checkpoint(
     """Writes ``model.safetensors``, or shards of at most ``max_shard_size`` and their index.
 
     Raises:
+        TypeError: names what was given in the place of a module.
         CheckpointError: a tensor is on the meta device, as those that accelerate offloaded are.
+
+    Example:
+        >>> import int8fx, pathlib, tempfile, torch
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> int8fx.save_checkpoint(model, folder)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['model.safetensors']
     """
+    check_module(model, "save_checkpoint")
     state = model.state_dict()
     for name, tensor in state.items():
         if tensor.is_meta:
@@ -60,7 +71,19 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         CheckpointError: a tensor is missing, unexpected, of another shape or damaged; it is named,
             and the model is as it was.
         FileNotFoundError: there is no checkpoint at ``path``.
+        TypeError: names what was given in the place of a module.
+
+    Example:
+        >>> import int8fx, tempfile, torch
+        >>> folder = tempfile.mkdtemp()
+        >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> int8fx.save_checkpoint(model, folder)
+        >>> other = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> _ = int8fx.load_checkpoint(other, folder)
+        >>> bool((other[0].weight.dequantize() == model[0].weight.dequantize()).all())
+        True
     """
+    check_module(model, "load_checkpoint")
     tensors: dict[str, Tensor] = {}
     for file in _files(Path(path)):
         tensors.update(_read(file))

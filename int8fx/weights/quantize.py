@@ -6,32 +6,41 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from int8fx import torch_private
+from int8fx.arguments import check_module
 from int8fx.errors import CalibrationError, ReleaseError
 from int8fx.kernels.schemes.scheme import Choice
+from int8fx.near import warn_of_unused
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import (
     only_reason,
     skip_reason,
 )
-from int8fx.weights import state_dict, structure
+from int8fx.weights import describe, state_dict, structure
 from int8fx.weights.distributed import local, map_local
 from int8fx.weights.sites import ALREADY, Site, by_weight, sites_of
 from int8fx.weights.tensor import QuantizedWeight
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from int8fx.option_names import QuantizeOptions
+
 log = logging.getLogger(__name__)
 
-# And the settings of the scheme.
-OPTIONS = ("scheme", "skip", "only", "calibration")
+# And the settings of the schemes.
+OPTIONS = ("scheme", "rules", "skip", "only", "calibration")
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def quantize_(model: nn.Module, **options: Any) -> nn.Module:
+def quantize_(model: AnyModule, **options: "Unpack[QuantizeOptions]") -> AnyModule:
     """Replaces the weights of a model's linears by their quantised form, in place.
 
     One weight after another, so that memory peaks one weight above the final size. The modules stay
@@ -44,17 +53,28 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         model: on any device, "meta" included. Weights that are quantised already stay; those that a
             compile released (``release_weights``) may be read by everything from then on.
         options: ``scheme``, its settings (``threshold`` and ``decomposition`` of the default one),
-            ``skip``, ``only`` and ``calibration``, as for ``torch.compile`` (``int8fx.Options``). The
-            scheme and its settings, the columns of a calibration among them, are kept with the weights.
+            ``rules``, ``skip``, ``only`` and ``calibration``, as for ``torch.compile``
+            (``int8fx.Options``). The scheme and its settings, the columns of a calibration among them,
+            are kept with the weights.
 
     Returns:
         The model.
 
+    Example:
+        >>> import int8fx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+        >>> int8fx.quantize_(model, threshold=3.0)
+        Sequential(
+          (0): Linear(in_features=64, out_features=32, bias=False, llm.int8, 8 bits, 2,176 bytes)
+        )
+
     Raises:
+        TypeError: names what was given in the place of a module.
         ValueError: an option is unknown or out of range, no weight of the model can be quantised, a
             calibration is of another model (``CalibrationError``), or FSDP2 has it in use already; the
             message says why not. The model is as it was.
     """
+    check_module(model, "quantize_")
     checked = Options.parse(options, "quantize_", OPTIONS)
     sites = sites_of(model, checked)
     choices = {site.path: site_choice(site, checked) for site in sites if site.accepted}
@@ -80,11 +100,25 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         log.debug("%s", site.decision)
     _tell_hugging_face("quantized", model, options)
     warn_of_experts(model, experts)
+    warn_of_unused(checked, model, stacklevel=2)
     return model
 
 
-def decisions(model: nn.Module, **options: Any) -> list[Decision]:
-    """What ``quantize_`` would do with each linear of a model and with its experts, and why."""
+def decisions(model: nn.Module, **options: "Unpack[QuantizeOptions]") -> list[Decision]:
+    """What ``quantize_`` would do with each linear of a model and with its experts, and why.
+
+    Raises:
+        TypeError, ValueError: as ``quantize_``, of the model and of the options.
+
+    Example:
+        >>> import int8fx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64))
+        >>> for decision in int8fx.decisions(model, skip=["1"]):
+        ...     print(decision.path, decision.accepted, decision.reason)
+        0 True
+        1 False skip: matches '1'
+    """
+    check_module(model, "decisions")
     checked = Options.parse(options, "quantize_", OPTIONS)
     return [*(site.decision for site in sites_of(model, checked)), *_experts(model, checked)]
 
@@ -114,7 +148,7 @@ def first_int8(model: Any) -> str:
     return next((n for n, p in model.named_parameters() if isinstance(local(p), QuantizedWeight)), "")
 
 
-def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize_(model: AnyModule, dtype: torch.dtype | None = None) -> AnyModule:
     """Replaces the int8 weights of a model by float parameters, in place: ``w_int8 · w_scale``.
 
     Args:
@@ -124,8 +158,16 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         The model.
 
     Raises:
+        TypeError: names what was given in the place of a module.
         ValueError: a weight is offloaded by accelerate, or FSDP2 has the model in use; it is as it was.
+
+    Example:
+        >>> import int8fx, torch
+        >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> int8fx.dequantize_(model)[0].weight.dtype
+        torch.float32
     """
+    check_module(model, "dequantize_")
     shards = _shards(model, "dequantize_")
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
@@ -147,6 +189,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             torch_private.replace_shard(shards[id(weight)], parameter)
         for module, name in shared:
             setattr(module, name, parameter)
+            describe.forget(module)
     _tell_hugging_face("dequantized", model)
     return model
 
