@@ -44,7 +44,8 @@ def _hint(pattern: str, paths: Sequence[str]) -> str:
         count = len(fnmatch.filter(paths, meant))
         if count:
             return f"; {meant!r} matches {count}"
-    kinds = dict.fromkeys(re.sub(r"\b\d+\b", "*", path) for path in paths)
+    # Of layers that differ in a number alone, one is enough.
+    kinds = {re.sub(r"\d+", "", path): path for path in reversed(paths)}.values()
     found = difflib.get_close_matches(pattern, kinds, MOST, 0.0)
     return f"; the nearest: {', '.join(map(repr, found))}" if found else ""
 

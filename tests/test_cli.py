@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import int8fx.cli.app
 from int8fx.bench import models, smollm2
 from int8fx.errors import UserError
+from int8fx.testing.toy_llama import saved_model
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
@@ -300,21 +301,6 @@ def test_cache_directory_follows_the_platform(monkeypatch, tmp_path, platform, v
 
 # As many tokens as suggest is given below.
 EVALUATED = ["--windows", "1", "--length", "32"]
-
-
-def saved_model(directory):
-    """A random Llama and a tokenizer of a few words, as files."""
-    from test_explain import tiny
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    model = tiny()
-    model.save_pretrained(directory)
-    words = {f"w{index}": index for index in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
-    return model
 
 
 def test_quantize_writes_what_from_pretrained_reads(capsys, tmp_path):

@@ -44,10 +44,11 @@ def explain(
 
     Example:
         >>> import int8fx, torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64))
-        >>> shown = int8fx.explain(model, torch.ones(4, 64), options={"skip": ["1"]})
+        >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> shown = int8fx.explain(model, torch.ones(4, 64), options={"skip": ["2"]})
         >>> [(row.path, row.scheme or row.reason) for row in shown.rows]
-        [('0', 'llm.int8'), ('1', "skip: matches '1'")]
+        [('0', 'llm.int8'), ('2', "skip: matches '2'")]
     """
     return explained(model, args, kwargs, options)
 

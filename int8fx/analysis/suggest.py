@@ -75,7 +75,8 @@ class Suggestion:
 
     Example:
         >>> import int8fx, torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64))
+        >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
+        >>> model = torch.nn.Sequential(*layers)
         >>> suggestion = int8fx.suggest(model, torch.randn(8, 64), budget={"kl": 0.5})
         >>> suggestion.options, [each.chosen for each in suggestion.linears]
         ({}, ['llm.int8', 'llm.int8'])
@@ -193,7 +194,8 @@ def suggest(
 
     Example:
         >>> import int8fx, torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64))
+        >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
+        >>> model = torch.nn.Sequential(*layers)
         >>> suggestion = int8fx.suggest(model, torch.randn(8, 64), budget={"kl": 0.5})
         >>> suggestion.kl <= 0.5
         True

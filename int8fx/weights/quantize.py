@@ -65,7 +65,7 @@ def quantize_(model: AnyModule, **options: "Unpack[QuantizeOptions]") -> AnyModu
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
         >>> int8fx.quantize_(model, threshold=3.0)
         Sequential(
-          (0): Linear(in_features=64, out_features=32, bias=False, llm.int8, 8 bits, 2,176 bytes)
+          (0): Linear(in_features=64, out_features=32, bias=False, llm.int8, 8 bits, 2,304 bytes)
         )
 
     Raises:
@@ -112,11 +112,12 @@ def decisions(model: nn.Module, **options: "Unpack[QuantizeOptions]") -> list[De
 
     Example:
         >>> import int8fx, torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64))
-        >>> for decision in int8fx.decisions(model, skip=["1"]):
-        ...     print(decision.path, decision.accepted, decision.reason)
-        0 True
-        1 False skip: matches '1'
+        >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> for decision in int8fx.decisions(model, skip=["2"]):
+        ...     print(decision.path, decision.reason or "int8")
+        0 int8
+        2 skip: matches '2'
     """
     check_module(model, "decisions")
     checked = Options.parse(options, "quantize_", OPTIONS)
