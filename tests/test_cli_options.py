@@ -143,12 +143,13 @@ def test_suggest_writes_what_every_command_and_python_take(capsys, model, tmp_pa
 
     source, text, out = model / "model", ["--text", model / "text.txt"], tmp_path / "options.json"
     given = ["--scheme", "llm.int8", "--scheme", "w8a16", "--rule", "*.v_proj=absmax-vector"]
-    given += ["--skip", "+*.o_proj", "--tokens", 32, "--kl", 1e-9, "--out", out]
+    given += ["--skip", "+*.o_proj", "--tokens", 32, "--kl", 1, "--out", out]
     code, printed, err = run(capsys, "suggest", source, *text, *given, "--json")
     assert code == 0, err
     options = int8fx.load_options(out)
     assert options == json.loads(json.dumps(json.loads(printed)["options"]))
     assert options["rules"][0] == ["*.v_proj", "absmax-vector", {}]
+    assert options["skip"] == ["+*.o_proj"]
     measured = {each["path"].rpartition(".")[2] for each in json.loads(printed)["linears"]}
     assert measured == {"q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"}
 

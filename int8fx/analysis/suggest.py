@@ -223,7 +223,11 @@ def suggest(
     linears = _measure(mixtures, runs)
     uniform = {way: runs.kl_of_all(way) for way in found if all(way in each.kl for each in linears)}
     if "kl" in budget:
-        chosen, kl = _within_kl(linears, runs, uniform, float(budget["kl"]), (*found, FLOAT))
+        try:
+            chosen, kl = _within_kl(linears, runs, uniform, float(budget["kl"]), (*found, FLOAT))
+        except BudgetError as error:
+            kept = "; those that the options have a rule for keep it" if mixtures.ruled_bytes else ""
+            raise BudgetError(f"{error}{kept}") from None
     else:
         least = mixtures.float_bytes - mixtures.ruled_bytes
         chosen = _within_memory(linears, least, float(budget["memory"]), found)

@@ -26,10 +26,9 @@ STYLE = """
 .int8fx th, .int8fx td { padding: .15em .7em; text-align: right; white-space: nowrap;
   border-bottom: 1px solid rgba(127, 127, 127, .3) }
 .int8fx td:first-child, .int8fx th:first-child { text-align: left }
-.int8fx td:first-child { font-family: monospace; white-space: normal; overflow-wrap: anywhere;
-  min-width: 11em }
-.int8fx td:last-child, .int8fx th:last-child { text-align: left; white-space: normal; min-width: 8em }
-.int8fx tr.float td, .int8fx td:last-child { opacity: .7 }
+.int8fx td:first-child { font-family: monospace }
+.int8fx .note { text-align: left; white-space: normal; min-width: 14em; opacity: .7 }
+.int8fx tr.float { opacity: .7 }
 """
 PAGE_STYLE = """
 :root { color-scheme: light dark }
@@ -38,6 +37,7 @@ h1 { font: 600 20px/1.3 system-ui, sans-serif; overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em }
 dd { margin: 0; overflow-wrap: anywhere }
 .int8fx img { max-width: 100% }
+.int8fx td:first-child, .int8fx th:first-child { position: sticky; left: 0; background: Canvas }
 .int8fx th { cursor: pointer; user-select: none }
 .int8fx th[aria-sort=ascending]::after { content: " \\2191" }
 .int8fx th[aria-sort=descending]::after { content: " \\2193" }
@@ -65,6 +65,7 @@ for (const heading of document.querySelectorAll("th")) {
   };
 }
 """
+SENTENCES = ("reason", "left")  # what columns of words are headed
 TITLE = "What int8fx does to {}"
 
 
@@ -131,13 +132,18 @@ def _row(row: Row) -> list[tuple[str, str]]:
     ]
 
 
+def _cell(tag: str, heading: str, text: str) -> str:
+    style = ' class="note"' if heading in SENTENCES else ""
+    return f"<{tag}{style}>{html.escape(text)}</{tag}>"
+
+
 def _table(rows: Sequence[tuple[Iterable[tuple[str, str]], str]]) -> str:
     """A table of rows, each its headings with their cells, and a class."""
     if not rows:
         return ""
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading, _ in rows[0][0])
+    head = "".join(_cell("th", heading, heading) for heading, _ in rows[0][0])
     body = "".join(
-        f'<tr class="{style}">' + "".join(f"<td>{html.escape(cell)}</td>" for _, cell in line) + "</tr>"
+        f'<tr class="{style}">{"".join(_cell("td", *each) for each in line)}</tr>'
         for line, style in rows
     )
     return (
