@@ -1,6 +1,8 @@
 """``torch.compile(model, backend="llmint8")``."""
 
 import importlib
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -40,7 +42,7 @@ def llmint8(
             at the first call and not before; ``int8fx.Options.parse(options)`` checks them at once.
         RuntimeError: this torch release cannot be served.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64)).requires_grad_(False)
         >>> compiled = torch.compile(model, backend="llmint8", options={"threshold": 3.0})
@@ -63,12 +65,15 @@ def llmint8(
     except UserError as error:
         raise raised_as_it_is(error) from None
     watch.compiled(reports)
+    if not watch.linears:
+        _hint_of_bitsandbytes()
     if any(report.unused for report in reports):
         _warn_of_unused(checked, example_inputs, reports)
     return compiled
 
 
 _warned: WeakSet[nn.Module] = WeakSet()
+_hinted: WeakSet[nn.Module] = WeakSet()
 
 
 def _warn_of_unused(options: Options, inputs: Sequence[Any], reports: Sequence[Report]) -> None:
@@ -80,9 +85,32 @@ def _warn_of_unused(options: Options, inputs: Sequence[Any], reports: Sequence[R
             warn_of_unused(options, module, stacklevel=2)
 
 
+def _hint_of_bitsandbytes() -> None:
+    """Once for each model whose linears the backend never sees, as Dynamo breaks the graph at them."""
+    theirs = getattr(sys.modules.get("bitsandbytes"), "nn", None)
+    if theirs is None or "int8fx.integrations.bitsandbytes" in sys.modules:
+        return
+    for module in compiled_modules(llmint8):
+        linears = [each for each in module.modules() if isinstance(each, theirs.Linear8bitLt)]
+        if linears and module not in _hinted:
+            _hinted.add(module)
+            warnings.warn(
+                f"{len(linears)} linears of {type(module).__name__} are bitsandbytes' Linear8bitLt, at "
+                "which the graph breaks: import int8fx.integrations.bitsandbytes before the model is "
+                "first called, and int8fx takes their int8 weights over",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
 def _watch_generation() -> None:
     importlib.import_module("int8fx.integrations.generation").install(llmint8)
 
 
+def _watch_exports() -> None:
+    importlib.import_module("int8fx.integrations.export").install(llmint8)
+
+
 watch = Watch(llmint8)
 after_import("transformers.generation.utils", _watch_generation)
+after_import("torch.export._trace", _watch_exports)

@@ -44,7 +44,7 @@ class Calibration:
         rows: rows of x that its busiest linear had.
         linears: all that it has.
 
-    Example:
+    Examples:
         >>> import int8fx, pathlib, tempfile, torch
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "calibration.json"
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))

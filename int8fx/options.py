@@ -78,7 +78,7 @@ class Options:
             ranked: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
 
-    Example:
+    Examples:
         >>> import int8fx
         >>> options = int8fx.Options.parse({"threshold": 3.0, "skip": ["+*.down_proj"]})
         >>> options.threshold, options.skip[-1]

@@ -20,7 +20,7 @@ def load_options(path: str | PathLike[str]) -> dict[str, Any]:
         ValueError: the file is no JSON object; it is named.
         FileNotFoundError: it is not there.
 
-    Example:
+    Examples:
         >>> import int8fx, json, pathlib, tempfile
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "options.json"
         >>> _ = file.write_text(json.dumps({"scheme": "w8a16", "skip": ["lm_head"]}))

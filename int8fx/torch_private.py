@@ -279,6 +279,36 @@ def is_compiled(module: Any) -> bool:
     )
 
 
+def is_compiled_for(module: Any, backend: Callable[..., Any]) -> bool:
+    """Whether a module is what ``torch.compile`` returned for a backend, or is compiled in place.
+
+    A module that is compiled in place does not tell for which: it counts where the backend was asked
+    for.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    if type(module) is OptimizedModule:
+        callback: Any = module.dynamo_ctx.callback
+        return _is(innermost_backend(callback), backend)
+    in_place = isinstance(module, nn.Module) and module._compiled_call_impl is not None
+    return in_place and bool(requests(backend))
+
+
+def before_export(callback: Callable[[Any], None]) -> None:
+    """Calls a function with each module that ``torch.export`` is given, before it is exported."""
+    from torch.export import _trace
+
+    trace: Any = _trace
+    export = trace._export
+
+    @functools.wraps(export)
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        callback(module)
+        return export(module, *args, **kwargs)
+
+    trace._export = call
+
+
 @functools.cache
 def _error_of_dynamo(kind: type[Exception]) -> type[Exception]:
     """A kind of error that Dynamo hands on, and does not wrap into ``BackendCompilerFailed``."""

@@ -51,7 +51,7 @@ def calibrate(
         CalibrationError: there is no batch, or the model has no linear.
         TypeError: ``batches`` is a single tensor or dict, or ``model`` is no module and no function.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
         >>> x = torch.ones(4, 64)

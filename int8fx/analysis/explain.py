@@ -42,7 +42,7 @@ def explain(
         TypeError: names what was given in the place of a model.
         ValueError: an option is unknown or out of range.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
         >>> model = torch.nn.Sequential(*layers)

@@ -73,7 +73,7 @@ class Suggestion:
         model_bytes: of all parameters and buffers then, the float ones not counted that are quantised.
         linears: how each linear fared.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
         >>> model = torch.nn.Sequential(*layers)
@@ -192,7 +192,7 @@ def suggest(
             way is unknown, or weights of the model are in int8 already; nothing was changed.
         TypeError: the model does not answer with logits, or is no module and no function.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
         >>> model = torch.nn.Sequential(*layers)

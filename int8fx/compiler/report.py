@@ -30,7 +30,7 @@ class Report:
 
     ``print`` lists every linear; its ``repr`` is a few lines.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64)).requires_grad_(False)
         >>> with int8fx.collect_reports() as reports:
@@ -99,7 +99,7 @@ _collectors: ContextVar[tuple[list[Report], ...]] = ContextVar("int8fx_reports",
 def collect_reports() -> Iterator[list[Report]]:
     """The reports of all graphs that are compiled inside the ``with`` block, as a growing list.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> compiled = torch.compile(torch.nn.Linear(64, 64).requires_grad_(False), backend="llmint8")
         >>> with int8fx.collect_reports() as reports:

@@ -31,7 +31,7 @@ def save_checkpoint(
         TypeError: names what was given in the place of a module.
         CheckpointError: a tensor is on the meta device, as those that accelerate offloaded are.
 
-    Example:
+    Examples:
         >>> import int8fx, pathlib, tempfile, torch
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
@@ -73,7 +73,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: there is no checkpoint at ``path``.
         TypeError: names what was given in the place of a module.
 
-    Example:
+    Examples:
         >>> import int8fx, tempfile, torch
         >>> folder = tempfile.mkdtemp()
         >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))

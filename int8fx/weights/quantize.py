@@ -60,7 +60,7 @@ def quantize_(model: AnyModule, **options: "Unpack[QuantizeOptions]") -> AnyModu
     Returns:
         The model.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
         >>> int8fx.quantize_(model, threshold=3.0)
@@ -110,7 +110,7 @@ def decisions(model: nn.Module, **options: "Unpack[QuantizeOptions]") -> list[De
     Raises:
         TypeError, ValueError: as ``quantize_``, of the model and of the options.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
         >>> model = torch.nn.Sequential(*layers)
@@ -162,7 +162,7 @@ def dequantize_(model: AnyModule, dtype: torch.dtype | None = None) -> AnyModule
         TypeError: names what was given in the place of a module.
         ValueError: a weight is offloaded by accelerate, or FSDP2 has the model in use; it is as it was.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
         >>> int8fx.dequantize_(model)[0].weight.dtype

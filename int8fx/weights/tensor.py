@@ -67,7 +67,7 @@ class QuantizedWeight(ComputedValues):
         released: whether only compiled graphs may read it (``int8fx/compiler/release.py``).
         unpacked: the stored parts, until the packed ones are first asked for (``_rebuild_stored``).
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> linear = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))[0]
         >>> type(linear.weight).__name__, linear.weight.dtype, linear.weight.choice.scheme.name

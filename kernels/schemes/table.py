@@ -20,7 +20,7 @@ DEFAULT = int8.LLM_INT8.name
 class Schemes(dict[str, Scheme]):
     """Schemes by name, which print as a line each.
 
-    Example:
+    Examples:
         >>> import int8fx
         >>> int8fx.SCHEMES["w8a16"].formula
         'x as it is, per-channel w'

@@ -31,7 +31,7 @@ class Explanation(Findings):
         totals: sums over them.
         summary: what ``print`` shows before the rows.
 
-    Example:
+    Examples:
         >>> import int8fx, torch
         >>> shown = int8fx.explain(torch.nn.Sequential(torch.nn.Linear(64, 32)), torch.ones(4, 64))
         >>> shown
