@@ -106,7 +106,7 @@ def test_another_architecture(tmp_path):
     )
     (tmp_path / "model.gguf").write_bytes(raw)
     with pytest.raises(
-        CheckpointError, match="general.architecture = 'mamba'; names are known of: llama"
+        CheckpointError, match=r"general\.architecture = 'mamba'; names are known of: llama"
     ):
         int8fx.load_checkpoint(on_meta(), tmp_path / "model.gguf")
 
