@@ -45,6 +45,14 @@ class Calibration:
         model: its class, for messages.
         rows: rows of x that its busiest linear had.
         linears: all that it has.
+
+    Examples:
+        >>> import int8fx, pathlib, tempfile, torch
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "calibration.json"
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> int8fx.calibrate(model, [torch.ones(4, 64)]).save(file)
+        >>> int8fx.Calibration.load(file).rows
+        4
     """
 
     model: str

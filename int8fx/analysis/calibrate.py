@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from int8fx import torch_private
+from int8fx.arguments import check_callable
 from int8fx.calibration import CalibratedLinear, Calibration, calls_of
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import rewrite_graph
@@ -48,8 +49,18 @@ def calibrate(
 
     Raises:
         CalibrationError: there is no batch, or the model has no linear.
-        TypeError: ``batches`` is a single tensor or dict.
+        TypeError: ``batches`` is a single tensor or dict, or ``model`` is no module and no function.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> x = torch.ones(4, 64)
+        >>> x[:, 7] = 90.0
+        >>> calibration = int8fx.calibrate(model, [x])
+        >>> calibration.linears[0].path, calibration.linears[0].columns[0]
+        ('0', 7)
     """
+    check_callable(model, "calibrate")
     torch_private.check_torch()
     plain = torch_private.uncompiled(model)
     seen = _Seen()

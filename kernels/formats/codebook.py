@@ -139,6 +139,9 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(values.sort().values.tolist())
 
 
+_DYNAMIC_MAP = dynamic_map()  # Dynamo, which traces what is cached, does not trace how it is made
+
+
 def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``absmax [N, G]`` in 8 bits, with ``nested_absmax`` and ``offset`` as above."""
     N, G = absmax.shape
@@ -165,7 +168,7 @@ def absmax_of(others: Sequence[Tensor]) -> Tensor:
 
 
 def _dynamic_values(device: torch.device) -> Tensor:
-    return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)
+    return torch.tensor(_DYNAMIC_MAP, dtype=torch.float32, device=device)
 
 
 # --- what files hold ------------------------------------------------------------------------------

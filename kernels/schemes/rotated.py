@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from int8fx.kernels import table
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.rotated import rotated
 from int8fx.kernels.ops import rotated_linear as ops
@@ -83,6 +84,19 @@ def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Rotati
     return call(ops.rotated_linear, x, *how, *operands(weight), bias)
 
 
+def at_once(
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, settings: Rotation
+) -> Tensor | None:
+    """By the operator that ``passes/int8/join_rotated.py`` puts into graphs, where a device has one
+    that stands for a single linear as well."""
+    found = table.joined_by(OPERATOR, x.device.type)
+    if found is None or found[0] is ops.rotated_linears:
+        return None
+    lists = ([tensor] for tensor in operands(weight))
+    biases = [] if bias is None else [bias]
+    return found[0](x, 0.0, settings.block, settings.rotation, *lists, biases)[0]
+
+
 def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Rotation) -> Any:
     how = 0.0, settings.block, settings.rotation
     return call(ops.rotated_expert_linear, x, *how, *operands(weight), *routing)
@@ -118,4 +132,5 @@ INT8_ROTATED = Scheme(
     lower,
     experts=lower_experts,
     operator=OPERATOR,
+    at_once=at_once,
 )

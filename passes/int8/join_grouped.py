@@ -44,8 +44,7 @@ JOINTS = (
 def join_grouped(graph: fx.Graph, context: Context) -> Result:
     """Joins the linears of one graph; changed: how many calls several of them became."""
     result = Result()
-    for joint in JOINTS:
-        joined = joint.join(graph, context)
-        result.changed += joined.changed
-        result.refused.update(joined.refused)
+    for device in context.devices:
+        for joint in JOINTS:
+            result.add(joint.join(graph, context, device))
     return result
