@@ -19,7 +19,7 @@ from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.ops.expert_linear import routed_rows
 from int8fx.kernels.schemes.scheme import Choice, eagerly
-from int8fx.options import Options
+from int8fx.options import Options, in_use, of_way
 from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.weights.store import WeightStore
 
@@ -29,8 +29,9 @@ class Mixtures:
 
     Attributes:
         paths: of the linears that may be quantised, in the order in which they run.
-        skipped: patterns for what the default options leave in float.
+        skipped: patterns for what the options leave in float.
         float_bytes: of the model's parameters and buffers.
+        ruled_bytes: what the weights save that the options have a rule for. Here they stay in float.
     """
 
     def __init__(
@@ -39,12 +40,19 @@ class Mixtures:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         ways: Mapping[str, tuple[str, Mapping[str, Any]]],
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        """
+        Args:
+            ways: a scheme and its settings, by name.
+            options: what is decided already: ``rules``, ``skip``, ``only`` and settings.
+        """
         self.paths: list[str] = []
         self.skipped: list[str] = []
-        self.float_bytes = 0
+        self.float_bytes = self.ruled_bytes = 0
+        self._options = Options.parse(in_use(options or {}))
         self._choices = {
-            way: Options.parse({"scheme": scheme, **settings}).choice("")
+            way: Options.parse(of_way(scheme, settings, options or {})).chosen
             for way, (scheme, settings) in ways.items()
         }
         self._active: Mapping[str, str] = {}
@@ -52,6 +60,7 @@ class Mixtures:
         self._ways: dict[str, tuple[str, ...]] = {}
         self._noise: dict[str, dict[str, float]] | None = None
         self._bytes: dict[str, tuple[int, int]] = {}
+        self._ruled: set[str] = set()
         self._store = WeightStore()
         self._model = model = torch_private.uncompiled(model)
         if isinstance(model, torch.nn.Module):
@@ -64,6 +73,10 @@ class Mixtures:
     def nbytes(self, path: str) -> tuple[int, int]:
         """Of a linear's weight, in float and in int8."""
         return self._bytes[path]
+
+    def ways_of(self, path: str) -> tuple[str, ...]:
+        """Those that have a product for a linear."""
+        return self._ways[path]
 
     def kl(self, mixture: Mapping[str, str]) -> float:
         """Mean KL divergence, in nats, with these linears quantised, each in its way."""
@@ -114,7 +127,7 @@ class Mixtures:
         return logits.reshape(-1, logits.shape[-1])
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return rewrite_graph(gm, inputs, Options(), self._store, self._watch, self._runner)
+        return rewrite_graph(gm, inputs, self._options, self._store, self._watch, self._runner)
 
     def _runner(self, gm: fx.GraphModule) -> Callable[..., Any]:
         rerun = Rerun(gm)
@@ -142,9 +155,14 @@ class Mixtures:
         assert candidate.weight is not None
         weight_format = compilation.choices[candidate].weight_format
         compilation.products[candidate] = self._product(candidate, path, weight_format)
-        if path not in self._bytes:
-            tensor = compilation.tensors[candidate.weight.placeholder]
-            packed = self._store.get(tensor, candidate.weight, weight_format)
+        if path in self._bytes or path in self._ruled:
+            return
+        tensor = compilation.tensors[candidate.weight.placeholder]
+        packed = self._store.get(tensor, candidate.weight, weight_format)
+        if self._options.rule(path) is not None:
+            self._ruled.add(path)
+            self.ruled_bytes += packed.float_bytes - packed.nbytes
+        else:
             self._bytes[path] = (packed.float_bytes, packed.nbytes)
             self.paths.append(path)
 
@@ -164,7 +182,7 @@ class Mixtures:
             if path in self._active:
                 return ways[self._active[path]](x, weight, last, packed)
             y = in_float(x, expression.evaluate(weight).to(x.dtype), last)
-            if self._noise is not None:
+            if self._noise is not None and path in self._noise:
                 for way, lower in ways.items():
                     error = lower(x, weight, last, packed).double() - y
                     self._noise[path][way] += error.square().sum().item()

@@ -104,7 +104,7 @@ def normalized_at(x, row, has_row, k, has_k, M, norm, NORM: tl.constexpr):
 
 
 @triton.jit
-def _load_row(
+def load_row(
     x_ptr, addend_ptr, sum_ptr, here, K,
     ADDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -122,18 +122,17 @@ def _load_row(
 
 
 @triton.jit
-def _statistics(
-    row, M, K, eps, statistics_ptr,
+def statistics_of_row(
+    row, K, eps,
     NORM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``mean`` and ``rstd`` of a row, which are stored as well; a mean of 0 where the norm has none."""
-    m, mean = tl.program_id(0), 0.0
+    """``mean`` and ``rstd`` of a row; a mean of 0 where the norm has none."""
+    mean = 0.0
     if NORM == "layer" or NORM == "layer, bias":
         total = tl.zeros((CHUNK // 8, 8), tl.float32)
         for index in tl.static_range(CHUNKS):
             total += row[index].to(tl.float32)
         mean = tl.sum(tl.sum(total, 1), 0) / K
-        tl.store(statistics_ptr + M + m, mean)
     squares = tl.zeros((CHUNK // 8, 8), tl.float32)
     for index in tl.static_range(CHUNKS):
         centered = row[index].to(tl.float32) - mean
@@ -142,9 +141,7 @@ def _statistics(
         squares += centered * centered
     # Inductor passes Python floats as fp64, eager Triton as fp32.
     mean_square = tl.sum(tl.sum(squares, 1), 0) / K
-    rstd = tl.rsqrt(mean_square + tl.full((), eps, tl.float32))
-    tl.store(statistics_ptr + m, rstd)
-    return mean, rstd
+    return mean, tl.rsqrt(mean_square + tl.full((), eps, tl.float32))
 
 
 @triton.jit
@@ -170,8 +167,11 @@ def norm_kernel(
     """A row for each program, in chunks that all stay in registers."""
     m = tl.program_id(0)
     here = m.to(tl.int64) * K
-    row = _load_row(x_ptr, addend_ptr, sum_ptr, here, K, ADDS, CHUNK, CHUNKS, EVEN_K)
-    mean, rstd = _statistics(row, M, K, eps, statistics_ptr, NORM, CHUNK, CHUNKS, EVEN_K)
+    row = load_row(x_ptr, addend_ptr, sum_ptr, here, K, ADDS, CHUNK, CHUNKS, EVEN_K)
+    mean, rstd = statistics_of_row(row, K, eps, NORM, CHUNK, CHUNKS, EVEN_K)
+    tl.store(statistics_ptr + m, rstd)
+    if NORM == "layer" or NORM == "layer, bias":
+        tl.store(statistics_ptr + M + m, mean)
     regular = ()
     bits = tl.zeros((CHUNK // 8, 8), tl.int32)
     for index in tl.static_range(CHUNKS):
