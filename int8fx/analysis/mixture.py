@@ -14,11 +14,13 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.analysis.metrics import Reference
 from int8fx.analysis.rerun import Rerun
+from int8fx.calibration import Calibration
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.ops.expert_linear import routed_rows
 from int8fx.kernels.schemes.scheme import Choice, eagerly
+from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
 from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.weights.store import WeightStore
@@ -39,12 +41,13 @@ class Mixtures:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         ways: Mapping[str, tuple[str, Mapping[str, Any]]],
+        calibration: Calibration | None = None,
     ) -> None:
         self.paths: list[str] = []
         self.skipped: list[str] = []
         self.float_bytes = 0
-        self._choices = {
-            way: Options.parse({"scheme": scheme, **settings}).choice("")
+        self._options = {
+            way: Options.parse({"scheme": scheme, **settings, **columns_for(scheme, calibration)})
             for way, (scheme, settings) in ways.items()
         }
         self._active: Mapping[str, str] = {}
@@ -134,28 +137,37 @@ class Mixtures:
     def _watch(self, compilation: Compilation) -> None:
         for candidate, decision in zip(compilation.found, compilation.decisions, strict=True):
             if candidate in compilation.choices:
-                self._add(compilation, candidate, decision.path)
+                assert decision.shape is not None
+                self._add(compilation, candidate, decision.path, decision.shape)
             elif decision.reason.startswith("skip:"):
                 self.skipped.append(decision.path)
 
-    def _add(self, compilation: Compilation, candidate: Candidate, path: str) -> None:
+    def _add(
+        self, compilation: Compilation, candidate: Candidate, path: str, shape: tuple[int, int]
+    ) -> None:
         assert candidate.weight is not None
         weight_format = compilation.choices[candidate].weight_format
-        compilation.products[candidate] = self._product(candidate, path, weight_format)
+        compilation.products[candidate] = self._product(candidate, path, shape, weight_format)
         if path not in self._bytes:
             tensor = compilation.tensors[candidate.weight.placeholder]
             packed = self._store.get(tensor, candidate.weight, weight_format)
             self._bytes[path] = (packed.float_bytes, packed.nbytes)
             self.paths.append(path)
 
-    def _product(self, candidate: Candidate, path: str, in_graph: WeightFormat) -> Product:
+    def _product(
+        self, candidate: Candidate, path: str, shape: tuple[int, int], in_graph: WeightFormat
+    ) -> Product:
         expression = candidate.weight
         assert expression is not None
         routed = candidate.routing is not None
         in_float = _experts_in_float if routed else F.linear
+        choices = {
+            way: options.calibrated(options.choice(path), path, shape)
+            for way, options in self._options.items()
+        }
         ways = {
             way: self._lowering(candidate, choice, in_graph)
-            for way, choice in self._choices.items()
+            for way, choice in choices.items()
             if not routed or choice.scheme.experts is not None
         }
         self._ways[path] = tuple(ways)
@@ -194,6 +206,12 @@ class Mixtures:
             return lower(eagerly, x, packed, last)
 
         return product
+
+
+def columns_for(scheme: str, calibration: Calibration | None) -> dict[str, Any]:
+    """The options that give a scheme the columns of a calibration, where it keeps any."""
+    keeps = getattr(SCHEMES[scheme].choice().settings, "keeps_columns", False)
+    return {"calibration": calibration} if keeps and calibration is not None else {}
 
 
 def _experts_in_float(

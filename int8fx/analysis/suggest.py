@@ -5,8 +5,12 @@ those in float is its sensitivity. For small errors that grows as the square of 
 linear's output, which one run shows for all linears and all ways, so the other ways' divergences are
 estimated from it. Divergences of single linears nearly add up, so a mixture is chosen by their sums,
 scaled by what the last mixture really had, and measured in the end as the options that say it.
+
+The way ``int8-rotated`` has the static columns of a calibration, which is made of the inputs where none
+is given.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,16 +19,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from int8fx.analysis.calibrate import calibrate
 from int8fx.analysis.explanation.record import kind, mib
 from int8fx.analysis.explanation.text import as_text
-from int8fx.errors import BudgetError
+from int8fx.analysis.mixture import Mixtures, columns_for
+from int8fx.calibration import Calibration
+from int8fx.errors import BudgetError, CalibrationError
 
 FLOAT = "float"
 # From the fastest to the most accurate; all but the last take the same memory.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm.int8": ("llm.int8", {}),
     "llm.int8 at 3": ("llm.int8", {"threshold": 3.0}),
-    "int8-rotated": ("int8-rotated", {}),
+    "int8-rotated": ("int8-rotated", {}),  # with a calibration
     "w8a16": ("w8a16", {}),
 }
 LADDER = (*WAYS, FLOAT)
@@ -60,11 +67,13 @@ class Suggestion:
     """Options that keep a budget, and the table that justifies them.
 
     Attributes:
-        options: for ``torch.compile(model, backend="llmint8", options=...)``.
+        options: for ``torch.compile(model, backend="llmint8", options=...)``. Where a linear is in
+            ``int8-rotated`` they have a ``Calibration``, which can be saved.
         kl: of the model as the backend rewrites it with these options, measured on the inputs given.
         uniform_kl: the same of each way that all linears have, for all of them.
         model_bytes: of all parameters and buffers then, the float ones not counted that are quantised.
         linears: how each linear fared.
+        columns_of_inputs: whether the calibration was made of the inputs, and not given.
     """
 
     options: dict[str, Any]
@@ -72,6 +81,7 @@ class Suggestion:
     uniform_kl: dict[str, float]
     model_bytes: int
     linears: tuple[Sensitivity, ...]
+    columns_of_inputs: bool = False
 
     def __str__(self) -> str:
         return as_text(self)
@@ -90,13 +100,26 @@ class Suggestion:
             f"alone: {FASTEST} is measured, the others are estimated from their output's error",
             f"KL of the whole model: {self.kl:.5f}; every linear in one way: {uniform}",
             f"parameters and buffers: {mib(self.model_bytes)} MiB",
-            f"options={self.options!r}",
+            f"options={self._shown()!r}",
         ]
+        if "calibration" in self.options and self.columns_of_inputs:
+            lines.append(
+                "columns: those of the inputs above; suggestion.options['calibration'].save(...) and "
+                "int8fx calibrate write a file of columns"
+            )
         return Group(table, "", *map(Text, lines))
 
+    def _shown(self) -> dict[str, Any]:
+        """The options with the name of a file for a calibration, whose columns would fill the page."""
+        has_one = "calibration" in self.options
+        return self.options | ({"calibration": "calibration.json"} if has_one else {})
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
-        return asdict(self)
+        """Everything, as JSON has it; a calibration as in its file."""
+        content = asdict(self)
+        if "calibration" in self.options:
+            content["options"]["calibration"] = self.options["calibration"].to_dict()
+        return content
 
 
 def suggest(
@@ -104,6 +127,7 @@ def suggest(
     inputs: Any,
     *,
     budget: Mapping[str, float],
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> Suggestion:
     """Options for a model that keep a budget.
@@ -117,6 +141,8 @@ def suggest(
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         budget: ``{"kl": nats}``, the mean divergence from the float model's answers, or ``{"memory":
             bytes}``, of all parameters and buffers.
+        calibration: what ``int8fx.calibrate`` made of the model, or its file, for ``int8-rotated``. By
+            default it is made of the inputs.
         on_run: told how many runs are done, and of how many: of each linear, of each way for all, and,
             as they are tried, of mixtures.
 
@@ -124,9 +150,9 @@ def suggest(
         ValueError: the budget is not one of these, or cannot be kept (``BudgetError``), or weights of
             the model are in int8 already; nothing was changed.
         TypeError: the model does not answer with logits.
+        CalibrationError: the calibration is of another model, or no file of one.
     """
     _check(budget)
-    from int8fx.analysis.mixture import Mixtures
     from int8fx.torch_private import uncompiled
     from int8fx.weights.quantize import first_int8
 
@@ -137,12 +163,13 @@ def suggest(
             "model: give that"
         )
     args, kwargs = _arguments(inputs)
-    mixtures = Mixtures(model, args, kwargs, WAYS)
-    runs = _Runs(mixtures, on_run)
+    found = _calibration(calibration, model, kwargs or args)
+    mixtures = Mixtures(model, args, kwargs, WAYS, found)
+    runs = _Runs(mixtures, found, on_run)
     linears = _measure(mixtures, runs)
     uniform = {
-        way: runs.kl_of({"scheme": scheme, **more})
-        for way, (scheme, more) in WAYS.items()
+        way: runs.kl_of(_of_way(way, found, mixtures.skipped))
+        for way in WAYS
         if all(way in each.kl for each in linears)
     }
     if "kl" in budget:
@@ -151,8 +178,28 @@ def suggest(
         chosen = _within_memory(linears, mixtures.float_bytes, float(budget["memory"]))
         kl = runs.kl_of_mixture(chosen)
     saved = sum(each.float_bytes - each.nbytes for each in chosen)
-    return Suggestion(
-        _options(chosen, mixtures.skipped), kl, uniform, mixtures.float_bytes - saved, tuple(chosen)
+    options = _options(chosen, mixtures.skipped, found)
+    size = mixtures.float_bytes - saved
+    return Suggestion(options, kl, uniform, size, tuple(chosen), calibration is None)
+
+
+def _calibration(given: Any, model: Callable[..., Any], batch: Any) -> Calibration:
+    if isinstance(given, Calibration):
+        return given
+    if given is not None:
+        return Calibration.load(given)
+    try:
+        return calibrate(model, [batch])
+    except CalibrationError:  # the model has no linear, so none that would ask for its columns
+        return Calibration(type(model).__name__, 0, ())
+
+
+def _of_way(way: str, calibration: Calibration, skipped: Sequence[str]) -> dict[str, Any]:
+    """Options that give a way to all linears; the head, which a calibration may let in, stays out."""
+    scheme, settings = WAYS[way]
+    columns = columns_for(scheme, calibration)
+    return {"scheme": scheme, **settings, **columns} | (
+        {"skip": list(skipped)} if columns and skipped else {}
     )
 
 
@@ -174,8 +221,10 @@ def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
 class _Runs:
     """Runs of the model, counted."""
 
-    def __init__(self, mixtures: Any, on_run: Callable[[int, int], None]) -> None:
-        self._mixtures, self._on_run = mixtures, on_run
+    def __init__(
+        self, mixtures: Any, calibration: Calibration, on_run: Callable[[int, int], None]
+    ) -> None:
+        self._mixtures, self._calibration, self._on_run = mixtures, calibration, on_run
         self._done, self._total = 0, len(mixtures.paths) + len(WAYS)
 
     def alone(self, path: str) -> float:
@@ -190,7 +239,7 @@ class _Runs:
         """The same of the options that say what is chosen."""
         self._total += 1
         self._on_run(self._done, self._total)
-        return self.kl_of(_options(linears, self._mixtures.skipped))
+        return self.kl_of(_options(linears, self._mixtures.skipped, self._calibration))
 
     def _counted(self, kl: float) -> float:
         self._done += 1
@@ -293,7 +342,9 @@ def _with(each: Sensitivity, way: str) -> Sensitivity:
 # --- as options -----------------------------------------------------------------------------------
 
 
-def _options(linears: Sequence[Sensitivity], skipped: Sequence[str]) -> dict[str, Any]:
+def _options(
+    linears: Sequence[Sensitivity], skipped: Sequence[str], calibration: Calibration
+) -> dict[str, Any]:
     """Rules and a skip list; linears of a kind that agree are one pattern."""
     by_kind: dict[str, set[str]] = {}
     for each in linears:
@@ -313,8 +364,10 @@ def _options(linears: Sequence[Sensitivity], skipped: Sequence[str]) -> dict[str
         rules.append(("*", *WAYS[usual]))
     if rules:
         options["rules"] = rules
+    for way in quantised:
+        options |= columns_for(WAYS[way][0], calibration)
     in_float = [pattern for pattern, way in ways.items() if way == FLOAT]
-    if in_float:
-        # A skip list takes the place of the default one.
+    if in_float or (skipped and "calibration" in options):
+        # A skip list takes the place of the default one. With a calibration that lets the head in.
         options["skip"] = [*skipped, *in_float]
     return options

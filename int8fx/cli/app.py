@@ -375,12 +375,14 @@ def suggest(
     tokens: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="How many tokens of the text to run on.")
     ] = 256,
+    calibration: CalibrationOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measures what each linear costs in accuracy, and proposes options that keep a budget.
 
-    With --kl the fastest that keep it, with --memory the most accurate.
+    With --kl the fastest that keep it, with --memory the most accurate. int8-rotated is tried with the
+    columns of --calibration, or else of the text's tokens.
     """
     progress = Console(stderr=True)
     above_zero("--kl", kl)
@@ -399,5 +401,5 @@ def suggest(
     loaded, token_ids = load_with_tokens(model, text, progress)
     inputs = {"input_ids": token_ids[None, :tokens], "use_cache": False}
     with step(progress, "Measuring each linear, then mixtures", counted=True) as on_run:
-        suggestion = run(loaded, inputs, budget=budget, on_run=on_run)
+        suggestion = run(loaded, inputs, budget=budget, calibration=calibration, on_run=on_run)
     print_json(suggestion.to_dict()) if json else Console().print(suggestion)
