@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from int8fx.kernels import table
+from int8fx.kernels.cpu import grouped
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.gpu import device as gpu
 from int8fx.kernels.gpu import packing
+from int8fx.kernels.ops import grouped_linear
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.rotated_linear import rotated_linears
 from int8fx.kernels.schemes.static_columns import BESIDE_OUTLIERS
@@ -45,6 +47,7 @@ _CPU = table.Kernel(
     joined=_cpu_operator,
     attends=_cpu_attends,
 )
+_CPU_GROUPS = table.Kernel("C++", cpu.load, grouped.pack, grouped.packed_shape, grouped.unpack)
 table.KERNELS.update(
     {
         table.key_of("cpu"): _CPU,
@@ -61,6 +64,10 @@ table.KERNELS.update(
             whole_rows=True,
             slower=gpu.slower,
         ),
+        **{
+            table.key_of("cpu", grouped_linear.FAMILY, operator): _CPU_GROUPS
+            for operator in grouped_linear.OPERATORS
+        },
         table.key_of("cpu", operator=ROTATED): dataclasses.replace(_CPU, joined=_cpu_rotated_operator),
         table.key_of("cpu", operator=BESIDE_OUTLIERS): dataclasses.replace(_CPU, joined=None),
         table.key_of("cuda", operator=ROTATED): table.Kernel(

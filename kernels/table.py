@@ -100,8 +100,29 @@ def key_of(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) ->
 KERNELS: dict[Key, Kernel] = {}
 
 
-@functools.cache
-def kernel_for(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -> Kernel | None:
+class _Remembered:
+    """As ``functools.cache`` does it, and Dynamo traces a call: what was found is in a dict, where that
+    takes the function apart, which loads a kernel under a lock."""
+
+    def __init__(self, find: Callable[[str, str, str], Kernel | None]) -> None:
+        self._find = find
+        self._found: dict[Key, Kernel | None] = {}
+        functools.update_wrapper(self, find)
+
+    def __call__(
+        self, device_type: str, family: str = INT8, operator: str = INT8_LINEAR
+    ) -> Kernel | None:
+        key = key_of(device_type, family, operator)
+        if key not in self._found:
+            self._found[key] = self._find(device_type, family, operator)
+        return self._found[key]
+
+    def cache_clear(self) -> None:
+        self._found.clear()
+
+
+@_Remembered
+def kernel_for(device_type: str, family: str, operator: str) -> Kernel | None:
     """The kernel that serves a device, loaded; None when none does (``refusal`` says why)."""
     kernel = KERNELS.get(key_of(device_type, family, operator))
     if kernel is None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import int8fx.cli.app
 from int8fx.bench import models, smollm2
 from int8fx.errors import UserError
+from int8fx.testing.toy_llama import saved_model
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
@@ -35,6 +36,7 @@ def test_help_lists_the_commands():
     result = CliRunner().invoke(int8fx.cli.app.app, ["--help"])
     assert result.exit_code == 0
     commands = ("demo", "explain", "evaluate", "calibrate", "quantize", "bench", "suggest")
+    commands += ("compile", "run")
     assert [name for name in commands if name not in result.output] == []
 
 
@@ -47,6 +49,16 @@ def test_help_imports_no_model_code():
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_running_and_help_import_no_torch():
+    """From the console script, which begins in ``int8fx_run``."""
+    for arguments in (["--help"], ["run", "--help"], ["run", "./nowhere", "x"]):
+        script = (
+            f"import sys; sys.argv = ['int8fx', *{arguments}]; from int8fx_run import main; main();"
+            "sys.exit('torch' in sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -54,8 +66,8 @@ def test_help_imports_no_model_code():
         (["demo", "--tokens", "many"], ["--tokens", "'many'", "whole numbers from 1"]),
         (["demo", "--modle", "x"], ["--modle", "--help"]),
         (["dmo"], ["'dmo'", "demo"]),
-        (["demo", "--model", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
-        (["demo", "--model", "missing.gguf"], ["missing.gguf", "no such file"]),
+        (["demo", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
+        (["demo", "missing.gguf"], ["missing.gguf", "no such file"]),
         (["quantize", "./nowhere", "out"], ["./nowhere", "a directory", "hub"]),
         (["quantize", "model.gguf", "out"], ["MODEL model.gguf", "a float model"]),
         (["quantize", "./nowhere", "."], ["OUT .", "is there already"]),
@@ -72,6 +84,13 @@ def test_help_imports_no_model_code():
         (["explain", "--text", "nowhere.txt"], ["--text nowhere.txt", "No such file"]),
         (["explain", "--threshold", "-1"], ["'threshold'", "-1.0", "a number >= 0"]),
         (["explain", "--scheme", "int9"], ["'scheme'", "'int9'", "'llm.int8'"]),
+        (["compile", "./nowhere"], ["./nowhere", "a directory", "hub"]),
+        (["compile", "--out", "."], ["--out .", "is there already"]),
+        (["compile", "--context", "0"], ["--context", "'0'", "whole numbers from 1"]),
+        (["compile", "--dtype", "int4"], ["--dtype int4", "float32, bfloat16, float16"]),
+        (["run", "./nowhere", "x"], ["nowhere: no folder that int8fx compile wrote"]),
+        (["run", "./nowhere"], ["PROMPT", "--chat"]),
+        (["run", "./nowhere", "x", "--tokens", "0"], ["--tokens", "'0'", "whole numbers from 1"]),
         (["suggest"], ["one of --kl NATS and --memory MIB"]),
         (["suggest", "--kl", "0.01", "--memory", "99"], ["one of --kl NATS and --memory MIB"]),
         (["suggest", "--kl", "0"], ["--kl 0", "> 0"]),
@@ -87,13 +106,15 @@ def test_bad_input_is_one_line(capsys, arguments, words):
     assert not any("Traceback" in line for line in err)
 
 
-@pytest.mark.parametrize("option", ["--html", "--plot"])
-def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(capsys, monkeypatch, tmp_path, option):
+@pytest.mark.parametrize(("option", "ending"), [("--html", "html"), ("--plot", "png")])
+def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(
+    capsys, monkeypatch, tmp_path, option, ending
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(
         "int8fx.bench.texts.load_with_tokens", lambda *_, **__: pytest.fail("it was loaded")
     )
-    code, _, err = run(capsys, "explain", option, str(tmp_path / "figure.png"))
+    code, _, err = run(capsys, "explain", option, str(tmp_path / f"figure.{ending}"))
     assert code == 1
     assert "drawing needs matplotlib" in err[-1] and 'pip install "int8fx[plot]"' in err[-1]
 
@@ -298,21 +319,6 @@ def test_cache_directory_follows_the_platform(monkeypatch, tmp_path, platform, v
 
 # As many tokens as suggest is given below.
 EVALUATED = ["--windows", "1", "--length", "32"]
-
-
-def saved_model(directory):
-    """A random Llama and a tokenizer of a few words, as files."""
-    from test_explain import tiny
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    model = tiny()
-    model.save_pretrained(directory)
-    words = {f"w{index}": index for index in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
-    return model
 
 
 def test_quantize_writes_what_from_pretrained_reads(capsys, tmp_path):

@@ -17,7 +17,7 @@ from int8fx.analysis.suggest import (
     Sensitivity,
     _within_kl,
 )
-from int8fx.errors import BudgetError, CalibrationError
+from int8fx.errors import BudgetError
 from int8fx.testing.support import compile_once
 
 K, V = 32, 24
@@ -81,7 +81,7 @@ def test_a_budget_of_kl_is_kept_by_what_the_sensitive_linear_needs(model, x):
 
 
 def test_what_is_estimated_is_near_what_is_measured(model, x):
-    mixtures = Mixtures(model, (x,), {}, WAYS, int8fx.calibrate(model, [x]))
+    mixtures = Mixtures(model, (x,), {}, WAYS, {"calibration": int8fx.calibrate(model, [x])})
     for each in int8fx.suggest(model, x, budget={"kl": 1.0}).linears:
         assert each.kl["llm.int8"] == mixtures.kl({each.path: "llm.int8"})
         for way in WAYS:
@@ -123,19 +123,23 @@ def test_rotated_is_proposed_with_the_columns_of_the_inputs(tmp_path):
     calibration = found.options["calibration"]
     assert calibration == int8fx.calibrate(model, [x]) and found.columns_of_inputs
     shown = " ".join(str(found).split())
-    assert "'calibration': 'calibration.json'" in shown and "columns: those of the inputs" in shown
-    written = json.loads(json.dumps(found.to_dict()))["options"]["calibration"]
+    assert "'calibration': 'calibration.json'" in shown and "the largest of these inputs" in shown
+    found.save(tmp_path / "options.json")
     path = tmp_path / "calibration.json"
-    path.write_text(json.dumps(written))
-    given = int8fx.suggest(model, x, budget=budget, calibration=path)
+    assert json.loads(json.dumps(found.to_dict()))["options"]["calibration"] == json.loads(
+        path.read_text()
+    )
+    options = int8fx.load_options(tmp_path / "options.json")
+    assert measured_kl(model, x, options) == pytest.approx(found.kl, rel=0.01, abs=1e-7)
+    given = int8fx.suggest(model, x, budget=budget, options={"calibration": path})
     assert given.options == found.options and given.kl == found.kl and not given.columns_of_inputs
-    assert "columns: those of the inputs" not in str(given)
+    assert "the largest of these inputs" not in str(given)
 
 
 def test_a_calibration_of_another_model_is_an_error(model, x):
     other = int8fx.calibrate(Loud(), [loud_inputs()])
-    with pytest.raises(CalibrationError, match="Loud"):
-        int8fx.suggest(model, x, budget={"kl": 1.0}, calibration=other)
+    with pytest.raises(Exception, match=r"CalibrationError: blocks.0: N=32, K=32.*which is of a Loud"):
+        int8fx.suggest(model, x, budget={"kl": 1.0}, options={"calibration": other})
 
 
 def test_no_divergence_at_all_is_float(model, x):

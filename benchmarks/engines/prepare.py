@@ -4,6 +4,8 @@ Each engine has an environment of its own, since they ask for other versions of 
 is there already stays.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -98,11 +100,28 @@ def version(python: Path, package: str) -> str:
     ).stdout.strip()
 
 
+def readable(model: Path, forms: Path) -> Path:
+    """The model as transformers 4 reads it, too, which some converters ask for.
+
+    It knows no ``rope_parameters``, and would take another base of the rotation in silence.
+    """
+    copy = forms / "transformers"
+    if not copy.exists():
+        unfinished = forms / "transformers.part"
+        shutil.copytree(model, unfinished, dirs_exist_ok=True)
+        config = json.loads((model / "config.json").read_text())
+        config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta", 10000.0))
+        (unfinished / "config.json").write_text(json.dumps(config, indent=1))
+        unfinished.rename(copy)
+    return copy
+
+
 def converted(engine: Engine, python: Path, model: Path, forms: Path) -> Path:
+    """The model as the engine reads it, made if it is not there."""
     target = forms / engine.form
     if not target.exists():
         unfinished = forms / f"{engine.form}.part"
-        engine.convert(python, model, unfinished)
+        engine.convert(python, readable(model, forms), unfinished)
         unfinished.rename(target)
     return target
 

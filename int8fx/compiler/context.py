@@ -22,7 +22,6 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         fake_mode=compilation.fake_mode,
         find_memory=compilation.memory,
         devices=tuple(sorted(compilation.devices)),
-        find_memory_now=compilation.memory_now,
         needs_autograd=compilation.needs_autograd,
         for_inductor=for_inductor,
         cpp_wrapper=compilation.cpp_wrapper,

@@ -36,7 +36,7 @@ from int8fx.kernels.schemes.settings import NotAllowed, one_of, setting
 from int8fx.kernels.schemes.static_columns import OPERATOR, operands, static_columns, which
 
 
-def _block(value: Any) -> int:
+def allowed_block(value: Any) -> int:
     allowed = allowed_blocks(ROTATIONS[0])
     if isinstance(value, bool) or value not in allowed:
         raise NotAllowed(", ".join(map(str, allowed)))
@@ -51,7 +51,7 @@ class Rotation:
     columns: which columns of x stay in 16-bit. As an option also how many of a calibration's.
     """
 
-    block: int = setting(64, _block)
+    block: int = setting(64, allowed_block)
     rotation: str = setting("hadamard", one_of(*ROTATIONS))
     columns: int | tuple[int, ...] = setting((), static_columns)
 
