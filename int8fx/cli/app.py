@@ -492,7 +492,8 @@ def suggest(
     """Measures what each linear costs in accuracy, and proposes options that keep a budget.
 
     With --kl the fastest that keep it, with --memory the most accurate. Each --scheme is a way that a
-    linear may run in, the fastest first. What --rule, --skip and --only decide stays as they say.
+    linear may run in, the fastest first. What --rule, --skip and --only decide stays as they say. The
+    columns of int8-rotated are those of --calibration, or else the largest of the text's tokens.
     """
     progress = Console(stderr=True)
     budget = _budget(kl, memory)
