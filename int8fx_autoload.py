@@ -4,7 +4,8 @@ torch calls ``autoload`` at the end of ``import torch``, wherever int8fx is inst
 ``torch.backends``; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` in the environment switches that off), and
 ``import int8fx`` calls ``register``. From then on, without an import of int8fx:
 
-    transformers  knows the quantisation "int8fx", so from_pretrained reads int8 files;
+    transformers  knows the quantisation "int8fx", so from_pretrained reads int8 files; it reads those
+                  of GPTQ, AWQ and others, too, where the package of their owner is missing;
     diffusers     the same;
     accelerate    knows the compiler backend "llmint8", so the Trainer takes it by its name.
 
@@ -13,6 +14,7 @@ package, imports nothing but the standard library, and waits until one of these 
 itself is imported by the first model that needs it.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import logging
@@ -24,7 +26,13 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 METHOD = "int8fx"
+READER = "int8fx-reader"
+# Whose files int8fx reads where nobody else can (``int8fx/integrations/transformers_readers.py``).
+READ = ("gptq", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "eetq", "hqq")
 BACKEND = "LLMINT8"  # accelerate spells all of them so
+
+# Whether ``import int8fx`` leaves out what needs torch, see ``int8fx_run.py``.
+light = False
 
 
 def autoload() -> None:
@@ -44,6 +52,16 @@ def register() -> None:
     after_import("diffusers.quantizers.auto", _add_to_diffusers)
     after_import("diffusers.models.modeling_utils", _add_to_diffusers)
     after_import("accelerate.utils.dataclasses", _add_backend)
+
+
+def make_whole() -> None:
+    """Imports what ``import int8fx`` left out, once torch is there."""
+    global light
+    light = False
+    native: Any = sys.modules.get("int8fx.ahead.native")
+    if native is not None:
+        native.forget_definitions()
+    importlib.reload(sys.modules["int8fx"])
 
 
 # --- transformers --------------------------------------------------------------------------------
@@ -74,6 +92,41 @@ def _add_quantizer() -> None:
 
     auto.register_quantization_config(METHOD)(Int8FxConfig)
     auto.register_quantizer(METHOD)(Int8FxQuantizer)
+    _add_readers(auto)
+
+
+def _add_readers(auto: Any) -> None:
+    """Who reads a file is decided when there is one."""
+
+    class ReaderQuantizer(auto.HfQuantizer):
+        """Stands for ``int8fx.integrations.transformers_readers.ReaderQuantizer``."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            from int8fx.integrations.transformers_readers import ReaderQuantizer
+
+            return ReaderQuantizer(*args, **kwargs)
+
+    auto.register_quantizer(READER)(ReaderQuantizer)
+    configs = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    for method in READ:
+        if method in configs:
+            configs[method] = _reading(method, configs[method])
+
+
+def _reading(method: str, theirs: Any) -> Any:
+    """transformers' configuration of a method, whose files int8fx may read."""
+
+    class Reading(theirs):
+        """What makes a configuration of a file's; all else is as it was."""
+
+        @classmethod
+        def from_dict(cls, config_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            from int8fx.integrations.transformers_readers import config_of
+
+            return config_of(method, theirs, config_dict, *args, **kwargs)
+
+    Reading.__name__, Reading.__qualname__ = theirs.__name__, theirs.__qualname__
+    return Reading
 
 
 # --- diffusers -----------------------------------------------------------------------------------

@@ -115,14 +115,14 @@ class _Tiles:
 
 def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: int) -> Time:
     """``gemm.py`` with one row of its table; K in parts, they are written, and read by whoever comes
-    last to a tile. Short tiles start when tall ones have, each on the first processor that is free.
+    last to a tile. Plain tiles start when extended ones have, each on the first processor that is free.
 
     Args:
         config: a ``GemmConfig``.
         seen: its ``sass.Inspection``.
     """
     c = config
-    kinds = _kinds(gpu, c, seen, M, N, outliers)
+    kinds = tile_kinds(gpu, c, seen, M, N, outliers)
     step_k = c.block_k * c.unroll
     steps = math.ceil(math.ceil(K / step_k) / c.parts)
     slowest, cycles = [], []
@@ -145,7 +145,7 @@ def product(gpu: Gpu, config: Any, seen: Any, M: int, N: int, K: int, outliers: 
     crossing = {1: 0, 2: 2}.get(c.parts, 2 * c.parts - 1)
     sums = 4 * crossing * kinds[-1].programs * c.block_m * c.block_n
     limits = {
-        slowest[0]: _busiest(gpu, blocks, programs, cycles) / (gpu.clock * 1e9),
+        slowest[0]: busiest(gpu, blocks, programs, cycles) / (gpu.clock * 1e9),
         "memory": nbytes / (gpu.dram * DRAM_SHARE),
         "L2": (operands + sums) / gpu.l2,
     }
@@ -161,24 +161,26 @@ def _drains(gpu: Gpu, config: Any, seen: Any, tiles: int) -> bool:
     return is_alone and any("IGMMA" in loop for loop in seen.loops)
 
 
-def _kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> list[_Tiles]:
-    """The tall tiles of a product, if there are such, and the short ones, in the order of programs."""
+def tile_kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> list[_Tiles]:
+    """The extended tiles of a product, if there are such, and the plain ones, as programs take them."""
     from int8fx.kernels.gpu.configs import product_tiles
-    from int8fx.kernels.gpu.gather import BLOCK_O
 
     c = config
     tiles_n = math.ceil(N / c.block_n)
-    tall, short = product_tiles(M, tiles_n, gpu.processors, c.block_m, c.extra_m)
+    extended, plain = product_tiles(M, tiles_n, gpu.processors, c.block_m, c.extra_m)
     if not c.extra_m:
-        return [_Tiles(short, c.block_m, _loop_instructions(seen))]
-    of_short, of_tall = (sum(loop.values()) for loop in _int8_loops(seen))
+        return [_Tiles(plain, c.block_m, _loop_instructions(seen))]
+    of_plain, of_extended = (sum(loop.values()) for loop in _int8_loops(seen))
     # Of the loop over outliers, which loads nothing ahead, the first loads are among TILE_CYCLES.
-    waits = max(0, math.ceil(outliers / BLOCK_O) - 1)
-    kinds = [_Tiles(tall, c.block_m + c.extra_m, of_tall, waits), _Tiles(short, c.block_m, of_short)]
+    waits = max(0, _outlier_steps(outliers) - 1)
+    kinds = [
+        _Tiles(extended, c.block_m + c.extra_m, of_extended, waits),
+        _Tiles(plain, c.block_m, of_plain),
+    ]
     return [kind for kind in kinds if kind.programs]
 
 
-def _busiest(gpu: Gpu, blocks: int, programs: Sequence[int], cycles: Sequence[float]) -> float:
+def busiest(gpu: Gpu, blocks: int, programs: Sequence[int], cycles: Sequence[float]) -> float:
     """Cycles of the processor that ends last.
 
     Args:
@@ -199,7 +201,7 @@ def _busiest(gpu: Gpu, blocks: int, programs: Sequence[int], cycles: Sequence[fl
 
 
 def _int8_loops(seen: Any) -> list[dict[str, int]]:
-    """The int8 loops, short ones first; none on AMD, whose code is not split into loops."""
+    """The int8 loops, plain ones first; none on AMD, whose code is not split into loops."""
     return [loop for loop in seen.loops if any("IMMA" in n or "IGMMA" in n for n in loop)]
 
 
@@ -234,12 +236,11 @@ def quantize_gather(
     rows = (3 * M * K + 4 * M) if quantizes else M * min(SECTOR * outliers, 2 * K)
     nbytes = rows + 4 * outliers * M + sum(widths) * outliers * (SECTOR + 2)
     memory = nbytes / (gpu.dram * DRAM_SHARE)
-    of_w, of_x, of_rows = _gather_instructions(gathers, quantizes, shape, K, outliers)
-    # The witness and what it names, for each part of the list; the list and what it lists, for each
-    # block of outliers. Who quantises waits for the first two, those of each chunk beside the second of
-    # the one before, and for the rows of each later step.
-    listing = math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"]))
-    waits = 2 * listing + 2 * math.ceil(outliers / shape["BLOCK_O"])
+    of_w, of_x, of_rows = gather_instructions(gathers, quantizes, shape, K, outliers)
+    # The candidate rows and their elements, for each part of the list; the list and what it lists, for
+    # each block of outliers. Who quantises waits for the first two, those of each chunk beside the
+    # second of the one before, and for the rows of each later step.
+    waits = 2 * _listing_steps(shape, K) + 2 * _outlier_steps(outliers)
     programs = [(of_w, waits)] * sum(math.ceil(N / shape["GATHER_ROWS"]) for N in widths)
     programs += [(of_x, waits)] * math.ceil(M / shape["GATHER_ROWS"])
     if quantizes:
@@ -259,7 +260,7 @@ def quantize_gather(
     return max((time(each) for each in range(gpu.processors)), key=lambda each: each.seconds)
 
 
-def _gather_instructions(
+def gather_instructions(
     gathers: Any, quantizes: Any, shape: dict[str, int], K: int, outliers: int
 ) -> tuple[int, int, int]:
     """Of a warp that gathers from a weight, from x, and of one that quantises rows; 0 on AMD."""
@@ -269,8 +270,8 @@ def _gather_instructions(
     (of_w,) = [loop for loop in gathering if any(name.startswith("I2F") for name in loop)]
     (of_x,) = [loop for loop in gathering if loop is not of_w]
     once = instructions(gathers) - _size(of_w) - _size(of_x) - _size(listing)
-    listed = once + math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"])) * _size(listing)
-    steps = math.ceil(outliers / shape["BLOCK_O"])
+    listed = once + _listing_steps(shape, K) * _size(listing)
+    steps = _outlier_steps(outliers)
     rows = 0
     if quantizes:
         if not shape["CHUNKS"]:
@@ -281,6 +282,18 @@ def _gather_instructions(
             (step,) = [loop for loop in quantizes.loops if any(n.startswith("HMNMX2") for n in loop)]
             rows += (shape["STEPS"] - 1) * _size(step)
     return listed + steps * _size(of_w), listed + steps * _size(of_x), rows
+
+
+def _listing_steps(shape: dict[str, int], K: int) -> int:
+    from int8fx.kernels.gpu.columns import NEIGHBOURS
+
+    return math.ceil(K / (shape["LIST_BLOCK"] * NEIGHBOURS.value))
+
+
+def _outlier_steps(outliers: int) -> int:
+    from int8fx.kernels.gpu.tiles import BLOCK_O
+
+    return math.ceil(outliers / BLOCK_O.value)
 
 
 def instructions(seen: Any) -> int:
@@ -303,14 +316,14 @@ def _slowest(gpu: Gpu, limits: dict[str, float]) -> Time:
 
 
 # What the kernel of a norm moves, bytes an element: through memory, x in and results out, and what it
-# stores for outliers alone (the witness), a sector for each, which stays in L2. Inductor's reads x up
-# to three times; again is from a processor's own cache.
+# stores for outliers alone (candidate rows), a sector for each, which stays in L2. Inductor's reads x
+# up to three times; again is from a processor's own cache.
 MOVES = {
     "fp16": (4, 0),  # h
     "column": (2, 1),
     "token": (3, 1),  # x_int8
     "none": (3, 0),  # x_int8
-    "digits": (6, 0),  # x_int8 and three digits
+    "residues": (6, 0),  # x_int8 and three residues
 }
 
 
@@ -375,13 +388,14 @@ def _quantizing_loops(
 ) -> list[tuple[int, int, int]]:
     """What a program that quantises does besides the product, for fp16: of each of its loops the
     instructions of a warp, how often it runs, and how many loads it waits for, one after another."""
-    from int8fx.kernels.gpu.decode import look_shape
+    from int8fx.kernels.gpu.decode import scan_shape
+    from int8fx.kernels.gpu.tiles import STEP_O
 
-    shape = look_shape(2, num_warps, 32, K // parts)
+    shape, step_o = scan_shape(2, num_warps, 32, K // parts), STEP_O.value
     kinds = {
         "FFMA": (math.ceil(K / parts / shape["QUANTIZE_BLOCK"]), 1),  # quantise
-        "HMNMX": (math.ceil(K / shape["LOOK_BLOCK"]), 1),  # columns and scales
-        "HMMA": (math.ceil(math.ceil(outliers / parts) / shape["BLOCK_O"]), 2),
+        "HMNMX": (math.ceil(K / shape["SCAN_BLOCK"]), 1),  # columns and scales
+        "HMMA": (math.ceil(math.ceil(outliers / parts) / step_o), 2),
         "SHFL": (math.ceil(K / (16 * shape["LIST_BLOCK"])), 1),  # the list
     }
     found = []

@@ -20,7 +20,7 @@ import torch
 from gpu_day import acceptance
 from gpu_day.shapes import LAYERS, OUTLIERS, WAYS, Layer
 
-from int8fx.kernels.gpu import configs, decode, digits
+from int8fx.kernels.gpu import configs, decode, residues
 from int8fx.kernels.gpu.gather import launch_shape
 from int8fx.testing.gpuless import specimens
 
@@ -45,18 +45,18 @@ as speed.
 128 x 256 reads 384 bytes for every 32,768 products, and Triton 3.9 has no multicast to share them
 between processors: with `num_ctas=2` and 256 x 256 for two of them, by pointers as by TMA descriptors,
 there is none in the PTX, and each keeps the whole of one operand in its shared memory. *192x256* is a
-mix of tall tiles and of 128 x 256 (`kernels/gpu/tall.py`): 448 bytes for every 49,152. *Quantising* is
-what each program of the decode kernel does for itself at 2 to 16 tokens. Loads that wait for one
-another are counted in full on top of everything else: in what gathers (the witness of a column, the
-outlier that it names, the list, what it lists), and at the end of a product that is split. The
+mix of such tiles and of 128 x 256 (`kernels/gpu/mixed_tiles.py`): 448 bytes for every 49,152.
+*Quantising* is what each program of the decode kernel does for itself at 2 to 16 tokens. Loads that
+wait for one another are counted in full on top of everything else: in what gathers (the candidate row
+of a column, its element, the list, what it lists), and at the end of a product that is split. The
 instructions of a norm are those of our kernel (`kernels/gpu/norm.py`), compiled for each GPU. Of fp16,
 of up to 16 tokens, and without outliers they are those of the code that Inductor generates for an H100
 (`int8fx/testing/gpuless/norm_kernels.py`). AMD's are not modelled.
 
 Not in the model, either: Triton leaves no int8 product in flight on an H100. It waits once in a step
-of a short tile, and twice in one of a tall tile, which is 1.5 times as much work. By an estimate, 70 to
-100 cycles for each wait, beyond the share of the tensor cores' rate that all products get, would undo
-what tall tiles gain for q/k/v and o. `mode="max-autotune"` tries both.
+of 128 rows, and twice in one of 192, which is 1.5 times as much work. By an estimate, 70 to 100 cycles
+for each wait, beyond the share of the tensor cores' rate that all products get, would undo what tiles
+of 192 rows gain for q/k/v and o. `mode="max-autotune"` tries both.
 
 | GPU | linears | tokens | fp16 | column | ratio | token | ratio | configuration | limited by |
 |---|---|---|---|---|---|---|---|---|---|
@@ -242,8 +242,8 @@ class Modelled:
         """Seconds of the norm; the product, and its label."""
         gpu, N, K = self.gpu, layer.N, layer.K
         quantizes = M > 1 and way == "column"
-        # Rows that quantise alone come with three more, their outliers' digits.
-        rows = 16 if quantizes else decode.tile_rows(M, digits.DIGITS)
+        # Rows that quantise alone come with three more, their outliers' residues.
+        rows = 16 if quantizes else decode.tile_rows(M, residues.RESIDUES)
         kind, outliers = ("quantises", OUTLIERS) if quantizes else (f"rows {rows}", 0)
         times = []
         for config in configs.decode_configs(gpu.arch, kind, N, K, gpu.processors):
@@ -251,7 +251,7 @@ class Modelled:
             seen = specimens.decode(gpu.arch, kind, config, columns=K // parts).inspection
             time = gpu_model.decode(gpu, config, seen, M, N, K, parts, rows, outliers)
             times.append((time, _label(rows, config.block_n, parts)))
-        before = self.norm(M, K, "fp16" if quantizes else "digits").seconds
+        before = self.norm(M, K, "fp16" if quantizes else "residues").seconds
         return before, min(times, key=lambda pair: pair[0].seconds)
 
 

@@ -71,6 +71,8 @@ CONTENDERS: dict[str, Build] = {
     "llmint8 token": llmint8(decomposition="token"),
     "llmint8 threshold 0": llmint8(threshold=0),
     "llmint8 w8a16": llmint8(scheme="w8a16"),
+    "llmint8 rotated": llmint8(scheme="int8-rotated"),
+    "llmint8 rotated 8 columns": llmint8(scheme="int8-rotated", columns=tuple(range(8))),
     "llmint8 w8a16 fp32": in_fp32(llmint8(scheme="w8a16")),
     **{name: converted(name) for name in PEERS},
 }

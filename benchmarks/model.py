@@ -49,6 +49,7 @@ import int8fx
 from int8fx.bench import smollm2
 from int8fx.bench.contenders import Contender, in_bfloat16, weight_bytes
 from int8fx.bench.timing import Timing, machine, timing_of
+from int8fx.options import OUTPUT_HEADS
 
 PREFILL, DECODE = 512, 64
 DECODING = f"decode {DECODE}"
@@ -68,6 +69,19 @@ def compiled(backend: str, **options: Any) -> Build:
     return lambda model: torch.compile(model, backend=backend, dynamic=False, options=options or None)
 
 
+def rotated(**options: Any) -> Build:
+    """int8-rotated with the columns that 64 random tokens show."""
+
+    def build(model: nn.Module) -> Callable[..., Any]:
+        tokens = torch.randint(
+            model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1)
+        )
+        calibration = int8fx.calibrate(model, [{"input_ids": tokens}])
+        return compiled("llmint8", scheme="int8-rotated", calibration=calibration, **options)(model)
+
+    return build
+
+
 CONTENDERS: dict[str, Build] = {
     "bf16 eager": eager,
     "bf16 inductor": compiled("inductor"),
@@ -76,6 +90,9 @@ CONTENDERS: dict[str, Build] = {
     "llmint8 token": compiled("llmint8", decomposition="token"),
     "llmint8 threshold 0": compiled("llmint8", threshold=0),
     "llmint8 w8a16": compiled("llmint8", scheme="w8a16"),
+    "llmint8 column int8 head": compiled("llmint8", skip=[]),
+    "llmint8 rotated": rotated(skip=OUTPUT_HEADS),
+    "llmint8 rotated int8 head": rotated(),
     **{name: converted(name) for name in PEERS},
 }
 # They convert the model's modules in place; the others may share one model and its memory.

@@ -7,10 +7,12 @@ makes one, the option ``calibration`` takes it.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from int8fx.errors import CalibrationError
 from int8fx.kernels.schemes.static_columns import MOST_COLUMNS
@@ -138,3 +140,24 @@ def _integers(values: Sequence[Any]) -> tuple[int, ...]:
     if not all(type(value) is int for value in values):
         raise ValueError(f"{values!r}: allowed are whole numbers")
     return tuple(values)
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+def calls_of(batches: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """The arguments of a model's call for each of some batches, by position and by name.
+
+    Raises:
+        TypeError: ``batches`` is a single tensor or dict.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; needed is an iterable of batches, each a tensor, "
+            "a tuple of arguments, or a dict of keyword arguments"
+        )
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            yield (), dict(batch)
+        else:
+            yield (batch if isinstance(batch, tuple) else (batch,)), {}

@@ -23,6 +23,10 @@ class CalibrationError(UserError, ValueError):
     """A calibration that is of another model, or damaged: names what differs."""
 
 
+class ArtefactError(UserError, ValueError):
+    """A folder of ``int8fx compile`` that cannot run here: names the file, or what does not match."""
+
+
 class BudgetError(UserError, ValueError):
     """A budget that no choice of options keeps."""
 

@@ -72,6 +72,8 @@ class Options:
             back (``.data.mul_()``, numpy, another process) keeps its old values until
             ``int8fx.refresh(model)``; in-place edits, ``.data =``, ``load_state_dict``, optimizers'
             steps and peft's merges are seen all the same.
+        background: whether graphs run operator by operator while Inductor compiles them in a process
+            of its own (``compiler/background.py``). Others are compiled at once; the log says why.
         dump_graphs: a folder for each graph before and after each pass (``compiler/graphs.py``); None:
             nothing is written.
         skips_by_default: whether a weight that is also an embedding stays in float, and what is
@@ -99,6 +101,7 @@ class Options:
     attention: bool = False
     release_weights: bool = False
     check_weights: bool = True
+    background: bool = False
     dump_graphs: Path | None = None
     skips_by_default: bool = True
     given: frozenset[str] = frozenset()
@@ -150,7 +153,8 @@ class Options:
         if self.calibration is not None and not keeps:
             raise ValueError(
                 f"option 'calibration' of {taker}: {', '.join(scheme for scheme, _ in used)} keeps no "
-                "columns; allowed with scheme='int8-rotated' and with decomposition='static'"
+                "columns; allowed with scheme='int8-rotated', scheme='w4a8-group' and with "
+                "decomposition='static'"
             )
         for _, settings in used:
             columns = settings.get("columns")
@@ -165,19 +169,19 @@ class Options:
         """Of outliers, where a scheme has them."""
         return self.settings.get("threshold", SCHEMES[DEFAULT].choice().settings.threshold)
 
-    def choice(self, path: str, kept: Choice | None = None) -> Choice:
+    def choice(self, path: str, own: Choice | None = None) -> Choice:
         """The scheme of a module, and its settings.
 
         Args:
-            kept: what a quantised weight has from ``quantize_``: it goes before the defaults, and
-                behind what was given for this compile.
+            own: the one that a quantised weight has from ``quantize_``: it goes before the defaults,
+                and behind what was given for this compile.
         """
         rule = self.rule(path)
         if rule is not None:
-            return self.settled(SCHEMES[rule.scheme], path, kept)
-        if kept is not None and "scheme" not in self.given:
-            return self.settled(kept.scheme, path, kept)
-        return self.settled(SCHEMES[self.scheme], path, kept)
+            return self.settled(SCHEMES[rule.scheme], path, own)
+        if own is not None and "scheme" not in self.given:
+            return self.settled(own.scheme, path, own)
+        return self.settled(SCHEMES[self.scheme], path, own)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -192,12 +196,12 @@ class Options:
     def _chosen(self, rule: Rule | None) -> Choice:
         return self._settled(SCHEMES[self.scheme if rule is None else rule.scheme], rule, None)
 
-    def settled(self, scheme: Scheme, path: str, kept: Choice | None) -> Choice:
+    def settled(self, scheme: Scheme, path: str, own: Choice | None) -> Choice:
         """A scheme with the settings that a module has for it."""
-        return self._settled(scheme, self.rule(path), kept)
+        return self._settled(scheme, self.rule(path), own)
 
-    def _settled(self, scheme: Scheme, rule: Rule | None, kept: Choice | None) -> Choice:
-        settings = {} if kept is None else asdict(kept.settings)
+    def _settled(self, scheme: Scheme, rule: Rule | None, own: Choice | None) -> Choice:
+        settings = {} if own is None else asdict(own.settings)
         given = {**self.settings, **({} if rule is None else rule.settings)}
         # How many columns is asked of the calibration; which ones is a setting.
         settings |= {name: value for name, value in given.items() if not _is_count(name, value)}
@@ -463,5 +467,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "attention": _flag,
     "release_weights": _flag,
     "check_weights": _flag,
+    "background": _flag,
     "dump_graphs": _folder,
 }

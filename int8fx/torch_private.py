@@ -12,7 +12,9 @@ import re
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -324,7 +326,9 @@ def raised_as_it_is(error: Exception) -> Exception:
     return made(type(error))(str(error), first_useful_frame=sys._getframe(1))
 
 
-def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def compile_apart(
+    model: Callable[..., Any], backend: Callable[..., Any], fullgraph: bool = False
+) -> Callable[..., Any]:
     """``torch.compile`` with static shapes, in a cache that nobody else's compiles are in.
 
     What the user compiled of the model stays as it is and counts against no limit of ours: Dynamo
@@ -345,7 +349,15 @@ def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Cal
     apart = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
-    return torch.compile(apart, backend=handed_on, dynamic=False, **options)
+    return torch.compile(apart, backend=handed_on, dynamic=False, fullgraph=fullgraph, **options)
+
+
+def not_one_graph() -> tuple[type[Exception], ...]:
+    """What Dynamo raises where ``fullgraph`` is asked for and a model gives no graph for all sizes."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    return TorchDynamoException, ConstraintViolationError
 
 
 def current_compile() -> tuple[str, int]:
@@ -556,6 +568,97 @@ def compile_with_inductor(
     with _cache_tag(cache_tag):
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return compiled
+
+
+def compile_ahead(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    patches: dict[str, Any],
+    decompositions: dict[Any, Callable[..., Any]],
+    folder: Path,
+    name: str,
+) -> list[Path]:
+    """AOTInductor on a graph of Dynamo's kind: what it wrote into a folder.
+
+    Its library is among the files, and the list of operators that torch's C interface lacks.
+
+    Args:
+        inputs: fake ones; a size that varies is a symbol.
+        name: that the files begin with.
+    """
+    from torch._inductor.compile_fx import compile_fx_aot
+
+    _register_decompositions(decompositions)
+    patches = patches | {
+        "aot_inductor.package": True,
+        "aot_inductor.output_path": str(folder),
+        "aot_inductor.model_name_for_generated_files": name,
+    }
+    # Dynamo has renewed the mode of its own context meanwhile, and two do not mix.
+    with apart_from_dynamo(fake_mode_of(inputs)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of what it is about to drop
+        written: Any = compile_fx_aot(gm, list(inputs), config_patches=patches)
+    return [Path(each) for each in written if isinstance(each, str)]
+
+
+def sizes_as_calls(gm: fx.GraphModule) -> None:
+    """Replaces the inputs of a graph that are sizes of its other inputs: AOTInductor takes tensors."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = {node: node.meta["example_value"] for node in placeholders}
+    tensors = [node for node in placeholders if isinstance(values[node], Tensor)]
+    for node in placeholders:
+        if not isinstance(values[node], torch.SymInt):
+            continue
+        owner, dim = next(
+            (each, dim)
+            for each in tensors
+            for dim, size in enumerate(values[each].shape)
+            if isinstance(size, torch.SymInt) and size.node.expr == values[node].node.expr
+        )
+        with gm.graph.inserting_after(placeholders[-1]):
+            size = gm.graph.call_function(torch.ops.aten.sym_size.int, (owner, dim))
+        size.meta["example_value"] = values[node]
+        node.replace_all_uses_with(size)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+@contextlib.contextmanager
+def without_guards(fake_mode: Any) -> Iterator[None]:
+    """Decisions by the sizes of the example hold for all sizes, since the result is right for all."""
+    if fake_mode is None or fake_mode.shape_env is None:
+        yield
+    else:
+        with fake_mode.shape_env.suppress_guards():
+            yield
+
+
+def operator_named(name: str) -> Any:
+    """The operator ``namespace::name.overload`` that Python knows; ``.overload`` may be missing."""
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+
+
+def has_cpu_kernel(operator: Any) -> bool:
+    """Whether an operator is implemented for a CPU by itself, which those of int8fx are in C++."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
+
+
+@contextlib.contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Inductor compiles in this thread, and asks no pool of workers."""
+    from torch._inductor import config
+
+    with config.patch(compile_threads=1):
+        yield
+
+
+@contextlib.contextmanager
+def apart_from_dynamo(fake_mode: Any) -> Iterator[None]:
+    """For a compile outside of a backend, on fake inputs of this mode: the same twice has one key."""
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        yield
 
 
 def subgraph_call() -> Any:

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from int8fx.kernels import table
+from int8fx.kernels.cpu import grouped
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.gpu import device as gpu
 from int8fx.kernels.gpu import packing
+from int8fx.kernels.ops import grouped_linear
 from int8fx.kernels.ops import int8_linear as ops
+from int8fx.kernels.ops.rotated_linear import rotated_linears
+from int8fx.kernels.schemes.static_columns import BESIDE_OUTLIERS
 from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
 
 
@@ -26,8 +30,12 @@ def _cpu_attends(few: bool) -> bool:
     return few or cpu.isa() != "amx_int8"  # torch's multiplies many rows by AMX
 
 
-def _cuda_has_no_rotation() -> str:
-    return "rotations and static columns are in the CPU's kernels alone"
+def _cpu_rotated_operator() -> tuple[Any, int]:
+    return rotated_linears, 64
+
+
+def _cuda_has_none_beside_outliers() -> str:
+    return "outliers beside static columns are in the CPU's kernels alone"
 
 
 _CPU = table.Kernel(
@@ -39,6 +47,7 @@ _CPU = table.Kernel(
     joined=_cpu_operator,
     attends=_cpu_attends,
 )
+_CPU_GROUPS = table.Kernel("C++", cpu.load, grouped.pack, grouped.packed_shape, grouped.unpack)
 table.KERNELS.update(
     {
         table.key_of("cpu"): _CPU,
@@ -55,10 +64,26 @@ table.KERNELS.update(
             whole_rows=True,
             slower=gpu.slower,
         ),
-        table.key_of("cpu", operator=ROTATED): dataclasses.replace(_CPU, joined=None),
+        **{
+            table.key_of("cpu", grouped_linear.FAMILY, operator): _CPU_GROUPS
+            for operator in grouped_linear.OPERATORS
+        },
+        table.key_of("cpu", operator=ROTATED): dataclasses.replace(_CPU, joined=_cpu_rotated_operator),
+        table.key_of("cpu", operator=BESIDE_OUTLIERS): dataclasses.replace(_CPU, joined=None),
         table.key_of("cuda", operator=ROTATED): table.Kernel(
+            "Triton",
+            gpu.load,
+            packing.pack,
+            packing.packed_shape,
+            packing.unpack,
+            falls_back=False,
+            joined=gpu.rotated_operator,
+            normed=gpu.rotated_norm_operator,
+            without_experts="the GPU's kernels of experts have no rotation",
+        ),
+        table.key_of("cuda", operator=BESIDE_OUTLIERS): table.Kernel(
             "none",
-            _cuda_has_no_rotation,
+            _cuda_has_none_beside_outliers,
             table.as_it_is,
             table.same_shape,
             table.still_as_it_is,

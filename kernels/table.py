@@ -45,6 +45,7 @@ class Kernel:
             (``kernels/ops/attention.py``).
         whole_rows: whether Inductor generates the quantisation of a row, in the kernel that computes
             the row, so that it must not split long rows.
+        without_experts: why rows that each meet the matrix of their expert stay in float, or empty.
         slower: why a scheme's product, by the scheme's name and a number of rows, would be slower than
             the 16-bit one, so that it stays in float; or empty.
     """
@@ -61,6 +62,7 @@ class Kernel:
     experts: Callable[[], Any] = lambda: None
     attends: Callable[[bool], bool] = lambda few: False
     whole_rows: bool = False
+    without_experts: str = ""
     slower: Callable[[str, Any], str] = lambda scheme, rows: ""
 
     def operators(self) -> frozenset[Any]:
@@ -98,8 +100,29 @@ def key_of(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) ->
 KERNELS: dict[Key, Kernel] = {}
 
 
-@functools.cache
-def kernel_for(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -> Kernel | None:
+class _Remembered:
+    """As ``functools.cache`` does it, and Dynamo traces a call: what was found is in a dict, where that
+    takes the function apart, which loads a kernel under a lock."""
+
+    def __init__(self, find: Callable[[str, str, str], Kernel | None]) -> None:
+        self._find = find
+        self._found: dict[Key, Kernel | None] = {}
+        functools.update_wrapper(self, find)
+
+    def __call__(
+        self, device_type: str, family: str = INT8, operator: str = INT8_LINEAR
+    ) -> Kernel | None:
+        key = key_of(device_type, family, operator)
+        if key not in self._found:
+            self._found[key] = self._find(device_type, family, operator)
+        return self._found[key]
+
+    def cache_clear(self) -> None:
+        self._found.clear()
+
+
+@_Remembered
+def kernel_for(device_type: str, family: str, operator: str) -> Kernel | None:
     """The kernel that serves a device, loaded; None when none does (``refusal`` says why)."""
     kernel = KERNELS.get(key_of(device_type, family, operator))
     if kernel is None:
@@ -143,13 +166,23 @@ def without_kernel(weights: str, family: str, operator: str) -> str:
 
 def joined(device_type: str) -> tuple[Any, int] | None:
     """``Kernel.joined`` of the kernel that serves a device."""
-    kernel = kernel_for(device_type)
+    return joined_by(INT8_LINEAR, device_type)
+
+
+def joined_by(operator: str, device_type: str) -> tuple[Any, int] | None:
+    """The same of the kernel that serves an operator."""
+    kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None or kernel.joined is None else kernel.joined()
 
 
 def normed(device_type: str) -> Any:
     """``Kernel.normed`` of the kernel that serves a device."""
-    kernel = kernel_for(device_type)
+    return normed_by(INT8_LINEAR, device_type)
+
+
+def normed_by(operator: str, device_type: str) -> Any:
+    """The same of the kernel that serves an operator."""
+    kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None else kernel.normed()
 
 
@@ -157,6 +190,12 @@ def experts(device_type: str) -> Any:
     """``Kernel.experts`` of the kernel that serves a device."""
     kernel = kernel_for(device_type)
     return None if kernel is None else kernel.experts()
+
+
+def without_experts(device_type: str, operator: str) -> str:
+    """``Kernel.without_experts`` of the kernel that serves an operator on a device."""
+    kernel = kernel_for(device_type, operator=operator)
+    return "" if kernel is None else kernel.without_experts
 
 
 def with_whole_rows() -> frozenset[Any]:

@@ -15,6 +15,7 @@ from int8fx.passes.graph.outline import outline
 from int8fx.passes.int8.defer_split_k_reduction import defer_split_k_reduction
 from int8fx.passes.int8.fold_biases import fold_biases
 from int8fx.passes.int8.fuse_norms import fuse_norms
+from int8fx.passes.int8.join_grouped import join_grouped
 from int8fx.passes.int8.join_linears import join_linears
 from int8fx.passes.int8.join_rotated import join_rotated
 from int8fx.passes.int8.serve_experts import serve_experts
@@ -65,6 +66,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("fold_biases", fold_biases),
     Pass("join_linears", join_linears),
     Pass("join_rotated", join_rotated),
+    Pass("join_grouped", join_grouped),
     Pass("serve_experts", serve_experts),
     Pass("defer_split_k_reduction", defer_split_k_reduction),
     Pass("fuse_norms", fuse_norms, where(without_gradients, with_norms)),

@@ -36,6 +36,7 @@ def test_help_lists_the_commands():
     result = CliRunner().invoke(int8fx.cli.app.app, ["--help"])
     assert result.exit_code == 0
     commands = ("demo", "explain", "evaluate", "calibrate", "quantize", "bench", "suggest")
+    commands += ("compile", "run")
     assert [name for name in commands if name not in result.output] == []
 
 
@@ -46,6 +47,16 @@ def test_help_imports_no_model_code():
         "sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_running_and_help_import_no_torch():
+    """From the console script, which begins in ``int8fx_run``."""
+    for arguments in (["--help"], ["run", "--help"], ["run", "./nowhere", "x"]):
+        script = (
+            f"import sys; sys.argv = ['int8fx', *{arguments}]; from int8fx_run import main; main();"
+            "sys.exit('torch' in sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +84,13 @@ def test_help_imports_no_model_code():
         (["explain", "--text", "nowhere.txt"], ["--text nowhere.txt", "No such file"]),
         (["explain", "--threshold", "-1"], ["'threshold'", "-1.0", "a number >= 0"]),
         (["explain", "--scheme", "int9"], ["'scheme'", "'int9'", "'llm.int8'"]),
+        (["compile", "./nowhere"], ["./nowhere", "a directory", "hub"]),
+        (["compile", "--out", "."], ["--out .", "is there already"]),
+        (["compile", "--context", "0"], ["--context", "'0'", "whole numbers from 1"]),
+        (["compile", "--dtype", "int4"], ["--dtype int4", "float32, bfloat16, float16"]),
+        (["run", "./nowhere", "x"], ["nowhere: no folder that int8fx compile wrote"]),
+        (["run", "./nowhere"], ["PROMPT", "--chat"]),
+        (["run", "./nowhere", "x", "--tokens", "0"], ["--tokens", "'0'", "whole numbers from 1"]),
         (["suggest"], ["one of --kl NATS and --memory MIB"]),
         (["suggest", "--kl", "0.01", "--memory", "99"], ["one of --kl NATS and --memory MIB"]),
         (["suggest", "--kl", "0"], ["--kl 0", "> 0"]),

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,13 +17,11 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 import int8fx
-from int8fx import torch_private
 from int8fx.compiler.swap import Slot, WeightSwap
-from int8fx.kernels.cpu import int8_linear, pages
+from int8fx.kernels import forks, packing
 from int8fx.kernels.formats import int8
 from int8fx.passes.graph.weight_expression import WeightExpression
 from int8fx.testing.support import assert_close_to_float64, interpreted
-from int8fx.weights import store
 from int8fx.weights.store import STORE, WeightStore
 
 K, N = 64, 96
@@ -117,8 +116,8 @@ def test_a_weight_that_changes_between_its_two_forms_is_packed_again(monkeypatch
             model.weight.mul_(-3)
         return packed[-1]
 
-    original = store._pack
-    monkeypatch.setattr(store, "_pack", pack)
+    original = packing.pack
+    monkeypatch.setattr(packing, "pack", pack)
     model.weight.mul_(2)
     call(x)  # one form is of the weight before, the other of that after
     weight = model.weight.double()
@@ -147,23 +146,23 @@ def held(lock):
 
 
 def used(tensor):
-    """A swap that has seen a weight of the process's store."""
+    """A swap that has seen a weight of the process's store, and the packed weight."""
     swap = WeightSwap([Slot(0, WeightExpression(None, ()), int8.PER_CHANNEL, False)], [], STORE)
-    swap([tensor])
-    return swap
+    return swap, weakref.ref(swap([tensor])[0])
 
 
 def test_a_weight_goes_without_waiting_for_the_store():
     """Garbage is collected in any thread, which may hold what the one that packs waits for."""
     weights = [nn.Parameter(torch.randn(N, K), requires_grad=False)]
-    swap = used(weights[0])
-    key = id(weights[0])
+    swap, packed = used(weights[0])
+    assert packed() is not None
     thread = threading.Thread(target=weights.clear, daemon=True)
     with held(STORE.lock):
         thread.start()
         thread.join(30)
         assert not thread.is_alive()
-        assert key not in STORE._weights and not swap._seen
+        assert packed() is None  # neither the store nor the swap, which is still there, has it
+    del swap
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -172,9 +171,9 @@ def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent():
     """As a worker of a DataLoader does not: what holds the locks stays behind."""
     weight = nn.Parameter(torch.randn(N, K), requires_grad=False)
     used(weight)
-    locks = STORE.lock, int8_linear._lock, pages._lock, torch_private._sharing
+    assert STORE.lock in forks.FREED
     with contextlib.ExitStack() as stack:
-        for lock in locks:
+        for lock in forks.FREED:
             stack.enter_context(held(lock))
         child = os.fork()
         if child == 0:
@@ -182,7 +181,7 @@ def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent():
             used(weight)
             weight = None
             gc.collect()
-            os._exit(not all(lock.acquire(blocking=False) for lock in locks))
+            os._exit(not all(lock.acquire(blocking=False) for lock in forks.FREED))
         deadline = time.monotonic() + 30
         while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -229,7 +229,7 @@ def weight_only(x: Tensor, weights: list[tuple[Tensor, Tensor]], biases: list[Te
 def check_weight_only(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
     """At most one fp32 rounding for each k, three to add a channel's parts, and two in the epilogue.
 
-    In a product by digits an element is off by 2**-22 (16-bit) or 2**-30 of the row's largest, too.
+    In a product in limbs an element is off by 2**-22 (16-bit) or 2**-30 of the row's largest, too.
     """
     (y,) = weight_only(x, [(w_int8, w_scale)], [] if bias is None else [bias])
     carrier = (torch.zeros_like(x, dtype=torch.int8), torch.zeros(x.shape[:-1]), x)
@@ -269,9 +269,9 @@ def test_weight_only_rows_of_every_size(isa, dtype):
 
 @needs_kernel
 @each_dtype
-@pytest.mark.parametrize("K", [2**17 - 1, 2**17 + 1])  # the second would overflow in digits
+@pytest.mark.parametrize("K", [2**17 - 1, 2**17 + 1])  # the second would overflow in limbs
 def test_weight_only_sums_do_not_overflow(dtype, K):
-    """-128 · -128 in the two lower digits of every k but one."""
+    """-128 · -128 in the two lower limbs of every k but one."""
     x = torch.full((1, K), -32896 * 2.0**-22).to(dtype)
     x[0, 0] = 0.75
     check_weight_only(x, torch.full((16, K), -128, dtype=torch.int8), torch.ones(16) / 4, None)
@@ -427,22 +427,32 @@ def test_unusable_cache_falls_back_to_a_temporary_directory(monkeypatch, tmp_pat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    built = []
-    monkeypatch.setattr(build, "_compile", lambda compiler, library: built.append(library))
+    compiler = tmp_path / "c++"
+    writes_a_file = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {{ {writes_a_file}; }}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
     library = build.build()
-    assert built == [library] and library.parent.parent == tmp_path
+    assert library.exists() and library.parent.parent == tmp_path
     library.parent.chmod(0o777)  # where others can write, they could plant a library
     with pytest.raises(build.BuildError, match="no writable directory"):
         build.build()
 
 
-def test_load_gives_the_reason(tmp_path):
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nowhere/g++", "the C++ compiler in $CXX is not there: /nowhere/g++"),
+        ("g++ '", '$CXX is no command: "g++ \'": No closing quotation'),
+    ],
+)
+def test_load_gives_the_reason(compiler, reason):
     script = "from int8fx.kernels.cpu import int8_linear as cpu; print(cpu.load())"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={"CXX": "/nowhere/g++", "PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={"CXX": compiler, "PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "the C++ compiler in $CXX is not there: /nowhere/g++"
+    assert done.stdout.strip() == reason

@@ -61,7 +61,7 @@ OTHERWISE_CALLED = {"vllm"}
 def imported() -> set[str]:
     """The packages that the sources import, the standard library's left out."""
     found = set()
-    files = [ROOT / "int8fx_autoload.py"]
+    files = [ROOT / "int8fx_autoload.py", ROOT / "int8fx_run.py"]
     files += (path for top in ("int8fx", "kernels", "passes") for path in (ROOT / top).rglob("*.py"))
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -69,7 +69,7 @@ def imported() -> set[str]:
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.partition(".")[0])
-    return found - sys.stdlib_module_names - {"int8fx", "int8fx_autoload", "tomllib"}
+    return found - sys.stdlib_module_names - {"int8fx", "int8fx_autoload", "int8fx_run", "tomllib"}
 
 
 def test_what_is_imported_is_declared():

@@ -16,6 +16,15 @@ SETTINGS = settings(
 
 # What ``benchmarks/fuzz.py`` found, and was mended.
 COUNTEREXAMPLES = [
+    {  # three equal linears, which become one body that is called three times
+        "shape": (1, 1, 1),
+        "steps": [("convolution of one point", 0, index, 1, 0) for index in range(3)],
+        "dtype": "float32",
+        "threshold": 0.0,
+        "decomposition": "column",
+        "seed": 0,
+        "autocast": "none",
+    },
     {
         "shape": (1, 1, 1),
         "steps": [("experts", 0, 0, 1, 0)],

@@ -26,8 +26,8 @@ def test_a_linear_is_within_the_derived_bound_of_float64(M, dtype, decomposition
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("M", [1536, 2999])
-def test_so_is_one_in_tall_tiles_and_short_ones(M, dtype):
-    """On an H100: elsewhere there are none that are tall (``configs.tall_tiles``)."""
+def test_so_is_one_in_extended_tiles_and_plain_ones(M, dtype):
+    """On an H100: elsewhere there are none that are extended (``configs.extended_tiles``)."""
     assert_within_the_derived_bound(M, dtype, "column", 6.0, torch.device("cuda"), N=4096)
 
 

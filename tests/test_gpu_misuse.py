@@ -13,7 +13,9 @@ from int8fx.testing.support import compile_once
 pytest.importorskip("triton")
 
 from int8fx.kernels.gpu.experts import expert_linear
+from int8fx.kernels.gpu.launch import run
 from int8fx.kernels.gpu.linear import int8_linears_gpu
+from int8fx.kernels.gpu.norm import norm_kernel
 from int8fx.kernels.gpu.normed import normed_linears
 
 
@@ -23,7 +25,7 @@ def gpu(name: str, major: int, minor: int) -> SimpleNamespace:
 
 def test_on_a_gpu_without_int8_mma_linears_stay_in_float(monkeypatch):
     """The CPU's row of the table is the GPU's here, loaded on a GPU that is too old."""
-    reason = device._unsupported(gpu("Tesla V100", 7, 0))
+    reason = device.unsupported(gpu("Tesla V100", 7, 0))
     row = dataclasses.replace(table.KERNELS[table.key_of("cuda")], load=lambda: reason)
     monkeypatch.setitem(table.KERNELS, table.key_of("cpu"), row)
     table.kernel_for.cache_clear()
@@ -43,11 +45,11 @@ def test_on_a_gpu_without_int8_mma_linears_stay_in_float(monkeypatch):
 
 def test_which_gpus_serve(monkeypatch):
     for too_old in (gpu("P100", 6, 0), gpu("T4", 7, 5)):
-        assert f"{too_old.name} is sm_{too_old.major}" in device._unsupported(too_old)
-    assert device._unsupported(gpu("A100", 8, 0)) is None
+        assert f"{too_old.name} is sm_{too_old.major}" in device.unsupported(too_old)
+    assert device.unsupported(gpu("A100", 8, 0)) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert device._unsupported(SimpleNamespace(gcnArchName="gfx942:sramecc+")) is None
-    assert "gfx1100 is none of gfx90a" in device._unsupported(SimpleNamespace(gcnArchName="gfx1100"))
+    assert device.unsupported(SimpleNamespace(gcnArchName="gfx942:sramecc+")) is None
+    assert "gfx1100 is none of gfx90a" in device.unsupported(SimpleNamespace(gcnArchName="gfx1100"))
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,10 @@ def test_an_input_on_another_device_than_the_weight_is_an_error_and_the_model_as
     y, report = compile_once(model, torch.zeros(3, 16))
     assert y.shape == (3, 8)
     assert len(report.accepted) == 1
+
+
+def test_operands_in_a_tuple_are_refused():
+    """Inductor would drop the launch, and the result would be memory that was never written."""
+    x = torch.ones(4, 8)
+    with pytest.raises(TypeError, match=r"norm_kernel.* is a tuple"):
+        run(norm_kernel, (4,), (x, x), 4, 8)

@@ -83,20 +83,20 @@ def test_a_norm_of_ours_is_counted_as_compiled():
 def test_later_steps_of_a_program_are_counted_with_their_loads():
     gathers, both, shape = gathering(4096, 4096, 4096)
     assert shape["STEPS"] == 4
-    *_, once = gpu_model._gather_instructions(gathers, both, shape | {"STEPS": 1}, 4096, 32)
-    *_, all_four = gpu_model._gather_instructions(gathers, both, shape, 4096, 32)
+    *_, once = gpu_model.gather_instructions(gathers, both, shape | {"STEPS": 1}, 4096, 32)
+    *_, all_four = gpu_model.gather_instructions(gathers, both, shape, 4096, 32)
     assert 2 * once < all_four < 4 * once  # which columns are outliers is asked once
 
 
 def test_what_gathers_is_its_loops_as_often_as_they_run():
-    count = functools.partial(gpu_model._gather_instructions, *gathering(128, 4096, 4096))
+    count = functools.partial(gpu_model.gather_instructions, *gathering(128, 4096, 4096))
     of_w, of_x, of_rows = count(4096, 32)
     wider, more = count(8192, 32), count(4096, 64)
     assert 500 < of_x <= of_w < 2000 and 500 < of_rows < 2000
     assert wider[0] - of_w == wider[1] - of_x > 200  # the list
     assert more[0] - of_w >= more[1] - of_x > 0
     assert wider[2] == more[2] == of_rows  # a row is one block, and lists nothing
-    alone = gpu_model._gather_instructions(*gathering(128, 4096, 4096, False), 4096, 32)
+    alone = gpu_model.gather_instructions(*gathering(128, 4096, 4096, False), 4096, 32)
     assert alone == (of_w, of_x, 0)
 
 
@@ -132,60 +132,60 @@ def test_parts_of_a_product_share_its_work_and_pay_for_the_sum():
         ([4], [2], 4),
         ([5], [2], 6),
         ([2, 2], [3, 2], 5),
-        ([3, 2], [3, 2], 7),  # a tall one is last, and what is short follows on the other processor
+        ([3, 2], [3, 2], 7),  # an extended one is last; plain ones follow on the other processor
         ([1, 2], [3, 2], 4),
     ],
 )
 def test_programs_are_dealt_out_in_order_and_the_busiest_processor_counts(programs, cycles, busiest):
     two = dataclasses.replace(H100, processors=2)
-    assert gpu_model._busiest(two, 1, programs, cycles) == busiest
+    assert gpu_model.busiest(two, 1, programs, cycles) == busiest
 
 
 def test_blocks_of_one_kind_share_a_processor():
     two = dataclasses.replace(H100, processors=2)
-    assert gpu_model._busiest(two, 2, [2], [3]) == 3
-    assert gpu_model._busiest(two, 2, [4], [3]) == 6
+    assert gpu_model.busiest(two, 2, [2], [3]) == 3
+    assert gpu_model.busiest(two, 2, [4], [3]) == 6
     with pytest.raises(ValueError, match="one at a time"):
-        gpu_model._busiest(two, 2, [2, 2], [3, 2])
+        gpu_model.busiest(two, 2, [2, 2], [3, 2])
 
 
-def tall():
-    *_, short, tall = specimens.configs.GEMM["sm_90"]
-    assert (short.extra_m, tall.extra_m) == (0, 64)
-    return [(config, specimens.gemm("sm_90", config).inspection) for config in (short, tall)]
+def tiles_of_both_heights():
+    *_, plain, extended = specimens.configs.GEMM["sm_90"]
+    assert (plain.extra_m, extended.extra_m) == (0, 64)
+    return [(config, specimens.gemm("sm_90", config).inspection) for config in (plain, extended)]
 
 
 @pytest.mark.parametrize(
     ("M", "N", "tiles"),
     [
-        (4096, 4096, (256, 128)),  # 8 halves for each of 132 processors: two tall tiles and a short one
+        (4096, 4096, (256, 128)),  # 8 halves for each of 132 processors: two extended tiles, one plain
         (4096, 6144, (504, 24)),
         (1536, 4096, (128, 0)),
-        (2048, 4096, (0, 256)),  # four halves are two short tiles
+        (2048, 4096, (0, 256)),  # four halves are two plain tiles
     ],
 )
-def test_tall_tiles_read_less_and_keep_no_processor_longer(M, N, tiles):
-    (short, seen_short), (tall_, seen_tall) = tall()
+def test_extended_tiles_read_less_and_keep_no_processor_longer(M, N, tiles):
+    (plain, seen_plain), (extended, seen_extended) = tiles_of_both_heights()
     assert specimens.configs.product_tiles(M, N // 256, 132, 128, 64) == tiles
-    kinds = gpu_model._kinds(H100, tall_, seen_tall, M, N, 32)
+    kinds = gpu_model.tile_kinds(H100, extended, seen_extended, M, N, 32)
     assert sum(kind.programs * kind.rows for kind in kinds) >= M * N // 256
     # With no limit but L2, and then none but the processors.
     alone = dataclasses.replace(H100, int8=10**9, fp16=10**9, dram=1e18, port=10**9, issue=10**9)
     for gpu_ in (dataclasses.replace(alone, l2=1e9), dataclasses.replace(H100, l2=1e18)):
         times = [
             gpu_model.product(gpu_, config, seen, M, N, 4096, 32).seconds
-            for config, seen in ((short, seen_short), (tall_, seen_tall))
+            for config, seen in ((plain, seen_plain), (extended, seen_extended))
         ]
         assert times[1] <= 1.01 * times[0], times
     rows = sum(kind.programs * (kind.rows + 256) for kind in kinds)
-    l2 = gpu_model.product(dataclasses.replace(alone, l2=1e9), tall_, seen_tall, M, N, 4096, 32)
+    l2 = gpu_model.product(dataclasses.replace(alone, l2=1e9), extended, seen_extended, M, N, 4096, 32)
     assert l2.limit == "L2"
     assert l2.seconds - H100.gap == pytest.approx(rows * 4096 / 1e9)
 
 
-def test_a_tall_tile_waits_for_each_block_of_outliers_after_the_first():
-    _, (tall_, seen) = tall()
-    few, more = (gpu_model._kinds(H100, tall_, seen, 4096, 4096, count) for count in (32, 70))
+def test_an_extended_tile_waits_for_each_block_of_outliers_after_the_first():
+    _, (extended, seen) = tiles_of_both_heights()
+    few, more = (gpu_model.tile_kinds(H100, extended, seen, 4096, 4096, count) for count in (32, 70))
     assert [kind.waits for kind in few] == [0, 0]
     assert [kind.waits for kind in more] == [2, 0]
     assert few[0].instructions > few[1].instructions > 50

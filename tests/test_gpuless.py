@@ -18,6 +18,8 @@ TIERS = {
     "executed": ("executed", ""),
     "launches": ("launches", ""),
     "kernels": ("kernels", ""),
+    "rotated_kernels": ("rotated_kernels", ""),
+    "rotated": ("rotated", ""),
     "expert_kernels": ("expert_kernels", ""),
     "rounding": ("rounding", ""),
     "order": ("order", ""),

@@ -72,6 +72,8 @@ def test_a_wheel_holds_everything_and_imports(tmp_path, hugging_face):
     declared = zipfile.ZipFile(wheel).read(entry_points).decode()
     assert "[torch.backends]\nint8fx = int8fx_autoload:autoload\n" in declared
     assert "int8fx_autoload.py" in names  # a missing one would make import torch fail
+    assert "[console_scripts]\nint8fx = int8fx_run:main\n" in declared
+    assert "int8fx_run.py" in names and "int8fx/ahead/runner.cpp" in names
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     code = (

@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 SCHEMES = int8fx.SCHEMES
 K, N = 80, 48
 
-INT8_ACTIVATIONS = [name for name in SCHEMES if not name.startswith("w8a16")]
 DECOMPOSED = ["llm.int8", "llm.int8-zeropoint"]
 
 
@@ -234,7 +233,20 @@ def test_groups_that_do_not_divide_k():
 def test_w8a16_reads_the_packed_weight_of_llm_int8():
     formats = {name: SCHEMES[name].choice().weight_format.name for name in SCHEMES}
     assert formats["w8a16"] == formats["llm.int8"] == formats["absmax-vector"]
-    assert len(set(formats.values())) == 6
+    assert len(set(formats.values())) == 10
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_product_of_tensors_is_traced_whole(name):
+    """By any compiler, after a first call, which looked up under a lock which kernel serves."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator) for rows in (5, 96))
+    choice = SCHEMES[name].choice()
+    parts = choice.quantize(weight)
+    expected = choice.product(x, parts, None)
+    torch.compiler.reset()
+    traced = torch.compile(choice.product, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(x, parts, None), expected)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -242,6 +254,7 @@ def test_a_scheme_says_what_it_is(name):
     scheme = SCHEMES[name]
     assert scheme.name == name and scheme.formula in str(scheme) and scheme.source in str(scheme)
     known = {"threshold", "decomposition", "group_size", "block", "rotation", "columns"}
+    known |= {"zeros", "act_order", "bits", "quant_type", "blocksize", "double_quant", "column_scale"}
     assert scheme.reads <= known
     assert table.kernel_for("cpu") is not None
 

@@ -28,8 +28,15 @@ SETTINGS = {
     "llm.int8-zeropoint": {"threshold": 3.0},
     "int8-rotated": {"block": 32, "rotation": "random-signs"},
     "w8a16-group": {"group_size": 32},
+    "w4a16-group": {"group_size": 16, "zeros": "middle", "act_order": True},
+    "w4a8-group": {"group_size": 16, "block": 32},
+    "wna16-group": {"group_size": 32, "zeros": "offset", "bits": 6},
+    "nf4": {"blocksize": 32},
     W4A16.name: {"group": 32},
 }
+# Of those of the float model, at most.
+BYTES = {W4A16.name: 0.2, "w4a16-group": 0.21, "w4a8-group": 0.35, "wna16-group": 0.32, "nf4": 0.19}
+NO_KERNEL = ("w8a16-group", "wna16-group", "nf4", W4A16.name)
 each_scheme = pytest.mark.parametrize("name", NAMES)
 
 
@@ -98,7 +105,7 @@ def test_quantised_it_compiles_to_what_the_float_model_does(name):
     assert torch.equal(y, expected)
     assert [decision.scheme for decision in report.decisions] == [name, name]
     assert (report.float_bytes, report.int8_bytes) == (of_float.float_bytes, of_float.int8_bytes)
-    assert report.int8_bytes < (0.2 if name == W4A16.name else 0.45) * report.float_bytes
+    assert report.int8_bytes < BYTES.get(name, 0.45) * report.float_bytes
     torch.testing.assert_close(model(x), y)
 
 
@@ -110,7 +117,9 @@ def test_a_weight_says_what_it_is(name):
         assert weight.options == {**int8fx.SCHEMES[name].choice().options, **options_of(name)}
         assert f"scheme='{name}'" in repr(weight)
     reasons = {decision.path: decision.reason for decision in int8fx.decisions(model, scheme=name)}
-    kind = "int4 by groups of 32, with zero points" if name == W4A16.name else "in int8"
+    kept = weights_of(model)[0].weight_format
+    kind = "in int8" if kept.bits == 8 else kept.name
+    assert name != W4A16.name or kind == "int4 by groups of 32, with zero points"
     assert reasons == dict.fromkeys(["up", "down"], f"already {kind}")
 
 
@@ -173,9 +182,11 @@ def test_slices_stay_quantised_and_multiply_as_parts_of_the_product(name):
     torch.testing.assert_close(rows, nn.functional.linear(x, weight))
     left, right = weight.split(K // 2, 1)
     # Blocks of a rotation are those of all columns: a piece of them is a float copy.
-    cuts = weight.weight_format.column_step > 0
+    cuts = weight.weight_format.can_cut(slice(0, N), slice(0, K // 2), N, K)
     assert (type(left) is Int8Weight) is (type(right) is Int8Weight) is cuts
-    assert cuts is not name.endswith("rotated")
+    # Nor are the columns of a group beside each other with act-order. And 256 blocks of 32 columns
+    # share what an absmax in 8 bits is scaled by.
+    assert cuts is (name not in ("int8-rotated", "w4a8-group", "w4a16-group", "nf4"))
     assert torch.equal(torch.cat([left.dequantize(), right.dequantize()], 1), weight.dequantize())
     halves = [nn.functional.linear(x[:, :32], left), nn.functional.linear(x[:, 32:], right)]
     floats = nn.functional.linear(x, weight.dequantize())
@@ -246,7 +257,7 @@ def test_a_kernel_or_the_reason_why_there_is_none_is_shown(name):
     explained = int8fx.explain(model, x, options=options_of(name))
     kept = int8fx.SCHEMES[name].choice(**SETTINGS.get(name, {})).weight_format.name
     note = f"no kernel for {kept}: de-quantised at each call and multiplied in float"
-    has_none = name in ("w8a16-group", W4A16.name)
+    has_none = name in NO_KERNEL
     assert [decision.note for decision in report.decisions] == [note if has_none else ""] * 2
     assert (note in str(report)) is has_none
     assert [row.note for row in explained.rows] == [note if has_none else ""] * 2

@@ -65,7 +65,7 @@ def cost_model(gpu: Any) -> Model:
     """``gpu_model.py`` for one data sheet."""
     import gpu_model
 
-    from int8fx.kernels.gpu import configs, decode, digits
+    from int8fx.kernels.gpu import configs, decode, residues
     from int8fx.testing.gpuless import specimens
 
     def microseconds(line: Line, tile: dict[str, int]) -> float | None:
@@ -76,7 +76,7 @@ def cost_model(gpu: Any) -> Model:
             return 1e6 * gpu_model.product(gpu, config, seen, M, N, K, OUTLIERS).seconds
         kind, row = line["kind"], configs.DecodeConfig(**tile)
         quantizes = kind == "quantises"
-        rows = 16 if quantizes else decode.tile_rows(M, digits.DIGITS)
+        rows = 16 if quantizes else decode.tile_rows(M, residues.RESIDUES)
         parts = configs.split_k(kind, row, N, K, gpu.processors)
         seen = specimens.decode(gpu.arch, kind, row, columns=K // parts).inspection
         outliers = OUTLIERS if quantizes else 0

@@ -142,7 +142,7 @@ REHEARSAL = Place(
     batches=(1,),
     capacity=64,
     processes=2,
-    tests=("tests/gpuless/test_kernels.py", "-k", "witness or guard or digits"),
+    tests=("tests/gpuless/test_kernels.py", "-k", "candidate_rows or guard or residues"),
     tile_classes=(64,),
     copied=2**16,
 )

@@ -89,9 +89,9 @@ def fastest(us: dict[str, float]) -> tuple[str, float] | None:
 def kind_of_decode(M: int, way: str) -> str:
     """What a decode of M rows is, as a key of ``configs.DECODE``."""
     from int8fx.kernels.gpu.decode import tile_rows
-    from int8fx.kernels.gpu.digits import DIGITS
+    from int8fx.kernels.gpu.residues import RESIDUES
 
-    return "quantises" if M > 1 and way == "column" else f"rows {tile_rows(M, DIGITS)}"
+    return "quantises" if M > 1 and way == "column" else f"rows {tile_rows(M, RESIDUES)}"
 
 
 def measured(lines: list[Line]) -> Any:

@@ -164,13 +164,13 @@ def _in_shares(rows: Sequence[Row], others: int) -> list[Row]:
 
 def _totals(model: Any, rows: Sequence[Row], others: int) -> Totals:
     accepted = [row for row in rows if row.accepted]
-    kept = [row for row in accepted if row.counts_bytes]
+    counted = [row for row in accepted if row.counts_bytes]
     left = [row for row in rows if row.counts_bytes and not row.accepted]
     return Totals(
         candidates=len(rows),
         accepted=len(accepted),
-        float_bytes=sum(row.float_bytes for row in kept),
-        kept_bytes=sum(row.kept_bytes for row in kept),
+        float_bytes=sum(row.float_bytes for row in counted),
+        kept_bytes=sum(row.kept_bytes for row in counted),
         left_bytes=sum(row.float_bytes for row in left),
         model_bytes=_model_bytes(model),
         flops=others + sum(row.flops for row in rows),

@@ -153,12 +153,12 @@ class Mixtures:
 
     def _add(self, compilation: Compilation, candidate: Candidate, path: str) -> None:
         assert candidate.weight is not None
-        kept = compilation.choices[candidate].weight_format
-        compilation.products[candidate] = self._product(candidate, path, kept)
+        weight_format = compilation.choices[candidate].weight_format
+        compilation.products[candidate] = self._product(candidate, path, weight_format)
         if path in self._bytes or path in self._ruled:
             return
         tensor = compilation.tensors[candidate.weight.placeholder]
-        packed = self._store.get(tensor, candidate.weight, kept)
+        packed = self._store.get(tensor, candidate.weight, weight_format)
         if self._options.rule(path) is not None:
             self._ruled.add(path)
             self.ruled_bytes += packed.float_bytes - packed.nbytes
@@ -178,20 +178,20 @@ class Mixtures:
         }
         self._ways[path] = tuple(ways)
 
-        def switched(x: Tensor, weight: Tensor, last: Any, *kept: Tensor) -> Tensor:
+        def switched(x: Tensor, weight: Tensor, last: Any, *packed: Tensor) -> Tensor:
             if path in self._active:
-                return ways[self._active[path]](x, weight, last, kept)
+                return ways[self._active[path]](x, weight, last, packed)
             y = in_float(x, expression.evaluate(weight).to(x.dtype), last)
             if self._noise is not None and path in self._noise:
                 for way, lower in ways.items():
-                    error = lower(x, weight, last, kept).double() - y
+                    error = lower(x, weight, last, packed).double() - y
                     self._noise[path][way] += error.square().sum().item()
             return y
 
         self._switches[switched] = path
 
-        def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], last: Any) -> fx.Node:
-            return call(switched, x, candidate.scope.lift(expression.placeholder), last, *kept)
+        def emit(call: Any, x: fx.Node, packed: Sequence[fx.Node], last: Any) -> fx.Node:
+            return call(switched, x, candidate.scope.lift(expression.placeholder), last, *packed)
 
         return emit
 

@@ -256,24 +256,24 @@ class _Observer:
     def product(self, choice: Choice) -> Product:
         """The scheme's product, which also tells what it saw."""
 
-        def observed(x: Tensor, weight: Tensor, bias: Tensor | None, *kept: Tensor) -> Tensor:
-            y = choice.lower(eagerly, x, kept, bias)
+        def observed(x: Tensor, weight: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
+            y = choice.lower(eagerly, x, packed, bias)
             if not torch_private.is_fake(x):
                 _record(
                     self.seen(weight, choice),
                     x,
                     self._expression.evaluate(weight),
                     bias,
-                    kept,
+                    packed,
                     y,
                     choice,
                 )
                 self._observation.linear_ran()
             return y
 
-        def emit(call: Any, x: fx.Node, kept: Sequence[fx.Node], bias: fx.Node | None) -> fx.Node:
+        def emit(call: Any, x: fx.Node, packed: Sequence[fx.Node], bias: fx.Node | None) -> fx.Node:
             weight = self._candidate.scope.lift(self._expression.placeholder)
-            return call(observed, x, weight, bias, *kept)
+            return call(observed, x, weight, bias, *packed)
 
         return emit
 
@@ -299,7 +299,7 @@ def _record(
     x: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
-    kept: Sequence[Tensor],
+    packed: Sequence[Tensor],
     y: Tensor,
     choice: Choice,
 ) -> None:
@@ -318,7 +318,7 @@ def _record(
         return
     for threshold in THRESHOLDS:
         other = dataclasses.replace(choice, settings=dataclasses.replace(settings, threshold=threshold))
-        noise = _energy(other.lower(eagerly, x, kept, bias).float() - expected)
+        noise = _energy(other.lower(eagerly, x, packed, bias).float() - expected)
         seen.noise_at[threshold] = seen.noise_at.get(threshold, 0.0) + noise
 
 

@@ -73,7 +73,7 @@ class Contender:
         self._device = next(model.parameters()).device
         self._model = model
         self._forward = forward
-        self._cache = _empty_cache(model, capacity, batch, self._device)
+        self._cache = empty_cache(model, capacity, batch, self._device)
 
     def warm_up(self, token_ids: Tensor, on_graph: Callable[[int], None]) -> None:
         """Compiles both graphs; tells how many are done."""
@@ -118,7 +118,7 @@ class Contender:
                 input_ids=token_ids.to(self._device),
                 use_cache=True,
                 logits_to_keep=positions,
-                **{_cache_argument(self._model): self._cache},
+                **{cache_argument(self._model): self._cache},
             ).logits
 
     def generate(
@@ -152,14 +152,12 @@ def _most_likely(logits: Tensor) -> Tensor:
     return logits[:, -1:].argmax(-1)
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """What the model's forward calls its KV cache: releases after 5.24 warn of the old name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _empty_cache(
-    model: PreTrainedModel, capacity: int, batch: int, device: torch.device
-) -> StaticCache:
+def empty_cache(model: PreTrainedModel, capacity: int, batch: int, device: torch.device) -> StaticCache:
     """A cache that knows the model's head counts and dtype: one eager step allocates it.
 
     Allocated while Dynamo traces, its tensors could not be marked as static addresses.
@@ -167,7 +165,7 @@ def _empty_cache(
     cache = StaticCache(config=model.config, max_cache_len=capacity)
     with torch.no_grad():
         tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        model(input_ids=tokens, **{_cache_argument(model): cache})
+        model(input_ids=tokens, **{cache_argument(model): cache})
     cache.reset()
     return cache
 

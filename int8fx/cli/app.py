@@ -76,6 +76,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -83,7 +84,8 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "run":
+        import torch  # noqa: F401  and with it all of int8fx, where that waited for it
 
 
 @app.command()
@@ -336,6 +338,84 @@ def quantize(
 
     saved = quantize_files(model, out, options, progress)
     print_json(saved.to_dict()) if json else Console().print(saved)
+
+
+@app.command(name="compile")
+@one_line_errors
+@takes_options
+def compile_(
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to make.")] = Path("compiled"),
+    context: Annotated[
+        int | None,
+        typer.Option(
+            parser=positive,
+            metavar="N",
+            help="How many tokens the KV cache holds (what the model was made for, at most 2048).",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of what stays in float: float32, bfloat16 or float16."),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+    *,
+    asked: Asked,
+) -> None:
+    """Compiles a model into a directory that int8fx run starts from at once, without a compiler.
+
+    It runs on machines with the instruction sets of this one, and the same torch.
+    """
+    progress = Console(stderr=True)
+    options = asked.options()
+    absent("--out", out)
+    check_name(model)
+    import_libraries(progress)
+    from int8fx.cli.compile import compile_files
+
+    compiled = compile_files(model, out, options, context, dtype, progress)
+    print_json(compiled.to_dict()) if json else Console().print(compiled)
+
+
+@app.command()
+@one_line_errors
+def run(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="That int8fx compile made.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="What to go on from; with --chat a question."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk with it: a question a line, until an empty one.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option(parser=positive, metavar="N", help="How many to generate, at most.")
+    ] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option(metavar="X", help="0: the most likely token; above it, tokens are drawn."),
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Draws from the most likely that add up to this share.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of what is drawn.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(parser=positive, metavar="N", help="By default as many as torch takes."),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Runs a model that int8fx compile made; its text is on stdout, as it comes."""
+    from int8fx.cli.run import Settings, talk, write
+
+    how = Settings(tokens, temperature, top_p, seed, threads)
+    if chat:
+        talk(directory, prompt, how)
+    elif prompt is None:
+        raise UserError("a PROMPT is needed, or --chat")
+    else:
+        write(directory, prompt, how)
 
 
 @app.command()

@@ -97,8 +97,8 @@ class Outcome:
             }
             for contender in self.contenders
         }
-        kept = ("windows", "length", "recompiled", "prompt", "answers")
-        return {"model": self.title, "contenders": columns} | {key: getattr(self, key) for key in kept}
+        facts = ("windows", "length", "recompiled", "prompt", "answers")
+        return {"model": self.title, "contenders": columns} | {key: getattr(self, key) for key in facts}
 
 
 def run(settings: Settings, progress: Console) -> Outcome:

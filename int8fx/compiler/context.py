@@ -1,9 +1,12 @@
 """What the passes may know of a compile."""
 
+import functools
+
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.weight_inputs import packed_key
 from int8fx.kernels import table
+from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
 from int8fx.kernels.schemes.table import quantizers
 from int8fx.passes.contract import Context
 from int8fx.passes.linears.candidate import Accepted, Candidate
@@ -19,13 +22,14 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         fake_mode=compilation.fake_mode,
         find_memory=compilation.memory,
         devices=tuple(sorted(compilation.devices)),
-        find_memory_now=compilation.memory_now,
         needs_autograd=compilation.needs_autograd,
         for_inductor=for_inductor,
         cpp_wrapper=compilation.cpp_wrapper,
         quantizers=quantizers(),
         joined=table.joined,
         normed=table.normed,
+        joined_rotated=functools.partial(table.joined_by, ROTATED),
+        normed_rotated=functools.partial(table.normed_by, ROTATED),
         experts=table.experts,
         attends=table.attends,
         root=compilation.root.graph,

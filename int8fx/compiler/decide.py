@@ -78,6 +78,8 @@ def select(compilation: Compilation) -> None:
         routed = candidate.routing is not None
         if not reason and routed and choice.scheme.experts is None:
             reason = f"scheme {choice.scheme.name!r} has no product for experts"
+        if not reason and routed:
+            reason = _without_experts(candidate, choice)
         if not reason and candidate.weight is not None and not routed:
             reason = _slower(candidate, choice)
         decision = Decision(
@@ -126,6 +128,13 @@ def _slower(candidate: Candidate, choice: Choice) -> str:
     assert candidate.x is not None
     x = candidate.x.meta["example_value"]
     return table.slower(x.device.type, choice.scheme.name, math.prod(x.shape[:-1]))
+
+
+def _without_experts(candidate: Candidate, choice: Choice) -> str:
+    """Why a device has no product of experts for a scheme, or empty."""
+    assert candidate.x is not None
+    device = candidate.x.meta["example_value"].device.type
+    return table.without_experts(device, choice.operator)
 
 
 def _weight_reason(options: Options, path: str, tensor: Tensor, expression: WeightExpression) -> str:

@@ -37,10 +37,10 @@ def _keeps(merge: Callable[..., None]) -> Callable[..., None]:
         weight: Any = self.get_base_layer().weight
         if not isinstance(weight, QuantizedWeight):
             return merge(self, *args, **kwargs)
-        kept = self.__dict__.pop(BEFORE, None)
+        saved = self.__dict__.pop(BEFORE, None)
         before: Any = None if self.merged else weight.detach().clone()
-        if kept is not None and self.merged and _state(weight) == kept.merged:
-            before = kept.weight
+        if saved is not None and self.merged and _state(weight) == saved.merged:
+            before = saved.weight
         try:
             merge(self, *args, **kwargs)
         finally:  # safe_merge may refuse one adapter when others are merged already
@@ -55,13 +55,13 @@ def _restores(unmerge: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(unmerge)
     def call(self: Linear) -> None:
         weight: Any = self.get_base_layer().weight
-        kept = self.__dict__.pop(BEFORE, None)
+        saved = self.__dict__.pop(BEFORE, None)
         exact = (
-            kept is not None and isinstance(weight, QuantizedWeight) and _state(weight) == kept.merged
+            saved is not None and isinstance(weight, QuantizedWeight) and _state(weight) == saved.merged
         )
         unmerge(self)
         if exact and not self.merged:
-            weight.copy_(kept.weight)
+            weight.copy_(saved.weight)
 
     return call
 

@@ -31,7 +31,8 @@ from int8fx.kernels.cpu import pages
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options, in_use
 from int8fx.passes.linears.decision import Decision
-from int8fx.weights import checkpoint, sharding, state_dict
+from int8fx.weights import sharding, state_dict
+from int8fx.weights.checkpoint_files import header
 from int8fx.weights.distributed import local
 from int8fx.weights.quantize import (
     OPTIONS,
@@ -143,7 +144,7 @@ class Int8FxQuantizer(HfQuantizer):
         self.maps_files = bool(files)
         for file in files:
             if file.suffix == ".safetensors":
-                self.in_files.update(checkpoint.header(file))
+                self.in_files.update(header(file))
         if self.pre_quantized and _is_in_shards(model):
             # transformers cuts what belongs to a weight as it cuts the weight, its scales as well.
             raise ValueError(

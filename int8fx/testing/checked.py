@@ -136,11 +136,18 @@ CHECKS: dict[Any, Callable[[Seen, Sequence[Any], Any], Any]] = {
 
 
 class _Checking(TorchDispatchMode):
+    # A body that repeats comes as one call (``passes/graph/outline.py``). What is in it is checked.
+    supports_higher_order_operators = True
+
     def __init__(self, seen: Seen) -> None:
         super().__init__()
         self.seen = seen
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch_private.subgraph_call():
+            body, _, *operands = args
+            with self:
+                return body(*operands)
         result = func(*args, **(kwargs or {}))
         if func in CHECKS:
             return CHECKS[func](self.seen, args, result)
@@ -169,8 +176,8 @@ def checking(exact: bool = False, inductor: bool = False) -> Iterator[Seen]:
 
         return run
 
-    def get(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
-        packed = original_get(tensor, expression, kept)
+    def get(tensor: Tensor, expression: WeightExpression, weight_format: WeightFormat) -> PackedWeight:
+        packed = original_get(tensor, expression, weight_format)
         seen.weights[packed.tensors[0].data_ptr()] = expression.evaluate(tensor.detach())
         return packed
 

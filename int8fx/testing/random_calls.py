@@ -67,8 +67,8 @@ def batch(draw: Draw, most: int = 2) -> tuple[int, ...]:
 
 def part_of(draw: Draw, whole: tuple[int, ...]) -> tuple[int, ...]:
     """A shape that broadcasts to a whole one."""
-    kept = whole[draw(st.integers(0, len(whole))) :]
-    return tuple(1 if draw(st.booleans()) else each for each in kept)
+    suffix = whole[draw(st.integers(0, len(whole))) :]
+    return tuple(1 if draw(st.booleans()) else each for each in suffix)
 
 
 def weights(draw: Draw) -> tuple[bool, bool]:

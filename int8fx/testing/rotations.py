@@ -56,8 +56,8 @@ def expected_and_bound(
 
     The integer sum is rounded once, and meets two scales; each column is a product and a sum.
     """
-    kept = rotated(block, rotation, columns)
-    _, w_scale, w_columns = kept.quantize(weight)
+    weight_format = rotated(block, rotation, columns)
+    _, w_scale, w_columns = weight_format.quantize(weight)
     at = torch.tensor(columns, dtype=torch.int32)
     x_int8, x_scale, *_ = quantize_rotated_reference(x, at, 0.0, block, rotation)
     rest = [tensor.double().index_fill(-1, at.long(), 0) for tensor in (x, weight)]

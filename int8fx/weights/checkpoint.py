@@ -4,8 +4,8 @@ The files hold what ``state_dict`` gives (``int8fx/weights/state_dict.py``), so 
 safetensors reads them. ``load_checkpoint`` looks at all of it before it changes anything.
 """
 
-import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,22 @@ from torch import Tensor, nn
 from int8fx.arguments import check_module
 from int8fx.errors import CheckpointError
 from int8fx.torch_private import persistent_tensors
-from int8fx.weights.state_dict import check, check_schemes, checks_on_load, is_in, keys_of
-
-INDEX = "model.safetensors.index.json"
+from int8fx.weights.checkpoint_files import files_of, header
+from int8fx.weights.readers import loading, table
+from int8fx.weights.readers.activations import scale_activation
+from int8fx.weights.readers.container import Container
+from int8fx.weights.readers.gguf_file import GgufFile
+from int8fx.weights.readers.gguf_names import Renamed
+from int8fx.weights.readers.opening import opened
+from int8fx.weights.state_dict import (
+    attach,
+    check,
+    check_on_load,
+    check_schemes,
+    checks_on_load,
+    is_in,
+    keys_of,
+)
 
 
 def save_checkpoint(
@@ -50,10 +63,11 @@ def save_checkpoint(
     save_torch_state_dict(state, directory, max_shard_size=max_shard_size)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
-    """Loads a checkpoint into a model on which ``quantize_`` was called.
+def load_checkpoint(model: nn.Module, path: str | Path, *, scheme: str | None = None) -> nn.Module:
+    """Loads a checkpoint into a model, of int8fx or of another system.
 
-    A model on the meta device gets its tensors as they are read, and never holds a float copy::
+    A checkpoint of int8fx needs a model on which ``quantize_`` was called. One on the meta device gets
+    its tensors as they are read, and never holds a float copy::
 
         with torch.device("meta"):
             model = Model()
@@ -61,15 +75,24 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
 
     Float weights in the checkpoint are quantised one by one.
 
+    A checkpoint of GPTQ, AWQ, bitsandbytes, compressed-tensors, GGUF and others (``docs/formats.md``)
+    needs a float model, and brings its weights' formats along::
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("gptq-files"))
+        load_checkpoint(model, "gptq-files")
+
     Args:
-        path: a safetensors file, or the directory that ``save_checkpoint`` wrote.
+        path: a safetensors file, a directory of them with an index, or a GGUF file.
+        scheme: of foreign weights' products, where another than the file's keeps the same numbers:
+            ``"w4a8-group"`` in the place of ``"w4a16-group"``.
 
     Returns:
         The model.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or damaged; it is named,
-            and the model is as it was.
+            and the model is as it was. Or an option of the files is not read.
         FileNotFoundError: there is no checkpoint at ``path``.
         TypeError: names what was given in the place of a module.
 
@@ -84,13 +107,34 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         True
     """
     check_module(model, "load_checkpoint")
+    container = opened(Path(path))
+    reader = table.reader_of(container)
+    if reader is not None and not (checks_on_load(model) and reader.name in _INTO_QUANTIZED):
+        return _load_foreign(model, container, reader, scheme)
+    if scheme is not None:
+        raise CheckpointError(
+            f"{path}: scheme={scheme!r} is for checkpoints of other systems; quantize_ takes it"
+        )
+    return _load(model, Path(path))
+
+
+# Formats that a model takes that was quantised for them, as parts of its state_dict.
+_INTO_QUANTIZED = ("ComfyUI", "bitsandbytes")
+
+
+def _load(model: nn.Module, path: Path) -> nn.Module:
     tensors: dict[str, Tensor] = {}
-    for file in _files(Path(path)):
+    for file in files_of(path):
         tensors.update(_read(file))
     check_schemes(persistent_tensors(model), tensors)
     tied = _check_names(model, tensors)
     if not checks_on_load(model):  # it was never quantised
         check(model, tensors)
+    _put(model, tensors, tied)
+    return model
+
+
+def _put(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> None:
     on_meta = any(tensor.is_meta for _, tensor in persistent_tensors(model))
     if on_meta:
         # What is assigned must not stay a view of the file; int8 weights are packed, and are none.
@@ -101,45 +145,40 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     for name, source in tied.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(source))
+
+
+def _load_foreign(
+    model: nn.Module, container: Container, reader: table.Reader, scheme: str | None
+) -> nn.Module:
+    if isinstance(container, GgufFile):
+        container = Renamed(container)
+    checkpoint = loading.Checkpoint.of(container, reader)
+    names = loading.names_of(checkpoint, model)
+    tied = _check_names(model, names)
+    weights = loading.read_into(checkpoint, model, names, scheme)
+    floats = _as_in_model(model, weights.plain)
+    check(model, floats)
+    # Nothing fails from here on.
+    for name, weight in weights.quantized.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner.weight = nn.Parameter(weight, requires_grad=False)
+        attach(owner)
+    _put(model, floats, tied)
+    for path, scales in weights.scaled.items():
+        scale_activation(model, path, scales)
+    check_on_load(model)
     return model
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    index = path / INDEX
-    if index.is_file():
-        return _shards(index)
-    single = path / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"neither {single.name} nor {INDEX} in {path}")
-    return [single]
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names, all of them in its folder.
-
-    Raises:
-        CheckpointError: it is damaged, or names a file elsewhere: names the file, and the entry.
-        FileNotFoundError: it names a file that is not there.
-    """
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        shards = {shard: name for name, shard in sorted(places.items(), reverse=True)}
-        files = {shard: index.parent / shard for shard in sorted(shards)}
-        real = {shard: file.resolve() for shard, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: damaged: no 'weight_map' of names to files") from error
-    # In the cache of huggingface_hub, index and shards are links into one folder of blobs.
-    folders = index.parent.resolve(), index.resolve().parent
-    for shard, file in files.items():
-        if not any(real[shard].is_relative_to(folder) for folder in folders):
-            raise CheckpointError(
-                f"{index}: the entry {shards[shard]!r} names {shard!r}, a file outside its folder"
-            )
-        if not file.is_file():
-            raise FileNotFoundError(f"{index} names {shard}, which is not there")
-    return list(files.values())
+def _as_in_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float tensors in the dtype that the model has each in."""
+    dtypes = {name: tensor.dtype for name, tensor in persistent_tensors(model)}
+    return {
+        name: tensor.to(dtypes[name])
+        if tensor.is_floating_point() and dtypes[name].is_floating_point
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -152,30 +191,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def header(file: Path) -> dict[str, Any]:
-    """What a safetensors file says that it holds; no tensor is read.
-
-    Raises:
-        CheckpointError: the file ends before what it says that it holds; names the tensor.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        start = 8 + int.from_bytes(opened.read(8), "little")
-        if size < max(start, 8):
-            raise CheckpointError(f"{file}: broken off in its header")
-        try:
-            entries = json.loads(opened.read(start - 8))
-            entries.pop("__metadata__", None)
-            ends = sorted((entry["data_offsets"][1], name) for name, entry in entries.items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file}: its header is damaged") from error
-    for end, name in ends:
-        if start + end > size:
-            raise CheckpointError(f"{file}: broken off in {name}")
-    return entries
-
-
-def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _check_names(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, str]:
     """The names that the checkpoint leaves out, as it holds their tensor under another.
 
     Raises:

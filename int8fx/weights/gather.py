@@ -95,12 +95,12 @@ def to_gather(part: Any, cut: Cut) -> tuple[Tensor, ...]:
 
 
 def _rows_of_each_part(part: Any, cut: Cut) -> tuple[Tensor, ...]:
-    kept = part.weight_format
-    if not (cut.rows and cut.scales_apart and all(each.dim_of("N") == 0 for each in kept.parts)):
+    by_rows = all(each.dim_of("N") == 0 for each in part.weight_format.parts)
+    if not (cut.rows and cut.scales_apart and by_rows):
         raise RuntimeError(
-            f"FSDP2 cannot cut a weight of shape {list(cut.size)}, {kept.name}, into {cut.ranks} parts "
-            f"along dimension {cut.dimension}: allowed are equal numbers of rows; leave it in float "
-            "(skip)"
+            f"FSDP2 cannot cut a weight of shape {list(cut.size)}, {part.weight_format.name}, into "
+            f"{cut.ranks} parts along dimension {cut.dimension}: allowed are equal numbers of rows; "
+            "leave it in float (skip)"
         )
     # FSDP2 cannot hand on what has no elements, as the weights of no columns.
     return tuple(tensor.contiguous() for tensor in part.stored() if tensor.numel())
@@ -108,12 +108,12 @@ def _rows_of_each_part(part: Any, cut: Cut) -> tuple[Tensor, ...]:
 
 def with_empty_parts(part: Any, outputs: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     """The stored parts of the whole, those without elements among them; ``part`` is a process's."""
-    kept, given = part.weight_format, iter(outputs)
+    weight_format, given = part.weight_format, iter(outputs)
     return [
         torch.empty(shape, dtype=each.dtype or part.dtype, device=part.device)
         if 0 in shape
         else next(given)
-        for shape, each in zip(kept.shapes(*cut.matrix), kept.parts, strict=True)
+        for shape, each in zip(weight_format.shapes(*cut.matrix), weight_format.parts, strict=True)
     ]
 
 

@@ -173,11 +173,11 @@ def _add(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _in_format_of(target: QuantizedWeight, source: Tensor) -> QuantizedWeight:
-    kept = target.weight_format
+    weight_format = target.weight_format
     if isinstance(source, QuantizedWeight):
-        if source.weight_format.name == kept.name:
+        if source.weight_format.name == weight_format.name:
             return source
-        if source.weight_format.files == kept.files:
+        if source.weight_format.files == weight_format.files:
             return target.with_stored(source.stored(), target.N, target.K)
         source = source.dequantize(torch.float32)
     if not source.is_floating_point():
@@ -213,11 +213,11 @@ def _is_shard(form: tuple[int, ...], weight: QuantizedWeight) -> bool:
     in_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
     if len(form) != 2:
         return False
-    kept, (rows, columns) = weight.weight_format, (slice(0, each) for each in form)
+    weight_format, (rows, columns) = weight.weight_format, (slice(0, each) for each in form)
     if form[1] == weight.K:
-        return kept.can_cut(rows, columns, rows.stop, weight.K)
+        return weight_format.can_cut(rows, columns, rows.stop, weight.K)
     whole = form[0] == weight.N and in_processes
-    return whole and kept.can_cut(rows, columns, weight.N, max(columns.stop, weight.K))
+    return whole and weight_format.can_cut(rows, columns, weight.N, max(columns.stop, weight.K))
 
 
 @handles(aten.is_pinned.default)

@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ from int8fx.passes.linears.select import (
     skip_reason,
 )
 from int8fx.weights import describe, state_dict, structure
+from int8fx.weights.algorithms import apply
+from int8fx.weights.algorithms.methods import NEAREST, method_named
 from int8fx.weights.distributed import local, map_local
 from int8fx.weights.sites import ALREADY, Site, by_weight, sites_of
 from int8fx.weights.tensor import QuantizedWeight
@@ -40,7 +42,18 @@ OPTIONS = ("scheme", "rules", "skip", "only", "calibration")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def quantize_(model: AnyModule, **options: "Unpack[QuantizeOptions]") -> AnyModule:
+def _nothing(done: int, total: int) -> None:
+    """Of progress."""
+
+
+def quantize_(
+    model: AnyModule,
+    *,
+    method: str = NEAREST,
+    batches: Any = None,
+    on_weight: Callable[[int, int], None] = _nothing,
+    **options: "Unpack[QuantizeOptions]",
+) -> AnyModule:
     """Replaces the weights of a model's linears by their quantised form, in place.
 
     One weight after another, so that memory peaks one weight above the final size. The modules stay
@@ -52,6 +65,12 @@ def quantize_(model: AnyModule, **options: "Unpack[QuantizeOptions]") -> AnyModu
     Args:
         model: on any device, "meta" included. Weights that are quantised already stay; those that a
             compile released (``release_weights``) may be read by everything from then on.
+        method: how integers are chosen: ``"rtn"``, round-to-nearest, in every scheme; for weights by
+            groups along K also ``"hqq"``, ``"gptq"`` and ``"awq"`` (``int8fx/weights/algorithms``),
+            which give settings that they need a default of their own.
+        batches: for ``"gptq"`` and ``"awq"``: what the model is called with, as ``int8fx.calibrate``
+            has them.
+        on_weight: told how many weights are done, and of how many.
         options: ``scheme``, its settings (``threshold`` and ``decomposition`` of the default one),
             ``rules``, ``skip``, ``only`` and ``calibration``, as for ``torch.compile``
             (``int8fx.Options``). The scheme and its settings, the columns of a calibration among them,
@@ -71,11 +90,13 @@ def quantize_(model: AnyModule, **options: "Unpack[QuantizeOptions]") -> AnyModu
     Raises:
         TypeError: names what was given in the place of a module.
         ValueError: an option is unknown or out of range, no weight of the model can be quantised, a
-            calibration is of another model (``CalibrationError``), or FSDP2 has it in use already; the
-            message says why not. The model is as it was.
+            calibration is of another model (``CalibrationError``), a method does not serve a scheme, or
+            FSDP2 has it in use already; the message says why not. The model is as it was.
     """
     check_module(model, "quantize_")
-    checked = Options.parse(options, "quantize_", OPTIONS)
+    algorithm = method_named(method)
+    given: dict[str, Any] = {**({} if algorithm is None else algorithm.settings), **options}
+    checked = Options.parse(given, "quantize_", OPTIONS)
     sites = sites_of(model, checked)
     choices = {site.path: site_choice(site, checked) for site in sites if site.accepted}
     released = [p for p in model.parameters() if isinstance(p, QuantizedWeight) and p.released]
@@ -84,21 +105,28 @@ def quantize_(model: AnyModule, **options: "Unpack[QuantizeOptions]") -> AnyModu
         found = (*(site.decision for site in sites), *experts)
         reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
+    groups = by_weight(sites)
+    apply.check(method, algorithm, batches, groups, choices)
     shards = _shards(model, "quantize_")
-    for kept in released:
-        kept.released = False
-    for shared in by_weight(sites):
+    for parameter in released:
+        parameter.released = False
+    solved = (
+        ((shared, _quantized(shared[0], choices[shared[0].path])) for shared in groups)
+        if algorithm is None
+        else apply.solved(model, groups, choices, algorithm, batches)
+    )
+    for done, (shared, quantized) in enumerate(solved, 1):
         weight = shared[0].weight
-        quantized = _quantized(shared[0], choices[shared[0].path])
         if id(weight) in shards:
             torch_private.replace_shard(shards[id(weight)], quantized)
         for site in shared:
             site.module.weight = quantized
             state_dict.attach(site.module)
+        on_weight(done, len(groups))
     state_dict.check_on_load(model)
     for site in sites:
         log.debug("%s", site.decision)
-    _tell_hugging_face("quantized", model, options)
+    _tell_hugging_face("quantized", model, given)
     warn_of_experts(model, experts)
     warn_of_unused(checked, model, stacklevel=2)
     return model

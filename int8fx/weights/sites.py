@@ -62,7 +62,7 @@ class Site:
         return Decision(self.path, type(self.module).__name__, shape, self.accepted, self.reason)
 
 
-def _kinds() -> dict[type[nn.Module], bool]:
+def linear_kinds() -> dict[type[nn.Module], bool]:
     """The modules whose weight is a linear's, and whether they keep it as ``[K, N]``."""
     kinds: dict[type[nn.Module], bool] = {nn.Linear: False}
     # Importing it takes seconds; without it no model can hold one.
@@ -74,11 +74,11 @@ def _kinds() -> dict[type[nn.Module], bool]:
 
 def keeps_transposed(module: nn.Module) -> bool:
     """Whether a module keeps its weight as ``[K, N]``."""
-    return any(transposed for kind, transposed in _kinds().items() if isinstance(module, kind))
+    return any(transposed for kind, transposed in linear_kinds().items() if isinstance(module, kind))
 
 
 def sites_of(model: nn.Module, options: Options) -> list[Site]:
-    kinds = _kinds()
+    kinds = linear_kinds()
     inside_attention = {
         id(child)
         for module in model.modules()

@@ -10,7 +10,8 @@ they are: their shapes need not tell a group of 64 from a rotation by 64.
 
     weight_scheme   uint8, the scheme's name and settings as JSON
 
-They are plain tensors, for safetensors and for every other tool; loading packs them again. A float
+An int8 weight that another system made, with values of -128, has that entry as well. They are plain
+tensors, for safetensors and for every other tool; loading packs them again. A float
 ``weight`` is quantised on loading; int8 values in the shape of the parameter, which we wrote before,
 are read as well, and so are bitsandbytes' ``weight`` and ``SCB`` (``SCB`` = 127 · ``weight_scale``)
 and, for ``int8-rotated``, ConvRot's (``convrot.py``).
@@ -144,17 +145,22 @@ def _write(module: nn.Module, state: MutableMapping[str, Any], prefix: str, meta
 
 def entries(key: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """What a ``state_dict`` holds of a weight."""
-    kept, found = weight.weight_format, {}
-    for name, tensor in zip(part_names(key, kept), weight.stored(), strict=True):
+    weight_format, found = weight.weight_format, {}
+    for name, tensor in zip(part_names(key, weight_format), weight.stored(), strict=True):
         # A copy, as the integers are: writers drop one of two names with the same memory.
         found[name] = (
             in_its_shape(tensor, weight).unsqueeze(0)
             if name == key
             else tensor.clone(memory_format=torch.contiguous_format)
         )
-    if not is_plain(kept):
+    if not is_plain(weight_format) or _is_below_ours(found[key]):
         found[key + SCHEME] = _scheme_entry(weight)
     return found
+
+
+def _is_below_ours(w_int8: Tensor) -> bool:
+    """Whether integers are of another system's file: our own end at -127, and -128 is a fault."""
+    return w_int8.numel() > 0 and not w_int8.is_meta and bool(w_int8.amin() < -QMAX)
 
 
 def _scheme_entry(weight: QuantizedWeight) -> Tensor:
@@ -175,10 +181,10 @@ def check_options(
     for name, weight in weights:
         options = options_of(name.rpartition(".")[0])
         # Columns of a calibration are each weight's own, and with it in the files.
-        kept = weight.options if isinstance(weight, QuantizedWeight) else options
-        if _without(kept, {"columns"}) != _without(options, {"columns"}):
-            alike = {"columns", *({"scheme"} if kept["scheme"] == options["scheme"] else ())}
-            ours, theirs = _without(kept, alike), _without(options, alike)
+        own = weight.options if isinstance(weight, QuantizedWeight) else options
+        if _without(own, {"columns"}) != _without(options, {"columns"}):
+            alike = {"columns", *({"scheme"} if own["scheme"] == options["scheme"] else ())}
+            ours, theirs = _without(own, alike), _without(options, alike)
             raise ValueError(
                 f"{name} has {ours}, and config.json holds one setting for all "
                 f"weights, {theirs}; int8fx.save_checkpoint writes the weights alone"
@@ -218,17 +224,17 @@ class _Entry:
         try:
             said = json.loads(bytes(entry.tolist()))
             choice = scheme_named(said["scheme"]).choice(**said["settings"])
-            stored, kept = choice.weight_format.files, ours.weight_format.files
+            stored, expected = choice.weight_format.files, ours.weight_format.files
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.key}{SCHEME}: {error}") from error
-        if stored == kept:
+        if stored == expected:
             return ours
         if choice.apart_from_columns == ours.apart_from_columns:
             return choice
-        raise CheckpointError(f"{self.key}: {stored} in the checkpoint, {kept} in the model")
+        raise CheckpointError(f"{self.key}: {stored} in the checkpoint, {expected} in the model")
 
     @property
-    def kept(self) -> WeightFormat:
+    def weight_format(self) -> WeightFormat:
         """The format of what is stored."""
         return self.choice.weight_format
 
@@ -256,7 +262,7 @@ class _Entry:
         if value is not None and value.is_floating_point():
             self._check_shape(key, value, tuple(weight.shape))
             return
-        if is_plain(self.kept):
+        if is_plain(self.weight_format):
             self._check_plain(value, self.scale)
         else:
             self._check_parts()
@@ -281,18 +287,19 @@ class _Entry:
             return
         if not (scale.isfinite() & (scale > 0)).all():
             raise CheckpointError(f"{key}: corrupt: a scale that is not finite, or not above 0")
-        if value.amin() < -QMAX:
+        if _is_below_ours(value) and key + SCHEME not in self.state:
             raise CheckpointError(f"{key}: corrupt: a value of -128, where int8 weights end at -127")
 
     def _check_parts(self) -> None:
-        key, weight, kept = self.key, self.weight, self.kept
-        names = dict(zip(part_names(key, kept), kept.parts, strict=True))
+        key, weight, weight_format = self.key, self.weight, self.weight_format
+        names = dict(zip(part_names(key, weight_format), weight_format.parts, strict=True))
         missing = [name for name in (*names, key + SCHEME) if name not in self.state]
         if len(missing) == len(names) + 1:
             return
         if missing:
             raise CheckpointError(
-                f"{key}: {missing[0]} is missing in the checkpoint, and the model has it {kept.name}"
+                f"{key}: {missing[0]} is missing in the checkpoint, and the model has it "
+                f"{weight_format.name}"
             )
         for name, part in names.items():
             tensor = self.value if name == key else self.state[name]
@@ -325,13 +332,13 @@ class _Entry:
         self.check()
         if value is not None and value.is_floating_point():
             return weight.quantize_like(value)
-        if is_plain(self.kept):
+        if is_plain(self.weight_format):
             if value is None:
                 return None
             scale = self.scale
             assert scale is not None
             return self._of([in_its_shape(value, weight), scale.to(torch.float32)])
-        names = part_names(self.key, self.kept)
+        names = part_names(self.key, self.weight_format)
         if names[0] not in self.state:
             return None
         own = {self.key: in_its_shape(value, weight)} if names[0] == self.key else {}
@@ -340,7 +347,7 @@ class _Entry:
     def _of(self, stored: list[Tensor]) -> QuantizedWeight:
         stored = [part.detach() for part in stored]
         weight = self.weight
-        packed = packing.pack(self.kept, stored, weight.N, weight.K)
+        packed = packing.pack(self.weight_format, stored, weight.N, weight.K)
         # A file that is mapped, or somebody else's tensor, must not be what a weight consists of.
         return weight.with_packed(
             [tensor.clone() if any(tensor is part for part in stored) else tensor for tensor in packed],

@@ -34,10 +34,10 @@ from int8fx.weights.tensor import QuantizedWeight
 log = logging.getLogger(__name__)
 
 
-def weight_reason(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> str:
+def weight_reason(tensor: Tensor, expression: WeightExpression, weight_format: WeightFormat) -> str:
     """Why a tensor cannot be quantised to a format, or serve as what it already is; or empty."""
     if isinstance(tensor, QuantizedWeight):
-        return _int8_reason(tensor, expression, kept)
+        return _int8_reason(tensor, expression, weight_format)
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"weight is a {type(tensor).__name__}, no plain tensor"
     if tensor.layout is not torch.strided:
@@ -45,9 +45,11 @@ def weight_reason(tensor: Tensor, expression: WeightExpression, kept: WeightForm
     return ""
 
 
-def _int8_reason(weight: QuantizedWeight, expression: WeightExpression, kept: WeightFormat) -> str:
-    if kept.name != weight.weight_format.name:
-        return f"the weight is {weight.weight_format.name} already, and the scheme wants it {kept.name}"
+def _int8_reason(weight: QuantizedWeight, expression: WeightExpression, wanted: WeightFormat) -> str:
+    if wanted.name != weight.weight_format.name:
+        return (
+            f"the weight is {weight.weight_format.name} already, and the scheme wants it {wanted.name}"
+        )
     rows = expression.on_meta(weight.on_meta())
     # Views that keep all rows and columns have the same packed form.
     whole = (weight.N, weight.K)
@@ -95,7 +97,9 @@ class WeightStore:
         # What compiled graphs found here; it must not outlive the weights, nor their ids.
         self.swaps: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
-    def get(self, tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
+    def get(
+        self, tensor: Tensor, expression: WeightExpression, weight_format: WeightFormat
+    ) -> PackedWeight:
         """The packed form of ``expression`` over ``tensor``, quantised now if need be.
 
         Raises:
@@ -103,11 +107,11 @@ class WeightStore:
         """
         if isinstance(tensor, QuantizedWeight):
             return _as_it_is(tensor)
-        form = expression.recipe, kept.name
+        form = expression.recipe, weight_format.name
         with self.lock:
             weight = self._as_now(tensor)
             if form not in weight.forms:
-                weight.forms[form] = _pack(tensor, expression, kept)
+                weight.forms[form] = _pack(tensor, expression, weight_format)
             return weight.forms[form]
 
     def snapshot(self, tensor: Tensor) -> Snapshot:
@@ -187,11 +191,11 @@ def _check_memory(tensor: Tensor) -> None:
         )
 
 
-def _pack(tensor: Tensor, expression: WeightExpression, kept: WeightFormat) -> PackedWeight:
+def _pack(tensor: Tensor, expression: WeightExpression, weight_format: WeightFormat) -> PackedWeight:
     with torch.no_grad():
         matrix = expression.evaluate(tensor.detach())
-        tensors = packing.pack(kept, stacked(kept, matrix), *matrix.shape[-2:])
-    log.debug("quantised %s%s: %s", tuple(matrix.shape), expression.recipe, kept.name)
+        tensors = packing.pack(weight_format, stacked(weight_format, matrix), *matrix.shape[-2:])
+    log.debug("quantised %s%s: %s", tuple(matrix.shape), expression.recipe, weight_format.name)
     return PackedWeight(tensors, matrix.nbytes)
 
 

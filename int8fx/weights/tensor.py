@@ -141,12 +141,12 @@ class QuantizedWeight(ComputedValues):
         """The same by a scheme with its settings."""
         matrix = weight.detach().t() if transposed else weight.detach()
         N, K = matrix.shape
-        kept = choice.weight_format
+        weight_format = choice.weight_format
         if matrix.is_meta:
-            stored: Sequence[Tensor] = kept.zeros(N, K, weight.dtype, weight.device)
+            stored: Sequence[Tensor] = weight_format.zeros(N, K, weight.dtype, weight.device)
         else:
-            stored = kept.quantize(matrix)
-        packed = packing.pack(kept, stored, N, K)
+            stored = weight_format.quantize(matrix)
+        packed = packing.pack(weight_format, stored, N, K)
         form = {"N": N, "K": K, "dtype": weight.dtype, "transposed": transposed}
         made = cls(*packed, choice=choice, **form)
         del stored
@@ -382,8 +382,8 @@ class QuantizedWeight(ComputedValues):
         self, stored: Sequence[Tensor], N: int, K: int, **changed: Any
     ) -> "QuantizedWeight":
         """Another matrix, of stored parts, with the attributes of this one, some changed."""
-        kept = changed.get("choice", self.choice).weight_format
-        packed = packing.pack(kept, stored, N, K)
+        weight_format = changed.get("choice", self.choice).weight_format
+        packed = packing.pack(weight_format, stored, N, K)
         return self.with_packed(packed, N=N, K=K, **changed)
 
     def with_packed(self, packed: Sequence[Tensor], **changed: Any) -> "QuantizedWeight":
@@ -463,9 +463,11 @@ def _rebuild_stored(stored: Sequence[Tensor], attributes: dict, extras: dict) ->
         return _rebuild_packed(packed, attributes, extras)
     # Their values are not there to be packed: meta stands for them until they are asked for.
     form = _from_plain(attributes)
-    kept = form["choice"].weight_format
-    empty = kept.zeros(form["N"], form["K"], form["dtype"], stored[0].device)
-    weight = _rebuild_packed((*empty, *kept.derive(empty, form["N"], form["K"])), attributes, extras)
+    weight_format = form["choice"].weight_format
+    empty = weight_format.zeros(form["N"], form["K"], form["dtype"], stored[0].device)
+    weight = _rebuild_packed(
+        (*empty, *weight_format.derive(empty, form["N"], form["K"])), attributes, extras
+    )
     for name in ("tensors", *weight._part_names):
         delattr(weight, name)
     weight.unpacked = stored

@@ -52,6 +52,8 @@ struct Activations {
   int64_t column_count;
   const float* x_static;       // [M, static_count]: columns that every row has in float, with weights of
   int64_t static_count;        // their own (Weight::w_columns)
+  int64_t groups;              // of weights that have their scales by groups along K
+  float* group_sums;           // [M, groups]: of a row, written where it is packed
 };
 
 // How its rows are cut.

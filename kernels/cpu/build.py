@@ -66,24 +66,25 @@ def load() -> ctypes.CDLL:
             log.warning("%s", unloadable[library.parent])
 
 
-def build(passed_over: Collection[Path] = ()) -> Path:
+def build(passed_over: Collection[Path] = (), source: Path | None = None) -> Path:
     """The compiled kernels, from the cache if it holds them whole, and only we can have put them there.
 
     Args:
         passed_over: directories that are not looked at.
+        source: of another library that stands on torch's C++ interface; None, the kernels'.
 
     Raises:
         BuildError: there is no compiler, it failed, or nothing can be written anywhere.
     """
     compiler = find_compiler()
-    name = f"int8_linear_{_key(compiler)}.so"
+    name = library_name(compiler, source)
     candidates = [directory / name for directory in cache_directories() if directory not in passed_over]
     for library in candidates:
         if _is_usable(library):
             return library
     for library in candidates:
         if _writable(library.parent):
-            _compile(compiler, library)
+            _compile(compiler, source or SOURCE, library)
             return library
     raise BuildError(f"no writable directory for it: tried {', '.join(map(str, candidates)) or 'none'}")
 
@@ -116,14 +117,17 @@ def cache_directories() -> list[Path]:
     return found
 
 
-def _key(compiler: list[str]) -> str:
+def library_name(compiler: list[str], source: Path | None = None) -> str:
+    """Another one for each compiler, torch, machine, flag and source; None, the kernels'."""
+    stem = "int8_linear" if source is None else source.stem
+    source = source or SOURCE
     version = _run([*compiler, "--version"])
     key = hashlib.sha256()
     for part in (*compiler, version, torch.__version__, platform.machine(), *FLAGS):
         key.update(part.encode() + b"\0")
-    for source in sorted([SOURCE, *SOURCE.parent.rglob("*.h")]):
-        key.update(source.read_bytes() + b"\0")
-    return key.hexdigest()[:16]
+    for file in sorted([source, *source.parent.rglob("*.h")]):
+        key.update(file.read_bytes() + b"\0")
+    return f"{stem}_{key.hexdigest()[:16]}.so"
 
 
 def _is_usable(library: Path) -> bool:
@@ -188,11 +192,11 @@ def _writable(directory: Path) -> bool:
     return os.access(directory, os.W_OK | os.X_OK)
 
 
-def _compile(compiler: list[str], library: Path) -> None:
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             output = Path(scratch) / library.name
-            _run([*compiler, *_arguments(output)])
+            _run([*compiler, *_arguments(source, output)])
             output.chmod(output.stat().st_mode & ~OTHERS_WRITE)  # a umask may let the group write
             digest = _digest_of(output)
             digest.write_text(hashlib.sha256(output.read_bytes()).hexdigest())
@@ -203,13 +207,13 @@ def _compile(compiler: list[str], library: Path) -> None:
         raise BuildError(f"it cannot be written: {error}") from error
 
 
-def _arguments(output: Path) -> list[str]:
+def _arguments(source: Path, output: Path) -> list[str]:
     from torch.utils.cpp_extension import include_paths, library_paths  # slow to import
 
     return [
         *FLAGS,
         *(f"-isystem{path}" for path in include_paths()),
-        str(SOURCE),
+        str(source),
         "-o",
         str(output),
         *(f"-L{path}" for path in library_paths()),

@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "attention_operator.h"
+#include "grouped_operator.h"
 #include "identity.h"
 #include "multiply.h"
 #include "operands.h"
@@ -117,6 +118,8 @@ at::Tensor single_int8_linear(
   return int8_linears(x, threshold, decomposition, packed, w_scale, biases)[0];
 }
 
+at::Tensor once(const at::Tensor& x) { return x.clone(); }
+
 TORCH_LIBRARY_FRAGMENT(int8fx, m) {
   m.def("snapshot(Tensor[] tensors) -> Tensor", snapshot);
   m.def("joined(Tensor[] snapshots) -> Tensor", joined);
@@ -125,11 +128,16 @@ TORCH_LIBRARY_FRAGMENT(int8fx, m) {
 
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("int8_linear", int8_linear);
+  m.impl("once", once);  // for processes without Python's torch, see int8fx/ahead
   m.impl("attention", attention);
   m.impl("int8_linears", int8_linears);
   m.impl("int8_linears.single", single_int8_linear);
   m.impl("rotated_linears", rotated_linears);
   m.impl("rotated_linear", rotated_linear);
+  m.impl("grouped_linears", grouped_linears);
+  m.impl("grouped_linear", grouped_linear);
+  m.impl("grouped_float_linears", grouped_float_linears);
+  m.impl("grouped_float_linear", grouped_float_linear);
 }
 
 }  // namespace

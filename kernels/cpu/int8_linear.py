@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from int8fx.kernels.cpu import build, pages
+from int8fx.kernels.cpu import build, pages, process
 from int8fx.kernels.forks import free_in_children
 
 # As in packed_weight.h.
@@ -91,7 +91,7 @@ def unpack(packed: Tensor, N: int, K: int) -> Tensor:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        library = build.load()
+        library = process.loaded() or process.keep(build.load())
     except build.BuildError as error:
         return None, str(error)
     library.int8fx_isas.restype = ctypes.c_char_p

@@ -16,6 +16,7 @@ static_assert(
 #include "with_dtype.h"
 #include "quantize.h"
 #include "tile.h"
+#include "grouped.h"
 #include "attention.h"
 #include "few_queries.h"
 #include "in_fp32.h"

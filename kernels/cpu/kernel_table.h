@@ -23,6 +23,11 @@ struct Product {
       const Lhs&, const Weight&, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1);
 };
 
+// With weights of four bits by groups along K.
+struct GroupedProducts {
+  Product int8_rows, float_rows;
+};
+
 // One instruction set.
 struct Kernel {
   const char* name;
@@ -33,6 +38,7 @@ struct Kernel {
   void (*quantize_rows)(const FloatRows&, int64_t m0, int64_t m1);
   Product int8;
   const Product& (*weight_only)(const Activations&);  // x as it is
+  GroupedProducts grouped;
   int64_t queries;         // rows of an attention's tile
   // Work item `item` of the B * KV * ceil(G * M / (ITEM_TILES * queries)) of an attention.
   void (*attend)(const Attention&, int64_t item, float* scratch);

@@ -33,11 +33,14 @@ inline void multiply_packed(const Product& product, const Lhs& a, c10::ArrayRef<
 
 // y = ((x_int8 @ w_int8ᵀ) · x_scale + x_outlier @ w_int8ᵀ) · w_scale + bias for each of the weights;
 // or, weights only, (x @ w_int8ᵀ) · w_scale + bias.
-// Given `floats`, a tile's rows are quantised where they are packed, while they are in the cache.
+// Given `floats`, a tile's rows are quantised where they are packed, while they are in the cache. Rows are
+// padded to K_MULTIPLE, or to a length that is given.
 inline void multiply_rows(
     const Product& product, const Activations& in, c10::ArrayRef<Weight> weights,
-    const FloatRows* floats = nullptr) {
-  Lhs a{in, {even_tiles(product, in.M), round_up(in.K, K_MULTIPLE)}, {}};
+    const FloatRows* floats = nullptr, int64_t padded_length = 0) {
+  Lhs a{in,
+        {even_tiles(product, in.M), padded_length ? padded_length : round_up(in.K, K_MULTIPLE)},
+        {}};
   const auto [tile_rows, K_padded] = a.tiling;
   const int64_t tiles = at::divup(in.M, tile_rows);
   // Rows of an AMX tile are 16, and the last tile is padded where there are more.

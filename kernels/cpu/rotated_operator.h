@@ -108,23 +108,30 @@ inline void rotate_and_run(
   multiply_rows(kernel_for(in.M).int8, a, weights, &in);
 }
 
-// Rows that are not rotated: without the columns, and with their outliers taken out one by one.
-inline void quantize_beside_columns(
-    const at::Tensor& x, float threshold, const at::Tensor& columns, c10::ArrayRef<Weight> weights) {
-  const int64_t K = x.size(-1), M = x.numel() / std::max<int64_t>(K, 1), count = columns.numel();
-  if (M == 0) return;
-  const auto* k = columns.const_data_ptr<int32_t>();
-  const at::Tensor rest = count ? x.clone() : x;
-  Scratch scratch(Scratch::bytes_for<float>(M * count));
-  float* const kept = scratch.take<float>(M * count);
+// x with 0 at some columns, which go to kept [M, count].
+inline at::Tensor without_columns(const at::Tensor& x, const int32_t* k, int64_t count, float* kept) {
+  if (count == 0) return x;
+  const at::Tensor rest = x.clone();
+  const int64_t K = x.size(-1), M = x.numel() / K;
   with_dtype(x.scalar_type(), [&]<class T>(T) {
-    T* row = static_cast<T*>(count ? rest.data_ptr() : nullptr);
-    for (int64_t m = 0; count && m < M; ++m, row += K)
+    T* row = static_cast<T*>(rest.data_ptr());
+    for (int64_t m = 0; m < M; ++m, row += K)
       for (int64_t i = 0; i < count; ++i) {
         kept[m * count + i] = row[k[i]];
         row[k[i]] = T(0.0f);
       }
   });
+  return rest;
+}
+
+// Rows that are not rotated: without the columns, and with their outliers taken out one by one.
+inline void quantize_beside_columns(
+    const at::Tensor& x, float threshold, const at::Tensor& columns, c10::ArrayRef<Weight> weights) {
+  const int64_t M = x.numel() / std::max<int64_t>(x.size(-1), 1), count = columns.numel();
+  if (M == 0) return;
+  Scratch scratch(Scratch::bytes_for<float>(M * count));
+  float* const kept = scratch.take<float>(M * count);
+  const at::Tensor rest = without_columns(x, columns.const_data_ptr<int32_t>(), count, kept);
   quantize_and_run(rest, threshold, false, weights, kept, count);
 }
 

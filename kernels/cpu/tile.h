@@ -29,7 +29,11 @@ struct Channels {
 
   Channels(const Weight& weight, int64_t panel)
       : n(panel * NR), count(std::min(NR, weight.N - n)) {
-    read(weight.w_scale + n, w_scale);
+    if (weight.w_scale) {
+      read(weight.w_scale + n, w_scale);
+    } else {
+      std::memset(w_scale, 0, sizeof w_scale);
+    }
     if (!weight.bias) {
       std::memset(bias, 0, sizeof bias);
     } else {

@@ -27,7 +27,7 @@ class RotatedColumns(Axis):
     rotation: str = "hadamard"
 
     def length(self, size: int) -> int:
-        return rotated_columns(size, self.block, self.rotation)
+        return super().length(rotated_columns(size, self.block, self.rotation))
 
 
 @functools.cache
@@ -90,12 +90,19 @@ def quantize_rotated(
         if rotation == NONE:
             w_int8[part], w_scale[part] = quantize_weight(rest)
             continue
-        # Sums of the largest floats would be infinite: such rows are made smaller by a power of 2.
-        exponent = rest.abs().amax(1).frexp().exponent.clamp_min(0)
-        rest = rotate_weight(rest.ldexp(-exponent.unsqueeze(1)), block, rotation)
+        rest, exponent = rotated_rows(rest, block, rotation)
         w_int8[part], scale = quantize_weight(rest)
         w_scale[part] = scale.ldexp(exponent)
     return w_int8, w_scale
+
+
+def rotated_rows(rows: Tensor, block: int, rotation: str) -> tuple[Tensor, Tensor]:
+    """``rows [N, K]`` rotated, and the power of 2 ``[N]`` that each of the rotated is smaller by.
+
+    Sums of the largest floats would be infinite.
+    """
+    exponent = rows.abs().amax(1).frexp().exponent.clamp_min(0)
+    return rotate_weight(rows.ldexp(-exponent.unsqueeze(1)), block, rotation), exponent
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:

@@ -1,17 +1,18 @@
 """Outlier columns: which columns of ``x [M, K]`` hold an element with ``|x| >= threshold``.
 
 The answer needs every row, and the quantisation of every row needs the answer, so it has to cross
-from one launch to the next. It crosses as a **witness** ``[2, K]``: ``witness[0, k]`` names a row that
-has an outlier in column ``k``, written by the kernel that computes ``x``, at no extra launch::
+from one launch to the next. It crosses as **candidate rows** ``[2, K]``: ``candidate_rows[0, k]`` is a
+row that has an outlier in column ``k``, if the column has one. The kernel that computes ``x`` writes
+them, at no extra launch::
 
-    for every element:  witness[outlier ? 0 : 1, k] = m
+    for every element:  candidate_rows[outlier ? 0 : 1, k] = m
 
-and whoever reads a claim checks it against ``x``. That check is what makes it work in memory that
-nobody cleared: a leftover names no row, or a row that is no outlier, or the truth. It costs no fill,
-no atomic, and no reduction over rows. Row 1 is never read: Inductor has no masked scatter, and stores
-to one dump address would queue up where stores along a row coalesce.
+A kernel that reads a candidate row checks the element of ``x`` in it. So the memory need not be
+cleared: what was left there is no row, or a row without an outlier in this column, or one with one.
+This takes no fill, no atomic, and no reduction over rows. Row 1 is never read: Inductor has no masked
+scatter, and stores to one dump address would queue up where stores along a row coalesce.
 
-Two programs that name different rows race, and either is right.
+Two programs that store different rows for one column race, and either row is right.
 """
 
 import torch
@@ -21,18 +22,20 @@ from torch import Tensor
 
 from int8fx.kernels.gpu.norm import normalized_at
 
+NEIGHBOURS = tl.constexpr(8)  # candidate rows, in one load of a thread
+
 
 def outlier_columns_reference(x: Tensor, threshold: float) -> Tensor:
     """``[K]`` bool: the columns of ``x [M, K]`` that hold an outlier."""
     return (x.to(torch.float32).abs() >= threshold).any(0)
 
 
-def witness_dtype(M: int) -> torch.dtype:
+def row_index_dtype(M: int) -> torch.dtype:
     """What can number M rows."""
     return torch.int16 if M < 2**15 else torch.int32
 
 
-def witness_rows(x: Tensor, threshold: float) -> Tensor:
+def candidate_rows(x: Tensor, threshold: float) -> Tensor:
     """A row with an outlier for each column that has one, and anything at all for the others.
 
     In operators that Inductor fuses with whatever computes ``x``.
@@ -45,7 +48,7 @@ def witness_rows(x: Tensor, threshold: float) -> Tensor:
         ``[2, K]``, int16 where it can number M rows, else int32; only row 0 is for reading.
     """
     M, K = x.shape
-    dtype = witness_dtype(M)
+    dtype = row_index_dtype(M)
     is_outlier = x.to(torch.float32).abs() >= threshold
     column = torch.arange(K, device=x.device)
     target = torch.where(is_outlier, column, column + K)
@@ -55,26 +58,29 @@ def witness_rows(x: Tensor, threshold: float) -> Tensor:
 
 
 @triton.jit
-def claims(witness_ptr, k, M, K, SHORT: tl.constexpr):
-    """For each of the columns ``k``: the row that is named, whether it is one, and how far away its
-    element is; in 32 bits with SHORT, if no element is 2**31 away, which is a third of the
+def load_candidates(candidates_ptr, k, M, K, SHORT: tl.constexpr):
+    """For each of the columns ``k``: its candidate row, whether there is such a row, and the offset of
+    its element; in 32 bits with SHORT, if no offset reaches 2**31, which is a third of the
     instructions."""
-    row = tl.load(witness_ptr + k, mask=k < K, other=-1).to(tl.int32)
+    row = tl.load(candidates_ptr + k, mask=k < K, other=-1).to(tl.int32)
     return row, (row >= 0) & (row < M), row * K + k if SHORT else row.to(tl.int64) * K + k
 
 
 @triton.jit
-def are_outliers(x, row, claimed, k, M, K, threshold, norm, NORM: tl.constexpr):
-    """Which of the elements that are claimed to be outliers are; ``x`` is read as ``normalized_at``
-    has it."""
-    x = normalized_at(x, row, claimed, k, k < K, M, norm, NORM)
-    return claimed & (tl.abs(x.to(tl.float32)) >= threshold)
+def are_outliers(x, row, is_row, k, M, K, threshold, norm, NORM: tl.constexpr):
+    """Which of the candidates are outliers; ``x`` is read as ``normalized_at`` has it.
+
+    Args:
+        x, row, is_row: the candidates' elements, their rows, and whether there are such rows.
+    """
+    x = normalized_at(x, row, is_row, k, k < K, M, norm, NORM)
+    return is_row & (tl.abs(x.to(tl.float32)) >= threshold)
 
 
 @triton.jit
 def find_columns(
-    witness_ptr, x_ptr, columns_ptr, M, K, threshold, NEIGHBOURS: tl.constexpr, BLOCKS: tl.constexpr,
-    SHORT: tl.constexpr, norm, NORM: tl.constexpr,
+    candidates_ptr, x_ptr, columns_ptr, M, K, threshold, BLOCKS: tl.constexpr, SHORT: tl.constexpr,
+    norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """Writes the list of the columns that hold an outlier, in order; returns their number.
 
@@ -85,11 +91,11 @@ def find_columns(
     block, within = tl.arange(0, BLOCKS)[:, None], tl.arange(0, NEIGHBOURS)[None, :]
     for start in range(0, K, NEIGHBOURS * BLOCKS):
         k = start + NEIGHBOURS * block + within
-        row, claimed, distance = claims(witness_ptr, k, M, K, SHORT)
+        row, is_row, offset = load_candidates(candidates_ptr, k, M, K, SHORT)
         # Loaded here: torch takes all that a call is given for written to, if the address of a store
         # depends on what it returns, and would copy x.
-        x = tl.load(x_ptr + distance, mask=claimed, other=0.0)
-        flag = are_outliers(x, row, claimed, k, M, K, threshold, norm, NORM)
+        x = tl.load(x_ptr + offset, mask=is_row, other=0.0)
+        flag = are_outliers(x, row, is_row, k, M, K, threshold, norm, NORM)
         count = _append(columns_ptr, count, flag.to(tl.int32), k, True)
     tl.debug_barrier()
     return count
@@ -131,12 +137,12 @@ def _append(columns_ptr, count, flag, k, EACH: tl.constexpr):
 @triton.jit
 def _store_each(pointers, values, flag):
     BLOCKS: tl.constexpr = flag.shape[0]
-    NEIGHBOURS: tl.constexpr = flag.shape[1]
-    if NEIGHBOURS == 1:
+    COLUMNS: tl.constexpr = flag.shape[1]
+    if COLUMNS == 1:
         one: tl.constexpr = (BLOCKS,)
         tl.store(tl.reshape(pointers, one), tl.reshape(values, one), mask=tl.reshape(flag, one) != 0)
     else:
-        half: tl.constexpr = (BLOCKS, NEIGHBOURS // 2, 2)
+        half: tl.constexpr = (BLOCKS, COLUMNS // 2, 2)
         pointers, other_pointers = tl.split(tl.reshape(pointers, half))
         values, other_values = tl.split(tl.reshape(values, half))
         flag, other_flag = tl.split(tl.reshape(flag, half))

@@ -19,7 +19,7 @@ class GemmConfig:
             loop-carried and doubles the registers; it gives up on a loop with two products.
         blocks: how many blocks are meant to run at once on one multiprocessor.
         parts: in how many K is split, which a shape decides; None where the kernel cannot.
-        extra_m: rows that a tall tile has more, half of ``block_m``; 0, none is tall (``tall_tiles``).
+        extra_m: rows that an extended tile has more (``mixed_tiles.py``), half of ``block_m``; or 0.
     """
 
     block_m: int
@@ -123,7 +123,7 @@ _CLASSES = (64, 128, 256, 512, 1024)
 COUNTERS = 256  # of the tiles whose K is split
 # What share of the processors wide tiles have to fill, by the parts of each, whose sum takes time.
 _MANY = {1: 0.7, 2: 0.75}
-# One token in a tile of 16 rows; then tokens with their outliers' digits in one of 64; then 2 to 16
+# One token in a tile of 16 rows; then tokens with their outliers' residues in one of 64; then 2 to 16
 # rows that each program quantises, which wants few and large programs.
 _ROWS_16 = (DecodeConfig(32, 256, 4, 4, blocks=2), DecodeConfig(64, 128, 4, 4, blocks=3))
 _ROWS_64 = (DecodeConfig(64, 128, 4, 4, blocks=2),)
@@ -196,8 +196,8 @@ def gemm_configs(
 
     Only M's class is looked at, so that a graph with dynamic shapes is compiled at most once for each.
     Tiles wider than 128 halve the traffic of x, and the programs: where enough are left, or M is large
-    anyway. Only then there are tall ones, if rows of the result are aligned: elements that are stored
-    one by one have an address each, for which tall tiles have no registers.
+    anyway. Only then there are extended ones, if rows of the result are aligned: elements that are
+    stored one by one have an address each, for which extended tiles have no registers.
     """
     passed = sum(each < M for each in _CLASSES)
     is_last = passed == len(_CLASSES)
@@ -214,30 +214,30 @@ def gemm_configs(
     return [config for config in chosen if config.block_n <= max(64, N)] or chosen[:1]
 
 
-def tall_tiles(M: int, tiles_n: int, processors: int, block_m: int, extra_m: int) -> int:
-    """How many tiles in each column of tiles are tall: as many as let all processors end together.
+def extended_tiles(M: int, tiles_n: int, processors: int, block_m: int, extra_m: int) -> int:
+    """How many tiles in each column of tiles are extended: as many as let all processors end together.
 
-    A tall tile takes as long as three halves of a short one. What a processor has to do, in halves, it
-    does in threes and, where those do not fit, in one or two twos. Tall tiles are whole.
+    An extended tile takes as long as three halves of a plain one. What a processor has to do, in
+    halves, it does in threes and, where those do not fit, in one or two twos. Extended tiles are whole.
 
     Args:
         M: rows; a SymInt gives a SymInt.
         tiles_n: columns of tiles.
-        block_m: rows of a short tile.
-        extra_m: how many rows more a tall one has; 0, there are none.
+        block_m: rows of a plain tile.
+        extra_m: how many rows more an extended one has; 0, there are none.
     """
     if extra_m == 0:
         return 0
     halves = -(-(-(-M // extra_m) * tiles_n) // processors)
-    tall = (halves // 3 - halves % 3 % 2) * processors // tiles_n
-    return torch.sym_min(torch.sym_max(tall, 0), M // (block_m + extra_m))
+    extended = (halves // 3 - halves % 3 % 2) * processors // tiles_n
+    return torch.sym_min(torch.sym_max(extended, 0), M // (block_m + extra_m))
 
 
 def product_tiles(M: int, tiles_n: int, processors: int, block_m: int, extra_m: int) -> tuple[int, int]:
-    """Of the tiles of a product, as in ``tall_tiles``: how many are tall, and how many are short."""
-    tall = tall_tiles(M, tiles_n, processors, block_m, extra_m)
-    rows = M - tall * (block_m + extra_m)
-    return tall * tiles_n, -(-rows // block_m) * tiles_n
+    """How many tiles of a product are extended, and how many are plain; see ``extended_tiles``."""
+    extended = extended_tiles(M, tiles_n, processors, block_m, extra_m)
+    rows = M - extended * (block_m + extra_m)
+    return extended * tiles_n, -(-rows // block_m) * tiles_n
 
 
 def gemm_parts(config: GemmConfig, tiles: int, K: int, processors: int) -> int:

@@ -4,9 +4,9 @@
 
 Reading the weight is all the time there is, so the loop over K is two loads and an int8 product.
 
-**DIGITS.** Where rows quantise alone (one row, or the token decomposition), the kernel that computes x
-writes what this one multiplies: ``x_int8`` and the outliers as int8 digits (``digits.py``), which are
-more rows of the same tile. A token's rows are summed at the end.
+**RESIDUES.** Where rows quantise alone (one row, or the token decomposition), the kernel that computes
+x writes what this one multiplies: ``x_int8`` and the outliers as int8 residues (``residues.py``), which
+are more rows of the same tile. A token's rows are summed at the end.
 
 **QUANTIZE.** 2 to 16 rows in the column decomposition need each other before they are quantised. They
 are small and stay in L2, so each program does it for itself, before its product: it looks at all of x
@@ -36,17 +36,16 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels.gpu.columns import list_columns
-from int8fx.kernels.gpu.digits import scale_of_digit
 from int8fx.kernels.gpu.groups import pick
+from int8fx.kernels.gpu.residues import scale_of_residue
 from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
 from int8fx.kernels.gpu.split import sum_of_tile
-from int8fx.kernels.gpu.tiles import of_columns, wrapped_range
+from int8fx.kernels.gpu.tiles import STEP_O, of_columns, wrapped_range
 from int8fx.kernels.ops.limits import DECODE_ROWS
 from int8fx.kernels.ops.linear_reference import linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 
 MAX_M = DECODE_ROWS
-BLOCK_O = 16  # outlier columns a step
 _LIST_BLOCK = 256  # times 16 columns
 _VECTOR_BYTES = 16  # of x, in one load of a thread
 
@@ -73,12 +72,12 @@ def quantized_linear_reference(
     )
 
 
-def tile_rows(M: int, digits: int) -> int:
+def tile_rows(M: int, residues: int) -> int:
     """BLOCK_M: the rows of a tile, as few as a matrix instruction takes."""
-    return 16 if M * (1 + digits) <= 16 else MAX_M * (1 + digits)
+    return 16 if M * (1 + residues) <= 16 else MAX_M * (1 + residues)
 
 
-def look_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> dict[str, int]:
+def scan_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> dict[str, int]:
     """Block sizes of what QUANTIZE does before and after the product.
 
     Args:
@@ -86,13 +85,12 @@ def look_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> d
         columns: of x that one program multiplies.
     """
     vector = _VECTOR_BYTES // itemsize
-    look = num_warps * warp_size * vector
+    scanned = num_warps * warp_size * vector
     return {
-        "LOOK_BLOCK": look,
+        "SCAN_BLOCK": scanned,
         "VECTOR": vector,
-        "QUANTIZE_BLOCK": min(look // 2, triton.next_power_of_2(columns)),
+        "QUANTIZE_BLOCK": min(scanned // 2, triton.next_power_of_2(columns)),
         "LIST_BLOCK": _LIST_BLOCK,
-        "BLOCK_O": BLOCK_O,
     }
 
 
@@ -117,7 +115,7 @@ def sum_of_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 @triton.jit
-def _look_at_all(
+def _scan(
     x_ptr, x_scale_ptr, taken_ptr, M, K, threshold,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -165,8 +163,7 @@ def _quantize_columns(
 
 @triton.jit
 def add_outlier_columns(
-    acc, x_row, inside, w_row, columns_ptr, first, last,
-    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+    acc, x_row, inside, w_row, columns_ptr, first, last, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``acc + x[:, C] @ w[:, C]ᵀ``, C: entries ``first`` to ``last`` of the list of outlier columns.
 
@@ -175,8 +172,8 @@ def add_outlier_columns(
         inside: ``[M]``, which rows of x may be read.
     """
     dtype = x_row.dtype.element_ty
-    for start in range(first, last, BLOCK_O):
-        j = start + tl.arange(0, BLOCK_O)
+    for start in range(first, last, STEP_O):
+        j = start + tl.arange(0, STEP_O)
         wanted = j < last
         k = tl.load(columns_ptr + j, mask=wanted, other=0)
         x = tl.load(x_row + k[None, :], mask=inside[:, None] & wanted[None, :], other=0.0)
@@ -189,7 +186,8 @@ def add_outlier_columns(
 def decode_kernel(
     x_ptr,  # [M, K], where QUANTIZE
     x_int8_ptr, x_scale_ptr,  # [M, K] int8 and [M] fp32; where QUANTIZE they are written
-    digit0_ptr, digit1_ptr, digit2_ptr, digit_scale_ptr,  # [M, K] int8 and [M] fp32, where DIGITS
+    residue0_ptr, residue1_ptr, residue2_ptr,  # [M, K] int8, where RESIDUES
+    residue_scale_ptr,  # [M] fp32, where RESIDUES
     taken_ptr, columns_ptr,  # [K] int8 and int32, to work with, where QUANTIZE
     parts_ptr, counters_ptr,  # see sum_of_tile, where SUMS
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
@@ -203,12 +201,11 @@ def decode_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SUMS: tl.constexpr,
-    LOOK_BLOCK: tl.constexpr,
+    SCAN_BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     QUANTIZE_BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    DIGITS: tl.constexpr,
+    RESIDUES: tl.constexpr,
     QUANTIZE: tl.constexpr,
     GROUPED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -230,11 +227,11 @@ def decode_kernel(
         y_ptr = pick(group, y0_ptr, y1_ptr, y2_ptr)
         if HAS_BIAS:
             bias_ptr = pick(group, bias0_ptr, bias1_ptr, bias2_ptr)
-    # Rows of the tile: x_int8 of all tokens, then each digit of all tokens.
-    GROUPS: tl.constexpr = 1 + DIGITS
+    # Rows of the tile: x_int8 of all tokens, then each residue of all tokens.
+    GROUPS: tl.constexpr = 1 + RESIDUES
     TOKENS: tl.constexpr = BLOCK_M // GROUPS
     row = tl.arange(0, BLOCK_M)
-    digit = row // TOKENS - 1
+    residue = row // TOKENS - 1
     # Rows and columns past the end read others, and are not stored: loads without masks pipeline.
     token = (row % TOKENS) % M
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -245,7 +242,7 @@ def decode_kernel(
     last = tl.minimum(first + length, K)
     count = 0
     if QUANTIZE:
-        _look_at_all(x_ptr, x_scale_ptr, taken_ptr, M, K, limit, BLOCK_M, LOOK_BLOCK, VECTOR)
+        _scan(x_ptr, x_scale_ptr, taken_ptr, M, K, limit, BLOCK_M, SCAN_BLOCK, VECTOR)
         count = list_columns(taken_ptr, columns_ptr, K, LIST_BLOCK)
         _quantize_columns(
             x_ptr, x_int8_ptr, x_scale_ptr, taken_ptr, first, last, M, K, BLOCK_M, QUANTIZE_BLOCK
@@ -253,14 +250,14 @@ def decode_kernel(
     w_row = w_ptr + n.to(tl.int64)[None, :] * K
     k = first + tl.arange(0, BLOCK_K)
     x_offset = (token * K)[:, None]
-    if DIGITS:
-        # The digits' distance from x_int8. Every allocation starts at a multiple of 16 bytes; a choice
-        # between pointers would lose that, and asynchronous copies with it.
+    if RESIDUES:
+        # The residues' distance from x_int8. Every allocation starts at a multiple of 16 bytes; a
+        # choice between pointers would lose that, and asynchronous copies with it.
         here = x_int8_ptr.to(tl.int64)
-        distance0, distance1 = digit0_ptr.to(tl.int64) - here, digit1_ptr.to(tl.int64) - here
-        distance2 = digit2_ptr.to(tl.int64) - here
-        distance = tl.where(digit == 0, distance0, tl.where(digit == 1, distance1, distance2))
-        x_offset += tl.multiple_of(tl.where(digit < 0, 0, distance), 16)[:, None]
+        distance0, distance1 = residue0_ptr.to(tl.int64) - here, residue1_ptr.to(tl.int64) - here
+        distance2 = residue2_ptr.to(tl.int64) - here
+        distance = tl.where(residue == 0, distance0, tl.where(residue == 1, distance1, distance2))
+        x_offset += tl.multiple_of(tl.where(residue < 0, 0, distance), 16)[:, None]
     x_tile = x_int8_ptr + x_offset + k[None, :]
     w_tile = w_row + k[:, None]
     acc_int32 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -275,17 +272,17 @@ def decode_kernel(
         x_tile += BLOCK_K
         w_tile += BLOCK_K
     scale = tl.load(x_scale_ptr + token)
-    if DIGITS:
-        digit_scale = scale_of_digit(tl.load(digit_scale_ptr + token), digit)
-        scale = tl.where(digit < 0, scale, digit_scale)
+    if RESIDUES:
+        residue_scale = scale_of_residue(tl.load(residue_scale_ptr + token), residue)
+        scale = tl.where(residue < 0, scale, residue_scale)
     y = acc_int32.to(tl.float32) * scale[:, None]
     if QUANTIZE:
         share = tl.cdiv(count, SPLIT_K)
         y = add_outlier_columns(
             y, x_ptr + (row * K)[:, None], row < M, w_row, columns_ptr,
-            part * share, tl.minimum(part * share + share, count), BLOCK_O, PRECISION,
+            part * share, tl.minimum(part * share + share, count), PRECISION,
         )  # fmt: skip
-    if DIGITS:
+    if RESIDUES:
         y = tl.sum(tl.reshape(y, (GROUPS, TOKENS, BLOCK_N)), 0)
     m = tl.arange(0, TOKENS)
     inside = (m < M)[:, None] & (columns < N)[None, :]

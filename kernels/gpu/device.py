@@ -16,14 +16,16 @@ def load() -> str | None:
         return "the package triton is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    reason = _unsupported(torch.cuda.get_device_properties(0))
+    reason = unsupported(torch.cuda.get_device_properties(0))
     if reason is None:
         import int8fx.kernels.gpu.experts
-        import int8fx.kernels.gpu.normed  # noqa: F401
+        import int8fx.kernels.gpu.normed
+        import int8fx.kernels.gpu.rotated  # noqa: F401
     return reason
 
 
-def _unsupported(properties: Any) -> str | None:
+def unsupported(properties: Any) -> str | None:
+    """Why a GPU with such properties cannot run the kernels, or None."""
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
         return None if arch in _AMD else f"{arch} is none of {', '.join(_AMD)}"
@@ -67,6 +69,18 @@ def operator() -> tuple[Any, int]:
 def norm_operator() -> Any:
     """The operator that takes the place of a norm and of that which reads it."""
     return torch.ops.int8fx.normed_linears_gpu.default
+
+
+def rotated_operator() -> tuple[Any, int]:
+    """The same as ``operator`` of rows that are rotated."""
+    from int8fx.kernels.gpu.groups import MAX_GROUP
+
+    return torch.ops.int8fx.rotated_linears_gpu.default, MAX_GROUP
+
+
+def rotated_norm_operator() -> Any:
+    """The same as ``norm_operator`` of rows that are rotated."""
+    return torch.ops.int8fx.normed_rotated_linears_gpu.default
 
 
 def expert_operator() -> Any:

@@ -7,17 +7,17 @@ it is a ``triton_op``: what is aten here Inductor fuses with whatever computes `
 
 | decomposition | fused with x's own kernel | ours |
 |---|---|---|
-| column | witness | quantise and list the columns, product |
-| token | quantise, witness | list the columns, product |
+| column | candidate rows | quantise and list the columns, product |
+| token | quantise, candidate rows | list the columns, product |
 | none (threshold 0) | quantise | product |
 
 - **Rows** are sorted by expert, or are sorted here (``routing.py``): x by an index that Inductor fuses
   with what computes it, y by the product's store. The grid has room for any routing; programs that are
   left over leave at once.
-- **Outliers** cross from kernel to kernel as a witness for each expert and column (``columns.py``; its
-  rows are counted from the first of the expert). No weight is gathered in memory, which would be a
-  16-bit copy of all experts: the product reads the listed columns of its own tile, after the int8 loop.
-  The list has room for all K columns of every expert, so nothing is dropped.
+- **Outliers** cross from kernel to kernel as a candidate row for each expert and column
+  (``columns.py``), counted from the first row of the expert. No weight is gathered in memory, which
+  would be a 16-bit copy of all experts: the product reads the listed columns of its own tile, after the
+  int8 loop. The list has room for all K columns of every expert, so nothing is dropped.
 
 Source: Dettmers et al. 2022, "LLM.int8()", equation 8; grouped products over sorted rows are those of
 Gale et al. 2022, "MegaBlocks", arXiv 2211.15841. Reference: ``expert_linear_reference``.
@@ -53,7 +53,6 @@ from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.expert_linear import check_routing, setup_context, sorted_rows
 from int8fx.kernels.ops.limits import DTYPES
 
-BLOCK_O = 16  # outlier columns a step
 _GROUP_M = 8
 
 
@@ -72,7 +71,7 @@ def expert_linear_reference(
 @triton.jit
 def quantize_experts_kernel(
     x_ptr,  # [S, K], rows by expert
-    witness_ptr,  # [E + 1, K]
+    candidates_ptr,  # [E + 1, K]
     ends_ptr,  # [E]
     x_int8_ptr,  # [S, K]
     x_scale_ptr,  # [S] fp32
@@ -85,7 +84,6 @@ def quantize_experts_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +96,8 @@ def quantize_experts_kernel(
         here = program.to(tl.int64) * K
         if first < last:
             count = find_columns(
-                witness_ptr + here, x_ptr + first.to(tl.int64) * K, columns_ptr + here,
-                last - first, K, limit, NEIGHBOURS, LIST_BLOCK, False, None, "",
+                candidates_ptr + here, x_ptr + first.to(tl.int64) * K, columns_ptr + here,
+                last - first, K, limit, LIST_BLOCK, False, None, "",
             )  # fmt: skip
             tl.store(count_ptr + program, count)
     elif QUANTIZE:
@@ -107,7 +105,7 @@ def quantize_experts_kernel(
         if expert < E:
             here = start.to(tl.int64) * K
             quantize_without_columns(
-                x_ptr + here, witness_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
+                x_ptr + here, candidates_ptr + expert.to(tl.int64) * K, x_int8_ptr + here,
                 x_scale_ptr + start, first - start, last - start, K, limit,
                 ROWS, 1, CHUNK, CHUNKS, EVEN_K, False, None, "",
             )  # fmt: skip
@@ -140,7 +138,6 @@ def expert_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -173,7 +170,7 @@ def expert_gemm_kernel(
         w_row = w_ptr + n.to(tl.int64)[None, :] * K
         y = add_outlier_columns(
             y, x_row, rows < last, w_row, columns_ptr + expert.to(tl.int64) * K,
-            0, tl.load(count_ptr + expert), BLOCK_O, PRECISION,
+            0, tl.load(count_ptr + expert), PRECISION,
         )  # fmt: skip
     y *= of_columns(w_scale_ptr + expert * N, columns, N)[None, :]
     _store(y, y_ptr, order_ptr, rows, m, last, columns, N, ORDERED)
@@ -236,7 +233,6 @@ def expert_linear(
         N,
         K,
         E,
-        BLOCK_O=BLOCK_O,
         BLOCK_E=block_of_experts(E),
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
@@ -277,7 +273,7 @@ def _quantize(
         quantize_experts_kernel,
         (programs,),
         source,
-        expert_witness(x, threshold, ends),
+        expert_candidate_rows(x, threshold, ends),
         ends,
         x_int8,
         x_scale,
@@ -297,11 +293,11 @@ def _quantize(
 def list_shape(S: int, K: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """Block sizes of the kernel that quantises and lists, for S rows of K elements."""
     shape = launch_shape(S, K, 0, dtype)
-    del shape["GATHER_ROWS"], shape["BLOCK_O"], shape["STEPS"]
+    del shape["GATHER_ROWS"], shape["STEPS"]
     return shape
 
 
-def expert_witness(x: Tensor, threshold: float, ends: Tensor) -> Tensor:
+def expert_candidate_rows(x: Tensor, threshold: float, ends: Tensor) -> Tensor:
     """For each expert and column a row with an outlier, if there is one, and else anything at all.
 
     In operators that Inductor fuses with whatever computes ``x``; ``columns.py`` says why it works.

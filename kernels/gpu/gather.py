@@ -1,6 +1,7 @@
 """Quantise and gather: rows to int8, and the outlier columns of ``x`` and of the weights side by side.
 
-One launch between the kernel that computes ``x`` (and its witness, ``columns.py``) and the product::
+One launch between the kernel that computes ``x`` and its candidate rows (``columns.py``), and the
+product::
 
     C                       = outlier columns of x, in order
     x_scale[m], x_int8[m]   = row m quantised without the columns in C        (column decomposition)
@@ -27,17 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8fx.kernels.gpu.columns import find_columns, outlier_columns_reference
+from int8fx.kernels.gpu.columns import NEIGHBOURS, find_columns, outlier_columns_reference
+from int8fx.kernels.gpu.configs import COUNTERS
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.norm import normalized_at
 from int8fx.kernels.gpu.rows import ROW_BYTES, chunks_of_row
+from int8fx.kernels.gpu.tiles import BLOCK_O
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 
-BLOCK_O = 32
 _LEAST_COLUMNS = 256
 _FEW_ROWS, _MANY_ROWS = 256, 1024
-_NEIGHBOURS = 8  # columns of the witness, in one load of a thread
+_COUNTERS = tl.constexpr(COUNTERS)
 
 
 def quantize_gather_reference(
@@ -59,7 +61,6 @@ def quantize_gather_reference(
 @triton.jit
 def _gather(
     source_ptr, target_ptr, target_rows, source_rows, inside, columns_ptr, count, K, CAPACITY,
-    BLOCK_O: tl.constexpr,
     M, threshold, SIFT: tl.constexpr, norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """``target[r, j] = source[r, columns[j]]``, zero from ``count`` to the end of its block, and with
@@ -82,7 +83,7 @@ def _gather(
 @triton.jit
 def quantize_gather_kernel(
     x_ptr,  # [M, K]
-    witness_ptr,  # [2, K], of which only the first row is read
+    candidates_ptr,  # [2, K], of which only the first row is read
     statistics_ptr,  # [2, M] fp32, where NORM
     norm_weight_ptr, norm_bias_ptr,  # [K], where NORM
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] int8
@@ -103,16 +104,13 @@ def quantize_gather_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """The first programs gather from ``GATHER_ROWS`` rows of a weight or of x each, the others quantise
     STEPS times ``ROWS`` rows of x. With NORM, of the norm of x (``norm.py``)."""
     norm = (statistics_ptr, norm_weight_ptr, norm_bias_ptr)
     # Fewer than 2**15 rows, and a row in registers has no more than 2**14 elements.
-    SHORT: tl.constexpr = CHUNKS > 0 and witness_ptr.dtype.element_ty == tl.int16
+    SHORT: tl.constexpr = CHUNKS > 0 and candidates_ptr.dtype.element_ty == tl.int16
     # Inductor passes Python floats as fp64, eager Triton as fp32.
     limit = tl.full((), threshold, tl.float32)
     program = tl.program_id(0)
@@ -122,11 +120,11 @@ def quantize_gather_kernel(
     of_rows = of_x + tl.cdiv(M, GATHER_ROWS)
     if program < of_rows:
         count = find_columns(
-            witness_ptr, x_ptr, columns_ptr, M, K, limit, NEIGHBOURS, LIST_BLOCK, SHORT, norm, NORM
+            candidates_ptr, x_ptr, columns_ptr, M, K, limit, LIST_BLOCK, SHORT, norm, NORM
         )
         if program == 0:
             tl.store(count_ptr, count)
-            tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32))
+            tl.store(counters_ptr + tl.arange(0, _COUNTERS), tl.zeros((_COUNTERS,), tl.int32))
         if program < of_x:
             group = (program >= first0).to(tl.int32) + (program >= first1).to(tl.int32)
             block = program - pick(group, 0, first0, first1)
@@ -135,24 +133,24 @@ def quantize_gather_kernel(
             w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
             room = tl.minimum(count, W_CAPACITY)
             _gather(w_ptr, w_gathered_ptr, n + pick(group, 0, N0, N0 + N1), n, inside, columns_ptr,
-                    room, K, W_CAPACITY, BLOCK_O, M, limit, False, None, "")  # fmt: skip
+                    room, K, W_CAPACITY, M, limit, False, None, "")  # fmt: skip
         else:
             m = (program - of_x) * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
             # x that Inductor quantised comes without what is no outlier; a norm comes whole.
             SIFT: tl.constexpr = NORM != "" and not QUANTIZE
             _gather(x_ptr, x_gathered_ptr, m, m, m < M, columns_ptr,
-                    count, K, X_CAPACITY, BLOCK_O, M, limit, SIFT, norm, NORM)  # fmt: skip
+                    count, K, X_CAPACITY, M, limit, SIFT, norm, NORM)  # fmt: skip
     elif QUANTIZE:
         first = (program - of_rows) * ROWS * STEPS
         quantize_without_columns(
-            x_ptr, witness_ptr, x_int8_ptr, x_scale_ptr, first, M, K, limit,
+            x_ptr, candidates_ptr, x_int8_ptr, x_scale_ptr, first, M, K, limit,
             ROWS, STEPS, CHUNK, CHUNKS, EVEN_K, SHORT, norm, NORM,
         )  # fmt: skip
 
 
 def x_capacity(K: int) -> int:
     """Columns that there is room for in ``x_gathered``: all."""
-    return -(-K // BLOCK_O) * BLOCK_O
+    return -(-K // BLOCK_O.value) * BLOCK_O.value
 
 
 def w_capacity(K: int) -> int:
@@ -180,9 +178,7 @@ def launch_shape(
         "ROWS": rows,
         "STEPS": together // rows if chunks["CHUNKS"] else 1,
         "GATHER_ROWS": 64 if few and N <= 4096 else 128 if N <= 8192 else 256,
-        "NEIGHBOURS": _NEIGHBOURS,
-        "LIST_BLOCK": listed // _NEIGHBOURS,
-        "BLOCK_O": BLOCK_O,
+        "LIST_BLOCK": listed // NEIGHBOURS.value,
         "num_warps": warps,
     }
 
@@ -193,9 +189,9 @@ def _chunks(K: int, dtype: torch.dtype) -> tuple[int, dict[str, int | bool]]:
     if K * dtype.itemsize > ROW_BYTES:
         return 16, chunks_of_row(K, 4096) | {"CHUNKS": 0}
     row = max(32, triton.next_power_of_2(K))
-    ways = [(min(max(row // 512, 4), 16), chunks_of_row(K, row))] if row <= 8192 else []
-    ways += [(warps, chunks_of_row(K, 256 * warps)) for warps in (8, 4)]
-    fits = [(warps, way) for warps, way in ways if way["CHUNKS"] == 1 or 2 < way["CHUNKS"] <= 8]
+    candidates = [(min(max(row // 512, 4), 16), chunks_of_row(K, row))] if row <= 8192 else []
+    candidates += [(warps, chunks_of_row(K, 256 * warps)) for warps in (8, 4)]
+    fits = [each for each in candidates if each[1]["CHUNKS"] == 1 or 2 < each[1]["CHUNKS"] <= 8]
     return min(fits, key=lambda each: each[1]["CHUNK"] * each[1]["CHUNKS"])
 
 

@@ -8,7 +8,7 @@ outlier product accumulated into the same registers. With the outliers first, tw
 alive at once, and spill.
 
 With few tiles, SPLIT_K programs share one, each with its part of K and of the outliers (``split.py``).
-With many, some have EXTRA_M rows more (``tall.py``).
+With many, some have EXTRA_M rows more (``mixed_tiles.py``).
 
 Source: Dettmers et al. 2022, "LLM.int8()", equation 8. Reference: ``kernels/ops/linear_reference.py``.
 """
@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from int8fx.kernels.gpu.groups import pick
+from int8fx.kernels.gpu.mixed_tiles import extended_tile
 from int8fx.kernels.gpu.split import sum_of_large_tile
-from int8fx.kernels.gpu.tall import tall_tile
-from int8fx.kernels.gpu.tiles import STEP_O, scaled_rows, store_tile, wrapped_range
+from int8fx.kernels.gpu.tiles import BLOCK_O, STEP_O, scaled_rows, store_tile, wrapped_range
 
 
 def gemm_reference(
@@ -62,23 +62,23 @@ def tile_in_bands(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _place(
-    tall, M, tiles_n, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, GROUP_M: tl.constexpr
+    extended, M, tiles_n, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, GROUP_M: tl.constexpr
 ):  # fmt: skip
-    """Of this program's tile: its first row, its column of tiles, and whether it is tall.
+    """Of this program's tile: its first row, its column of tiles, and whether it is extended.
 
-    Tall tiles are the upper ones. They come first, so that short ones fill what is left at the end.
+    Extended tiles are the upper ones. They come first, so that plain ones fill what is left at the end.
     """
-    program, first_row, is_tall = tl.program_id(0), 0, False
+    program, first_row, is_extended = tl.program_id(0), 0, False
     height, tiles_m = BLOCK_M, tl.cdiv(M, BLOCK_M)
     if EXTRA_M:
-        is_tall = program < tall * tiles_n
-        end = tall * (BLOCK_M + EXTRA_M)
-        program = tl.where(is_tall, program, program - tall * tiles_n)
-        first_row = tl.where(is_tall, 0, end)
-        height = tl.where(is_tall, BLOCK_M + EXTRA_M, BLOCK_M)
-        tiles_m = tl.where(is_tall, tall, tl.cdiv(M - end, BLOCK_M))
+        is_extended = program < extended * tiles_n
+        end = extended * (BLOCK_M + EXTRA_M)
+        program = tl.where(is_extended, program, program - extended * tiles_n)
+        first_row = tl.where(is_extended, 0, end)
+        height = tl.where(is_extended, BLOCK_M + EXTRA_M, BLOCK_M)
+        tiles_m = tl.where(is_extended, extended, tl.cdiv(M - end, BLOCK_M))
     tile_m, tile_n = tile_in_bands(program, tiles_m, tiles_n, GROUP_M)
-    return first_row + tile_m * height, tile_n, is_tall
+    return first_row + tile_m * height, tile_n, is_extended
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def part_of_range(length, part, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _add_outliers(
     acc, outliers, w_ptr, start_m, start_n, part, M, N, K,
-    BLOCK_O: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc + x_gathered @ w_gatheredᵀ`` of a tile, or the part of it that is this program's.
 
@@ -161,7 +161,7 @@ def _add_others(acc, x_ptr, w_ptr, m, n, columns_ptr, first, last, count, PRECIS
 @triton.jit
 def _tile(
     start_m, start_n, rows, outliers, sums, linear, M, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, UNROLL: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -182,9 +182,7 @@ def _tile(
     )
     y = scaled_rows(acc_int32, x_scale_ptr, m)
     if HAS_OUTLIERS:
-        y = _add_outliers(
-            y, outliers, w_ptr, start_m, start_n, part, M, N, K, BLOCK_O, SPLIT_K, PRECISION
-        )
+        y = _add_outliers(y, outliers, w_ptr, start_m, start_n, part, M, N, K, SPLIT_K, PRECISION)
     wanted = True
     if SPLIT_K > 1:
         parts_ptr, counters_ptr = sums
@@ -206,11 +204,10 @@ def gemm_kernel(
     bias0_ptr, bias1_ptr, bias2_ptr,  # [N], or None
     y0_ptr, y1_ptr, y2_ptr,  # [M, N]
     M, N0, N1, N2, K, X_CAPACITY, W_CAPACITY,
-    tall,  # tiles of BLOCK_M + EXTRA_M rows in each column of tiles, where EXTRA_M
+    extended,  # tiles of BLOCK_M + EXTRA_M rows in each column of tiles, where EXTRA_M
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
     EXTRA_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -224,7 +221,7 @@ def gemm_kernel(
     first0 = tl.cdiv(N0, BLOCK_N)
     first1 = first0 + tl.cdiv(N1, BLOCK_N)
     tiles_n = first1 + tl.cdiv(N2, BLOCK_N)
-    start_m, tile_n, is_tall = _place(tall, M, tiles_n, BLOCK_M, EXTRA_M, GROUP_M)
+    start_m, tile_n, is_extended = _place(extended, M, tiles_n, BLOCK_M, EXTRA_M, GROUP_M)
     N, w_ptr, w_scale_ptr, bias_ptr, y_ptr = N0, w0_ptr, w_scale0_ptr, bias0_ptr, y0_ptr
     if GROUPED:
         group = (tile_n >= first0).to(tl.int32) + (tile_n >= first1).to(tl.int32)
@@ -240,14 +237,13 @@ def gemm_kernel(
     rows = (x_int8_ptr, x_scale_ptr)
     outliers = (x_gathered_ptr, w_gathered_ptr, columns_ptr, count_ptr, X_CAPACITY, W_CAPACITY)
     linear = (w_ptr, w_scale_ptr, bias_ptr, y_ptr, N)
-    if EXTRA_M and is_tall:
-        tall_tile(
+    if EXTRA_M and is_extended:
+        extended_tile(
             start_m, start_n, rows, outliers, linear, M, K,
-            BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, BLOCK_O, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
+            BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
         )  # fmt: skip
     else:
         _tile(
             start_m, start_n, rows, outliers, (parts_ptr, counters_ptr), linear, M, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_O, SPLIT_K, UNROLL, EVEN_K, HAS_BIAS, HAS_OUTLIERS,
-            PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, UNROLL, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
         )  # fmt: skip

@@ -11,8 +11,8 @@ Inductor's wrapper. Everything after ``x``, in launches:
 | 1 | any | quantise | decode |
 | 2-16 | column | | decode, which quantises |
 | 2-16 | token, none | quantise | decode |
-| 17 up | column | witness | quantise and gather, product |
-| 17 up | token | quantise, witness | gather, product |
+| 17 up | column | candidate rows | quantise and gather, product |
+| 17 up | token | quantise, candidate rows | gather, product |
 | 17 up | none (threshold 0) | quantise | product |
 
 Shapes depend on shapes alone, and the number of outliers stays on the device, so a captured CUDA graph
@@ -29,10 +29,8 @@ from torch import Tensor
 from torch.library import triton_op
 
 from int8fx.kernels.gpu import configs, decode, tile_tables
-from int8fx.kernels.gpu.columns import witness_rows
-from int8fx.kernels.gpu.digits import DIGITS, outlier_digits
+from int8fx.kernels.gpu.columns import candidate_rows
 from int8fx.kernels.gpu.gather import (
-    BLOCK_O,
     launch_shape,
     programs,
     quantize_gather_kernel,
@@ -43,6 +41,7 @@ from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.groups import MAX_GROUP, padded
 from int8fx.kernels.gpu.launch import empty, launch, precision, run
 from int8fx.kernels.gpu.packing import packed_shape, padded_rows
+from int8fx.kernels.gpu.residues import RESIDUES, outlier_residues
 from int8fx.kernels.gpu.rounding import int8_rows, quantize_rows
 from int8fx.kernels.ops.gradients import linears_backward, linears_setup
 from int8fx.kernels.ops.limits import DTYPES
@@ -86,7 +85,7 @@ def int8_linears_gpu(
     rows = padded_rows(x.reshape(-1, x.shape[-1])).contiguous()
     linears = Linears(list(weights), list(w_scales), list(biases))
     if decomposition == "all":
-        # As digits of the int8 product, for as many rows as that takes: the weight is read in int8.
+        # As residues of the int8 product, for as many rows as that takes: the weight is read in int8.
         few = rows.shape[0] <= decode.MAX_M
         threshold, decomposition = EVERYTHING, "token" if few else "column"
     outputs = quantized(rows, threshold, decomposition, linears, sums)
@@ -154,7 +153,7 @@ class Source:
 
     x: Tensor
     dtype: torch.dtype
-    witness: Tensor
+    candidate_rows: Tensor
     x_int8: Tensor
     x_scale: Tensor
     quantized: bool
@@ -166,8 +165,8 @@ class Source:
         """Of an activation that Inductor computes."""
         x_int8, x_scale, source, quantized = int8_rows(x, threshold, decomposition)
         if threshold == 0:
-            return cls(x, x.dtype, x_scale, x_int8, x_scale, quantized)  # no witness is read
-        return cls(source, x.dtype, witness_rows(x, threshold), x_int8, x_scale, quantized)
+            return cls(x, x.dtype, x_scale, x_int8, x_scale, quantized)  # no candidate row is read
+        return cls(source, x.dtype, candidate_rows(x, threshold), x_int8, x_scale, quantized)
 
 
 def _output_pointers(outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +195,7 @@ def _decode(
     N, dtype = sum(linears.widths), x.dtype
     arch, processors = configs.architecture(x.device), configs.multiprocessors(x.device)
     rows = _rows_of_decode(x, threshold, decomposition)
-    block_m = decode.tile_rows(M, len(rows.digits))
+    block_m = decode.tile_rows(M, len(rows.residues))
     kind = "quantises" if rows.quantizes else f"rows {block_m}"
     candidates = configs.decode_configs(arch, kind, N, K, processors)
     candidates = tile_tables.decode_tiles(candidates, x.device, kind, N, K, dtype)
@@ -210,7 +209,7 @@ def _decode(
         outputs = linears.outputs(x, M, dtype=dtype)
     summing = (rows.x_scale, rows.x_int8)  # not read
     if sums:
-        tokens = block_m // (1 + len(rows.digits))
+        tokens = block_m // (1 + len(rows.residues))
         width = max(linears.tiles(each.block_n) * each.block_n for each in candidates)
         summing = empty(x, (parts, tokens, width), torch.float32), decode.zeros_for_counters(x)
     warps, lanes = candidates[-1].num_warps, configs.warp_size(arch)
@@ -230,10 +229,10 @@ def _decode(
         BLOCK_M=block_m,
         SPLIT_K=parts,
         SUMS=sums,
-        DIGITS=len(rows.digits),
+        RESIDUES=len(rows.residues),
         QUANTIZE=rows.quantizes,
         PRECISION=precision(dtype, arch),
-        **decode.look_shape(dtype.itemsize, warps, lanes, -(-K // parts)),
+        **decode.scan_shape(dtype.itemsize, warps, lanes, -(-K // parts)),
         **flags,
     )
     if parts == 1 or sums:
@@ -251,15 +250,15 @@ class _DecodeRows:
     x: Tensor
     x_int8: Tensor
     x_scale: Tensor
-    digits: list[Tensor]
-    digit_scale: Tensor
+    residues: list[Tensor]
+    residue_scale: Tensor
     work: tuple[Tensor, Tensor]
     quantizes: bool
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        digits = self.digits or [self.x_int8] * DIGITS  # not read
-        return (self.x, self.x_int8, self.x_scale, *digits, self.digit_scale, *self.work)
+        residues = self.residues or [self.x_int8] * RESIDUES  # not read
+        return (self.x, self.x_int8, self.x_scale, *residues, self.residue_scale, *self.work)
 
 
 def _rows_of_decode(x: Tensor, threshold: float, decomposition: str) -> _DecodeRows:
@@ -269,9 +268,9 @@ def _rows_of_decode(x: Tensor, threshold: float, decomposition: str) -> _DecodeR
         work = empty(x, (K,), torch.int8), empty(x, (K,), torch.int32)
         return _DecodeRows(x, x_int8, x_scale, [], x_scale, work, True)
     x_int8, x_scale, x_outlier = quantize_rows(x, threshold)
-    digits, digit_scale = outlier_digits(x_outlier) if threshold != 0 else ([], x_scale)
+    residues, residue_scale = outlier_residues(x_outlier) if threshold != 0 else ([], x_scale)
     # The kernel does not read x: nobody need write it to memory.
-    return _DecodeRows(x_int8, x_int8, x_scale, digits, digit_scale, (x_int8, x_int8), False)
+    return _DecodeRows(x_int8, x_int8, x_scale, residues, residue_scale, (x_int8, x_int8), False)
 
 
 def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
@@ -304,8 +303,7 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
         K,
         gathered[0].shape[-1],
         gathered[1].shape[-1],
-        _tall(M, linears, processors, candidates),
-        BLOCK_O=BLOCK_O,
+        _extended_tiles(M, linears, processors, candidates),
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
         PRECISION=precision(source.dtype, arch),
@@ -314,11 +312,13 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
     return outputs
 
 
-def _tall(M: int, linears: Linears, processors: int, candidates: list[configs.GemmConfig]) -> int:
-    """What the candidate with tall tiles is told: how many there are in each column."""
+def _extended_tiles(
+    M: int, linears: Linears, processors: int, candidates: list[configs.GemmConfig]
+) -> int:
+    """What the candidate with extended tiles is told: how many there are in each column."""
     return next(
         (
-            configs.tall_tiles(M, linears.tiles(c.block_n), processors, c.block_m, c.extra_m)
+            configs.extended_tiles(M, linears.tiles(c.block_n), processors, c.block_m, c.extra_m)
             for c in candidates
             if c.extra_m
         ),
@@ -362,7 +362,7 @@ def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor,
         quantize_gather_kernel,
         (grid,),
         x,
-        source.witness,
+        source.candidate_rows,
         *source.norm_operands,
         *padded(linears.weights),
         source.x_int8,
@@ -379,7 +379,6 @@ def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor,
         threshold,
         NORM=source.norm,
         QUANTIZE=not source.quantized,
-        COUNTERS=configs.COUNTERS,
         **shape,
     )
     return x_gathered, w_gathered, columns, count, counters

@@ -1,7 +1,7 @@
 """A norm whose result is never written: its statistics, its outliers, and its int8.
 
     h = normalized(x), x the sum of two tensors or one               RMSNorm or LayerNorm, ``NORMS``
-    witness[k]            = a row with |h| >= threshold in column k  (``columns.py``)
+    candidate_rows[k]     = a row with |h| >= threshold in column k  (``columns.py``)
     x_scale[m], x_int8[m] = row m of h quantised without its outliers        (token decomposition)
 
 Whoever reads h afterwards, for its outlier columns, or to quantise it without them, reads x and
@@ -10,8 +10,8 @@ the same h, bit for bit, which ``normalized`` sees to: what is no outlier here a
 lost, or counted twice.
 
 Inductor writes such a kernel as well, where this one does not serve (``serves``). Of RMSNorm in fp16 it
-takes twice the instructions and more: it has no masked scatter for the witness, 16 warps for a row, and
-blocks that end at powers of two. A row here is in chunks, as many as it takes.
+takes twice the instructions and more: it has no masked scatter for the candidate rows, 16 warps for a
+row, and blocks that end at powers of two. A row here is in chunks, as many as it takes.
 """
 
 import torch
@@ -104,7 +104,7 @@ def normalized_at(x, row, has_row, k, has_k, M, norm, NORM: tl.constexpr):
 
 
 @triton.jit
-def _load_row(
+def load_row(
     x_ptr, addend_ptr, sum_ptr, here, K,
     ADDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -122,18 +122,17 @@ def _load_row(
 
 
 @triton.jit
-def _statistics(
-    row, M, K, eps, statistics_ptr,
+def statistics_of_row(
+    row, K, eps,
     NORM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``mean`` and ``rstd`` of a row, which are stored as well; a mean of 0 where the norm has none."""
-    m, mean = tl.program_id(0), 0.0
+    """``mean`` and ``rstd`` of a row; a mean of 0 where the norm has none."""
+    mean = 0.0
     if NORM == "layer" or NORM == "layer, bias":
         total = tl.zeros((CHUNK // 8, 8), tl.float32)
         for index in tl.static_range(CHUNKS):
             total += row[index].to(tl.float32)
         mean = tl.sum(tl.sum(total, 1), 0) / K
-        tl.store(statistics_ptr + M + m, mean)
     squares = tl.zeros((CHUNK // 8, 8), tl.float32)
     for index in tl.static_range(CHUNKS):
         centered = row[index].to(tl.float32) - mean
@@ -142,9 +141,7 @@ def _statistics(
         squares += centered * centered
     # Inductor passes Python floats as fp64, eager Triton as fp32.
     mean_square = tl.sum(tl.sum(squares, 1), 0) / K
-    rstd = tl.rsqrt(mean_square + tl.full((), eps, tl.float32))
-    tl.store(statistics_ptr + m, rstd)
-    return mean, rstd
+    return mean, tl.rsqrt(mean_square + tl.full((), eps, tl.float32))
 
 
 @triton.jit
@@ -155,7 +152,7 @@ def norm_kernel(
     weight_ptr,  # [K]
     bias_ptr,  # [K], where the norm has one
     statistics_ptr,  # [2, M] fp32: rstd; and mean, where the norm has one
-    witness_ptr,  # [K]
+    candidates_ptr,  # [K]
     x_int8_ptr,  # [M, K], where QUANTIZE
     x_scale_ptr,  # [M] fp32, where QUANTIZE
     M, K,
@@ -170,8 +167,11 @@ def norm_kernel(
     """A row for each program, in chunks that all stay in registers."""
     m = tl.program_id(0)
     here = m.to(tl.int64) * K
-    row = _load_row(x_ptr, addend_ptr, sum_ptr, here, K, ADDS, CHUNK, CHUNKS, EVEN_K)
-    mean, rstd = _statistics(row, M, K, eps, statistics_ptr, NORM, CHUNK, CHUNKS, EVEN_K)
+    row = load_row(x_ptr, addend_ptr, sum_ptr, here, K, ADDS, CHUNK, CHUNKS, EVEN_K)
+    mean, rstd = statistics_of_row(row, K, eps, NORM, CHUNK, CHUNKS, EVEN_K)
+    tl.store(statistics_ptr + m, rstd)
+    if NORM == "layer" or NORM == "layer, bias":
+        tl.store(statistics_ptr + M + m, mean)
     regular = ()
     bits = tl.zeros((CHUNK // 8, 8), tl.int32)
     for index in tl.static_range(CHUNKS):
@@ -184,7 +184,7 @@ def norm_kernel(
         h = normalized(row[index], mean, rstd, weight, bias, NORM)
         h32 = h.to(tl.float32)
         is_outlier = tl.abs(h32) >= tl.full((), threshold, tl.float32)
-        tl.store(witness_ptr + k, m.to(witness_ptr.dtype.element_ty), mask=is_outlier)
+        tl.store(candidates_ptr + k, m.to(candidates_ptr.dtype.element_ty), mask=is_outlier)
         if QUANTIZE:
             h32 = tl.where(is_outlier, 0.0, h32)
             # As integers NaN is larger than all others.

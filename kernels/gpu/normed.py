@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from int8fx.kernels.gpu import decode
-from int8fx.kernels.gpu.columns import witness_dtype
+from int8fx.kernels.gpu.columns import row_index_dtype
 from int8fx.kernels.gpu.launch import empty, run
 from int8fx.kernels.gpu.linear import Linears, Source, check, product, quantized
 from int8fx.kernels.gpu.norm import (
@@ -74,7 +74,7 @@ def normed_linears(
     linears = Linears(list(weights), list(w_scales), list(biases))
     aligned = weights[0].shape[1] == rows.shape[1]  # else h is given zeros at the end of its rows
     if rows.shape[0] > decode.MAX_M and serves(rows) and aligned:
-        source, total = _look(
+        source, total = _normed_source(
             rows, addends, norm, norm_weight, norm_bias, eps, threshold, decomposition
         )
         outputs = product(source, threshold, linears)
@@ -88,7 +88,7 @@ def normed_linears(
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
 
 
-def _look(
+def _normed_source(
     x: Tensor,
     addend: Tensor | None,
     norm: str,
@@ -102,7 +102,7 @@ def _look(
     M, K = x.shape
     total = x if addend is None else torch.empty_like(x)
     statistics, x_scale = empty(x, (2, M), torch.float32), empty(x, (M,), torch.float32)
-    witness = empty(x, (K,), witness_dtype(M))
+    candidates = empty(x, (K,), row_index_dtype(M))
     x_int8 = empty(x, (M, K), torch.int8)
     quantizes = decomposition == "token"
     run(
@@ -114,7 +114,7 @@ def _look(
         weight,
         bias,
         statistics,
-        witness,
+        candidates,
         x_int8 if quantizes else None,
         x_scale if quantizes else None,
         M,
@@ -128,4 +128,4 @@ def _look(
     )
     dtype = weight.dtype if norm == "rms, rounded" else x.dtype
     operands = (statistics, weight, bias)
-    return Source(total, dtype, witness, x_int8, x_scale, quantizes, norm, operands), total
+    return Source(total, dtype, candidates, x_int8, x_scale, quantizes, norm, operands), total

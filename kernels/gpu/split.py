@@ -48,7 +48,8 @@ def sum_of_large_tile(part_of_tile, part, parts_ptr, counters_ptr, SPLIT_K: tl.c
     traffic. Who comes last waits for a program that has nothing left to do but to store.
 
     Args:
-        parts_ptr: as above; of two parts, one is stored.
+        part_of_tile: in fp32, or int32, whose sum is exact.
+        parts_ptr: as above, of its dtype; of two parts, one is stored.
 
     Returns:
         the sum, anything for the others; and whether this program came last.
@@ -113,7 +114,7 @@ def _sum_of_pieces(
         if SPLIT_K == 2:
             total = tile + tl.load(places, mask=is_last, other=0.0)
         else:
-            total = tl.zeros(tile.shape, tl.float32)
+            total = tl.zeros(tile.shape, tile.dtype)
             for index in range(SPLIT_K):  # unrolled, all of them would be in registers at once
                 wanted = is_last & (index != part)
                 other = tl.load(places + index * distance, mask=wanted, other=0.0)

@@ -136,15 +136,15 @@ def _changed(tile: Any) -> dict[str, Any]:
 
 
 def _check_tile(tile: GemmConfig, rows: int | None, N: int, K: int) -> None:
-    """Tiles whose K is split count themselves, and there are so many counters. A tall tile is half as
-    tall again, which ``configs.tall_tiles`` relies on."""
+    """Tiles whose K is split count themselves, and there are so many counters. An extended tile has
+    half as many rows again, which ``configs.extended_tiles`` relies on."""
     if tile.extra_m not in (0, tile.block_m // 2):
         raise ValueError(f"extra_m {tile.extra_m} of block_m {tile.block_m}; 0 or half of it")
     if (tile.parts or 1) == 1:
         return
     where = f"{tile.parts} parts for rows = {rows}, N = {N}, K = {K}"
     if rows is None or tile.extra_m:
-        raise ValueError(f"{where}: K is split in a class of rows that ends, without tall tiles")
+        raise ValueError(f"{where}: K is split in a class of rows that ends, without extended tiles")
     tiles = -(-rows // tile.block_m) * (-(-N // tile.block_n) + _MOST_LINEARS - 1)
     if tiles > configs.COUNTERS:
         raise ValueError(f"{where}: {tiles} tiles; {configs.COUNTERS} can be counted")
@@ -221,7 +221,7 @@ def product_tiles(
     table = of(device) if dtype in _SIXTEEN_BIT else None
     best = None if table is None else table.products.get((configs.row_class(M), int(N), int(K)))
     if best is not None and best.extra_m:
-        # A launch is told one number of tall tiles, whichever candidate it takes (``linear.py``).
+        # A launch is told one number of extended tiles, whichever candidate it takes (``linear.py``).
         candidates = [candidate for candidate in candidates if not candidate.extra_m]
     return _with_best(candidates, best)
 

@@ -148,12 +148,12 @@ def _rotated_linears(
     K = rotated_columns(x.shape[-1], block, rotation)
     all_biases: Sequence[Tensor | None] = biases or [None] * len(weights)
     outputs = []
-    for weight, w_scale, kept, at, bias in zip(
+    for weight, w_scale, w_in_float, at, bias in zip(
         weights, w_scales, w_columns, columns, all_biases, strict=True
     ):
         quantized = quantize_rotated_reference(x, at, threshold, block, rotation)
         w_int8 = table.unpack(weight, w_scale.shape[0], K)
-        outputs.append(rotated_linear_reference(*quantized, w_int8, w_scale, kept, bias))
+        outputs.append(rotated_linear_reference(*quantized, w_int8, w_scale, w_in_float, bias))
     return outputs
 
 
@@ -197,13 +197,13 @@ def _backward(ctx, grad: Tensor) -> tuple:
     return grad_x, *[None] * 7, grad_bias
 
 
-def _setup_all(ctx, inputs, output) -> None:
+def rotated_linears_setup(ctx, inputs, output) -> None:
     x, _, ctx.block, ctx.rotation, *parts, biases = inputs
     ctx.save_for_backward(*(tensor for part in parts for tensor in part))
     ctx.K, ctx.bias_dtypes = x.shape[-1], [bias.dtype for bias in biases]
 
 
-def _backward_all(ctx, grads: Sequence[Tensor]) -> tuple:
+def rotated_linears_backward(ctx, grads: Sequence[Tensor]) -> tuple:
     saved, count = ctx.saved_tensors, len(grads)
     parts = [saved[start : start + count] for start in range(0, len(saved), count)]
     grad_x = sum(
@@ -228,8 +228,8 @@ rotated_linears = register(
     "Tensor[] w_scales, Tensor[] w_columns, Tensor[] columns, Tensor[] biases) -> Tensor[]",
     _rotated_linears,
     _fakes,
-    _setup_all,
-    _backward_all,
+    rotated_linears_setup,
+    rotated_linears_backward,
 )
 
 

@@ -33,8 +33,7 @@ from int8fx.kernels.ops.rotated_linear import (
 from int8fx.kernels.ops.rotation import NONE
 from int8fx.kernels.schemes import settings as allowed
 from int8fx.kernels.schemes.scheme import Call, Scheme
-from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
-from int8fx.kernels.schemes.static_columns import operands, static_columns, which
+from int8fx.kernels.schemes.static_columns import BESIDE_OUTLIERS, operands, static_columns, which
 
 STATIC = "static"
 
@@ -79,7 +78,7 @@ class LlmInt8(Outliers):
     @property
     def operator(self) -> str:
         """In the kernel table."""
-        return ROTATED if self.keeps_columns else table.INT8_LINEAR
+        return BESIDE_OUTLIERS if self.keeps_columns else table.INT8_LINEAR
 
 
 NO_OUTLIERS = Outliers(threshold=0.0)

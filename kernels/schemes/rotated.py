@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from int8fx.kernels import table
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.rotated import rotated
 from int8fx.kernels.ops import rotated_linear as ops
@@ -35,7 +36,7 @@ from int8fx.kernels.schemes.settings import NotAllowed, one_of, setting
 from int8fx.kernels.schemes.static_columns import OPERATOR, operands, static_columns, which
 
 
-def _block(value: Any) -> int:
+def allowed_block(value: Any) -> int:
     allowed = allowed_blocks(ROTATIONS[0])
     if isinstance(value, bool) or value not in allowed:
         raise NotAllowed(", ".join(map(str, allowed)))
@@ -50,7 +51,7 @@ class Rotation:
     columns: which columns of x stay in 16-bit. As an option also how many of a calibration's.
     """
 
-    block: int = setting(64, _block)
+    block: int = setting(64, allowed_block)
     rotation: str = setting("hadamard", one_of(*ROTATIONS))
     columns: int | tuple[int, ...] = setting((), static_columns)
 
@@ -81,6 +82,19 @@ def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Rotati
     """rotated_linear; see ``passes/int8/join_rotated.py`` for several of one x."""
     how = 0.0, settings.block, settings.rotation
     return call(ops.rotated_linear, x, *how, *operands(weight), bias)
+
+
+def at_once(
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, settings: Rotation
+) -> Tensor | None:
+    """By the operator that ``passes/int8/join_rotated.py`` puts into graphs, where a device has one
+    that stands for a single linear as well."""
+    found = table.joined_by(OPERATOR, x.device.type)
+    if found is None or found[0] is ops.rotated_linears:
+        return None
+    lists = ([tensor] for tensor in operands(weight))
+    biases = [] if bias is None else [bias]
+    return found[0](x, 0.0, settings.block, settings.rotation, *lists, biases)[0]
 
 
 def lower_experts(call: Call, x: Any, weight: Sequence[Any], routing: Any, settings: Rotation) -> Any:
@@ -118,4 +132,5 @@ INT8_ROTATED = Scheme(
     lower,
     experts=lower_experts,
     operator=OPERATOR,
+    at_once=at_once,
 )

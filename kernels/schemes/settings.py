@@ -61,6 +61,17 @@ def multiple_of(factor: int) -> Check:
     return check
 
 
+def whole_number(least: int, most: int) -> Check:
+    """From ``least`` to ``most``, both among them."""
+
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise NotAllowed(f"a whole number from {least} to {most}")
+        return value
+
+    return check
+
+
 def threshold(value: Any) -> float:
     # bool is an int to isinstance, and threshold=True is a mistake. NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:

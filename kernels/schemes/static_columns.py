@@ -8,7 +8,8 @@ from typing import Any
 
 from int8fx.kernels.schemes.settings import NotAllowed
 
-OPERATOR = "rotated_linear"  # in the kernel table
+# In the kernel table: of rows that are rotated, and of rows with outliers beside the columns.
+OPERATOR, BESIDE_OUTLIERS = "rotated_linear", "linear_beside_columns"
 MOST_COLUMNS = 64  # that a linear may keep, and a calibration has
 CALIBRATED_COLUMNS = 8  # that it keeps by default where there is a calibration
 

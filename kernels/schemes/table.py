@@ -11,7 +11,7 @@ import html
 from collections.abc import Callable
 from typing import Any
 
-from int8fx.kernels.schemes import affine, int8, rotated, weight_only
+from int8fx.kernels.schemes import affine, grouped, int8, rotated, row_groups, weight_only
 from int8fx.kernels.schemes.scheme import Scheme
 
 DEFAULT = int8.LLM_INT8.name
@@ -53,6 +53,11 @@ SCHEMES = Schemes(
         rotated.INT8_ROTATED,
         weight_only.W8A16,
         weight_only.W8A16_GROUP,
+        grouped.W4A16_GROUP,
+        grouped.W4A8_GROUP,
+        grouped.WNA16_GROUP,
+        grouped.NF4,
+        row_groups.WNA16_ROWS,
     )
 )
 

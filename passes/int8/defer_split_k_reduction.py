@@ -28,6 +28,7 @@ from int8fx.passes.graph.arguments import set_argument, takes
 from int8fx.passes.graph.weight_expression import is_view_or_cast
 
 _ARGUMENT = "sums"  # whether an operator adds up by itself
+_OF_PRODUCTS = (_ARGUMENT, "rotation")  # what one of our products takes
 # What Inductor calls, and does not write.
 _CALLED = frozenset(
     {
@@ -83,4 +84,4 @@ def _reason(reader: fx.Node) -> str:
         return LEAVES
     if reader.target in _CALLED:
         return CALLED
-    return NEXT_PRODUCT if takes(reader.target, _ARGUMENT) else ""
+    return NEXT_PRODUCT if any(takes(reader.target, name) for name in _OF_PRODUCTS) else ""

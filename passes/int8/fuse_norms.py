@@ -16,19 +16,23 @@ After::
 For 17 rows and more h then never is in memory (``kernels/gpu/norm.py``). Left to Inductor: rows few
 enough for its own kernel; a norm that something else reads as well; and one of a value that nobody
 else needs, which Inductor computes on the way, and would have to write for our kernel to read.
+
+The same of ``int8fx.rotated_linears_gpu``, for any number of rows: Inductor has no rotation, so what it
+computes in front of one has to be written in any case.
 """
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
 from int8fx.kernels.ops.limits import DECODE_ROWS
 from int8fx.passes.contract import Context, Result
-from int8fx.passes.graph.arguments import argument, given
+from int8fx.passes.graph.arguments import argument, given, takes
 from int8fx.passes.graph.emit import Emitter
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.values import shape_of, tensor_of
@@ -40,6 +44,7 @@ READ_ELSEWHERE = "something else reads the norm as well"
 FEW = f"{DECODE_ROWS} rows or fewer are quantised by Inductor's kernel of the norm"
 NO_OUTLIERS = "the linears have no outliers to take out"
 SUM_ON_THE_WAY = "the sum before the norm is not of two tensors in memory"
+SUM_IN_FP32 = "the sum before the norm is normalised in fp32, and rounded for others"
 ON_THE_WAY = "what is normalised is computed on the way, and not in memory"
 WRITTEN = "the graph writes to what the norm or its linears read"
 
@@ -47,10 +52,7 @@ WRITTEN = "the graph writes to what the norm or its linears read"
 def fuse_norms(graph: fx.Graph, context: Context) -> Result:
     """Moves the norms of one graph; changed: how many."""
     memory, result = context.memory(), Result()
-    for device in context.devices:
-        joined, normed = context.joined(device), context.normed(device)
-        if joined is None or normed is None:
-            continue
+    for joined, normed in _operators(context):
         for call in graph.find_nodes(op="call_function", target=joined[0]):
             h, lead = _below_view(argument(call, "x"))
             norm = norm_of(h)
@@ -64,6 +66,16 @@ def fuse_norms(graph: fx.Graph, context: Context) -> Result:
             _move(context.fake_mode, call, h, norm, lead, normed)
             result.changed += 1
     return result
+
+
+def _operators(context: Context) -> Iterator[tuple[tuple[Any, int], Any]]:
+    """Of each device: an operator of linears, and the one that takes a norm as well."""
+    pairs = (context.joined, context.normed), (context.joined_rotated, context.normed_rotated)
+    for device in context.devices:
+        for joined, normed in pairs:
+            found = joined(device), normed(device)
+            if found[0] is not None and found[1] is not None:
+                yield found[0], found[1]
 
 
 def _reason(norm: Norm, h: fx.Node, call: fx.Node, memory: Memory) -> str:
@@ -92,6 +104,8 @@ def _is_alone(h: fx.Node, call: Any) -> bool:
 
 def _no_gain(norm: Norm, call: Any) -> str:
     """Why Inductor does as well with the norm, or empty."""
+    if takes(call.target, "rotation"):
+        return ""
     *lead, _ = shape_of(norm.x)
     rows = math.prod(lead)
     if isinstance(rows, int) and rows <= DECODE_ROWS:
@@ -99,6 +113,8 @@ def _no_gain(norm: Norm, call: Any) -> str:
     if argument(call, "threshold") == 0 or argument(call, "decomposition") not in ("column", "token"):
         return NO_OUTLIERS
     if _is_sum(_below_dropout(norm.x)):
+        if _dtype(norm.x) != _dtype(argument(call, "x")):
+            return SUM_IN_FP32
         return "" if _addends(norm) is not None else SUM_ON_THE_WAY
     return "" if _is_stored(norm.x, norm.nodes) else ON_THE_WAY
 
@@ -108,6 +124,11 @@ def _read(norm: Norm, call: fx.Node) -> set[fx.Node]:
     return {norm.x, *norm.x.all_input_nodes, *norm.nodes, *call.all_input_nodes} | {
         read for node in norm.nodes for read in node.all_input_nodes
     }
+
+
+def _dtype(x: Any) -> torch.dtype | None:
+    value = tensor_of(x)
+    return None if value is None else value.dtype
 
 
 def _is_sum(x: fx.Node) -> bool:

@@ -62,9 +62,9 @@ def test_operands_arrive_by_asynchronous_copies(arch):
             plain = [loop for loop in loops if "LDGSTS" not in loop]
             loops = [loop for loop in loops if "LDGSTS" in loop]
             assert not any({"IMMA", "IGMMA"} & loop.keys() for loop in plain)
-            # A tall tile has as many again, of which that over outliers has no registers to load ahead.
-            tall = specimen.constants["EXTRA_M"] > 0
-            assert (len(loops), len(plain)) == ((3, 3) if tall else (2, 1))
+            # An extended tile has as many again; that over outliers has no registers to load ahead.
+            is_extended = specimen.constants["EXTRA_M"] > 0
+            assert (len(loops), len(plain)) == ((3, 3) if is_extended else (2, 1))
         else:
             assert len(loops) == 1
         for loop in loops:
@@ -72,7 +72,7 @@ def test_operands_arrive_by_asynchronous_copies(arch):
             assert loop.get("LDG", 0) == 0, str(specimen)
 
 
-(TALL,) = (config for config in specimens.configs.GEMM["sm_90"] if config.extra_m)
+(EXTENDED,) = (config for config in specimens.configs.GEMM["sm_90"] if config.extra_m)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_operands_arrive_by_asynchronous_copies(arch):
     ],
     ids=str,
 )
-def test_sm_90_has_registers_for_both_accumulators_of_a_tall_tile(dtype, constants):
+def test_sm_90_has_registers_for_both_accumulators_of_an_extended_tile(dtype, constants):
     """Whatever is asked of it: 192 of 255 registers are taken by the accumulators alone."""
-    seen = specimens.gemm("sm_90", TALL, dtype, **constants).inspection
+    seen = specimens.gemm("sm_90", EXTENDED, dtype, **constants).inspection
     assert seen.spill_bytes == 0
     assert seen.blocks_per_multiprocessor == 1
-    short, tall = [loop["IGMMA"] for loop in seen.loops if "IGMMA" in loop]
-    assert 2 * tall == 3 * short
+    plain, extended = [loop["IGMMA"] for loop in seen.loops if "IGMMA" in loop]
+    assert 2 * extended == 3 * plain
 
 
 @pytest.mark.parametrize("config", specimens.configs.GEMM["sm_90"][2:], ids=str)

@@ -17,8 +17,8 @@ from int8fx.kernels.gpu import experts as gpu_experts
 from int8fx.kernels.gpu import launch
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
+from int8fx.kernels.ops import grouped_linear
 from int8fx.kernels.ops.quantize_reference import quantize_weight
-from int8fx.kernels.schemes import static_columns
 from int8fx.testing.gpuless import blocks
 from int8fx.testing.gpuless.int8_launches import LinearCheck, relative_error
 from int8fx.testing.gpuless.layers import (
@@ -189,7 +189,7 @@ def test_one_compile_serves_several_lengths():
     assert all(error < TOLERANCE[torch.float16] for error in check.errors), check.errors
 
 
-def test_one_compile_serves_any_mix_of_tall_and_short_tiles(monkeypatch):
+def test_one_compile_serves_any_mix_of_extended_and_plain_tiles(monkeypatch):
     """How many there are of either is arithmetic on the number of rows, in the wrapper."""
     monkeypatch.setattr(gpu.configs, "multiprocessors", lambda device: 8)
     torch._dynamo.reset()
@@ -310,7 +310,7 @@ def test_gradients_of_experts_are_straight_through(monkeypatch, is_sorted):
 ON_A_GPU = {
     name: scheme
     for name, scheme in int8fx.SCHEMES.items()
-    if scheme.choice().operator != static_columns.OPERATOR
+    if scheme.choice().operator not in grouped_linear.OPERATORS
 }
 
 
@@ -355,10 +355,10 @@ def test_every_scheme_is_its_reference_and_compiles(M, K):
         errors[name] = relative_error(y[index], expected)
     # One rounding of the outlier product and one of the result, beside that of the result alone.
     assert all(error < 2 * TOLERANCE[torch.float16] for error in errors.values()), errors
-    # Our kernels multiply for the four schemes whose rows they quantise (w8a16's are outliers all, and
+    # Our kernels multiply for the five schemes whose rows they quantise (w8a16's are outliers all, and
     # of more than 16 rows left in float), and cuBLAS, in int8, for the four with rows of their own: up
     # to 16 rows these are sums of Inductor's.
-    assert sum(map(linears_of, launches)) == (3 if M > 16 else 4)
+    assert sum(map(linears_of, launches)) == (4 if M > 16 else 5)
     if M > 16:
         (reason,) = left.values()
         assert "'w8a16' on a GPU is faster than 16-bit up to 16 rows" in reason and "has 40" in reason
@@ -376,22 +376,8 @@ def test_every_scheme_is_its_reference_and_compiles(M, K):
             assert seen.int8_mma and not seen.spill_bytes, (kernel.name, arch)
 
 
-@pytest.mark.parametrize(
-    "options", [{"scheme": "int8-rotated"}, {"decomposition": "static"}], ids=["rotated", "static"]
-)
-def test_what_has_no_kernel_for_a_gpu_stays_in_float_and_says_why(options):
-    torch._dynamo.reset()
-    model = torch.nn.Linear(K, N).to(torch.float16).requires_grad_(False)
-    x = torch.randn(4, K).to(torch.float16)
-    with torch.no_grad(), retargeted([].append), int8fx.collect_reports() as reports:
-        y = compiled(model, options)(x)
-    (decision,) = reports[0].decisions
-    assert decision.reason.endswith("rotations and static columns are in the CPU's kernels alone")
-    assert relative_error(y, model(x)) < TOLERANCE[torch.float16]
-
-
 def multiplies(kernel: Kernel) -> bool:
-    return kernel.name.startswith(("decode_kernel", "gemm_kernel"))
+    return kernel.name.startswith(("decode_kernel", "gemm_kernel", "rotated_gemm_kernel"))
 
 
 def linears_of(launch: Launch) -> int:

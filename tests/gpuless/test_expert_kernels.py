@@ -15,9 +15,9 @@ from torch import Tensor
 from int8fx.kernels.gpu import routing
 from int8fx.kernels.gpu.columns import outlier_columns_reference
 from int8fx.kernels.gpu.experts import (
+    expert_candidate_rows,
     expert_gemm_kernel,
     expert_linear_reference,
-    expert_witness,
     quantize_experts_kernel,
 )
 from int8fx.kernels.gpu.experts_gradient import expert_gradient_kernel
@@ -76,16 +76,16 @@ def case(x: Tensor, weight: Tensor, experts: Tensor, is_sorted: bool) -> Case:
     return Case(poisoned(x), weight, poisoned(w_int8), poisoned(w_scale), experts, ends)
 
 
-def claims(x: Tensor, ends: Tensor, threshold: float) -> Tensor:
-    """A witness as it may be found: right where it must be, and leftovers of any kind elsewhere."""
+def candidates_as_found(x: Tensor, ends: Tensor, threshold: float) -> Tensor:
+    """Candidate rows where there have to be some, and leftovers of any kind elsewhere."""
     (S, K), E = x.shape, len(ends)
     leftovers = torch.tensor([-1, 0, 1, S - 1, S, 2**15 - 1], dtype=torch.int16)
-    witness = leftovers.repeat((E + 1) * K)[: (E + 1) * K].view(E + 1, K).clone()
-    right = expert_witness(x, threshold, ends).to(torch.int16)
+    candidates = leftovers.repeat((E + 1) * K)[: (E + 1) * K].view(E + 1, K).clone()
+    right = expert_candidate_rows(x, threshold, ends).to(torch.int16)
     for expert, (first, last) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
         columns = outlier_columns_reference(x[first:last], threshold)
-        witness[expert, columns] = right[expert, columns]
-    return poisoned(witness)
+        candidates[expert, columns] = right[expert, columns]
+    return poisoned(candidates)
 
 
 @dataclass
@@ -123,7 +123,7 @@ def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
     if threshold == 0:
         return done
     operands = [
-        claims(rows, ends, threshold),
+        candidates_as_found(rows, ends, threshold),
         ends,
         done.x_int8,
         done.x_scale,
@@ -142,7 +142,6 @@ def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
         CHUNK=32,
         CHUNKS=1 if K <= 32 else 0,
         EVEN_K=K % 32 == 0,
-        NEIGHBOURS=8,
         LIST_BLOCK=4,
         BLOCK_E=routing.block_of_experts(E),
     )
@@ -173,7 +172,6 @@ def product(
         BLOCK_M=block_m,
         BLOCK_N=32,
         BLOCK_K=32,
-        BLOCK_O=16,
         BLOCK_E=routing.block_of_experts(E),
         GROUP_M=2,
         UNROLL=unroll,
@@ -268,7 +266,7 @@ def test_the_gradient_is_that_of_the_int8_weights(given, seed):
 
 
 def test_an_outlier_of_one_expert_is_none_of_another():
-    """Also where the other's witness holds a leftover that names the row: claims are checked."""
+    """Also where a leftover among the other's candidate rows is this row: candidates are checked."""
     x = torch.ones(8, 40)
     x[1, 7] = 30.0
     ends = torch.tensor([4, 8], dtype=torch.int32)

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from int8fx.kernels.gpu.columns import outlier_columns_reference, witness_rows
+from int8fx.kernels.gpu.columns import candidate_rows, outlier_columns_reference
 from int8fx.kernels.gpu.configs import (
     COUNTERS,
     EXPERTS,
     GEMM,
+    extended_tiles,
     gemm_configs,
     product_tiles,
-    tall_tiles,
 )
 from int8fx.kernels.gpu.decode import (
     MAX_M,
@@ -32,7 +32,6 @@ from int8fx.kernels.gpu.decode import (
     sum_of_parts,
     tile_rows,
 )
-from int8fx.kernels.gpu.digits import DIGITS, digits_reference, outlier_digits
 from int8fx.kernels.gpu.gather import (
     launch_shape,
     programs,
@@ -50,6 +49,7 @@ from int8fx.kernels.gpu.norm import (
     norm_statistics,
     normalized_reference,
 )
+from int8fx.kernels.gpu.residues import RESIDUES, outlier_residues, residues_reference
 from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.gpu.rows import chunks_of_row
 from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
@@ -124,20 +124,20 @@ def test_the_guard_notices_a_store_outside():
         assert_intact(x)
 
 
-def claims(x: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """A witness as it may be found: right where it must be, and leftovers of any kind elsewhere."""
+def candidates_as_found(x: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """Candidate rows where there have to be some, and leftovers of any kind elsewhere."""
     M, K = x.shape
     leftovers = torch.tensor([-1, 0, M - 1, M, 2**15 - 1], dtype=torch.int16).repeat(2 * K)
-    witness = leftovers[: 2 * K].view(2, K).clone()
+    candidates = leftovers[: 2 * K].view(2, K).clone()
     columns = outlier_columns_reference(x, threshold)
-    witness[0, columns] = witness_rows(x, threshold)[0, columns].to(torch.int16)
-    return poisoned(witness)
+    candidates[0, columns] = candidate_rows(x, threshold)[0, columns].to(torch.int16)
+    return poisoned(candidates)
 
 
-def test_witness_rows_name_an_outlier_of_each_column_that_has_one():
+def test_candidate_rows_name_an_outlier_of_each_column_that_has_one():
     x = torch.randn(50, 70, generator=torch.Generator().manual_seed(0))
     columns = outlier_columns_reference(x, 2.0)
-    rows = witness_rows(x, 2.0)[0].long()
+    rows = candidate_rows(x, 2.0)[0].long()
     assert 0 < columns.sum() < 70
     assert (x[rows[columns], columns.nonzero().squeeze(1)].abs() >= 2.0).all()
 
@@ -174,7 +174,7 @@ def run_quantize_gather(
     outputs = {name: poisoned_like(tensor) for name, tensor in outputs.items()}
     launchable(quantize_gather_kernel)[(programs(shape, M, widths, quantizes),)](
         x,
-        claims(norm.h if norm else x, threshold),
+        candidates_as_found(norm.h if norm else x, threshold),
         *(norm.operands if norm else (None, None, None)),
         *padded(case.weights),
         *outputs.values(),
@@ -186,7 +186,6 @@ def run_quantize_gather(
         threshold,
         NORM=kind,
         QUANTIZE=quantizes,
-        COUNTERS=COUNTERS,
         **shape,
     )
     assert_intact(*outputs.values(), *case.inputs)
@@ -277,21 +276,21 @@ def run_norm(
     quantizes: bool = True,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
-    """The witness is -1 where nothing was written."""
+    """Candidate rows are -1 where nothing was written."""
     M, K = x.shape
     made = {
         "sum": torch.empty_like(x) if addend is not None else None,
         "statistics": torch.empty(2, M),
-        "witness": torch.empty(K, dtype=torch.int16),
+        "candidate_rows": torch.empty(K, dtype=torch.int16),
         "x_int8": torch.empty(M, K, dtype=torch.int8) if quantizes else None,
         "x_scale": torch.empty(M) if quantizes else None,
     }
     made = {name: None if one is None else poisoned_like(one) for name, one in made.items()}
-    made["witness"].fill_(-1)
+    made["candidate_rows"].fill_(-1)
     shape = norm_shape(x) | (chunks_of_row(K, chunk) if chunk else {})
     shape.pop("num_warps")
     launchable(norm_kernel)[(M,)](
-        x, addend, made["sum"], norm.weight, norm.bias, made["statistics"], made["witness"],
+        x, addend, made["sum"], norm.weight, norm.bias, made["statistics"], made["candidate_rows"],
         made["x_int8"], made["x_scale"], M, K, EPS, THRESHOLD,
         NORM=norm.kind, ADDS=addend is not None, QUANTIZE=quantizes, **shape,
     )  # fmt: skip
@@ -319,9 +318,9 @@ def test_norm(kind, case, adds, quantizes, chunk):
         mean = made["statistics"][1].unsqueeze(1)
     h = normalized_reference(x, mean, made["statistics"][0].unsqueeze(1), *norm.operands[1:], kind)
     columns = outlier_columns_reference(h, THRESHOLD)
-    witness = made["witness"].long()
-    assert torch.equal(witness >= 0, columns)
-    assert (h[witness[columns], columns.nonzero()[:, 0]].float().abs() >= THRESHOLD).all()
+    candidates = made["candidate_rows"].long()
+    assert torch.equal(candidates >= 0, columns)
+    assert (h[candidates[columns], columns.nonzero()[:, 0]].float().abs() >= THRESHOLD).all()
     if quantizes:
         x_int8, x_scale, _ = quantize_rows(h, THRESHOLD)
         assert torch.equal(made["x_scale"], x_scale)
@@ -393,7 +392,7 @@ def check_product(
     block_n: int = 32,
     room: int | None = None,
 ) -> tuple[int, int]:
-    """How many of its tiles were tall, and how many were short."""
+    """How many of its tiles were extended, and how many were plain."""
     M, K = case.x.shape
     outputs = [poisoned_like(torch.empty(M, N, dtype=case.x.dtype)) for N in case.N if N]
     operands = run_quantize_gather(case, room=room)
@@ -413,11 +412,10 @@ def check_product(
         K,
         operands["x_gathered"].shape[1],
         operands["w_gathered"].shape[1],
-        tall_tiles(*shape),
+        extended_tiles(*shape),
         BLOCK_M=block,
         BLOCK_N=block_n,
         BLOCK_K=block,
-        BLOCK_O=32,
         EXTRA_M=extra_m,
         SPLIT_K=parts,
         GROUP_M=2,
@@ -453,7 +451,7 @@ def test_product(case, unroll, parts, room):
 
 @THOROUGH
 @given(cases(st.integers(1, 200)), st.integers(1, 12), st.sampled_from([32, 128]), ROOM)
-def test_product_in_tall_tiles(case, processors, block_n, room):
+def test_product_in_extended_tiles(case, processors, block_n, room):
     check_product(case, extra_m=16, processors=processors, block_n=block_n, room=room)
 
 
@@ -481,9 +479,9 @@ def test_gathered_weights_are_small_beside_the_weight_however_long_its_rows_are(
 @pytest.mark.parametrize(
     ("M", "processors", "tiles"),
     [
-        (40, 2, (0, 4)),  # fewer rows than a tall tile
+        (40, 2, (0, 4)),  # fewer rows than an extended tile
         (48, 2, (2, 0)),
-        (49, 2, (0, 4)),  # two halves more are two short tiles instead
+        (49, 2, (0, 4)),  # two halves more are two plain tiles instead
         (81, 2, (2, 4)),
         (96, 4, (4, 0)),
         (128, 2, (4, 2)),
@@ -491,7 +489,7 @@ def test_gathered_weights_are_small_beside_the_weight_however_long_its_rows_are(
     ],
 )
 @pytest.mark.parametrize("outliers", [0, 1, 33, 70], ids="{} outliers".format)
-def test_tall_tiles_are_whole_and_short_ones_follow(M, processors, tiles, outliers):
+def test_extended_tiles_are_whole_and_plain_ones_follow(M, processors, tiles, outliers):
     generator = torch.Generator().manual_seed(M)
     x = torch.randn(M, 70, generator=generator).clamp(-3, 3)
     x[M - 1, :outliers] = 20.0
@@ -501,7 +499,7 @@ def test_tall_tiles_are_whole_and_short_ones_follow(M, processors, tiles, outlie
     assert check_product(case, extra_m=16, processors=processors, block_n=128) == tiles
 
 
-def test_tall_tiles_are_the_best_guess_for_many_rows_on_sm_90_and_nothing_else():
+def test_extended_tiles_are_the_best_guess_for_many_rows_on_sm_90_and_nothing_else():
     def chosen(M, N=4096, dtype=torch.float16, arch="sm_90"):
         return [config.extra_m for config in gemm_configs(arch, M, N, 4096, dtype, 132)]
 
@@ -519,12 +517,12 @@ def test_tall_tiles_are_the_best_guess_for_many_rows_on_sm_90_and_nothing_else()
 
 @pytest.mark.parametrize("M", [1025, 1536, 3000, 4096, 8192])
 @pytest.mark.parametrize("tiles_n", [1, 4, 16, 24, 112])
-def test_no_processor_has_much_more_to_do_with_tall_tiles(M, tiles_n):
-    """In halves of a short tile: at most one more than with short tiles alone."""
-    tall, short = product_tiles(M, tiles_n, 132, 128, 64)
-    assert 192 * tall + 128 * short >= M * tiles_n > 192 * tall + 128 * (short - tiles_n)
+def test_no_processor_has_much_more_to_do_with_extended_tiles(M, tiles_n):
+    """In halves of a plain tile: at most one more than with plain tiles alone."""
+    extended, plain = product_tiles(M, tiles_n, 132, 128, 64)
+    assert 192 * extended + 128 * plain >= M * tiles_n > 192 * extended + 128 * (plain - tiles_n)
     ends = [0] * 132
-    for halves in [3] * tall + [2] * short:
+    for halves in [3] * extended + [2] * plain:
         heapq.heapreplace(ends, ends[0] + halves)
     alone = sum(product_tiles(M, tiles_n, 132, 128, 0))
     assert max(ends) <= 2 * -(-alone // 132) + 1
@@ -540,18 +538,18 @@ def run_decode(
     shape, dtype = ((M,), case.x.dtype) if whole else ((parts, M), torch.float32)
     outputs = [poisoned_like(torch.empty(*shape, N, dtype=dtype)) for N in case.N if N]
     taken, columns = torch.empty(K, dtype=torch.int8), torch.empty(K, dtype=torch.int32)
-    given = [constants.pop(name) for name in ("x_int8", "x_scale", "digits", "digit_scale")]
-    x_int8, x_scale, digits, digit_scale = given
-    tiles, block_m = sum(-(-N // 16) for N in case.N), tile_rows(M, len(digits))
+    given = [constants.pop(name) for name in ("x_int8", "x_scale", "residues", "residue_scale")]
+    x_int8, x_scale, residues, residue_scale = given
+    tiles, block_m = sum(-(-N // 16) for N in case.N), tile_rows(M, len(residues))
     counters = poisoned(torch.zeros(4 * tiles, dtype=torch.int8))
-    partial = torch.empty(parts, tiles, block_m // (1 + len(digits)), 16)
+    partial = torch.empty(parts, tiles, block_m // (1 + len(residues)), 16)
     work = [poisoned_like(taken), poisoned_like(columns), poisoned_like(partial), counters]
     launchable(decode_kernel)[(tiles, parts)](
         case.x,
         x_int8,
         x_scale,
-        *(digits or [x_int8] * DIGITS),
-        digit_scale,
+        *(residues or [x_int8] * RESIDUES),
+        residue_scale,
         *work,
         *case.pointers,
         *padded(outputs),
@@ -563,20 +561,19 @@ def run_decode(
         BLOCK_K=32,
         SPLIT_K=parts,
         SUMS=sums,
-        LOOK_BLOCK=64,
+        SCAN_BLOCK=64,
         VECTOR=4,
         QUANTIZE_BLOCK=32,
         LIST_BLOCK=4,
-        BLOCK_O=16,
         GROUPED=len(outputs) > 1,
         EVEN_K=K % 32 == 0,
         HAS_BIAS=bool(case.biases) and whole,
         PRECISION="ieee",
-        DIGITS=len(digits),
+        RESIDUES=len(residues),
         BLOCK_M=block_m,
         **constants,
     )
-    assert_intact(*outputs, *work, x_int8, x_scale, *digits, digit_scale, *case.inputs)
+    assert_intact(*outputs, *work, x_int8, x_scale, *residues, residue_scale, *case.inputs)
     assert not counters.any()  # as whoever replays the launch needs them
     if whole:
         return outputs
@@ -593,7 +590,7 @@ def run_decode(
 )
 def test_decode_of_rows(case, parts, threshold, sums):
     x_int8, x_scale, x_outlier, _ = quantize_reference(case.x.clone(), threshold, "token")
-    digits, digit_scale = outlier_digits(x_outlier) if threshold else ([], x_scale)
+    residues, residue_scale = outlier_residues(x_outlier) if threshold else ([], x_scale)
     outputs = run_decode(
         case,
         parts,
@@ -601,8 +598,8 @@ def test_decode_of_rows(case, parts, threshold, sums):
         sums,
         x_int8=poisoned(x_int8),
         x_scale=poisoned(x_scale),
-        digits=[poisoned(digit) for digit in digits],
-        digit_scale=poisoned(digit_scale),
+        residues=[poisoned(residue) for residue in residues],
+        residue_scale=poisoned(residue_scale),
         QUANTIZE=False,
     )
     for y, expected in zip(outputs, case.expected("token", threshold), strict=True):
@@ -619,9 +616,8 @@ def test_decode_of_rows(case, parts, threshold, sums):
 def test_decode_that_quantises(case, parts, threshold, sums):
     x_int8, x_scale, _, _ = quantize_reference(case.x.clone(), threshold, "column")
     made = {"x_int8": poisoned_like(x_int8), "x_scale": poisoned_like(x_scale)}
-    outputs = run_decode(
-        case, parts, threshold, sums, **made, digits=[], digit_scale=poisoned(x_scale), QUANTIZE=True
-    )
+    made |= {"residues": [], "residue_scale": poisoned(x_scale)}
+    outputs = run_decode(case, parts, threshold, sums, **made, QUANTIZE=True)
     assert torch.equal(made["x_int8"], x_int8)
     assert torch.equal(made["x_scale"], x_scale)
     for y, expected in zip(outputs, case.expected("column", threshold), strict=True):
@@ -639,7 +635,7 @@ def test_whichever_part_comes_last_the_sum_is_the_same_bits(monkeypatch, last):
     def run() -> Tensor:
         x_int8, x_scale, _, _ = quantize_reference(x.clone(), math.inf, "token")
         rows = {"x_int8": poisoned(x_int8), "x_scale": poisoned(x_scale)}
-        rows |= {"digits": [], "digit_scale": poisoned(x_scale), "QUANTIZE": False}
+        rows |= {"residues": [], "residue_scale": poisoned(x_scale), "QUANTIZE": False}
         (y,) = run_decode(case, 4, math.inf, sums=True, **rows)
         return y
 
@@ -661,24 +657,24 @@ def test_infinities_and_nan_come_out_of_decode_as_of_a_float_product(value, deco
     case = Case(poisoned(x), [poisoned(w_int8)], [poisoned(w_scale)], [])
     quantizes = decomposition == "column"
     x_int8, x_scale, x_outlier, _ = quantize_reference(x, THRESHOLD, decomposition)
-    digits, digit_scale = ([], x_scale) if quantizes else outlier_digits(x_outlier)
+    residues, residue_scale = ([], x_scale) if quantizes else outlier_residues(x_outlier)
     (y,) = run_decode(
         case,
         1,
         THRESHOLD,
         x_int8=poisoned_like(x_int8) if quantizes else poisoned(x_int8),
         x_scale=poisoned_like(x_scale) if quantizes else poisoned(x_scale),
-        digits=[poisoned(digit) for digit in digits],
-        digit_scale=poisoned(digit_scale),
+        residues=[poisoned(residue) for residue in residues],
+        residue_scale=poisoned(residue_scale),
         QUANTIZE=quantizes,
     )
     (expected,) = case.expected(decomposition)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_digits_keep_23_bits_below_the_largest_outlier():
+def test_residues_keep_23_bits_below_the_largest_outlier():
     x = 1000 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
-    digits, scale = outlier_digits(x)
-    error = (digits_reference(digits, scale) - x).abs().amax(1) / x.abs().amax(1)
+    residues, scale = outlier_residues(x)
+    error = (residues_reference(residues, scale) - x).abs().amax(1) / x.abs().amax(1)
     assert (error < 2**-23).all(), error
-    assert torch.equal(digits[0], torch.round(x / scale.unsqueeze(1)).to(torch.int8))
+    assert torch.equal(residues[0], torch.round(x / scale.unsqueeze(1)).to(torch.int8))

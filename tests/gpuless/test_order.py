@@ -153,13 +153,13 @@ def decode(parts: int, quantizes: bool) -> list[torch.Tensor]:
     way = "column" if quantizes else "token"
     x_int8, x_scale, x_outlier, _ = quantize_reference(case.x.clone(), 6.0, way)
     fresh = poisoned_like if quantizes else poisoned
-    rows = {"x_int8": fresh(x_int8), "x_scale": fresh(x_scale), "digit_scale": poisoned(x_scale)}
-    digits = []
+    rows = {"x_int8": fresh(x_int8), "x_scale": fresh(x_scale), "residue_scale": poisoned(x_scale)}
+    residues = []
     if not quantizes:
-        digits, digit_scale = kernels.outlier_digits(x_outlier)
-        rows["digit_scale"] = poisoned(digit_scale)
+        residues, residue_scale = kernels.outlier_residues(x_outlier)
+        rows["residue_scale"] = poisoned(residue_scale)
     outputs = kernels.run_decode(
-        case, parts, 6.0, True, **rows, digits=[*map(poisoned, digits)], QUANTIZE=quantizes
+        case, parts, 6.0, True, **rows, residues=[*map(poisoned, residues)], QUANTIZE=quantizes
     )
     for y, expected in zip(outputs, case.expected(way), strict=True):
         assert kernels.relative_error(y, expected) < 2 * kernels.TOLERANCE[y.dtype]
@@ -177,13 +177,13 @@ def gathering() -> None:
 
 
 def norms() -> None:
-    """Rows name themselves as the witness of a column, and any of them may be the one that stays."""
+    """Rows store themselves as the candidate of a column, and any of them may be the one that stays."""
     case = linear(9, (), 70)
     norm = kernels.normed(case, "rms")
-    witness = kernels.run_norm(case.x, norm)["witness"].long()
+    candidates = kernels.run_norm(case.x, norm)["candidate_rows"].long()
     columns = kernels.outlier_columns_reference(norm.h, 6.0)
-    assert torch.equal(witness >= 0, columns)
-    assert (norm.h[witness[columns], columns.nonzero()[:, 0]].abs() >= 6.0).all()
+    assert torch.equal(candidates >= 0, columns)
+    assert (norm.h[candidates[columns], columns.nonzero()[:, 0]].abs() >= 6.0).all()
 
 
 def experts() -> None:

@@ -65,7 +65,7 @@ ROW = {"N": 4096, "K": 1024, "us": 1.0}
         (with_tile(**SIZES | {"block_m": "64"}), "block_m is '64'; it has to be an integer"),
         (with_tile(**SIZES | {"block_m": True}), "block_m is True; it has to be an integer"),
         (with_tile(**SIZES, parts=8), "8 parts for rows = 512, N = 4096, K = 1024: 272 tiles; 256 can"),
-        (with_tile(**SIZES, parts=2, extra_m=32), "without tall tiles"),
+        (with_tile(**SIZES, parts=2, extra_m=32), "without extended tiles"),
         (with_tile(**SIZES, extra_m=16), "extra_m 16 of block_m 64; 0 or half of it"),
         (changed(decodes=[ROW | {"kind": "rows 8", "tile": {}}]), "a tile without block_n"),
         (
@@ -127,12 +127,12 @@ def test_what_was_measured_is_the_best_guess_for_its_class_and_its_shape(M):
     assert candidates == built_in
 
 
-def test_all_tall_tiles_of_a_launch_are_of_one_size():
+def test_all_extended_tiles_of_a_launch_are_of_one_size():
     with using(TABLE):
         built_in, candidates = product_candidates(4096, 4096, torch.float16)
-    (tall,) = [tile for tile in candidates if tile.extra_m]
-    assert tall == candidates[-1] == TABLE.products[None, 4096, 1024]
-    assert any(tile.extra_m for tile in built_in) and tall not in built_in
+    (extended,) = [tile for tile in candidates if tile.extra_m]
+    assert extended == candidates[-1] == TABLE.products[None, 4096, 1024]
+    assert any(tile.extra_m for tile in built_in) and extended not in built_in
 
 
 def test_a_measured_tile_that_is_a_candidate_anyway_is_tried_once():

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8fx.kernels.gpu.digits import digits_reference
 from int8fx.kernels.gpu.gemm import gemm_reference
 from int8fx.kernels.gpu.norm import norm_statistics, normalized_reference
+from int8fx.kernels.gpu.residues import residues_reference
 from int8fx.kernels.gpu.rounding import quantize_rows
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 from int8fx.testing.nogpu.inductor import Launch
@@ -46,9 +46,9 @@ class LinearCheck:
             x_int8, x_scale, x_outlier = self._quantized(launch)
             self._check(launch, x_int8, x_scale, x_outlier, QUANTIZE=False)
         elif launch.name == "decode_kernel":
-            digits = self._digits(launch)
-            zero = {f"digit{i}_ptr": torch.zeros_like(digit) for i, digit in enumerate(digits)}
-            self._check(launch, *self._digit_operands(launch), **zero)
+            residues = self._residues(launch)
+            zero = {f"residue{i}_ptr": torch.zeros_like(residue) for i, residue in enumerate(residues)}
+            self._check(launch, *self._residue_operands(launch), **zero)
         elif launch.name == "expert_gemm_kernel":
             self._check_experts(launch)
 
@@ -100,14 +100,15 @@ class LinearCheck:
         assert torch.equal(given["x_scale_ptr"], x_scale)
         return x_int8, x_scale, x_outlier
 
-    def _digits(self, launch: Launch) -> list[Tensor]:
-        return [launch.arguments[f"digit{i}_ptr"] for i in range(launch.arguments["DIGITS"])]
+    def _residues(self, launch: Launch) -> list[Tensor]:
+        return [launch.arguments[f"residue{i}_ptr"] for i in range(launch.arguments["RESIDUES"])]
 
-    def _digit_operands(self, launch: Launch) -> tuple[Tensor, ...]:
-        """The same for a decode kernel that is given rows: outliers from their digits."""
-        given, digits = launch.arguments, self._digits(launch)
+    def _residue_operands(self, launch: Launch) -> tuple[Tensor, ...]:
+        """The same for a decode kernel that is given rows: outliers from their residues."""
+        given, residues = launch.arguments, self._residues(launch)
         x_int8 = given["x_int8_ptr"]
-        x_outlier = digits_reference(digits, given["digit_scale_ptr"]) if digits else x_int8[:, :0]
+        scale = given["residue_scale_ptr"]
+        x_outlier = residues_reference(residues, scale) if residues else x_int8[:, :0]
         return x_int8, given["x_scale_ptr"], x_outlier
 
     def _check(

@@ -15,7 +15,12 @@ from int8fx.testing.nogpu.inductor import Kernel, NotExecuted, Wrapper, retarget
 
 LAYER_WIDTH = 512
 OF_EXPERTS = ("quantize_experts_kernel", "expert_gemm_kernel")
-OURS = ("decode_kernel", "norm_kernel", "quantize_gather_kernel", "gemm_kernel", *OF_EXPERTS)
+OF_ROTATED = ("rotate_kernel", "rotated_gemm_kernel")
+OURS = (
+    *("decode_kernel", "norm_kernel", "quantize_gather_kernel", "gemm_kernel"),
+    *OF_EXPERTS,
+    *OF_ROTATED,
+)
 
 
 def serve_cpu_tensors_with_gpu_kernels() -> None:

@@ -32,7 +32,7 @@ class NormLinear(nn.Module):
 # What is in the norm's kernel: a backend, M and options; and for which K it is Inductor's.
 KINDS: dict[str, tuple[str, int, dict[str, Any], tuple[int, ...]]] = {
     "fp16": ("inductor", 4096, {}, WIDTHS),
-    "digits": ("llmint8", 16, {"decomposition": "token"}, WIDTHS),  # as one row in either
+    "residues": ("llmint8", 16, {"decomposition": "token"}, WIDTHS),  # as one row in either
     "none": ("llmint8", 4096, {"threshold": 0.0}, WIDTHS),
 }
 # What is compared on one GPU alone.

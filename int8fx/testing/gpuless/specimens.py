@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from int8fx.kernels.gpu import configs
-from int8fx.kernels.gpu.decode import decode_kernel, look_shape
-from int8fx.kernels.gpu.digits import DIGITS
+from int8fx.kernels.gpu.decode import decode_kernel, scan_shape
 from int8fx.kernels.gpu.experts import expert_gemm_kernel, list_shape, quantize_experts_kernel
 from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_kernel
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
 from int8fx.kernels.gpu.norm import norm_kernel, norm_shape, serves
+from int8fx.kernels.gpu.residues import RESIDUES
+from int8fx.kernels.gpu.rotate import columns_room, rotate_kernel, rotate_shape
+from int8fx.kernels.gpu.rotated import ProductConfig, of_decode, of_product
+from int8fx.kernels.gpu.rotated_gemm import rotated_gemm_kernel
+from int8fx.kernels.ops.rotation import block_of
 from int8fx.testing.nogpu import alignment, sass
 from int8fx.testing.nogpu.offline import compile_kernel
 
@@ -40,6 +44,21 @@ GATHERS = (
     (4096, 14336, True, ""),
     (4096, 14336, True, _NORMS[1]),
     (4096, 14336, False, _NORMS[0]),
+)
+# Of rows that are rotated: K, the largest block, static columns, a norm.
+ROTATIONS = (
+    (576, 64, 8, _NORMS[0]),
+    (4096, 64, 0, ""),
+    (4096, 64, 8, ""),
+    (4096, 64, 8, _NORMS[0]),
+    (4096, 64, 64, _NORMS[1]),
+    (4096, 16, 8, _NORMS[0]),
+    (4096, 32, 8, ""),
+    (4096, 128, 8, ""),
+    (4096, 256, 8, _NORMS[1]),
+    (14336, 64, 8, _NORMS[1]),
+    (14336, 256, 8, ""),
+    (28672, 64, 8, ""),
 )
 
 
@@ -81,7 +100,7 @@ class Specimen:
             constants,
             self.num_warps,
             self.num_stages,
-            (*unaligned, "tall"),
+            (*unaligned, "extended"),
         )
 
     def misaligned(self, unaligned: Collection[str]) -> list[str]:
@@ -92,7 +111,7 @@ class Specimen:
         aligned = {
             number
             for number, name in enumerate(arguments)
-            if types[number] == "i32" and name not in (*unaligned, "tall")
+            if types[number] == "i32" and name not in (*unaligned, "extended")
         }
         return alignment.misaligned(self.compiled(unaligned).asm["ptx"], itemsizes, aligned)
 
@@ -124,6 +143,24 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
     for config in configs.expert_rows(arch, DTYPES[dtype]):
         yield experts(arch, config, dtype)
     yield expert_gradient(arch, dtype)
+    yield from rotated_specimens(arch, dtype)
+
+
+def rotated_specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
+    """Those of rotated linears."""
+    for K, block, columns, kind in ROTATIONS:
+        if not kind or takes_rows(K, dtype):
+            yield rotate(arch, K, block, columns, kind, dtype)
+    for row in configs.DECODE[arch]["rows 16"]:
+        parts = 4 if configs.counts_parts(arch) else 1
+        yield rotated_product(arch, of_decode(row, parts), row.blocks, dtype)
+    for config in configs.gemm_rows(arch, DTYPES[dtype]):
+        if config.extra_m:
+            continue
+        yield rotated_product(arch, of_product(config), config.blocks, dtype)
+        if configs.counts_parts(arch) and config.block_m == 128 == config.block_n:
+            split = dataclasses.replace(config, parts=2)
+            yield rotated_product(arch, of_product(split), 1, dtype)
 
 
 @functools.cache
@@ -138,9 +175,8 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
         | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "count_ptr": "*i32", "columns_ptr": "*i32"}
         | {"x_gathered_ptr": f"*{dtype}", "w_gathered_ptr": f"*{dtype}"}
         | _CAPACITIES
-        | {"parts_ptr": "*fp32", "counters_ptr": "*i32", "tall": "i32"},
+        | {"parts_ptr": "*fp32", "counters_ptr": "*i32", "extended": "i32"},
         {
-            "BLOCK_O": 32,
             "GROUP_M": 8,
             "GROUPED": True,
             "HAS_BIAS": True,
@@ -159,7 +195,7 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
 def decode(
     arch: str, kind: str, config: configs.DecodeConfig, dtype: str = "fp16", columns: int = 4096
 ) -> Specimen:
-    """``kind`` as in ``configs.DECODE``, rows with the digits of outliers; ``columns`` of a program."""
+    """``kind`` as in ``configs.DECODE``, rows with outliers' residues; ``columns`` of a program."""
     quantizes = kind == "quantises"
     itemsize = DTYPES[dtype].itemsize
     return Specimen(
@@ -168,20 +204,20 @@ def decode(
         decode_kernel,
         _linears(dtype)
         | {"x_ptr": f"*{dtype}", "threshold": "fp64", "columns_ptr": "*i32"}
-        | dict.fromkeys(("x_scale_ptr", "digit_scale_ptr", "parts_ptr"), "*fp32")
+        | dict.fromkeys(("x_scale_ptr", "residue_scale_ptr", "parts_ptr"), "*fp32")
         | dict.fromkeys(("x_int8_ptr", "taken_ptr", "counters_ptr"), "*i8")
-        | {f"digit{i}_ptr": "*i8" for i in range(DIGITS)},
+        | {f"residue{i}_ptr": "*i8" for i in range(RESIDUES)},
         {
             "BLOCK_M": 64 if kind == "rows 64" else 16,
             "SPLIT_K": 4,
             "SUMS": configs.counts_parts(arch),
-            "DIGITS": 0 if quantizes else DIGITS,
+            "RESIDUES": 0 if quantizes else RESIDUES,
             "QUANTIZE": quantizes,
             "GROUPED": True,
             "HAS_BIAS": True,
             "PRECISION": _precision(arch, dtype),
         }
-        | look_shape(itemsize, config.num_warps, configs.warp_size(arch), columns)
+        | scan_shape(itemsize, config.num_warps, configs.warp_size(arch), columns)
         | config.constants(K=4096),
         config.num_warps,
         config.num_stages,
@@ -200,7 +236,7 @@ def norm(
 ) -> Specimen:
     constants: dict[str, Any] = norm_shape(torch.empty(1, K, device="meta"))
     num_warps = constants.pop("num_warps")
-    pointers = {"witness_ptr": "*i16", "statistics_ptr": "*fp32", "weight_ptr": f"*{dtype}"}
+    pointers = {"candidates_ptr": "*i16", "statistics_ptr": "*fp32", "weight_ptr": f"*{dtype}"}
     pointers |= {"x_ptr": f"*{dtype}"}
     absent = {} if adds else {"addend_ptr": None, "sum_ptr": None}
     pointers |= dict.fromkeys(("addend_ptr", "sum_ptr"), f"*{dtype}") if adds else {}
@@ -222,6 +258,61 @@ def norm(
 
 
 @functools.cache
+def rotate(
+    arch: str, K: int, block: int, columns: int, norm: str = "", dtype: str = "fp16", sets: int = 3
+) -> Specimen:
+    """The kernel that rotates and quantises, for three linears."""
+    size = block_of(K, block, "hadamard")
+    constants: dict[str, Any] = rotate_shape(K, size, DTYPES[dtype].itemsize)
+    num_warps = constants.pop("num_warps")
+    pointers = {"x_ptr": f"*{dtype}", "x_columns_ptr": f"*{dtype}", "x_int8_ptr": "*i8"}
+    pointers |= {"x_scale_ptr": "*fp32", "sets_ptr": "*i32", "counters_ptr": "*i32"}
+    pointers |= {f"columns{index}_ptr": "*i32" for index in range(3)}
+    operands = {"addend_ptr": norm, "sum_ptr": norm, "weight_ptr": norm, "bias_ptr": "bias" in norm}
+    pointers |= {name: f"*{dtype}" for name, there in operands.items() if there}
+    constants |= {name: None for name, there in operands.items() if not there}
+    kept = f", {columns} columns" if columns else ""
+    return Specimen(
+        f"rotate by {size}{f' ({norm})' if norm else ''}, K = {K}{kept}, {dtype}",
+        arch,
+        rotate_kernel,
+        pointers | {"M": "i32", "K": "i32", "eps": "fp64"},
+        constants
+        | {"NORM": norm, "ADDS": bool(norm), "COLUMNS": columns, "ROOM": columns_room(columns)}
+        | {"SETS": sets if columns else 1, "SIZE": size, "RANDOM": False, "EXACT": dtype == "fp32"}
+        | {"COUNTERS": configs.COUNTERS},
+        num_warps,
+        3,
+        blocks=1 if num_warps > 8 or dtype == "fp32" else 2,
+        multiplies=False,
+    )
+
+
+@functools.cache
+def rotated_product(
+    arch: str, config: ProductConfig, blocks: int, dtype: str = "fp16", columns: int = 8
+) -> Specimen:
+    """Of three linears, which may keep different columns."""
+    c = config
+    return Specimen(
+        f"rotated product {c.block_m}x{c.block_n}x{c.block_k}, "
+        f"{f'{c.parts} parts, ' * (c.parts > 1)}{dtype}",
+        arch,
+        rotated_gemm_kernel,
+        _linears(dtype)
+        | {f"w_columns{index}_ptr": f"*{dtype}" for index in range(3)}
+        | {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "x_columns_ptr": f"*{dtype}"}
+        | dict.fromkeys(("sets_ptr", "parts_ptr", "counters_ptr"), "*i32"),
+        c.constants(K=4096)
+        | {"GROUP_M": 8, "GROUPED": True, "SETS": True, "HAS_BIAS": True}
+        | {"COLUMNS": columns, "ROOM": columns_room(columns), "PRECISION": _precision(arch, dtype)},
+        c.num_warps,
+        c.num_stages,
+        blocks if dtype != "fp32" and c.parts == 1 else 1,
+    )
+
+
+@functools.cache
 def quantize_gather(
     arch: str,
     M: int,
@@ -237,7 +328,7 @@ def quantize_gather(
     constants = launch_shape(M, K, N, DTYPES[dtype], norm, shaped)
     alone = constants["CHUNKS"] != 1 or dtype == "fp32"
     num_warps = constants.pop("num_warps")
-    pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "witness_ptr": "*i16"}
+    pointers = {"x_int8_ptr": "*i8", "x_scale_ptr": "*fp32", "candidates_ptr": "*i16"}
     pointers |= {f"w{index}_ptr": "*i8" for index in range(3)}
     pointers |= dict.fromkeys(("x_ptr", "x_gathered_ptr", "w_gathered_ptr"), f"*{dtype}")
     pointers |= dict.fromkeys(("columns_ptr", "count_ptr", "counters_ptr"), "*i32")
@@ -254,7 +345,7 @@ def quantize_gather(
         arch,
         quantize_gather_kernel,
         pointers | _sizes() | _CAPACITIES | {"threshold": "fp64"},
-        constants | {"NORM": norm, "QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
+        constants | {"NORM": norm, "QUANTIZE": quantizes},
         num_warps,
         3,
         blocks=1 if num_warps > 8 or alone else 2,
@@ -279,7 +370,6 @@ def experts(arch: str, config: configs.GemmConfig, dtype: str = "fp16") -> Speci
             "N": "i32",
         },
         {
-            "BLOCK_O": 16,
             "BLOCK_E": 256,
             "GROUP_M": 8,
             "HAS_OUTLIERS": True,
@@ -301,7 +391,7 @@ def quantize_experts(arch: str, dtype: str = "fp16", K: int = 4096) -> Specimen:
         f"quantise and list, experts, K = {K}, {dtype}",
         arch,
         quantize_experts_kernel,
-        _of_experts(dtype) | {"witness_ptr": "*i16", "threshold": "fp64"},
+        _of_experts(dtype) | {"candidates_ptr": "*i16", "threshold": "fp64"},
         constants | {"QUANTIZE": True, "BLOCK_E": 256},
         num_warps,
         3,

@@ -6,6 +6,7 @@
 #ifdef INT8FX_X86
 
 #include "hooks.h"
+#include "unsigned_rows.h"
 
 namespace int8fx::avx2 {
 
@@ -41,6 +42,11 @@ struct VectorIsa : Vectors {
 
   static Floats to_floats(const int8_t* p) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+  static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
+    // Two products of at most 15 · 128 do not saturate.
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(quad_of(x)));
+    return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
   static Floats repeat_quad(const float* p) { return (Floats)_mm256_broadcast_ps((const __m128*)p); }
   static Ints to_ints(Floats v) { return (Ints)_mm256_cvtps_epi32((__m256)v); }

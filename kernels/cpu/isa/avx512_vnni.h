@@ -45,6 +45,9 @@ struct VectorIsa : Vectors {
   static Floats to_floats(const int8_t* p) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
+  static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(quad_of(x)));
+  }
   static Floats repeat_quad(const float* p) { return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
   static Ints to_ints(Floats v) { return (Ints)_mm512_cvtps_epi32((__m512)v); }
 

@@ -34,6 +34,9 @@ struct Isa : avx2::VectorIsa {
   static void dot(Sums& sums, X x, W w) {
     sums = (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, x, w);
   }
+  static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, _mm256_set1_epi32(quad_of(x)));
+  }
   static void store_sums(int32_t* out, const Sums* sums) { std::memcpy(out, sums, 64); }
   static int64_t pack_groups(const int8_t*, int64_t, int64_t, Activation*) { return 0; }
 

@@ -34,6 +34,7 @@ namespace int8fx {
 template <class I>
 concept HasVectorHooks = requires(
     const void* p, void* out, const float* floats, const int8_t* bytes, typename I::Floats v,
+    typename I::Ints sums, typename I::Words codes,
     const typename I::Floats* vectors) {
   { I::load_words(p) } -> std::same_as<typename I::Words>;         // LANES uint16, as uint32
   { I::load_half(p) } -> std::same_as<typename I::Floats>;         // LANES fp16
@@ -44,6 +45,8 @@ concept HasVectorHooks = requires(
   { I::add_lanes(vectors) } -> std::same_as<typename I::Floats>;   // of LANES vectors, the sum of each
   { I::fma(v, v, v) } -> std::same_as<typename I::Floats>;         // a · b + c
   { I::fnma(v, v, v) } -> std::same_as<typename I::Floats>;        // c - a · b
+  // Adds the products of 4 codes from 0 to 15 in each lane with 4 int8, the same for every lane.
+  { I::dot_codes(sums, codes, bytes) } -> std::same_as<typename I::Ints>;
   // Whether fma and fnma round once. If so, rows are quantised without a division.
   requires std::same_as<decltype(I::FMA_ROUNDS_ONCE), const bool>;
 };

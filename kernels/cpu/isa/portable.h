@@ -63,6 +63,11 @@ struct Isa : Vectors {
     return sums;
   }
 
+  static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
+    for (int i = 0; i < 4; ++i) sums += (Ints)((codes >> (8 * i)) & 15) * static_cast<int32_t>(x[i]);
+    return sums;
+  }
+
   static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
   static Floats fnma(Floats a, Floats b, Floats c) { return c - a * b; }
 

@@ -1,16 +1,18 @@
-"""A tall tile of the product: 192 x 256 on Hopper, in two accumulators that share each load of w.
+"""Tiles of two heights in one product: the extended ones, of BLOCK_M + EXTRA_M rows.
+
+On Hopper that is 192 x 256, in two accumulators that share each load of w.
 
 What holds up tiles of 128 x 256 is L2: of operands, a tile reads ``1 / height + 1 / width`` bytes for
 each product. 256 x 256 would take all registers for its accumulator. Triton has no tile of 192 rows,
 but one of 128 and one of 64, whose 192 registers of a thread leave 63 for everything else:
 
 - places in operands are 32-bit distances from a tile's first element, not pointers;
-- a tall tile is whole (``configs.tall_tiles``), so that none of its rows is out of bounds;
+- an extended tile is whole (``configs.extended_tiles``), so that none of its rows is out of bounds;
 - the outliers' loop is not pipelined: loads ahead of it would take registers beside both accumulators;
 - the larger accumulator is stored in pieces (``tiles.store_tile``).
 
 The two products do not overlap: Triton leaves no WGMMA with an int32 accumulator in flight, but waits
-for each before whatever is next, here as in a short tile. It does so as well where operands are loaded
+for each before whatever is next, here as in a plain tile. It does so as well where operands are loaded
 by TMA descriptors, in persistent programs, and with ``warp_specialize`` (Triton 3.9). Two blocks of
 128 x 128 on a processor fill each other's waits, but read operands more often: the table has both.
 """
@@ -18,17 +20,16 @@ by TMA descriptors, in persistent programs, and with ``warp_specialize`` (Triton
 import triton
 import triton.language as tl
 
-from int8fx.kernels.gpu.tiles import STEP_O, scaled_rows, store_tile
+from int8fx.kernels.gpu.tiles import BLOCK_O, STEP_O, scaled_rows, store_tile
 
 _PIECE = tl.constexpr(64)
 
 
 @triton.jit
-def tall_tile(
+def extended_tile(
     start_m, start_n, rows, outliers, linear, M, K,
     BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUTLIERS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUTLIERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M + EXTRA_M rows, all of them inside, and BLOCK_N columns of one linear."""
     x_int8_ptr, x_scale_ptr = rows
@@ -37,14 +38,14 @@ def tall_tile(
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - start_n)
     row, column = start_m.to(tl.int64), start_n.to(tl.int64)
     w_ptr += column * K
-    acc_int32, extra_int32 = _tall_int8_products(
+    acc_int32, extra_int32 = _extended_int8_products(
         x_int8_ptr + row * K, w_ptr, m, extra, n, K, BLOCK_K, EVEN_K
     )
     y = scaled_rows(acc_int32, x_scale_ptr + start_m, m)
     y_extra = scaled_rows(extra_int32, x_scale_ptr + start_m, extra)
     if HAS_OUTLIERS:
-        y, y_extra = _add_tall_outliers(
-            y, y_extra, outliers, w_ptr, row, column, m, extra, n, K, BLOCK_O, PRECISION
+        y, y_extra = _add_extended_outliers(
+            y, y_extra, outliers, w_ptr, row, column, m, extra, n, K, PRECISION
         )
     below = start_m + BLOCK_M
     store_tile(y, start_m, start_n, linear, True, M, HAS_BIAS, _PIECE)
@@ -52,7 +53,7 @@ def tall_tile(
 
 
 @triton.jit
-def _tall_int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+def _extended_int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
     """``x_int8[m] @ w_int8[n]ᵀ`` and ``x_int8[extra] @ w_int8[n]ᵀ`` in int32."""
     k = tl.arange(0, BLOCK_K)
     x_tile, extra_tile = m[:, None] * K + k[None, :], extra[:, None] * K + k[None, :]
@@ -76,9 +77,8 @@ def _tall_int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr, EVE
 
 
 @triton.jit
-def _add_tall_outliers(
-    acc, acc_extra, outliers, w_ptr, row, column, m, extra, n, K,
-    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+def _add_extended_outliers(
+    acc, acc_extra, outliers, w_ptr, row, column, m, extra, n, K, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``acc + x_gathered[m] @ w_gathered[n]ᵀ``, and the same for ``extra``; see ``gemm.py``."""
     x_ptr, w_gathered_ptr, columns_ptr, count_ptr, X_CAPACITY, W_CAPACITY = outliers

@@ -1,0 +1,1 @@
+"""How a weight's codes and scales are chosen: an algorithm a file, and ``methods.py``, their table."""

@@ -1,0 +1,46 @@
+"""Integers of a few bits out of words and bytes.
+
+Most layouts are one stream of bits, low bits first: integer ``i`` has the bits from ``i · bits`` on,
+also where these cross the border of two words. ``bits`` bytes of such a stream hold 8 integers.
+"""
+
+import torch
+from torch import Tensor
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` integers of each row: ``[R, count]`` uint8.
+
+    Args:
+        words: ``[R, W]`` of any integer dtype, little-endian.
+        bits: 1 to 8.
+    """
+    # Of one column any stride counts as contiguous, and only one of 1 can be seen as bytes.
+    stream = words.contiguous().flatten().view(torch.uint8).view(len(words), -1)
+    missing = -stream.shape[-1] % bits
+    if missing:
+        stream = torch.nn.functional.pad(stream, (0, missing))
+    octets = stream.unflatten(-1, (-1, bits))
+    found = [_integer(octets, i * bits, bits) for i in range(8)]
+    return torch.stack(found, -1).flatten(-2)[..., :count].contiguous()
+
+
+def _integer(octets: Tensor, start: int, bits: int) -> Tensor:
+    byte, shift = divmod(start, 8)
+    value = octets[..., byte] >> shift
+    if shift + bits > 8:
+        value = value | octets[..., byte + 1] << (8 - shift)
+    return value & ((1 << bits) - 1)
+
+
+def words_for(count: int, bits: int, word_bits: int = 32) -> int:
+    """How many words hold ``count`` integers."""
+    return -(-count * bits // word_bits)
+
+
+def halves(packed: Tensor, parts: int) -> Tensor:
+    """Integers that a byte holds of rows far apart: ``[R, C]`` to ``[parts · R, C]``, the first rows in
+    the high bits."""
+    bits = 8 // parts
+    rows = [packed >> (8 - bits * (i + 1)) & ((1 << bits) - 1) for i in range(parts)]
+    return torch.cat(rows, 0)

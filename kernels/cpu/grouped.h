@@ -1,0 +1,256 @@
+// Weights of four bits by groups along K. Part of kernel.h.
+//
+//   y = Σ_g (acc_g · scale_g + Σ_{k in g} x[k] · offset_g) [· x_scale] + x_static @ w_columns + bias
+//   acc_g = Σ_{k in g} x[k] · code[k],   offset_g = -zero_g · scale_g
+//
+// Codes are unsigned, so that rows in int8 are the signed operand of an instruction that multiplies
+// unsigned with signed bytes: they need no zero point, and the sums no correction. A group's sum is exact
+// in int32, or with rows in float in fp32, and meets its scale once. A row's sums are in the same order
+// whatever rows come with it.
+//
+// A micro-panel is [K_padded / 8][NR] words: byte i of a word has code k + i in its low half and code
+// k + 4 + i in its high half.
+
+constexpr int64_t CODES_IN_A_WORD = 8;
+// Their sums, in integers and in floats, are what registers hold.
+constexpr int GROUPED_ROWS = LANES == 16 ? 12 : 2;
+
+// --- scales and offsets -------------------------------------------------------------------------------
+
+// Lanes i of b and i ^ STRIDE of a change places, for the i that have no bit STRIDE.
+template <int STRIDE, int... I>
+inline void exchange(Floats& a, Floats& b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  const Floats left = __builtin_shufflevector(a, b, (I & STRIDE ? LANES + (I ^ STRIDE) : I)...);
+  const Floats right = __builtin_shufflevector(a, b, (I & STRIDE ? LANES + I : I ^ STRIDE)...);
+#else
+  const Floats left = __builtin_shuffle(a, b, Ints{(I & STRIDE ? LANES + (I ^ STRIDE) : I)...});
+  const Floats right = __builtin_shuffle(a, b, Ints{(I & STRIDE ? LANES + I : I ^ STRIDE)...});
+#endif
+  a = left;
+  b = right;
+}
+
+template <int STRIDE = 1>
+inline void transpose(Floats* v) {
+  if constexpr (STRIDE < LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & STRIDE)) exchange<STRIDE>(v[i], v[i + STRIDE], std::make_integer_sequence<int, LANES>());
+    transpose<STRIDE * 2>(v);
+  }
+}
+
+inline Floats load_grid(const float* p, int64_t count) { return load_row(p, count); }
+inline Floats load_grid(const c10::BFloat16* p, int64_t count) { return load_row(p, count); }
+inline Floats load_grid(const c10::Half* p, int64_t count) { return load_row(p, count); }
+inline Floats load_grid(const uint8_t* p, int64_t count) {
+  typedef uint8_t Unsigned __attribute__((vector_size(LANES)));
+  Unsigned bytes{};
+  std::memcpy(&bytes, p, std::min<int64_t>(count, LANES));
+  return __builtin_convertvector(bytes, Floats);
+}
+
+// out [G][NR] = values [N, G] of the channels of a micro-panel; zeros for those that are not there.
+template <class T>
+inline void transpose_grid(const T* values, int64_t N, int64_t panel, int64_t G, float* out) {
+  for (int64_t c = 0; c < NR; c += LANES) {
+    const int64_t n = panel * NR + c;
+    for (int64_t g = 0; g < G; g += LANES) {
+      Floats v[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+        v[i] = n + i < N ? load_grid(values + (n + i) * G + g, G - g) : Floats{};
+      transpose(v);
+      for (int i = 0; i < LANES && g + i < G; ++i) store(out + (g + i) * NR + c, v[i]);
+    }
+  }
+}
+
+// scale and offset [G][NR] of a micro-panel.
+inline void read_grid(const Weight& weight, int64_t panel, int64_t G, float* scale, float* offset) {
+  const Grid& grid = weight.grid;
+  with_dtype(grid.dtype, [&]<class T>(T) {
+    transpose_grid(static_cast<const T*>(grid.scale), weight.N, panel, G, scale);
+  });
+  if (grid.zeros != Zeros::MIDDLE) {
+    const auto read = [&]<class T>(T) {
+      transpose_grid(static_cast<const T*>(grid.zero_point), weight.N, panel, G, offset);
+    };
+    if (grid.zeros == Zeros::INTEGER) {
+      read(uint8_t());
+    } else {
+      with_dtype(grid.zero_dtype, read);
+    }
+  }
+  if (grid.zeros == Zeros::OFFSET) return;
+  for (int64_t i = 0; i < G * NR; i += LANES) {
+    const Floats zero = grid.zeros == Zeros::MIDDLE ? Floats{} + 8.0f : load<Floats>(offset + i);
+    store(offset + i, -zero * load<Floats>(scale + i));
+  }
+}
+
+// --- products -----------------------------------------------------------------------------------------
+
+// Rows in int8.
+struct Int8Rows {
+  using Element = int8_t;
+  using Sums = Ints;
+
+  // R rows times 8 k of LANES channels.
+  template <int R>
+  static void add(Sums (&sums)[R][PARTS], int p, Words codes, const Element* x) {
+    const Words low = codes & 0x0f0f0f0f, high = (codes >> 4) & 0x0f0f0f0f;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sums[r][p] = Isa::dot_codes(sums[r][p], low, x + 4 * r);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sums[r][p] = Isa::dot_codes(sums[r][p], high, x + 4 * (R + r));
+  }
+  static Floats to_floats(Sums sums) { return __builtin_convertvector(sums, Floats); }
+  static Floats row_scale(const Lhs& a, int64_t m) { return Floats{} + a.in.x_scale[m]; }
+};
+
+// Rows as they are, in fp32.
+struct RowsAsTheyAre {
+  using Element = float;
+  using Sums = Floats;
+
+  template <int R>
+  static void add(Sums (&sums)[R][PARTS], int p, Words codes, const Element* x) {
+    static constexpr uint32_t SHIFTS[CODES_IN_A_WORD] = {0, 8, 16, 24, 4, 12, 20, 28};
+#pragma GCC unroll 8
+    for (int i = 0; i < CODES_IN_A_WORD; ++i) {
+      const Words code = (codes >> (Words{} + SHIFTS[i])) & 15;
+      const Floats w = __builtin_convertvector((Ints)code, Floats);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        sums[r][p] = Isa::fma(Floats{} + x[4 * (i / 4 * R + r) + i % 4], w, sums[r][p]);
+    }
+  }
+  static Floats to_floats(Sums sums) { return sums; }
+  static Floats row_scale(const Lhs&, int64_t) { return Floats{} + 1.0f; }
+};
+
+// out [R][NR] = R rows, packed [K_padded / 4][R][4], times a micro-panel.
+template <class Rows, int R>
+void grouped_rows(
+    const typename Rows::Element* x, const int8_t* w, int64_t group, int64_t G, const float* scale,
+    const float* offset, const float* x_sums, float* out) {
+  Floats sums[R][PARTS] = {};
+  for (int64_t g = 0; g < G; ++g, scale += NR, offset += NR, ++x_sums) {
+    typename Rows::Sums acc[R][PARTS] = {};
+    for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += 4 * NR, x += CODES_IN_A_WORD * R) {
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; ++p)
+        Rows::template add<R>(acc, p, load<Words>(w + p * sizeof(Words)), x);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) {
+      const Floats s = load<Floats>(scale + p * LANES), o = load<Floats>(offset + p * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        sums[r][p] = Isa::fma(Floats{} + x_sums[r * G], o, sums[r][p]);
+        sums[r][p] = Isa::fma(Rows::to_floats(acc[r][p]), s, sums[r][p]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) store(out + r * NR + p * LANES, sums[r][p]);
+  }
+}
+
+template <class Rows, int... R>
+constexpr auto all_grouped_rows(std::integer_sequence<int, R...>) {
+  return std::array{grouped_rows<Rows, R + 1>...};
+}
+
+// The columns in 16-bit of a tile: out [rows][PANELS * NR].
+inline void static_tile(const StaticColumns& columns, int64_t m, int64_t rows, float* out) {
+  int64_t r = 0;
+  static_rows<4, 1>(columns, m, rows, r, out);
+  static_rows<1, 1>(columns, m, rows, r, out);
+}
+
+template <class Rows, class T>
+void multiply_groups_as(
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  static constexpr auto TILES = all_grouped_rows<Rows>(std::make_integer_sequence<int, GROUPED_ROWS>());
+  const int64_t K_padded = a.tiling.K_padded, G = a.in.groups;
+  std::unique_ptr<float[], Free> grid(
+      static_cast<float*>(std::aligned_alloc(64, 2 * G * NR * sizeof(float))));
+  float *const scale = grid.get(), *const offset = scale + G * NR;
+  alignas(64) float sums[GROUPED_ROWS * NR];
+  alignas(64) float of_columns[GROUPED_ROWS * Isa::PANELS * NR];
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    const int8_t* w = weight.packed + panel * K_padded * NR / 2;
+    read_grid(weight, panel, G, scale, offset);
+    const Channels channels(weight, panel);
+    const StaticColumns columns(a, weight, panel);
+    for (int64_t m = m0; m < m1; m += a.tiling.rows) {
+      const int64_t rows = std::min(a.tiling.rows, m1 - m);
+      const auto* x = static_cast<const typename Rows::Element*>(a.packed.x) + m * K_padded;
+      TILES[rows - 1](x, w, K_padded / G, G, scale, offset, a.in.group_sums + m * G, sums);
+      if (a.in.static_count) static_tile(columns, m, rows, of_columns);
+      finish<T>(weight, m, rows, channels, [&](int64_t r, int p) {
+        const Floats product = load<Floats>(sums + r * NR + p * LANES) * Rows::row_scale(a, m + r);
+        if (!a.in.static_count) return product;
+        return product + load<Floats>(of_columns + r * Isa::PANELS * NR + p * LANES);
+      });
+    }
+  }
+}
+
+template <class Rows>
+void multiply_groups(
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  with_dtype(a.in.dtype, [&]<class T>(T) {
+    multiply_groups_as<Rows, T>(a, weight, m0, m1, panel0, panel1);
+  });
+}
+
+// --- rows ---------------------------------------------------------------------------------------------
+
+// One tile of rows x(r) [K], [K_padded / 4][rows][4], and each group's sum.
+template <class Element, class Row>
+inline void pack_groups_of(const Lhs& a, int64_t tile, const Row& row) {
+  const int64_t m = tile * a.tiling.rows, K_padded = a.tiling.K_padded, G = a.in.groups;
+  const int64_t rows = std::min(a.tiling.rows, a.in.M - m), group = K_padded / G;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* x = row(m + r);
+    Element* out = static_cast<Element*>(a.packed.x) + m * K_padded + 4 * r;
+    for (int64_t k = 0; k < K_padded; k += 4, out += 4 * rows)
+      for (int i = 0; i < 4; ++i) out[i] = k + i < a.in.K ? Element(x[k + i]) : Element{};
+    for (int64_t g = 0; g < G; ++g) {
+      using Sum = std::conditional_t<std::is_same_v<Element, float>, float, int32_t>;
+      Sum sums[4] = {};
+      for (int64_t k = g * group; k < std::min((g + 1) * group, a.in.K); ++k) sums[k % 4] += Sum(x[k]);
+      a.in.group_sums[(m + r) * G + g] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+  }
+}
+
+void pack_int8_groups(const Lhs& a, int64_t tile) {
+  pack_groups_of<int8_t>(a, tile, [&](int64_t m) { return a.in.x_int8 + m * a.in.K; });
+}
+
+void pack_float_groups(const Lhs& a, int64_t tile) {
+  with_dtype(a.in.dtype, [&]<class T>(T) {
+    pack_groups_of<float>(a, tile, [&](int64_t m) {
+      return static_cast<const T*>(a.in.x_outlier) + m * a.in.K;
+    });
+  });
+}
+
+inline void nothing_to_enter(const Lhs&) {}
+inline void nothing_to_leave() {}
+
+template <class Rows>
+constexpr Product grouped_product(void (*pack)(const Lhs&, int64_t)) {
+  return {GROUPED_ROWS, GROUPED_ROWS, 1, 1, sizeof(typename Rows::Element), pack, nothing_to_enter,
+          nothing_to_leave, multiply_groups<Rows>};
+}
+
+constexpr GroupedProducts GROUPED{
+    grouped_product<Int8Rows>(pack_int8_groups), grouped_product<RowsAsTheyAre>(pack_float_groups)};
