@@ -4,7 +4,8 @@ torch calls ``autoload`` at the end of ``import torch``, wherever int8fx is inst
 ``torch.backends``; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` in the environment switches that off), and
 ``import int8fx`` calls ``register``. From then on, without an import of int8fx:
 
-    transformers  knows the quantisation "int8fx", so from_pretrained reads int8 files;
+    transformers  knows the quantisation "int8fx", so from_pretrained reads int8 files; it reads those
+                  of GPTQ, AWQ and others, too, where the package of their owner is missing;
     diffusers     the same;
     accelerate    knows the compiler backend "llmint8", so the Trainer takes it by its name.
 
@@ -25,6 +26,9 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 METHOD = "int8fx"
+READER = "int8fx-reader"
+# Whose files int8fx reads where nobody else can (``int8fx/integrations/transformers_readers.py``).
+READ = ("gptq", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "eetq", "hqq")
 BACKEND = "LLMINT8"  # accelerate spells all of them so
 
 # Whether ``import int8fx`` leaves out what needs torch, see ``int8fx_run.py``.
@@ -88,6 +92,41 @@ def _add_quantizer() -> None:
 
     auto.register_quantization_config(METHOD)(Int8FxConfig)
     auto.register_quantizer(METHOD)(Int8FxQuantizer)
+    _add_readers(auto)
+
+
+def _add_readers(auto: Any) -> None:
+    """Who reads a file is decided when there is one."""
+
+    class ReaderQuantizer(auto.HfQuantizer):
+        """Stands for ``int8fx.integrations.transformers_readers.ReaderQuantizer``."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            from int8fx.integrations.transformers_readers import ReaderQuantizer
+
+            return ReaderQuantizer(*args, **kwargs)
+
+    auto.register_quantizer(READER)(ReaderQuantizer)
+    configs = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    for method in READ:
+        if method in configs:
+            configs[method] = _reading(method, configs[method])
+
+
+def _reading(method: str, theirs: Any) -> Any:
+    """transformers' configuration of a method, whose files int8fx may read."""
+
+    class Reading(theirs):
+        """What makes a configuration of a file's; all else is as it was."""
+
+        @classmethod
+        def from_dict(cls, config_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            from int8fx.integrations.transformers_readers import config_of
+
+            return config_of(method, theirs, config_dict, *args, **kwargs)
+
+    Reading.__name__, Reading.__qualname__ = theirs.__name__, theirs.__qualname__
+    return Reading
 
 
 # --- diffusers -----------------------------------------------------------------------------------

@@ -124,7 +124,16 @@ class Observation:
         recompiles: why frames were compiled again.
     """
 
-    def __init__(self, model: Any, options: Options) -> None:
+    def __init__(
+        self,
+        model: Any,
+        options: Options,
+        on_linear: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """
+        Args:
+            on_linear: told how many calls of linears were seen, and how many are watched.
+        """
         self.graphs: list[Graph] = []
         self.devices: frozenset[str] = frozenset()
         self.runs: list[int] = []
@@ -137,6 +146,8 @@ class Observation:
         self._modules = dict(_module_paths(model))
         self._store = WeightStore()
         self._recompiled: list[str] = []
+        self._on_linear = on_linear
+        self._calls = self._watched = 0
 
     @torch.no_grad()
     def run(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -182,6 +193,8 @@ class Observation:
                 # Seen at least as it was compiled, should it not run (a branch that is not taken).
                 tensor = compilation.tensors[candidate.weight.placeholder]
                 observer.seen(tensor, compilation.choices.get(candidate))
+            if candidate.routing is None and candidate.weight is not None:
+                self._watched += 1
             if candidate.routing is not None:
                 continue  # its rows meet several matrices: what was decided is shown, and no statistics
             if candidate in compilation.choices:
@@ -189,6 +202,11 @@ class Observation:
                 compilation.products[candidate] = product
             elif candidate.x is not None:
                 observer.insert(compilation)
+
+    def linear_ran(self) -> None:
+        """An observer saw a call; of a graph that runs often there are more than are watched."""
+        self._calls += 1
+        self._on_linear(self._calls, max(self._calls, self._watched))
 
     def _path(self, candidate: Candidate, path: str) -> str:
         """The module in whose forward a candidate is; Dynamo's path is that of the first tied one."""
@@ -256,6 +274,7 @@ class _Observer:
                     y,
                     choice,
                 )
+                self._observation.linear_ran()
             return y
 
         def emit(call: Any, x: fx.Node, packed: Sequence[fx.Node], bias: fx.Node | None) -> fx.Node:
@@ -272,6 +291,7 @@ class _Observer:
         def observed(x: Tensor, weight: Tensor) -> Tensor:
             if not torch_private.is_fake(x):
                 self.seen(weight).add_input(x, threshold)
+                self._observation.linear_ran()
             return x
 
         with candidate.scope.graph.inserting_before(candidate.node):

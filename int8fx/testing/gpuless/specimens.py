@@ -158,10 +158,9 @@ def rotated_specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
         if config.extra_m:
             continue
         yield rotated_product(arch, of_product(config), config.blocks, dtype)
-        for parts in (2, 3) if configs.counts_parts(arch) and config.block_m == 128 else ():
-            if parts == 2 or config.block_n <= 128:
-                split = dataclasses.replace(config, parts=parts)
-                yield rotated_product(arch, of_product(split), 1, dtype)
+        if configs.counts_parts(arch) and config.block_m == 128 == config.block_n:
+            split = dataclasses.replace(config, parts=2)
+            yield rotated_product(arch, of_product(split), 1, dtype)
 
 
 @functools.cache

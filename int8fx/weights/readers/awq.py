@@ -91,6 +91,7 @@ def read(module: StoredModule, settings: Settings) -> Grouped:
 def _gemm(module: StoredModule, group: int) -> Grouped:
     qweight = module.take("qweight", torch.int32, None, None)
     K, N = qweight.shape[0], qweight.shape[1] * 8
+    module.check_matrix("qweight", N, K)
     group, groups = _groups(K, group)
     scales = module.take_floats("scales", groups, N)
     qzeros = module.take("qzeros", torch.int32, groups, N // 8)
@@ -112,6 +113,7 @@ def _in_order(words: Tensor) -> Tensor:
 def _gemv(module: StoredModule, group: int) -> Grouped:
     qweight = module.take("qweight", torch.int32, None, None)
     N, K = qweight.shape[0], qweight.shape[1] * 8
+    module.check_matrix("qweight", N, K)
     group, groups = _groups(K, group)
     words = _words(K, group)
     qzeros = module.take("qzeros", torch.int32, N, words)
@@ -128,6 +130,7 @@ def _gemv(module: StoredModule, group: int) -> Grouped:
 def _gemv_fast(module: StoredModule, settings: Settings) -> Grouped:
     qweight = module.take("qweight", torch.int16, None, None)
     N, K = qweight.shape[0] * _ROWS, qweight.shape[1]
+    module.check_matrix("qweight", N, K)
     if K % _STEP:
         raise module.error("qweight", f"K={K} is no multiple of {_STEP}")
     group, groups = _groups(K, settings.group)

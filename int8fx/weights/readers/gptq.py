@@ -134,10 +134,10 @@ def read(module: StoredModule, settings: Settings) -> Grouped:
 
 def _columns(module: StoredModule, bits: int) -> int:
     """K: the words along it may have room for a few more."""
-    if module.has("g_idx"):
-        return module.take("g_idx", (torch.int32, torch.int64), None).shape[0]
     if module.shape is not None:
         return module.shape[1]
+    if module.has("g_idx"):
+        return module.take("g_idx", (torch.int32, torch.int64), None).shape[0]
     return module.take("qweight", torch.int32, None, None).shape[0] * 32 // bits
 
 

@@ -199,10 +199,21 @@ def read_into(
         pages.trim_heap()
     for name in checkpoint.plain:
         if name in wanted:
-            weights.plain[name] = checkpoint.container.tensor(name)
+            weights.plain[name] = _plain(checkpoint, name)
     for path in scaled_activations(checkpoint, model):
         weights.scaled[path] = checkpoint.container.tensor(path + SCALED).clone()
     return weights
+
+
+def _plain(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Raises:
+    CheckpointError: the tensor is in float8, which says nothing without its scales.
+    """
+    tensor = checkpoint.container.tensor(name)
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        file = checkpoint.container.entries[name].file
+        raise CheckpointError(f"{file}: {name}: {tensor.dtype} without scales")
+    return tensor
 
 
 def _read_weight(

@@ -67,6 +67,17 @@ class StoredModule:
             raise self.error(entry, f"shape {list(tensor.shape)} in the checkpoint, [{sizes}] expected")
         return tensor
 
+    def check_matrix(self, entry: str, N: int, K: int) -> None:
+        """Whether an entry is of the weight that the model has.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        if self.shape is not None and self.shape != (N, K):
+            raise self.error(
+                entry, f"of a weight {[N, K]} in the checkpoint, {list(self.shape)} in the model"
+            )
+
     def take_floats(self, entry: str, *shape: int | None) -> Tensor:
         """The same of floats; all of them are finite.
 

@@ -77,6 +77,7 @@ def _group(module: StoredModule, block: list[int], K: int) -> int:
 def _intx(module: StoredModule, fields: Mapping[str, Any], block: list[int]) -> Grouped:
     codes = module.take(DATA, torch.int8, None, None)
     N, K = codes.shape
+    module.check_matrix(DATA, N, K)
     group = _group(module, block, K)
     bits = _bits(module, _named(fields.get("target_dtype")))
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -104,6 +105,7 @@ def _bits(module: StoredModule, name: Any) -> int:
 def _int8(module: StoredModule, fields: Mapping[str, Any], block: list[int]) -> Grouped:
     codes = module.take(DATA, torch.int8, None, None)
     N, K = codes.shape
+    module.check_matrix(DATA, N, K)
     scale = module.take_floats(SCALE)
     if module.has(ZERO_POINT) and bool((module.tensors[ZERO_POINT] != 0).any()):
         raise module.error(ZERO_POINT, "zero points of int8 weights are not read")
@@ -116,6 +118,7 @@ def _int8(module: StoredModule, fields: Mapping[str, Any], block: list[int]) -> 
 def _int4(module: StoredModule, fields: Mapping[str, Any], block: list[int]) -> Grouped:
     packed = module.take(DATA, (torch.int8, torch.uint8), None, None).view(torch.uint8)
     N, K = packed.shape[0], packed.shape[1] * 2
+    module.check_matrix(DATA, N, K)
     if fields.get("shape") != [N, K]:
         raise module.error(DATA, f"shape = {fields.get('shape')!r}, and its bytes are of {[N, K]}")
     group = _group(module, block, K)
