@@ -14,15 +14,9 @@ from int8fx.kernels.gpu import routing
 from int8fx.kernels.gpu.experts import expert_linear_reference
 from int8fx.kernels.gpu.experts_gradient import expert_gradient_kernel
 from int8fx.kernels.ops.quantize_reference import quantize_reference
-from int8fx.testing.gpuless.expert_runs import (
-    THRESHOLD,
-    TOLERANCE,
-    Case,
-    case,
-    product,
-    quantize,
-)
+from int8fx.testing.gpuless.expert_runs import Case, case, product, quantize
 from int8fx.testing.gpuless.int8_launches import relative_error
+from int8fx.testing.gpuless.kernel_runs import THRESHOLD, TOLERANCE
 from int8fx.testing.gpuless.linear_bound import expected_and_bound
 from int8fx.testing.gpuless.where import launchable
 from int8fx.testing.nogpu.guard import assert_intact, poisoned, poisoned_like
