@@ -99,19 +99,29 @@ inline void read_grid(const Weight& weight, int64_t panel, int64_t G, float* sca
 
 // --- products -----------------------------------------------------------------------------------------
 
-// Rows in int8.
+constexpr int64_t PACKED_BYTES = NR * sizeof(int32_t);  // of a micro-panel, at 8 k
+
+// The codes of 4 k, a byte each: the first or the second four of the 8 in a word.
+inline Words quad_of_codes(Words codes, int half) { return (codes >> (4 * half)) & 0x0f0f0f0f; }
+
+// Rows in int8. UNPACKED codes are bytes already, the first four k of eight behind each other, and the
+// second four behind them: where many tiles of rows read a micro-panel, it is unpacked once.
+template <bool UNPACKED>
 struct Int8Rows {
   using Element = int8_t;
   using Sums = Ints;
+  static constexpr int64_t BYTES = UNPACKED ? 2 * PACKED_BYTES : PACKED_BYTES;
 
-  // R rows times 8 k of V vectors of channels.
-  template <int R, int V>
-  static void add(Sums (&sums)[R][V], const Words (&codes)[V], const Element* x) {
+  // R rows times 8 k of V vectors of channels, of which v begins at w(v).
+  template <int R, int V, class W>
+  static void add(Sums (&sums)[R][V], const W& w, const Element* x) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, x += 4 * R) {
       Words quads[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) quads[v] = (codes[v] >> (4 * half)) & 0x0f0f0f0f;
+      for (int v = 0; v < V; ++v)
+        quads[v] = UNPACKED ? load<Words>(w(v) + half * PACKED_BYTES)
+                            : quad_of_codes(load<Words>(w(v)), half);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -123,19 +133,29 @@ struct Int8Rows {
   static Floats row_scale(const Lhs& a, int64_t m) { return Floats{} + a.in.x_scale[m]; }
 };
 
+// `bytes` of a packed micro-panel as UNPACKED codes.
+inline void unpack_codes(const int8_t* w, int64_t bytes, int8_t* out) {
+  for (int64_t i = 0; i < bytes; i += PACKED_BYTES, out += 2 * PACKED_BYTES)
+    for (int64_t j = 0; j < PACKED_BYTES; j += sizeof(Words))
+      for (int half = 0; half < 2; ++half)
+        store(out + half * PACKED_BYTES + j, quad_of_codes(load<Words>(w + i + j), half));
+}
+
 // Rows as they are, in fp32.
 struct RowsAsTheyAre {
   using Element = float;
   using Sums = Floats;
+  static constexpr int64_t BYTES = PACKED_BYTES;
 
-  template <int R, int V>
-  static void add(Sums (&sums)[R][V], const Words (&codes)[V], const Element* x) {
+  template <int R, int V, class W>
+  static void add(Sums (&sums)[R][V], const W& at, const Element* x) {
     static constexpr uint32_t SHIFTS[CODES_IN_A_WORD] = {0, 8, 16, 24, 4, 12, 20, 28};
 #pragma GCC unroll 8
     for (int i = 0; i < CODES_IN_A_WORD; ++i) {
       Floats w[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) w[v] = Isa::lowest_codes(codes[v] >> (Words{} + SHIFTS[i]));
+      for (int v = 0; v < V; ++v)
+        w[v] = Isa::lowest_codes(load<Words>(at(v)) >> (Words{} + SHIFTS[i]));
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Floats value = Floats{} + x[4 * (i / 4 * R + r) + i % 4];
@@ -154,7 +174,9 @@ struct GroupedPanels {
   int64_t stride;              // of w, in bytes
   const float *scale, *offset;
   int64_t grid_stride;         // of both, in floats
+  int64_t near;                // how far ahead codes are fetched, in bytes; or 0
 };
+constexpr int64_t GROUPED_NEAR = 2 << 10;
 
 // out [R][B * NR] = R rows, packed [K_padded / 4][R][4], times B micro-panels.
 template <class Rows, int R, int B>
@@ -169,12 +191,14 @@ void grouped_rows(
   const int8_t* w = panels.w;
   for (int64_t g = 0; g < G; ++g, ++x_sums) {
     typename Rows::Sums acc[R][V] = {};
-    for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += 4 * NR, x += CODES_IN_A_WORD * R) {
-      Words codes[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        codes[v] = load<Words>(w + v / PARTS * panels.stride + v % PARTS * sizeof(Words));
-      Rows::add(acc, codes, x);
+    for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += Rows::BYTES, x += CODES_IN_A_WORD * R) {
+      if (panels.near) {
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) __builtin_prefetch(w + b * panels.stride + panels.near, 0, 3);
+      }
+      Rows::add(acc, [&](int v) {
+        return w + v / PARTS * panels.stride + v % PARTS * sizeof(Words);
+      }, x);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -247,10 +271,22 @@ void multiply_groups_as(
   std::unique_ptr<float[], Free> grid(
       static_cast<float*>(std::aligned_alloc(64, 2 * most * G * NR * sizeof(float))));
   alignas(64) float sums[GROUPED_ROWS * MOST_GROUPED_PANELS * NR];
-  GroupedPanels panels{nullptr, K_padded * NR / 2, grid.get(), grid.get() + most * G * NR, G * NR};
+  // A single tile reads each micro-panel once, as fast as memory gives it.
+  const int64_t near = m1 - m0 > a.tiling.rows ? 0 : GROUPED_NEAR;
+  GroupedPanels panels{nullptr, K_padded * NR / 2, grid.get(), grid.get() + most * G * NR, G * NR, near};
+  const int64_t packed_bytes = panels.stride;
+  std::unique_ptr<int8_t[], Free> unpacked;
+  if constexpr (Rows::BYTES > PACKED_BYTES) {
+    panels.stride *= 2;
+    unpacked.reset(static_cast<int8_t*>(std::aligned_alloc(64, most * panels.stride)));
+  }
   for (int64_t panel = panel0, count; panel < panel1; panel += count) {
     count = panel1 - panel < most ? 1 : most;
-    panels.w = weight.packed + panel * panels.stride;
+    panels.w = weight.packed + panel * packed_bytes;
+    if constexpr (Rows::BYTES > PACKED_BYTES) {
+      unpack_codes(panels.w, count * packed_bytes, unpacked.get());
+      panels.w = unpacked.get();
+    }
     for (int64_t b = 0; b < count; ++b)
       read_grid(weight, panel + b, G, grid.get() + b * G * NR, grid.get() + (most + b) * G * NR);
     for (int64_t m = m0; m < m1; m += a.tiling.rows) {
@@ -277,6 +313,15 @@ void multiply_groups(
   with_dtype(a.in.dtype, [&]<class T>(T) {
     multiply_groups_as<Rows, T>(a, weight, m0, m1, panel0, panel1);
   });
+}
+
+constexpr int64_t TILES_TO_UNPACK_FOR = 3;
+
+void multiply_int8_groups(
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  const bool many = m1 - m0 >= TILES_TO_UNPACK_FOR * a.tiling.rows;
+  const auto multiply = many ? multiply_groups<Int8Rows<true>> : multiply_groups<Int8Rows<false>>;
+  multiply(a, weight, m0, m1, panel0, panel1);
 }
 
 // --- rows ---------------------------------------------------------------------------------------------
@@ -315,11 +360,9 @@ void pack_float_groups(const Lhs& a, int64_t tile) {
 inline void nothing_to_enter(const Lhs&) {}
 inline void nothing_to_leave() {}
 
-template <class Rows>
-constexpr Product grouped_product(void (*pack)(const Lhs&, int64_t)) {
-  return {GROUPED_ROWS, GROUPED_ROWS, 1, 1, sizeof(typename Rows::Element), pack, nothing_to_enter,
-          nothing_to_leave, multiply_groups<Rows>};
-}
-
+// A work item has as many micro-panels as few rows meet at once.
 constexpr GroupedProducts GROUPED{
-    grouped_product<Int8Rows>(pack_int8_groups), grouped_product<RowsAsTheyAre>(pack_float_groups)};
+    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(int8_t), pack_int8_groups,
+     nothing_to_enter, nothing_to_leave, multiply_int8_groups},
+    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(float), pack_float_groups,
+     nothing_to_enter, nothing_to_leave, multiply_groups<RowsAsTheyAre>}};
