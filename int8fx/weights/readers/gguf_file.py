@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from int8fx.errors import CheckpointError
+from int8fx.kernels.cpu import pages
 from int8fx.weights.readers.container import Entry
 from int8fx.weights.readers.gguf import BLOCKS
 
@@ -141,6 +142,9 @@ class GgufFile:
             read = ", ".join((*_FLOATS, *BLOCKS))
             raise CheckpointError(f"{self.path}: {name}: {entry.dtype}; read: {read}")
         return self._view(name, entry).view(*entry.shape[:-1], -1)
+
+    def release(self, name: str) -> None:
+        pages.release_mapped(self._view(name, self.entries[name]))
 
     def _view(self, name: str, entry: Entry) -> Tensor:
         if not entry.nbytes:

@@ -22,6 +22,7 @@ from int8fx.kernels.ops.rotation import from_regular, rotate_back
 INTEGERS = (torch.uint8, torch.int8)
 # An owner whose input is int8 by token, without outliers.
 DYNAMIC: Mapping[str, Any] = {"scheme": "absmax-vector"}
+DYNAMIC_AFFINE: Mapping[str, Any] = {"scheme": "zeropoint-vector"}  # and with zero points
 
 
 @dataclass(frozen=True)

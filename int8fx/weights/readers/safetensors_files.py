@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from int8fx.errors import CheckpointError
+from int8fx.kernels.cpu import pages
 from int8fx.weights import checkpoint_files
 from int8fx.weights.readers import quanto
 from int8fx.weights.readers.container import Entry
@@ -54,6 +55,9 @@ class Safetensors:
             return self._opened[entry.file].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{entry.file}: {name}: {error}") from error
+
+    def release(self, name: str) -> None:
+        pages.release_mapped(self.tensor(name))
 
 
 def _entry(file: Path, name: str, said: Mapping[str, Any]) -> Entry:
