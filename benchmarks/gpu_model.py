@@ -164,7 +164,6 @@ def _drains(gpu: Gpu, config: Any, seen: Any, tiles: int) -> bool:
 def tile_kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) -> list[_Tiles]:
     """The extended tiles of a product, if there are such, and the plain ones, as programs take them."""
     from int8fx.kernels.gpu.configs import product_tiles
-    from int8fx.kernels.gpu.gather import BLOCK_O
 
     c = config
     tiles_n = math.ceil(N / c.block_n)
@@ -173,7 +172,7 @@ def tile_kinds(gpu: Gpu, config: Any, seen: Any, M: int, N: int, outliers: int) 
         return [_Tiles(plain, c.block_m, _loop_instructions(seen))]
     of_plain, of_extended = (sum(loop.values()) for loop in _int8_loops(seen))
     # Of the loop over outliers, which loads nothing ahead, the first loads are among TILE_CYCLES.
-    waits = max(0, math.ceil(outliers / BLOCK_O) - 1)
+    waits = max(0, _outlier_steps(outliers) - 1)
     kinds = [
         _Tiles(extended, c.block_m + c.extra_m, of_extended, waits),
         _Tiles(plain, c.block_m, of_plain),
@@ -241,8 +240,7 @@ def quantize_gather(
     # The candidate rows and their elements, for each part of the list; the list and what it lists, for
     # each block of outliers. Who quantises waits for the first two, those of each chunk beside the
     # second of the one before, and for the rows of each later step.
-    listing = math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"]))
-    waits = 2 * listing + 2 * math.ceil(outliers / shape["BLOCK_O"])
+    waits = 2 * _listing_steps(shape, K) + 2 * _outlier_steps(outliers)
     programs = [(of_w, waits)] * sum(math.ceil(N / shape["GATHER_ROWS"]) for N in widths)
     programs += [(of_x, waits)] * math.ceil(M / shape["GATHER_ROWS"])
     if quantizes:
@@ -272,8 +270,8 @@ def gather_instructions(
     (of_w,) = [loop for loop in gathering if any(name.startswith("I2F") for name in loop)]
     (of_x,) = [loop for loop in gathering if loop is not of_w]
     once = instructions(gathers) - _size(of_w) - _size(of_x) - _size(listing)
-    listed = once + math.ceil(K / (shape["LIST_BLOCK"] * shape["NEIGHBOURS"])) * _size(listing)
-    steps = math.ceil(outliers / shape["BLOCK_O"])
+    listed = once + _listing_steps(shape, K) * _size(listing)
+    steps = _outlier_steps(outliers)
     rows = 0
     if quantizes:
         if not shape["CHUNKS"]:
@@ -284,6 +282,18 @@ def gather_instructions(
             (step,) = [loop for loop in quantizes.loops if any(n.startswith("HMNMX2") for n in loop)]
             rows += (shape["STEPS"] - 1) * _size(step)
     return listed + steps * _size(of_w), listed + steps * _size(of_x), rows
+
+
+def _listing_steps(shape: dict[str, int], K: int) -> int:
+    from int8fx.kernels.gpu.columns import NEIGHBOURS
+
+    return math.ceil(K / (shape["LIST_BLOCK"] * NEIGHBOURS.value))
+
+
+def _outlier_steps(outliers: int) -> int:
+    from int8fx.kernels.gpu.tiles import BLOCK_O
+
+    return math.ceil(outliers / BLOCK_O.value)
 
 
 def instructions(seen: Any) -> int:
@@ -379,12 +389,13 @@ def _quantizing_loops(
     """What a program that quantises does besides the product, for fp16: of each of its loops the
     instructions of a warp, how often it runs, and how many loads it waits for, one after another."""
     from int8fx.kernels.gpu.decode import scan_shape
+    from int8fx.kernels.gpu.tiles import STEP_O
 
-    shape = scan_shape(2, num_warps, 32, K // parts)
+    shape, step_o = scan_shape(2, num_warps, 32, K // parts), STEP_O.value
     kinds = {
         "FFMA": (math.ceil(K / parts / shape["QUANTIZE_BLOCK"]), 1),  # quantise
         "HMNMX": (math.ceil(K / shape["SCAN_BLOCK"]), 1),  # columns and scales
-        "HMMA": (math.ceil(math.ceil(outliers / parts) / shape["BLOCK_O"]), 2),
+        "HMMA": (math.ceil(math.ceil(outliers / parts) / step_o), 2),
         "SHFL": (math.ceil(K / (16 * shape["LIST_BLOCK"])), 1),  # the list
     }
     found = []

@@ -20,6 +20,7 @@ else:
     from int8fx.compiler.report import Report, collect_reports
     from int8fx.kernels.schemes.table import SCHEMES
     from int8fx.options import Options
+    from int8fx.options_file import load_options
     from int8fx.weights.changes import refresh
     from int8fx.weights.checkpoint import load_checkpoint, save_checkpoint
     from int8fx.weights.quantize import decisions, dequantize_, quantize_
@@ -42,6 +43,7 @@ __all__ = [
     "llmint8",
     "load",
     "load_checkpoint",
+    "load_options",
     "quantize_",
     "refresh",
     "save_checkpoint",

@@ -7,10 +7,12 @@ makes one, the option ``calibration`` takes it.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from int8fx.errors import CalibrationError
 from int8fx.kernels.schemes.static_columns import MOST_COLUMNS
@@ -43,6 +45,14 @@ class Calibration:
         model: its class, for messages.
         rows: rows of x that its busiest linear had.
         linears: all that it has.
+
+    Examples:
+        >>> import int8fx, pathlib, tempfile, torch
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "calibration.json"
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> int8fx.calibrate(model, [torch.ones(4, 64)]).save(file)
+        >>> int8fx.Calibration.load(file).rows
+        4
     """
 
     model: str
@@ -77,9 +87,13 @@ class Calibration:
         first = ", ".join(linear.path for linear in self.linears[:3])
         return f"{len(self.linears)} linears ({first}{', ...' if len(self.linears) > 3 else ''})"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content."""
+        return {"format": _FORMAT, "version": _VERSION} | asdict(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file."""
-        content = {"format": _FORMAT, "version": _VERSION} | asdict(self)
+        content = self.to_dict()
         Path(path).write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
     @classmethod
@@ -130,3 +144,24 @@ def _integers(values: Sequence[Any]) -> tuple[int, ...]:
     if not all(type(value) is int for value in values):
         raise ValueError(f"{values!r}: allowed are whole numbers")
     return tuple(values)
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+def calls_of(batches: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """The arguments of a model's call for each of some batches, by position and by name.
+
+    Raises:
+        TypeError: ``batches`` is a single tensor or dict.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; needed is an iterable of batches, each a tensor, "
+            "a tuple of arguments, or a dict of keyword arguments"
+        )
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            yield (), dict(batch)
+        else:
+            yield (batch if isinstance(batch, tuple) else (batch,)), {}

@@ -14,6 +14,7 @@ from int8fx.kernels.schemes.scheme import Choice, Scheme
 from int8fx.kernels.schemes.settings import checked_setting, checks_of, not_allowed
 from int8fx.kernels.schemes.static_columns import CALIBRATED_COLUMNS
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
+from int8fx.options_file import load_options
 
 # The output head decides the next token directly and is a small share of the work: bitsandbytes
 # leaves it in float, and so do we. These are the names that transformers' models give it; a weight
@@ -56,7 +57,8 @@ class Options:
         settings: those that were given of the settings of ``scheme``, or of a rule's scheme. Each is an
             option by its own name, as ``threshold``; what a scheme has is its ``settings``.
         rules: schemes by module path; the first that matches wins, and ``scheme`` is for the rest.
-        skip: fnmatch patterns on module paths that stay in float.
+        skip: fnmatch patterns on module paths that stay in float. A list of yours replaces the default;
+            one whose patterns all begin with ``+`` is added to it, as ``["+*.down_proj"]``.
         only: when given, only module paths that match one of these are rewritten. What they name is
             rewritten even if it is a buffer that no linear owns, a low-rank factor, or has few columns.
         calibration: which columns of each linear's input schemes with ``columns`` keep in 16-bit: a
@@ -70,11 +72,23 @@ class Options:
             back (``.data.mul_()``, numpy, another process) keeps its old values until
             ``int8fx.refresh(model)``; in-place edits, ``.data =``, ``load_state_dict``, optimizers'
             steps and peft's merges are seen all the same.
+        background: whether graphs run operator by operator while Inductor compiles them in a process
+            of its own (``compiler/background.py``). Others are compiled at once; the log says why.
         dump_graphs: a folder for each graph before and after each pass (``compiler/graphs.py``); None:
             nothing is written.
         skips_by_default: whether a weight that is also an embedding stays in float, and what is
             ranked: with the default ``skip``, as the output head does.
         given: the names of those that the user gave; the others are defaults.
+
+    Examples:
+        >>> import int8fx
+        >>> options = int8fx.Options.parse({"threshold": 3.0, "skip": ["+*.down_proj"]})
+        >>> options.threshold, options.skip[-1]
+        (3.0, '*.down_proj')
+        >>> int8fx.Options.parse({"treshold": 3.0})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown option 'treshold' for backend 'llmint8'; allowed: attention, ...
     """
 
     scheme: str = DEFAULT
@@ -87,6 +101,7 @@ class Options:
     attention: bool = False
     release_weights: bool = False
     check_weights: bool = True
+    background: bool = False
     dump_graphs: Path | None = None
     skips_by_default: bool = True
     given: frozenset[str] = frozenset()
@@ -94,11 +109,11 @@ class Options:
     @classmethod
     def parse(
         cls,
-        given: Mapping[str, Any] | None,
+        given: Mapping[str, Any] | str | PathLike[str] | None,
         taker: str = "backend 'llmint8'",
         allowed: Collection[str] | None = None,
     ) -> "Options":
-        """Options from the user's dict.
+        """Options from the user's dict, or from the file of one (``int8fx.load_options``).
 
         Args:
             taker: whose options these are, for messages.
@@ -107,7 +122,7 @@ class Options:
         Raises:
             ValueError: names the option, what was given and what is allowed.
         """
-        given = dict(given or {})
+        given = as_dict(given, taker)
         allowed = _CHECKS if allowed is None else allowed
         values = {
             name: _CHECKS[name](f"option {name!r} of {taker}", given[name])
@@ -120,7 +135,9 @@ class Options:
             for name, value in given.items()
             if name not in allowed
         }
-        skips = "skip" not in given
+        skips = "skip" not in given or _adds(values["skip"])
+        if skips and "skip" in values:
+            values["skip"] = (*OUTPUT_HEADS, *(pattern[1:] for pattern in values["skip"]))
         options = cls(**values, settings=settings, skips_by_default=skips, given=frozenset(given))
         options._check_columns(taker)
         return options
@@ -166,9 +183,24 @@ class Options:
             return self.settled(own.scheme, path, own)
         return self.settled(SCHEMES[self.scheme], path, own)
 
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Every scheme that a module may have, with its settings: those of the rules, and the other."""
+        return (*(self._chosen(rule) for rule in self.rules), self.chosen)
+
+    @property
+    def chosen(self) -> Choice:
+        """That of the modules that no rule names."""
+        return self._chosen(None)
+
+    def _chosen(self, rule: Rule | None) -> Choice:
+        return self._settled(SCHEMES[self.scheme if rule is None else rule.scheme], rule, None)
+
     def settled(self, scheme: Scheme, path: str, own: Choice | None) -> Choice:
         """A scheme with the settings that a module has for it."""
-        rule = self.rule(path)
+        return self._settled(scheme, self.rule(path), own)
+
+    def _settled(self, scheme: Scheme, rule: Rule | None, own: Choice | None) -> Choice:
         settings = {} if own is None else asdict(own.settings)
         given = {**self.settings, **({} if rule is None else rule.settings)}
         # How many columns is asked of the calibration; which ones is a setting.
@@ -208,16 +240,50 @@ class Options:
 
     def unused(self, paths: Collection[str]) -> tuple[str, ...]:
         """The user's patterns that decide on none of these modules, as a person would name them."""
-        # The default skip list is not the user's: most of its names are other models'.
-        given = {"skip": () if self.skips_by_default else self.skip, "only": self.only or ()}
         named = [
             f"{option}: {pattern!r}"
-            for option, patterns in given.items()
-            for pattern in patterns
+            for option, pattern in self._named_patterns
             if not fnmatch.filter(paths, pattern)
         ]
         used = {id(self.rule(path)) for path in paths}
         return (*named, *(f"rules: {rule}" for rule in self.rules if id(rule) not in used))
+
+    @property
+    def patterns(self) -> tuple[tuple[str, str], ...]:
+        """The user's patterns, each behind the name of its option."""
+        return (*self._named_patterns, *(("rules", rule.pattern) for rule in self.rules))
+
+    @property
+    def _named_patterns(self) -> list[tuple[str, str]]:
+        # The default skip list is not the user's: most of its names are other models'.
+        default = OUTPUT_HEADS if self.skips_by_default else ()
+        skip = [("skip", pattern) for pattern in self.skip if pattern not in default]
+        return [*skip, *(("only", pattern) for pattern in self.only or ())]
+
+
+def in_use(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the settings that no scheme in use reads: of what is asked of several schemes.
+
+    Raises:
+        ValueError: a rule, or the scheme, is not one.
+    """
+    values = {"scheme": given.get("scheme", DEFAULT), "rules": given.get("rules", ())}
+    for name, value in values.items():
+        values[name] = _CHECKS[name](f"option {name!r}", value)
+    used = [SCHEMES[name] for name in _schemes_of(values)]
+    kept = {
+        name: value
+        for name, value in given.items()
+        if name in _CHECKS or any(name in scheme.reads for scheme in used)
+    }
+    if not any("columns" in scheme.reads and _keeps_columns(scheme, kept) for scheme in used):
+        kept.pop("calibration", None)
+    return kept
+
+
+def of_way(scheme: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a model whose linears all have one scheme, but for what other options decide."""
+    return in_use({**options, **settings, "scheme": scheme})
 
 
 def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
@@ -240,6 +306,21 @@ def inductor_patches(mode: str | None, options: Options) -> dict[str, Any]:
 
 
 # The checks of ``_CHECKS``. ``asked`` names the option and whose it is, for messages.
+
+
+def as_dict(given: Any, taker: str) -> dict[str, Any]:
+    """Options as a dict, those of a file among them.
+
+    Raises:
+        ValueError: it is neither; names whose options they are.
+    """
+    if isinstance(given, (str, PathLike)):
+        return load_options(given)
+    if given is not None and not isinstance(given, Mapping):
+        raise not_allowed(
+            f"options of {taker}", given, 'a dict, as {"threshold": 3.0}, or a file of one'
+        )
+    return dict(given or {})
 
 
 def _scheme(asked: str, value: Any) -> str:
@@ -335,6 +416,23 @@ def _patterns(asked: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _skip(asked: str, value: Any) -> tuple[str, ...]:
+    patterns = _patterns(asked, value)
+    if not _adds(patterns) and any(pattern.startswith("+") for pattern in patterns):
+        raise not_allowed(
+            asked,
+            value,
+            "patterns in place of the default ones, or patterns that all begin with '+' and are added "
+            "to those",
+        )
+    return patterns
+
+
+def _adds(skip: Collection[str]) -> bool:
+    """Whether a skip list is added to the default one."""
+    return bool(skip) and all(pattern.startswith("+") for pattern in skip)
+
+
 def _flag(asked: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise not_allowed(asked, value, "True or False")
@@ -362,12 +460,13 @@ def _patches(asked: str, value: Any) -> dict[str, Any]:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "scheme": _scheme,
     "rules": _rules,
-    "skip": _patterns,
+    "skip": _skip,
     "only": _patterns,
     "calibration": _calibration,
     "inductor": _patches,
     "attention": _flag,
     "release_weights": _flag,
     "check_weights": _flag,
+    "background": _flag,
     "dump_graphs": _folder,
 }

@@ -12,14 +12,16 @@ import re
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from int8fx.errors import UserError
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.forks import free_in_children
 
@@ -255,11 +257,73 @@ def is_wrapped(module: Any, backend: Callable[..., Any]) -> bool:
     )
 
 
+def compiled_modules(backend: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that ``torch.compile`` wrapped for a backend, and those compiled in place."""
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    found = []
+    objects: Any = gc.get_objects()
+    for each in objects:
+        if type(each) is OptimizedModule:
+            callback: Any = each.dynamo_ctx.callback
+            if _is(innermost_backend(callback), backend):
+                found.append(each._orig_mod)
+        # By its type: other packages' proxies answer isinstance by an import, or by an error.
+        elif issubclass(type(each), nn.Module) and is_compiled(each):
+            found.append(each)
+    return found
+
+
 def is_compiled(module: Any) -> bool:
     """Whether a module's own calls are: after ``module.compile()``, or with a compiled ``forward``."""
     return module._compiled_call_impl is not None or hasattr(
         module.forward, "_torchdynamo_orig_callable"
     )
+
+
+def is_compiled_for(module: Any, backend: Callable[..., Any]) -> bool:
+    """Whether a module is what ``torch.compile`` returned for a backend, or is compiled in place.
+
+    A module that is compiled in place does not tell for which: it counts where the backend was asked
+    for.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    if type(module) is OptimizedModule:
+        callback: Any = module.dynamo_ctx.callback
+        return _is(innermost_backend(callback), backend)
+    in_place = isinstance(module, nn.Module) and module._compiled_call_impl is not None
+    return in_place and bool(requests(backend))
+
+
+def before_export(callback: Callable[[Any], None]) -> None:
+    """Calls a function with each module that ``torch.export`` is given, before it is exported."""
+    from torch.export import _trace
+
+    trace: Any = _trace
+    export = trace._export
+
+    @functools.wraps(export)
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        callback(module)
+        return export(module, *args, **kwargs)
+
+    trace._export = call
+
+
+@functools.cache
+def _error_of_dynamo(kind: type[Exception]) -> type[Exception]:
+    """A kind of error that Dynamo hands on, and does not wrap into ``BackendCompilerFailed``."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    return type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
+
+
+def raised_as_it_is(error: Exception) -> Exception:
+    """An error that a backend raises for whoever calls the compiled model to read: of its own type and
+    words, and without Dynamo's frames between the call and the backend."""
+    made: Any = _error_of_dynamo
+    return made(type(error))(str(error), first_useful_frame=sys._getframe(1))
 
 
 def compile_apart(
@@ -276,10 +340,16 @@ def compile_apart(
     def run(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
+    def handed_on(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return backend(gm, inputs)
+        except UserError as error:
+            raise raised_as_it_is(error) from None
+
     apart = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
-    return torch.compile(apart, backend=backend, dynamic=False, fullgraph=fullgraph, **options)
+    return torch.compile(apart, backend=handed_on, dynamic=False, fullgraph=fullgraph, **options)
 
 
 def not_one_graph() -> tuple[type[Exception], ...]:
@@ -525,7 +595,8 @@ def compile_ahead(
         "aot_inductor.model_name_for_generated_files": name,
     }
     # Dynamo has renewed the mode of its own context meanwhile, and two do not mix.
-    with torch._guards.tracing(torch._guards.TracingContext(fake_mode_of(inputs))):
+    with apart_from_dynamo(fake_mode_of(inputs)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of what it is about to drop
         written: Any = compile_fx_aot(gm, list(inputs), config_patches=patches)
     return [Path(each) for each in written if isinstance(each, str)]
 
@@ -572,6 +643,22 @@ def operator_named(name: str) -> Any:
 def has_cpu_kernel(operator: Any) -> bool:
     """Whether an operator is implemented for a CPU by itself, which those of int8fx are in C++."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
+
+
+@contextlib.contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Inductor compiles in this thread, and asks no pool of workers."""
+    from torch._inductor import config
+
+    with config.patch(compile_threads=1):
+        yield
+
+
+@contextlib.contextmanager
+def apart_from_dynamo(fake_mode: Any) -> Iterator[None]:
+    """For a compile outside of a backend, on fake inputs of this mode: the same twice has one key."""
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        yield
 
 
 def subgraph_call() -> Any:

@@ -100,8 +100,29 @@ def key_of(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) ->
 KERNELS: dict[Key, Kernel] = {}
 
 
-@functools.cache
-def kernel_for(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -> Kernel | None:
+class _Remembered:
+    """As ``functools.cache`` does it, and Dynamo traces a call: what was found is in a dict, where that
+    takes the function apart, which loads a kernel under a lock."""
+
+    def __init__(self, find: Callable[[str, str, str], Kernel | None]) -> None:
+        self._find = find
+        self._found: dict[Key, Kernel | None] = {}
+        functools.update_wrapper(self, find)
+
+    def __call__(
+        self, device_type: str, family: str = INT8, operator: str = INT8_LINEAR
+    ) -> Kernel | None:
+        key = key_of(device_type, family, operator)
+        if key not in self._found:
+            self._found[key] = self._find(device_type, family, operator)
+        return self._found[key]
+
+    def cache_clear(self) -> None:
+        self._found.clear()
+
+
+@_Remembered
+def kernel_for(device_type: str, family: str, operator: str) -> Kernel | None:
     """The kernel that serves a device, loaded; None when none does (``refusal`` says why)."""
     kernel = KERNELS.get(key_of(device_type, family, operator))
     if kernel is None:
@@ -143,14 +164,24 @@ def without_kernel(weights: str, family: str, operator: str) -> str:
     return f"no kernel for {weights}: de-quantised at each call and multiplied in float"
 
 
-def joined(device_type: str, operator: str = INT8_LINEAR) -> tuple[Any, int] | None:
-    """``Kernel.joined`` of the kernel that serves an operator on a device."""
+def joined(device_type: str) -> tuple[Any, int] | None:
+    """``Kernel.joined`` of the kernel that serves a device."""
+    return joined_by(INT8_LINEAR, device_type)
+
+
+def joined_by(operator: str, device_type: str) -> tuple[Any, int] | None:
+    """The same of the kernel that serves an operator."""
     kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None or kernel.joined is None else kernel.joined()
 
 
-def normed(device_type: str, operator: str = INT8_LINEAR) -> Any:
-    """``Kernel.normed`` of the kernel that serves an operator on a device."""
+def normed(device_type: str) -> Any:
+    """``Kernel.normed`` of the kernel that serves a device."""
+    return normed_by(INT8_LINEAR, device_type)
+
+
+def normed_by(operator: str, device_type: str) -> Any:
+    """The same of the kernel that serves an operator."""
     kernel = kernel_for(device_type, operator=operator)
     return None if kernel is None else kernel.normed()
 

@@ -48,8 +48,7 @@ class Context:
 
     Attributes:
         fake_mode: of the graphs' values.
-        find_memory: where all graphs write to; of graphs that write to nothing it may be older.
-        find_memory_now: the same, never older than the call.
+        find_memory: where all graphs write to, as they are at the call.
         devices: the types of the devices of the graph's inputs.
         needs_autograd: whether a backward pass may come: most operators of int8fx have none.
         for_inductor: whether Inductor compiles the graphs; else they run operator by operator.
@@ -78,7 +77,6 @@ class Context:
     experts: Callable[[str], Any] = lambda device: None
     attends: Callable[[str, bool], bool] = lambda device, few: False
     accepted: Sequence[Accepted] = ()
-    find_memory_now: Callable[[], Memory] | None = None
     root: fx.Graph | None = None
     subgraph_call: Any = None
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
@@ -86,7 +84,7 @@ class Context:
     _memory: Memory | None = None
 
     def memory(self) -> Memory:
-        """Where the graphs write to, as they were when the pass began."""
+        """Where the graphs write to, as they were when the pass began, or before, if to nothing."""
         # What a pass does to one graph changes nothing in another: it is found once a pass.
         if self._memory is None:
             self._memory = self.find_memory()
@@ -94,11 +92,13 @@ class Context:
 
     def memory_now(self) -> Memory:
         """The memory of the graphs with what the passes put there."""
-        return (self.find_memory_now or self.find_memory)()
+        return self.find_memory()
 
     def begin(self) -> None:
         """A pass begins: what the one before found may no longer be so."""
-        self._memory = None
+        # No pass adds a write to graphs without one.
+        if self._memory is not None and self._memory.is_written:
+            self._memory = None
 
 
 def _always(context: Context) -> str:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import int8fx.cli.app
 from int8fx.bench import models, smollm2
 from int8fx.errors import UserError
+from int8fx.testing.toy_llama import saved_model
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
@@ -65,8 +66,8 @@ def test_running_and_help_import_no_torch():
         (["demo", "--tokens", "many"], ["--tokens", "'many'", "whole numbers from 1"]),
         (["demo", "--modle", "x"], ["--modle", "--help"]),
         (["dmo"], ["'dmo'", "demo"]),
-        (["demo", "--model", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
-        (["demo", "--model", "missing.gguf"], ["missing.gguf", "no such file"]),
+        (["demo", "./nowhere"], ["./nowhere", "a directory", "a .gguf file", "hub"]),
+        (["demo", "missing.gguf"], ["missing.gguf", "no such file"]),
         (["quantize", "./nowhere", "out"], ["./nowhere", "a directory", "hub"]),
         (["quantize", "model.gguf", "out"], ["MODEL model.gguf", "a float model"]),
         (["quantize", "./nowhere", "."], ["OUT .", "is there already"]),
@@ -105,13 +106,15 @@ def test_bad_input_is_one_line(capsys, arguments, words):
     assert not any("Traceback" in line for line in err)
 
 
-@pytest.mark.parametrize("option", ["--html", "--plot"])
-def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(capsys, monkeypatch, tmp_path, option):
+@pytest.mark.parametrize(("option", "ending"), [("--html", "html"), ("--plot", "png")])
+def test_explain_asks_for_matplotlib_before_it_fetches_or_runs(
+    capsys, monkeypatch, tmp_path, option, ending
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(
         "int8fx.bench.texts.load_with_tokens", lambda *_, **__: pytest.fail("it was loaded")
     )
-    code, _, err = run(capsys, "explain", option, str(tmp_path / "figure.png"))
+    code, _, err = run(capsys, "explain", option, str(tmp_path / f"figure.{ending}"))
     assert code == 1
     assert "drawing needs matplotlib" in err[-1] and 'pip install "int8fx[plot]"' in err[-1]
 
@@ -316,21 +319,6 @@ def test_cache_directory_follows_the_platform(monkeypatch, tmp_path, platform, v
 
 # As many tokens as suggest is given below.
 EVALUATED = ["--windows", "1", "--length", "32"]
-
-
-def saved_model(directory):
-    """A random Llama and a tokenizer of a few words, as files."""
-    from test_explain import tiny
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    model = tiny()
-    model.save_pretrained(directory)
-    words = {f"w{index}": index for index in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
-    return model
 
 
 def test_quantize_writes_what_from_pretrained_reads(capsys, tmp_path):

@@ -431,7 +431,8 @@ def fsdp2_in_every_scheme(rank, mesh):
         for _ in range(2):
             assert torch.equal(model(batch()), alone(batch()))
         uneven = fully_shard(int8fx.quantize_(built(rows=N + 1), **options), mesh=mesh)
-        if not {"w8a16-group", "int8-rotated", W4A16.name} & set(options.values()):
+        parts_apart = {"w8a16-group", "int8-rotated", "w4a16-group", "w4a8-group", "wna16-group", "nf4"}
+        if not {*parts_apart, W4A16.name} & set(options.values()):
             uneven(batch())
             continue
         with pytest.raises(RuntimeError, match="into 2 parts along dimension 0: allowed are equal"):

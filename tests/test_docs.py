@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
+
+from int8fx.testing import toy_llama
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("passes", "kernels", "tests")
@@ -33,23 +33,9 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 def toy(tmp_path_factory):
     """A directory that transformers loads a model and a tokenizer from."""
     folder = tmp_path_factory.mktemp("toy")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = {f"<{index}>": index for index in range(300)}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<0>", eos_token="<1>")
-    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 2048}
+    toy_llama.tiny(vocab_size=64, **sizes).save_pretrained(folder)
+    toy_llama.words().save_pretrained(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ subnormals' spacing. Three things are allowed besides, each where it can happen 
   above the largest float, and so does the sum of a channel's weights, which a zero point meets. The
   result is then not finite, and never a wrong number.
 - AVX512-BF16's instruction takes subnormal operands and sums for 0: 2^-126 for each x and each sum.
-- A library's product in 16-bit may do the same; ``w8a16-group`` is one.
+- A library's product in 16-bit may do the same; those of ``BY_A_LIBRARY`` are such.
 """
 
 from dataclasses import asdict
@@ -34,6 +34,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, to
 
 K, N, ROWS = 96, 32, 3
 LEAST_NORMAL = 2.0**-126
+# Multiplied by torch, of the de-quantised weight.
+BY_A_LIBRARY = ("w8a16-group", "wna16-group", "nf4")
 QMAX = 127
 
 
@@ -109,14 +111,23 @@ def check(
         # Of each x, its product with |w_int8| <= 127, and of each sum.
         steps = w_hat.abs().amax(1) + w_hat.abs().amax(1) / QMAX
         bound = bound + K * LEAST_NORMAL * steps
-    if name == "w8a16-group":
+    if name in BY_A_LIBRARY:
         tiny = info.tiny
         bound = bound + sizes.sum(1, keepdim=True) * tiny + tiny * w_hat.abs().sum(1) + K * tiny
     w_scale = (weight.double().abs().amax(1) / QMAX).clamp_min(LEAST_NORMAL)
-    before_scale = magnitude / w_scale if name != "w8a16-group" else magnitude
+    before_scale = magnitude / w_scale if name not in BY_A_LIBRARY else magnitude
     overflows = (before_scale >= largest * 0.999) | (magnitude + bound >= info.max * 0.999)
     if "zeropoint" in name:  # it meets the sum of a channel's weights
         overflows |= w_hat.abs().sum(1) >= largest * 0.999
+    if name in ("w4a16-group", "w4a8-group"):
+        # Codes from 0 to 15 meet x before their zero point does, and the scale of the group.
+        overflows |= 15 * sizes.sum(1, keepdim=True) >= largest * 0.999
+    if name == "w4a8-group":
+        # Sums over groups meet x_scale last; rotated elements of 32 are at most the root of 32 times w.
+        overflows |= 127 * 16 * 32**0.5 * w_hat.abs().sum(1) >= largest * 0.999
+        # ŵ ends at the largest float, which half a step of a rotated row may pass.
+        bound = bound + 16 * sizes @ (w_hat * (w_hat.abs() >= largest)).abs().t()
+        overflows |= x.double().abs().sum(1, keepdim=True) >= largest * 0.999
     if "rotated" in name:
         # ŵ ends at the largest float, which half a step of the 32 elements of a block may pass, each
         # over the root of 32; a step is at most the largest sum of the block over 127.

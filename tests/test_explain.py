@@ -220,7 +220,7 @@ def test_the_page_needs_no_other_file(model, x, tmp_path):
     shown.to_html(page)
     text = page.read_text(encoding="utf-8")
     assert "data:image/png;base64," in text
-    assert "http" not in text and "<script" not in text and "<link" not in text
+    assert "http" not in text and "<script src" not in text and "<link" not in text
     for words in ("<td>0</td>", "<td>2</td>", "skip: matches &#x27;2&#x27;", f"<td>{N} x {K}</td>"):
         assert words in text
     assert shown._repr_html_() in text

@@ -21,6 +21,7 @@ from int8fx.passes.int8.fuse_norms import (
     NO_OUTLIERS,
     ON_THE_WAY,
     READ_ELSEWHERE,
+    SUM_IN_FP32,
     SUM_ON_THE_WAY,
     WRITTEN,
     fuse_norms,
@@ -145,6 +146,27 @@ class Dropped(Base):
         return self.read(self.llama(total))[0], total
 
 
+class Vllm(Base):
+    """The first of a model; every cast is there, whether it does something or not."""
+
+    def vllm(self, x32: Tensor) -> Tensor:
+        weight = self.weight.data
+        h = x32 * torch.rsqrt(self.mean_square(x32) + 1e-5)
+        return (h.to(weight.dtype) * weight).to(torch.float16)
+
+    def forward(self, x, y):
+        return self.read(self.vllm(x.to(torch.float32)))[0]
+
+
+class VllmResidual(Vllm):
+    """All others: what is normalised is the sum before it is rounded."""
+
+    def forward(self, x, y):
+        total = x.to(torch.float32) + y.to(torch.float32)
+        residual = total.to(torch.float16)
+        return self.read(self.vllm(total))[0], residual
+
+
 MOVED = {
     Base: ("rms, rounded", False),
     T5: ("rms, rounded", False),
@@ -155,6 +177,7 @@ MOVED = {
     Viewed: ("layer, bias", False),
     Residual: ("rms, rounded", True),
     Dropped: ("rms, rounded", True),
+    Vllm: ("rms, rounded", False),
 }
 
 
@@ -259,6 +282,7 @@ LEFT = {
     Gemma: COMPUTED_WEIGHT,
     Computed: ON_THE_WAY,
     SumOfComputed: SUM_ON_THE_WAY,
+    VllmResidual: SUM_IN_FP32,
     DroppedSum: SUM_ON_THE_WAY,
     Broadcast: SUM_ON_THE_WAY,
     Overwritten: WRITTEN,

@@ -13,7 +13,9 @@ from int8fx.testing.support import compile_once
 pytest.importorskip("triton")
 
 from int8fx.kernels.gpu.experts import expert_linear
+from int8fx.kernels.gpu.launch import run
 from int8fx.kernels.gpu.linear import int8_linears_gpu
+from int8fx.kernels.gpu.norm import norm_kernel
 from int8fx.kernels.gpu.normed import normed_linears
 
 
@@ -145,3 +147,10 @@ def test_an_input_on_another_device_than_the_weight_is_an_error_and_the_model_as
     y, report = compile_once(model, torch.zeros(3, 16))
     assert y.shape == (3, 8)
     assert len(report.accepted) == 1
+
+
+def test_operands_in_a_tuple_are_refused():
+    """Inductor would drop the launch, and the result would be memory that was never written."""
+    x = torch.ones(4, 8)
+    with pytest.raises(TypeError, match=r"norm_kernel.* is a tuple"):
+        run(norm_kernel, (4,), (x, x), 4, 8)

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from int8fx.weights.memory import AddressRange, AddressRanges, has_memory
+from int8fx.weights.memory import AddressRange, AddressRanges, has_memory, merged
 
 CPU = torch.device("cpu")
 
@@ -19,6 +19,17 @@ def test_an_overlap_is_found_among_any_others():
         shared = any(set(range(*span)) & set(range(start, end)) for span in spans)
         assert memories.overlap(AddressRange(CPU, start, end)) == shared
         assert not memories.overlap(AddressRange(torch.device("meta"), start, end))
+
+
+def test_ranges_that_overlap_by_way_of_others_are_merged():
+    meta = torch.device("meta")
+    spans = {"a": (CPU, 0, 4), "b": (CPU, 6, 9), "c": (CPU, 3, 7), "d": (CPU, 9, 12), "e": (meta, 5, 6)}
+    found = merged((AddressRange(*span), name) for name, span in spans.items())
+    assert found == [
+        (AddressRange(CPU, 0, 9), ["a", "c", "b"]),
+        (AddressRange(CPU, 9, 12), ["d"]),
+        (AddressRange(meta, 5, 6), ["e"]),
+    ]
 
 
 def test_views_and_aliases_share_memory_and_copies_do_not():

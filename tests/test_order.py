@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,13 +87,25 @@ def root_of_two_graphs():
 
 def test_a_row_runs_on_every_graph_and_asks_for_the_memory_once():
     asked = []
-    context = Context(None, lambda: asked.append("memory") or object())
+    written = SimpleNamespace(is_written=True)
+    context = Context(None, lambda: asked.append("memory") or written)
     root = root_of_two_graphs()
     row = Pass("count", count)
     assert row.run(root, context) == Outcome("count", 3, {"of a graph": 3})
     assert len(asked) == 1
     row.run(root, context)
     assert len(asked) == 2
+
+
+def test_the_memory_of_graphs_that_write_to_nothing_serves_the_next_row_as_well():
+    asked = []
+    unwritten = SimpleNamespace(is_written=False)
+    context = Context(None, lambda: asked.append("memory") or unwritten)
+    root = root_of_two_graphs()
+    for _ in range(2):
+        Pass("count", count).run(root, context)
+    assert len(asked) == 1
+    assert context.memory_now() is unwritten and len(asked) == 2
 
 
 def test_a_row_that_does_not_apply_touches_no_graph():

@@ -89,7 +89,11 @@ def test_the_module_keeps_its_class_and_names(model):
     assert type(model.up.weight) is Int8Weight and isinstance(model.up.weight, nn.Parameter)
     assert type(model.lm_head.weight) is nn.Parameter
     assert "Int8Weight(shape=[96, 64], dtype=torch.float32" in repr(model.up.weight)
-    assert repr(model) == repr(Model())
+    bytes_of_up = model.up.weight.int8_bytes
+    assert f"bias=True, llm.int8, 8 bits, {bytes_of_up:,} bytes)" in repr(model.up)
+    assert repr(model.lm_head) == repr(Model().lm_head)
+    assert repr(copy.deepcopy(model)) == repr(model) == repr(pickle.loads(pickle.dumps(model)))
+    assert repr(int8fx.dequantize_(model)) == repr(Model())
 
 
 def test_int8_bytes(model):

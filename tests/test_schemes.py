@@ -237,6 +237,19 @@ def test_w8a16_reads_the_packed_weight_of_llm_int8():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+def test_a_product_of_tensors_is_traced_whole(name):
+    """By any compiler, after a first call, which looked up under a lock which kernel serves."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator) for rows in (5, 96))
+    choice = SCHEMES[name].choice()
+    parts = choice.quantize(weight)
+    expected = choice.product(x, parts, None)
+    torch.compiler.reset()
+    traced = torch.compile(choice.product, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(x, parts, None), expected)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
 def test_a_scheme_says_what_it_is(name):
     scheme = SCHEMES[name]
     assert scheme.name == name and scheme.formula in str(scheme) and scheme.source in str(scheme)

@@ -111,14 +111,20 @@ def linear_jobs(run: Run) -> Iterator[Job]:
 def _linear_calls(run: Run, layer: Layer, M: int) -> Calls:
     torch = run.place.torch()
     calls: Calls = {}
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        w, s, _ = operands(torch, layer.widths, layer.K, dtype)
-        x, weight = activation(torch, M, layer.K, dtype), torch.ones(layer.K, dtype=dtype)
+    for name, x, weight, w, s in _operands(run, layer, M):
         calls |= _cublas(torch, name, x, weight, w, s)
         for way in WAYS if name == "fp16" else WAYS[:1]:
             calls[f"{way} {name}"] = _normed(torch, x, weight, way, w, s)
     joined, x_int8 = torch.cat(w), torch.randint(-127, 128, (M, layer.K), dtype=torch.int8)
     return calls | {"int_mm alone": lambda: torch._int_mm(x_int8, joined.t())}
+
+
+def _operands(run: Run, layer: Layer, M: int) -> Iterator[tuple[str, Any, Any, list[Any], list[Any]]]:
+    """In each 16-bit dtype: its name, an activation, a norm's weight, int8 weights and their scales."""
+    torch = run.place.torch()
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        w, s, _ = operands(torch, layer.widths, layer.K, dtype)
+        yield name, activation(torch, M, layer.K, dtype), torch.ones(layer.K, dtype=dtype), w, s
 
 
 def _cublas(torch: Any, name: str, x: Any, weight: Any, w: list[Any], s: list[Any]) -> Calls:
@@ -207,10 +213,8 @@ def _decode_calls(run: Run, layer: Layer, M: int) -> Calls:
     """As a decoder runs them: ours compiled with the norm before them."""
     torch = run.place.torch()
     calls: Calls = {}
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        w, s, _ = operands(torch, layer.widths, layer.K, dtype)
-        x, weight = activation(torch, M, layer.K, dtype), torch.ones(layer.K, dtype=dtype)
-        calls |= _cublas(torch, name, x, weight, w, s)
+    for name, *given in _operands(run, layer, M):
+        calls |= _cublas(torch, name, *given)
     return calls | {"column fp16": contenders.compiled(run, layer, M, "column")}
 
 

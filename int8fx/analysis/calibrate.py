@@ -5,7 +5,7 @@ the largest ``|x|`` of each column noted at each linear. Nothing of the activati
 model stays as it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from int8fx import torch_private
-from int8fx.calibration import CalibratedLinear, Calibration
+from int8fx.arguments import check_callable
+from int8fx.calibration import CalibratedLinear, Calibration, calls_of
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.errors import CalibrationError
@@ -48,14 +49,24 @@ def calibrate(
 
     Raises:
         CalibrationError: there is no batch, or the model has no linear.
-        TypeError: ``batches`` is a single tensor or dict.
+        TypeError: ``batches`` is a single tensor or dict, or ``model`` is no module and no function.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> x = torch.ones(4, 64)
+        >>> x[:, 7] = 90.0
+        >>> calibration = int8fx.calibrate(model, [x])
+        >>> calibration.linears[0].path, calibration.linears[0].columns[0]
+        ('0', 7)
     """
+    check_callable(model, "calibrate")
     torch_private.check_torch()
     plain = torch_private.uncompiled(model)
     seen = _Seen()
     run = torch_private.compile_apart(plain, seen.backend)
     done = 0
-    for args, kwargs in _calls(batches):
+    for args, kwargs in calls_of(batches):
         with torch.no_grad():
             run(*args, **kwargs)
         done += 1
@@ -65,19 +76,6 @@ def calibrate(
     if not seen.linears:
         raise CalibrationError(f"calibrate found no linear in {type(plain).__name__}")
     return seen.calibration(type(plain).__name__)
-
-
-def _calls(batches: Any) -> Iterable[tuple[tuple, dict[str, Any]]]:
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches is a {type(batches).__name__}; needed is an iterable of batches, each a tensor, "
-            "a tuple of arguments, or a dict of keyword arguments"
-        )
-    for batch in batches:
-        if isinstance(batch, Mapping):
-            yield (), dict(batch)
-        else:
-            yield (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
 @dataclass

@@ -29,8 +29,8 @@ from int8fx.bench.progress import step
 from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.errors import UserError
 from int8fx.kernels.cpu.pages import trim_heap
-from int8fx.kernels.schemes.table import SCHEMES
 from int8fx.options import Options
+from int8fx.spec import scheme_and_settings
 from int8fx.weights.store import WeightStore
 
 FLOAT = "float, as loaded"
@@ -100,43 +100,13 @@ def contender(spec: str) -> dict[str, Any]:
     Raises:
         UserError: names what was given and what is allowed.
     """
-    name, *settings = spec.split(",")
-    options: dict[str, Any] = {"scheme": name}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        reads = sorted(_settings_of(name))
-        if not separator or key not in reads:
-            raise UserError(
-                f"--scheme {spec}: {setting!r} is no setting that it reads; allowed: "
-                f"{', '.join(f'{each}=...' for each in reads) or 'none'}"
-            )
-        options[key] = _value(value)
+    name, settings = scheme_and_settings(spec, "--scheme")
+    options = {"scheme": name, **settings}
     try:
         Options.parse(options)
     except ValueError as error:
         raise UserError(f"--scheme {spec}: {error}") from error
     return options
-
-
-def _settings_of(name: str) -> set[str]:
-    """What a contender may set: the settings of its scheme, and a calibration for their columns."""
-    reads = set(SCHEMES[name].reads) if name in SCHEMES else set()
-    return reads | ({"calibration"} if "columns" in reads else set())
-
-
-_FLAGS = {"true": True, "false": False}
-
-
-def _value(text: str) -> Any:
-    """A setting as it is typed: a flag, a number, or else a name."""
-    if text.lower() in _FLAGS:
-        return _FLAGS[text.lower()]
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return text
 
 
 def logits_of(model: Callable[..., Any]) -> LogitsOf:

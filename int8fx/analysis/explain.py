@@ -1,23 +1,29 @@
 """``int8fx.explain``: one run of a model, and everything that the backend does to it."""
 
+import contextlib
 import dataclasses
+import datetime
+import importlib.metadata
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from int8fx.analysis.explanation.explanation import Explanation
 from int8fx.analysis.explanation.record import Row, Totals, decibels
+from int8fx.arguments import check_callable
 from int8fx.options import Options
 
 if TYPE_CHECKING:
-    from int8fx.analysis.observe import Graph, Observation, Seen
+    from int8fx.analysis.observe import Graph, LinearStatistics, Observation
 
 
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What ``torch.compile(model, backend="llmint8", options=options)`` does to a model.
@@ -33,8 +39,35 @@ def explain(
         options: those of the backend, see ``int8fx.Options``.
 
     Raises:
+        TypeError: names what was given in the place of a model.
         ValueError: an option is unknown or out of range.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> shown = int8fx.explain(model, torch.ones(4, 64), options={"skip": ["2"]})
+        >>> [(row.path, row.scheme or row.reason) for row in shown.rows]
+        [('0', 'llm.int8'), ('2', "skip: matches '2'")]
     """
+    return explained(model, args, kwargs, options)
+
+
+def explained(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | str | PathLike[str] | None,
+    *,
+    name: str = "",
+    on_linear: Callable[[int, int], None] = lambda done, total: None,
+) -> Explanation:
+    """``explain`` of a model with a name, by default its class's.
+
+    Args:
+        on_linear: told how many calls of linears are done, and of how many at least.
+    """
+    check_callable(model, "explain")
     checked = Options.parse(options)
     # The compile's modules are imported when they are needed, as by the backend.
     from int8fx import torch_private
@@ -44,7 +77,7 @@ def explain(
 
     torch_private.check_torch()
     model = torch_private.uncompiled(model)
-    observation = Observation(model, checked)
+    observation = Observation(model, checked, on_linear)
     observation.run(model, args, kwargs)
 
     others = sum(
@@ -62,7 +95,20 @@ def explain(
         graphs=len(observation.graphs),
         graph_breaks=observation.breaks,
         recompiles=observation.recompiles,
+        model=name or getattr(model, "__name__", type(model).__name__),
+        options=repr(options or {}),
+        versions=_versions(),
+        date=datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of what the result depends on, where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("int8fx", "torch", "triton", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _rows(observation: "Observation") -> Iterator[Row]:
@@ -77,7 +123,9 @@ def _rows(observation: "Observation") -> Iterator[Row]:
         yield _row(graph, index, path, seen, calls, counts)
 
 
-def _row(graph: "Graph", index: int, path: str, seen: "Seen", calls: int, counts: bool) -> Row:
+def _row(
+    graph: "Graph", index: int, path: str, seen: "LinearStatistics", calls: int, counts: bool
+) -> Row:
     decision = graph.decisions[index]
     absmax, columns = seen.channel_absmax, seen.outlier_columns
     quantized = decision.accepted and seen.calls > 0

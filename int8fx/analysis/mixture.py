@@ -19,7 +19,7 @@ from int8fx.compiler.pipeline import rewrite_graph
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.ops.expert_linear import routed_rows
 from int8fx.kernels.schemes.scheme import Choice, eagerly
-from int8fx.options import Options
+from int8fx.options import Options, in_use, of_way
 from int8fx.passes.linears.candidate import Candidate, Product
 from int8fx.weights.store import WeightStore
 
@@ -29,8 +29,9 @@ class Mixtures:
 
     Attributes:
         paths: of the linears that may be quantised, in the order in which they run.
-        skipped: patterns for what the default options leave in float.
+        skipped: patterns for what the options leave in float.
         float_bytes: of the model's parameters and buffers.
+        ruled_bytes: what the weights save that the options have a rule for. Here they stay in float.
     """
 
     def __init__(
@@ -39,12 +40,20 @@ class Mixtures:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         ways: Mapping[str, tuple[str, Mapping[str, Any]]],
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        """
+        Args:
+            ways: a scheme and its settings, by name.
+            options: what is decided already: ``rules``, ``skip``, ``only``, settings, and a calibration
+                for the ways that keep columns.
+        """
         self.paths: list[str] = []
         self.skipped: list[str] = []
-        self.float_bytes = 0
-        self._choices = {
-            way: Options.parse({"scheme": scheme, **settings}).choice("")
+        self.float_bytes = self.ruled_bytes = 0
+        self._options = Options.parse(in_use(options or {}))
+        self._of_ways = {
+            way: Options.parse(of_way(scheme, settings, options or {}))
             for way, (scheme, settings) in ways.items()
         }
         self._active: Mapping[str, str] = {}
@@ -52,6 +61,7 @@ class Mixtures:
         self._ways: dict[str, tuple[str, ...]] = {}
         self._noise: dict[str, dict[str, float]] | None = None
         self._bytes: dict[str, tuple[int, int]] = {}
+        self._ruled: set[str] = set()
         self._store = WeightStore()
         self._model = model = torch_private.uncompiled(model)
         if isinstance(model, torch.nn.Module):
@@ -64,6 +74,10 @@ class Mixtures:
     def nbytes(self, path: str) -> tuple[int, int]:
         """Of a linear's weight, in float and in int8."""
         return self._bytes[path]
+
+    def ways_of(self, path: str) -> tuple[str, ...]:
+        """Those that have a product for a linear."""
+        return self._ways[path]
 
     def kl(self, mixture: Mapping[str, str]) -> float:
         """Mean KL divergence, in nats, with these linears quantised, each in its way."""
@@ -114,7 +128,7 @@ class Mixtures:
         return logits.reshape(-1, logits.shape[-1])
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return rewrite_graph(gm, inputs, Options(), self._store, self._watch, self._runner)
+        return rewrite_graph(gm, inputs, self._options, self._store, self._watch, self._runner)
 
     def _runner(self, gm: fx.GraphModule) -> Callable[..., Any]:
         rerun = Rerun(gm)
@@ -134,29 +148,39 @@ class Mixtures:
     def _watch(self, compilation: Compilation) -> None:
         for candidate, decision in zip(compilation.found, compilation.decisions, strict=True):
             if candidate in compilation.choices:
-                self._add(compilation, candidate, decision.path)
+                assert decision.shape is not None
+                self._add(compilation, candidate, decision.path, decision.shape)
             elif decision.reason.startswith("skip:"):
                 self.skipped.append(decision.path)
 
-    def _add(self, compilation: Compilation, candidate: Candidate, path: str) -> None:
+    def _add(
+        self, compilation: Compilation, candidate: Candidate, path: str, shape: tuple[int, int]
+    ) -> None:
         assert candidate.weight is not None
         weight_format = compilation.choices[candidate].weight_format
-        compilation.products[candidate] = self._product(candidate, path, weight_format)
-        if path not in self._bytes:
-            tensor = compilation.tensors[candidate.weight.placeholder]
-            packed = self._store.get(tensor, candidate.weight, weight_format)
+        compilation.products[candidate] = self._product(candidate, path, shape, weight_format)
+        if path in self._bytes or path in self._ruled:
+            return
+        tensor = compilation.tensors[candidate.weight.placeholder]
+        packed = self._store.get(tensor, candidate.weight, weight_format)
+        if self._options.rule(path) is not None:
+            self._ruled.add(path)
+            self.ruled_bytes += packed.float_bytes - packed.nbytes
+        else:
             self._bytes[path] = (packed.float_bytes, packed.nbytes)
             self.paths.append(path)
 
-    def _product(self, candidate: Candidate, path: str, in_graph: WeightFormat) -> Product:
+    def _product(
+        self, candidate: Candidate, path: str, shape: tuple[int, int], in_graph: WeightFormat
+    ) -> Product:
         expression = candidate.weight
         assert expression is not None
         routed = candidate.routing is not None
         in_float = _experts_in_float if routed else F.linear
         ways = {
             way: self._lowering(candidate, choice, in_graph)
-            for way, choice in self._choices.items()
-            if not routed or choice.scheme.experts is not None
+            for way, options in self._of_ways.items()
+            if (choice := _choice(options, path, shape)).scheme.experts is not None or not routed
         }
         self._ways[path] = tuple(ways)
 
@@ -164,7 +188,7 @@ class Mixtures:
             if path in self._active:
                 return ways[self._active[path]](x, weight, last, packed)
             y = in_float(x, expression.evaluate(weight).to(x.dtype), last)
-            if self._noise is not None:
+            if self._noise is not None and path in self._noise:
                 for way, lower in ways.items():
                     error = lower(x, weight, last, packed).double() - y
                     self._noise[path][way] += error.square().sum().item()
@@ -194,6 +218,11 @@ class Mixtures:
             return lower(eagerly, x, packed, last)
 
         return product
+
+
+def _choice(options: Options, path: str, shape: tuple[int, int]) -> Choice:
+    """The scheme of a linear with its columns, by options of one way."""
+    return options.calibrated(options.chosen, path, shape)
 
 
 def _experts_in_float(

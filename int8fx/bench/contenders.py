@@ -14,7 +14,7 @@ import copy
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,13 +180,20 @@ def weight_bytes(model: PreTrainedModel, report: int8fx.Report | None) -> int:
     return total if report is None else total - report.float_bytes + report.int8_bytes
 
 
-def line_up(model: PreTrainedModel, capacity: int) -> list[Contender]:
-    """The model as loaded, a bf16 copy under Inductor, and both under llmint8."""
+def line_up(
+    model: PreTrainedModel, capacity: int, options: Mapping[str, Any] | None = None
+) -> list[Contender]:
+    """The model as loaded, a bf16 copy under Inductor, and both under llmint8.
+
+    Args:
+        options: of llmint8.
+    """
     dtype = next(model.parameters()).dtype
     short = SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
     def compiled(name: str, how: str, model: PreTrainedModel, backend: str) -> Contender:
-        forward = torch.compile(model, backend=backend, dynamic=False)
+        more: dict[str, Any] = {"options": dict(options)} if options and backend == "llmint8" else {}
+        forward = torch.compile(model, backend=backend, dynamic=False, **more)
         return Contender(name, how, model, forward, capacity)
 
     half = in_bfloat16(model)

@@ -1,6 +1,7 @@
 """Progress on the terminal: one bar for each step that takes a while."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -30,19 +31,18 @@ def step(
     in_bytes: bool = False,
     counted: bool = False,
 ) -> Iterator[Update]:
-    """A bar that is shown while the ``with`` block runs; yields a function of the amount done.
+    """What is shown while the ``with`` block runs; yields a function of the amount done.
 
-    Without ``total`` nobody can say how long it takes, and the bar only shows that it is alive, until
-    the function is told; ``counted`` says that it will be.
+    It is a bar with a count. Without ``total`` nobody can say how long it takes: it is no bar then, and
+    shows that it is alive. ``counted`` says that the total will be told.
     """
     columns: list[ProgressColumn] = [
         SpinnerColumn(finished_text="[green]✓"),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
     ]
     if counted or total is not None:
-        columns.insert(3, DownloadColumn() if in_bytes else MofNCompleteColumn())
+        columns += [BarColumn(bar_width=20), DownloadColumn() if in_bytes else MofNCompleteColumn()]
+    columns.append(TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total)
 
@@ -52,3 +52,16 @@ def step(
         yield update
         all_of_it = progress.tasks[task].total or 1
         progress.update(task, total=all_of_it, completed=all_of_it)
+
+
+def import_libraries(console: Console) -> None:
+    """Imports what takes seconds.
+
+    Raises:
+        ModuleNotFoundError: one is not installed.
+    """
+    names = ("torch", "transformers")
+    with step(console, f"Importing {' and '.join(names)}", len(names)) as update:
+        for done, name in enumerate(names, start=1):
+            importlib.import_module(name)
+            update(done)

@@ -12,22 +12,16 @@ import typer
 from rich.console import Console
 
 from int8fx.bench.models import check_name
+from int8fx.bench.progress import import_libraries, step
 from int8fx.cli.arguments import (
     FAILED,
     INTERRUPTED,
-    CalibrationOption,
     DebugOption,
-    DecompositionOption,
     JsonOption,
-    OnlyOption,
-    RuleOption,
-    SchemeOption,
-    SkipOption,
-    ThresholdOption,
     above_zero,
     absent,
-    backend_options,
     complain,
+    ending,
     exists,
     numbers,
     one_line_errors,
@@ -35,16 +29,19 @@ from int8fx.cli.arguments import (
     print_json,
     writable,
 )
+from int8fx.cli.asked import Asked, takes_options
+from int8fx.cli.help import App
 from int8fx.errors import QUANTISED, UserError
 
-app = typer.Typer(help="LLM.int8() inside torch.compile.", no_args_is_help=True, add_completion=False)
+app = App(help="LLM.int8() inside torch.compile.", no_args_is_help=True)
 
+PICTURES = (".png", ".svg", ".pdf")
 BATCH = 128  # tokens that calibrate runs at once
 
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A causal language model: a directory, a .gguf file, or a hub name. "
         "Without it, SmolLM2-135M-Instruct is fetched once (93 MB; 640 MB in the cache).",
     ),
@@ -94,18 +91,12 @@ def _options(
 
 @app.command()
 @one_line_errors
+@takes_options
 def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="A causal language model: a directory, a .gguf file, or a hub name. "
-            "Without it, SmolLM2-135M-Instruct is fetched once (93 MB; 640 MB in the cache).",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     prompt: Annotated[
-        str, typer.Option(help="What to generate from.")
-    ] = "Why is the sky blue? Answer in two sentences.",
+        str, typer.Option(metavar="TEXT", help="What to generate from.")
+    ] = "What is the capital of France?",
     tokens: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="How many to generate, at most.")
     ] = 64,
@@ -119,6 +110,8 @@ def demo(
     ] = 10,
     json: JsonOption = False,
     debug: DebugOption = False,
+    *,
+    asked: Asked,
 ) -> None:
     """Sets a model as loaded, Inductor in bf16, and llmint8 on both side by side, in one table.
 
@@ -126,69 +119,66 @@ def demo(
     """
     progress = Console(stderr=True)
     check_name(model)
-    from int8fx.bench.progress import step
+    options = asked.options()
+    import_libraries(progress)
+    from int8fx.cli.demo import Settings, run
 
-    with step(progress, "Importing torch and transformers"):
-        from int8fx.cli.demo import Settings, run
-
-    outcome = run(Settings(model, prompt, tokens, windows), progress)
+    outcome = run(Settings(model, prompt, tokens, windows, options), progress)
     print_json(outcome.to_dict()) if json else Console().print(outcome)
 
 
 @app.command()
 @one_line_errors
+@takes_options
 def bench(
     model: ModelArgument = None,
     shape: Annotated[str, typer.Option(metavar="KxN", help="Of the linear.")] = "4096x4096",
     rows: Annotated[str, typer.Option(metavar="M,...", help="Rows of its input.")] = "1,16,512",
-    scheme: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Of llmint8's linears; may be repeated (llm.int8, w8a16)."),
-    ] = None,
     seconds: Annotated[
         float, typer.Option(metavar="S", help="Of measuring, for each linear and contender.")
     ] = 1.0,
     tokens: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="Of the model's prefill.")
     ] = 512,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Single linears alone.")] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
+    *,
+    asked: Asked,
 ) -> None:
-    """Times single linears, and a model's prefill and decode, beside Inductor in bf16."""
+    """Times single linears, and a model's prefill and decode, beside Inductor in bf16.
+
+    Each --scheme is timed on linears, by default llm.int8 and w8a16. The model runs in the first.
+    """
     progress = Console(stderr=True)
     K, N = numbers("--shape", shape, "x", 2)
     sizes = numbers("--rows", rows, ",")
     above_zero("--seconds", seconds)
     check_name(model)
-    schemes = scheme or ["llm.int8", "w8a16"]
-    for name in schemes:
-        backend_options(scheme=name)
-    from int8fx.bench.progress import step
+    if no_model and model is not None:
+        raise UserError(f"MODEL {model} and --no-model contradict each other; give one")
+    contenders = asked.contenders(["llm.int8", "w8a16"])
+    import_libraries(progress)
+    from int8fx.bench import smollm2
+    from int8fx.bench.texts import load_with_tokens
+    from int8fx.cli.bench import Settings
+    from int8fx.cli.bench import bench as run
 
-    with step(progress, "Importing torch and transformers"):
-        from int8fx.bench import smollm2
-        from int8fx.bench.texts import load_with_tokens
-        from int8fx.cli.bench import Settings
-        from int8fx.cli.bench import bench as run
-
-    loaded, token_ids = load_with_tokens(model, None, progress)
-    settings = Settings(K, N, sizes, schemes, seconds, tokens)
-    outcome = run(loaded, token_ids[None], model or smollm2.CONVERTED, settings, progress)
+    settings = Settings(K, N, sizes, contenders, seconds, tokens)
+    if no_model:
+        outcome = run(settings, progress)
+    else:
+        loaded, token_ids = load_with_tokens(model, None, progress)
+        outcome = run(settings, progress, loaded, token_ids[None], model or smollm2.CONVERTED)
     print_json(outcome.to_dict()) if json else Console().print(outcome)
 
 
 @app.command()
 @one_line_errors
+@takes_options
 def evaluate(
     model: ModelArgument = None,
     text: TextOption = None,
-    scheme: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[,SETTING=VALUE...]",
-            help="What to compare with float, as llm.int8,threshold=3; may be repeated. All schemes.",
-        ),
-    ] = None,
     windows: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="How many windows of the text to judge.")
     ] = 20,
@@ -207,21 +197,26 @@ def evaluate(
     ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
+    *,
+    asked: Asked,
 ) -> None:
-    """Compares schemes with the float model: perplexity, KL divergence, top-1 agreement."""
+    """Compares schemes with the float model: perplexity, KL divergence, top-1 agreement.
+
+    Each --scheme is a line of the table; without one, every scheme that there is. With --options the
+    options in the file are.
+    """
     progress = Console(stderr=True)
     above_zero("--inject", inject)
     check_name(model)
-    from int8fx.bench.progress import step
+    from int8fx.kernels.schemes.table import SCHEMES
 
-    with step(progress, "Importing torch and transformers"):
-        from int8fx import SCHEMES
-        from int8fx.analysis.evaluate import Settings, contender
-        from int8fx.analysis.evaluate import evaluate as run
-        from int8fx.bench import smollm2
-        from int8fx.bench.texts import load_with_tokens
+    contenders = asked.contenders(list(SCHEMES))
+    import_libraries(progress)
+    from int8fx.analysis.evaluate import Settings
+    from int8fx.analysis.evaluate import evaluate as run
+    from int8fx.bench import smollm2
+    from int8fx.bench.texts import load_with_tokens
 
-    contenders = {spec: contender(spec) for spec in scheme or SCHEMES}
     loaded, token_ids = load_with_tokens(model, text, progress)
     settings = Settings(contenders, windows, length, inject, seed, compiled)
     outcome = run(loaded, token_ids, settings, model or smollm2.CONVERTED, progress)
@@ -230,58 +225,53 @@ def evaluate(
 
 @app.command()
 @one_line_errors
+@takes_options
 def explain(
     model: ModelArgument = None,
     text: TextOption = None,
     tokens: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="How many tokens of the text to run on.")
     ] = 256,
-    threshold: ThresholdOption = None,
-    decomposition: DecompositionOption = None,
-    scheme: SchemeOption = None,
-    calibration: CalibrationOption = None,
-    rule: RuleOption = None,
-    skip: SkipOption = None,
-    only: OnlyOption = None,
+    summary: Annotated[bool, typer.Option("--summary", help="Without a line for each linear.")] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write one self-contained page.")
+        Path | None, typer.Option(metavar="FILE", help="Also write one self-contained page (.html).")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the pictures (.png, .svg, .pdf).")
     ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
+    *,
+    asked: Asked,
 ) -> None:
     """Shows every linear of a model: what became of it, its outliers, what int8 costs it."""
     progress = Console(stderr=True)
+    ending("--html", html, ".html", ".htm")
+    ending("--plot", plot, *PICTURES)
     writable("--html", html)
     writable("--plot", plot)
     check_name(model)
-    options = backend_options(
-        threshold=threshold,
-        decomposition=decomposition,
-        scheme=scheme,
-        calibration=calibration,
-        rules=rule,
-        skip=skip,
-        only=only,
-    )
-    from int8fx.bench.progress import step
-
-    with step(progress, "Importing torch and transformers"):
-        from int8fx import explain
-        from int8fx.analysis.explanation.plots import require_matplotlib
-        from int8fx.bench.texts import load_with_tokens
+    options = asked.options()
+    import_libraries(progress)
+    from int8fx.analysis.explain import explained
+    from int8fx.analysis.explanation.plots import require_matplotlib
+    from int8fx.bench import smollm2
+    from int8fx.bench.texts import load_with_tokens
 
     if html or plot:
         require_matplotlib()
     loaded, token_ids = load_with_tokens(model, text, progress, int8=True)
-    with step(progress, "Running the model, observed"):
-        shown = explain(loaded, input_ids=token_ids[None, :tokens], use_cache=False, options=options)
+    inputs = {"input_ids": token_ids[None, :tokens], "use_cache": False}
+    title = model or smollm2.CONVERTED
+    with step(progress, "Running the model, observed", counted=True) as update:
+        shown = explained(loaded, (), inputs, options, name=title, on_linear=update)
     for path, write in ((html, shown.to_html), (plot, shown.plot)):
         if path is not None:
             write(path)
-    print_json(shown.to_dict()) if json else Console().print(shown)
+    if json:
+        print_json(shown.to_dict())
+    else:
+        Console().print(shown.summary if summary else shown)
 
 
 @app.command()
@@ -304,13 +294,12 @@ def calibrate(
     options={"scheme": "int8-rotated", "calibration": FILE}
     """
     progress = Console(stderr=True)
+    ending("--out", out, ".json")
     writable("--out", out)
     check_name(model)
-    from int8fx.bench.progress import step
-
-    with step(progress, "Importing torch and transformers"):
-        from int8fx import calibrate as run
-        from int8fx.bench.texts import load_with_tokens
+    import_libraries(progress)
+    from int8fx import calibrate as run
+    from int8fx.bench.texts import load_with_tokens
 
     loaded, token_ids = load_with_tokens(model, text, progress, int8=True)
     # Some at a time, so that the bar moves.
@@ -326,39 +315,27 @@ def calibrate(
 
 @app.command()
 @one_line_errors
+@takes_options
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a hub name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
-    scheme: SchemeOption = None,
-    calibration: CalibrationOption = None,
-    threshold: ThresholdOption = None,
-    decomposition: DecompositionOption = None,
-    skip: SkipOption = None,
-    only: OnlyOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
+    *,
+    asked: Asked,
 ) -> None:
     """Writes a model with its weights in int8, as from_pretrained reads it back.
 
     Afterwards, where int8fx is installed:  AutoModelForCausalLM.from_pretrained(OUT)
     """
     progress = Console(stderr=True)
-    options = backend_options(
-        scheme=scheme,
-        calibration=calibration,
-        threshold=threshold,
-        decomposition=decomposition,
-        skip=skip,
-        only=only,
-    )
+    options = asked.options()
     absent("OUT", out)
     if model.endswith(".gguf"):
         raise UserError(f"MODEL {model}{QUANTISED}")
     check_name(model)
-    from int8fx.bench.progress import step
-
-    with step(progress, "Importing torch and transformers"):
-        from int8fx.cli.quantize import quantize_files
+    import_libraries(progress)
+    from int8fx.cli.quantize import quantize_files
 
     saved = quantize_files(model, out, options, progress)
     print_json(saved.to_dict()) if json else Console().print(saved)
@@ -412,15 +389,9 @@ def convert(
 
 @app.command(name="compile")
 @one_line_errors
+@takes_options
 def compile_(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A causal language model: a directory, a .gguf file, or a hub name. "
-            "Without it, SmolLM2-135M-Instruct is fetched once (93 MB; 640 MB in the cache).",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to make.")] = Path("compiled"),
     context: Annotated[
         int | None,
@@ -434,36 +405,21 @@ def compile_(
         str | None,
         typer.Option(metavar="NAME", help="Of what stays in float: float32, bfloat16 or float16."),
     ] = None,
-    scheme: SchemeOption = None,
-    calibration: CalibrationOption = None,
-    threshold: ThresholdOption = None,
-    decomposition: DecompositionOption = None,
-    rule: RuleOption = None,
-    skip: SkipOption = None,
-    only: OnlyOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
+    *,
+    asked: Asked,
 ) -> None:
     """Compiles a model into a directory that int8fx run starts from at once, without a compiler.
 
     It runs on machines with the instruction sets of this one, and the same torch.
     """
     progress = Console(stderr=True)
-    options = backend_options(
-        scheme=scheme,
-        calibration=calibration,
-        threshold=threshold,
-        decomposition=decomposition,
-        rules=rule,
-        skip=skip,
-        only=only,
-    )
+    options = asked.options()
     absent("--out", out)
     check_name(model)
-    from int8fx.bench.progress import step
-
-    with step(progress, "Importing torch and transformers"):
-        from int8fx.cli.compile import compile_files
+    import_libraries(progress)
+    from int8fx.cli.compile import compile_files
 
     compiled = compile_files(model, out, options, context, dtype, progress)
     print_json(compiled.to_dict()) if json else Console().print(compiled)
@@ -511,6 +467,7 @@ def run(
 
 @app.command()
 @one_line_errors
+@takes_options
 def suggest(
     model: ModelArgument = None,
     text: TextOption = None,
@@ -523,29 +480,51 @@ def suggest(
     tokens: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="How many tokens of the text to run on.")
     ] = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the options (.json), for --options FILE."),
+    ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
+    *,
+    asked: Asked,
 ) -> None:
     """Measures what each linear costs in accuracy, and proposes options that keep a budget.
 
-    With --kl the fastest that keep it, with --memory the most accurate.
+    With --kl the fastest that keep it, with --memory the most accurate. Each --scheme is a way that a
+    linear may run in, the fastest first. What --rule, --skip and --only decide stays as they say. The
+    columns of int8-rotated are those of --calibration, or else the largest of the text's tokens.
     """
     progress = Console(stderr=True)
-    above_zero("--kl", kl)
-    above_zero("--memory", memory)
+    budget = _budget(kl, memory)
+    ending("--out", out, ".json")
+    writable("--out", out)
     check_name(model)
-    budgets = {"kl": kl, "memory": None if memory is None else memory * 2**20}
-    budget = {name: value for name, value in budgets.items() if value is not None}
-    if len(budget) != 1:
-        raise UserError("a budget is needed: one of --kl NATS and --memory MIB")
-    from int8fx.bench.progress import step
-
-    with step(progress, "Importing torch and transformers"):
-        from int8fx import suggest as run
-        from int8fx.bench.texts import load_with_tokens
+    ways, options = asked.ways()
+    import_libraries(progress)
+    from int8fx.analysis.suggest import suggest as run
+    from int8fx.bench.texts import load_with_tokens
 
     loaded, token_ids = load_with_tokens(model, text, progress)
     inputs = {"input_ids": token_ids[None, :tokens], "use_cache": False}
     with step(progress, "Measuring each linear, then mixtures", counted=True) as on_run:
-        suggestion = run(loaded, inputs, budget=budget, on_run=on_run)
+        suggestion = run(loaded, inputs, budget=budget, options=options, ways=ways, on_run=on_run)
+    if out is not None:
+        suggestion.save(out)
     print_json(suggestion.to_dict()) if json else Console().print(suggestion)
+
+
+def _budget(kl: float | None, memory: float | None) -> dict[str, float]:
+    """Raises:
+    UserError: there is none, there are two, or it is no number > 0.
+    """
+    above_zero("--kl", kl)
+    above_zero("--memory", memory)
+    if kl is None and memory is None:
+        raise UserError("a budget is needed: one of --kl NATS and --memory MIB")
+    if kl is not None and memory is not None:
+        raise UserError(
+            f"--kl {kl:g} and --memory {memory:g} are two budgets: give one of --kl NATS and "
+            "--memory MIB"
+        )
+    return {"kl": kl} if kl is not None else {"memory": (memory or 0.0) * 2**20}

@@ -82,6 +82,14 @@ def writable(option: str, given: Path | None) -> None:
         raise UserError(f"{option} {given}: there is no directory {given.absolute().parent}")
 
 
+def ending(option: str, given: Path | None, *allowed: str) -> None:
+    """Raises:
+    UserError: the file's name does not end as its content asks for.
+    """
+    if given is not None and given.suffix.lower() not in allowed:
+        raise UserError(f"{option} {given}: allowed are names that end in {', '.join(allowed)}")
+
+
 def absent(argument: str, given: Path) -> None:
     """Raises:
     UserError: something is there already.
@@ -116,45 +124,75 @@ def print_json(values: Any) -> None:
     print(json.dumps(values, indent=2, allow_nan=False))
 
 
-def rule(given: str) -> tuple[str, str]:
-    """``PATTERN=SCHEME`` of the command line as a rule of the options.
+def rule(given: str) -> tuple[str, str, dict[str, Any]]:
+    """``PATTERN=SCHEME[,SETTING=VALUE...]`` of the command line as a rule of the options.
 
     Raises:
-        UserError: there is no ``=`` in it.
+        UserError: there is no ``=`` in it, or the scheme has no such setting.
     """
-    pattern, separator, scheme = given.rpartition("=")
-    if not separator:
-        raise UserError(f"--rule {given!r}: allowed is PATTERN=SCHEME, as '*.mlp.*=llm.int8'")
-    return pattern, scheme
+    from int8fx.spec import scheme_and_settings
+
+    pattern, separator, spec = given.partition("=")
+    if not separator or not spec:
+        raise UserError(
+            f"--rule {given!r}: allowed is PATTERN=SCHEME, as '*.mlp.*=llm.int8', with settings as "
+            "'*.mlp.*=llm.int8,threshold=3'"
+        )
+    return (pattern, *scheme_and_settings(spec, f"--rule {pattern}="))
 
 
-# --- The backend's options, as every command that quantises takes them ----------------------------
+# --- The backend's options, as every command that quantises takes them (``int8fx/cli/asked.py``) ----
 
-ThresholdOption = Annotated[
-    float | None, typer.Option(metavar="X", help="An outlier is |x| >= X (6; 0: no decomposition).")
-]
-DecompositionOption = Annotated[str | None, typer.Option(metavar="NAME", help="column or token.")]
-SchemeOption = Annotated[str | None, typer.Option(metavar="NAME", help="How to quantise (llm.int8).")]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="What int8fx calibrate wrote, for schemes that keep columns."),
-]
-SkipOption = Annotated[
+PANEL = "How to quantise"
+
+
+def _scheme_names(typed: str) -> list[str]:
+    """For the shell, which completes what is typed."""
+    from int8fx.kernels.schemes.table import SCHEMES
+
+    return [name for name in SCHEMES if name.startswith(typed)]
+
+
+def _option(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Option(metavar=metavar, help=text, rich_help_panel=PANEL, **more)
+
+
+SchemesOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Modules that stay in float; may be repeated."),
-]
-OnlyOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="The only modules to quantise; may be repeated."),
+    _option(
+        "SCHEME",
+        "As llm.int8, or with settings llm.int8,threshold=3; commands that compare take several.",
+        autocompletion=_scheme_names,
+    ),
 ]
 RuleOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN=SCHEME", help="A scheme by module path; the first match wins."),
+    _option("PATTERN=SCHEME", "A scheme by module path; may be repeated, the first match wins."),
+]
+ThresholdOption = Annotated[
+    float | None, _option("X", "An outlier is |x| >= X (6; 0: no decomposition).")
+]
+DecompositionOption = Annotated[str | None, _option("NAME", "column, token or static.")]
+CalibrationOption = Annotated[
+    Path | None, _option("FILE", "What int8fx calibrate wrote, for schemes that keep columns.")
+]
+SkipOption = Annotated[
+    list[str] | None,
+    _option("PATTERN", "Modules that stay in float; may be repeated. +PATTERN adds to the default."),
+]
+OnlyOption = Annotated[
+    list[str] | None, _option("PATTERN", "The only modules to quantise; may be repeated.")
+]
+OptionsFile = Annotated[
+    Path | None, _option("FILE", "Options that int8fx suggest wrote; the others go before them.")
 ]
 
 
-def backend_options(**given: Any) -> dict[str, Any]:
+def backend_options(asked: str = "", **given: Any) -> dict[str, Any]:
     """The options that were given, as ``torch.compile(..., options=...)`` takes them.
+
+    Args:
+        asked: what they were given to, for messages.
 
     Raises:
         UserError: names the option, what was given and what is allowed.
@@ -162,10 +200,8 @@ def backend_options(**given: Any) -> dict[str, Any]:
     from int8fx.options import Options
 
     options = {name: value for name, value in given.items() if value is not None}
-    if "rules" in options:
-        options["rules"] = [rule(text) for text in options["rules"]]
     try:
         Options.parse(options)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{asked}{error}") from error
     return options

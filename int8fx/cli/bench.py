@@ -4,7 +4,7 @@ One linear is measured as a stack of them in one graph: with few rows as many as
 that the weights come from memory, as in a model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class Settings:
     Attributes:
         K, N: of the linear.
         rows: values of M.
-        schemes: of llmint8.
+        contenders: options of llmint8, by the name that the tables have for them; the model runs with
+            the first.
         seconds: of measuring, for each contender and M.
         tokens: of the model's prefill.
     """
@@ -41,7 +42,7 @@ class Settings:
     K: int
     N: int
     rows: Sequence[int]
-    schemes: Sequence[str]
+    contenders: Mapping[str, Mapping[str, Any]]
     seconds: float
     tokens: int
 
@@ -53,7 +54,7 @@ class Benchmark:
     Attributes:
         machine: what they were read on.
         K, N, linears: by M and contender, seconds of one linear.
-        title, how, speeds: of the model, by contender.
+        title, how, speeds: of the model, by contender; empty without one.
     """
 
     machine: str
@@ -69,7 +70,7 @@ class Benchmark:
             Text(self.machine, style="dim"),
             self._linear_table(),
             Text(f"speed over {BASELINE} in the same run, then GOP/s; {OUTLIERS} outlier columns"),
-            self._model_table(),
+            *([self._model_table()] if self.speeds else []),
         )
 
     def _linear_table(self) -> Table:
@@ -99,27 +100,47 @@ class Benchmark:
         return asdict(self)
 
 
+# Options that are about modules of the model, and mean nothing to a single linear.
+OF_MODULES = ("rules", "skip", "only", "calibration")
+
+
 def bench(
-    model: Any, token_ids: Tensor, title: str, settings: Settings, progress: Console
+    settings: Settings,
+    progress: Console,
+    model: Any = None,
+    token_ids: Tensor | None = None,
+    title: str = "",
 ) -> Benchmark:
     """Times linears, and a model's prefill and decode.
 
     Args:
+        model: None: linears alone.
         token_ids: ``[1, n]`` with ``settings.tokens`` of them at least.
+        title: the model's name.
     """
+    linears = _linears(settings, progress)
+    shown = machine(), settings.K, settings.N, linears
+    if model is None or token_ids is None:
+        return Benchmark(*shown, "", {}, {})
+    torch.compiler.reset()
+    window = token_ids[:, : settings.tokens]
+    name, options = next(iter(settings.contenders.items()))
+    contenders = line_up(model, window.shape[1] + STEPS, options)
+    warm_up(contenders, window, progress)
+    speeds = timed(contenders, window, progress)
+    how = {contender.name: contender.how for contender in contenders}
+    return Benchmark(*shown, f"{title}, {window.shape[1]} tokens, llmint8: {name}", how, speeds)
+
+
+def _linears(settings: Settings, progress: Console) -> dict[int, dict[str, Timing]]:
+    """By M and contender."""
     builds = {BASELINE: compiled("inductor")} | {
-        f"llmint8 {scheme}": llmint8(scheme=scheme) for scheme in settings.schemes
+        f"llmint8 {name}": llmint8(**{k: v for k, v in options.items() if k not in OF_MODULES})
+        for name, options in settings.contenders.items()
     }
     linears = {}
     with step(progress, f"Linears of {settings.K}x{settings.N}", len(settings.rows)) as update:
         for done, M in enumerate(settings.rows, start=1):
             linears[M], _ = measure(M, settings.K, settings.N, OUTLIERS, builds, settings.seconds)
             update(done)
-    torch.compiler.reset()
-    window = token_ids[:, : settings.tokens]
-    contenders = line_up(model, window.shape[1] + STEPS)
-    warm_up(contenders, window, progress)
-    speeds = timed(contenders, window, progress)
-    how = {contender.name: contender.how for contender in contenders}
-    title = f"{title}, {window.shape[1]} tokens"
-    return Benchmark(machine(), settings.K, settings.N, linears, title, how, speeds)
+    return linears

@@ -1,7 +1,7 @@
 """``int8fx demo``: a model as loaded, Inductor in bf16, and llmint8 on both, in one table."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -44,12 +44,14 @@ class Settings:
         prompt: what the generated text answers or continues.
         new_tokens: how many tokens to generate, at most.
         windows: how many windows of the sample text to judge, at most.
+        options: of llmint8.
     """
 
     model: str | None
     prompt: str
     new_tokens: int
     windows: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Outcome:
         contenders, speeds, accuracies: the columns of the table, and what they scored, by name.
         windows, length: the accuracy's windows, and their tokens.
         recompiled: graphs that were compiled while timing, and made the speeds too low.
-        prompt, answer: what llmint8 said to what.
+        prompt, answers: what each of the first and the last contender said to what, by name.
     """
 
     title: str
@@ -72,14 +74,14 @@ class Outcome:
     length: int
     recompiled: int
     prompt: str
-    answer: str
+    answers: dict[str, str]
 
     def __rich__(self) -> RenderableType:
         return Group(
             results(self.title, self.contenders, self.speeds, self.accuracies),
             Text(_footer(self), style="dim"),
             Text(f"\n{self.prompt}", style="bold"),
-            Text(self.answer),
+            answers(self.answers),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +97,7 @@ class Outcome:
             }
             for contender in self.contenders
         }
-        facts = ("windows", "length", "recompiled", "prompt", "answer")
+        facts = ("windows", "length", "recompiled", "prompt", "answers")
         return {"model": self.title, "contenders": columns} | {key: getattr(self, key) for key in facts}
 
 
@@ -117,7 +119,7 @@ def run(settings: Settings, progress: Console) -> Outcome:
     token_windows = _sample(tokenizer, length, settings.windows)
 
     with step(progress, "Preparing the models"):
-        contenders = line_up(model, capacity)
+        contenders = line_up(model, capacity, settings.options)
     warm_up(contenders, token_windows[:1], progress)
     before = compile_counts()
     speeds = timed(contenders, token_windows[:1], progress)
@@ -126,7 +128,10 @@ def run(settings: Settings, progress: Console) -> Outcome:
         logits = {contender.name: contender.logits for contender in contenders}
         reference = logits[contenders[0].name]
         accuracies = compare(reference, logits, token_windows, update)
-    answer = _answer(contenders[-1], model, tokenizer, prompt, settings.new_tokens, progress)
+    said = {
+        contender.name: _answer(contender, model, tokenizer, prompt, settings.new_tokens, progress)
+        for contender in (contenders[0], contenders[-1])
+    }
 
     return Outcome(
         title=settings.model or smollm2.CONVERTED,
@@ -137,7 +142,7 @@ def run(settings: Settings, progress: Console) -> Outcome:
         length=token_windows.shape[1],
         recompiled=recompiled,
         prompt=settings.prompt,
-        answer=answer,
+        answers=said,
     )
 
 
@@ -217,6 +222,15 @@ def results(
     row("top-1 agreement", "{:.1%}", [each.top1 for each in accuracy])
     row("mean KL, nats", "{:.4f}", [each.mean_kl for each in accuracy])
     row("graph breaks", "{:d}", [each.graph_breaks for each in contenders])
+    return table
+
+
+def answers(said: Mapping[str, str]) -> Table:
+    """What the contenders said, side by side."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in said:
+        table.add_column(name, style="none", ratio=1, overflow="fold")
+    table.add_row(*map(Text, said.values()))
     return table
 
 

@@ -44,7 +44,6 @@ class Compilation:
     outcomes: list[Outcome] = field(default_factory=list)
     quantizations: int = 0
     swap: WeightSwap = field(init=False)
-    _memory: Memory | None = None
 
     @functools.cached_property
     def fake_mode(self) -> Any:
@@ -57,12 +56,6 @@ class Compilation:
 
     def memory(self) -> Memory:
         """Which values of the graphs, as they are now, share memory, and where it is written to."""
-        # No pass adds a write to graphs without one.
-        if self._memory is None or self._memory.is_written:
-            self._memory = self.memory_now()
-        return self._memory
-
-    def memory_now(self) -> Memory:
         return Memory(self.root, self.effects, overlapping(self.placeholders, self.inputs))
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from int8fx import torch_private
 from int8fx.passes.graph.mutation import Effect, declared_effect
 from int8fx.passes.graph.transforms import INSIDE
+from int8fx.weights.memory import AddressRange, merged
 
 _UNKNOWN = object()
 
@@ -138,24 +139,16 @@ def _shares(result: frozenset[int], given: Sequence[frozenset[int]]) -> frozense
 def overlapping(nodes: Sequence[fx.Node], values: Sequence[Any]) -> list[list[fx.Node]]:
     """Groups of placeholders whose tensors lie in one memory: views of one storage, or two storages of
     it, as two tensors made of one numpy array are."""
-    places = sorted(_places(nodes, values), key=lambda place: place[:3])
-    groups: list[list[fx.Node]] = []
-    last_device, last_end = "", 0
-    for device, start, end, node in places:
-        if device == last_device and start < last_end:
-            groups[-1].append(node)
-        else:
-            groups.append([node])
-            last_end = end
-        last_device, last_end = device, max(last_end, end)
-    return [group for group in groups if len(group) > 1]
+    return [group for _, group in merged(_storages(nodes, values)) if len(group) > 1]
 
 
-def _places(nodes: Iterable[fx.Node], values: Iterable[Any]) -> Iterator[tuple[str, int, int, fx.Node]]:
+def _storages(
+    nodes: Iterable[fx.Node], values: Iterable[Any]
+) -> Iterator[tuple[AddressRange, fx.Node]]:
     for node, value in zip(nodes, values, strict=True):
         if isinstance(value, Tensor) and not torch_private.is_fake(value):
             # Of a sparse tensor there is no storage.
             with contextlib.suppress(NotImplementedError):
                 for storage in torch_private.untyped_storages(value):
                     if start := storage.data_ptr():
-                        yield str(storage.device), start, start + storage.nbytes(), node
+                        yield AddressRange(storage.device, start, start + storage.nbytes()), node

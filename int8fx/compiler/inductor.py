@@ -12,6 +12,7 @@ from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.compiled_graph import CompiledGraph
 from int8fx.compiler.identity import cache_identity, digest, sources
+from int8fx.compiler.swap import WeightSwap
 from int8fx.compiler.weight_inputs import finish_inputs
 from int8fx.kernels import table
 from int8fx.kernels.gpu.tuning import tuning
@@ -34,6 +35,27 @@ def call_inductor(compilation: Compilation, patches: dict[str, Any]) -> Callable
     swap, kept_inputs = finish_inputs(compilation)
     examples = [compilation.inputs[position] for position in kept_inputs]
     examples += map(torch_private.as_static_input, swap.packed(compilation.inputs))
+    return _compiled(compilation, swap, examples, patches)
+
+
+def call_inductor_later(
+    compilation: Compilation, patches: dict[str, Any]
+) -> Callable[[], Callable[..., Any]]:
+    """The same as a function that is called when Dynamo is done, once or more often."""
+    swap, _ = finish_inputs(compilation)
+    placeholders = compilation.root.graph.find_nodes(op="placeholder")
+    examples = [node.meta["example_value"] for node in placeholders]
+
+    def compile_now() -> Callable[..., Any]:
+        with torch_private.apart_from_dynamo(compilation.fake_mode):
+            return _compiled(compilation, swap, examples, patches)
+
+    return compile_now
+
+
+def _compiled(
+    compilation: Compilation, swap: WeightSwap, examples: list[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
     with tuning(torch_private.tunes(patches)):
         compiled = torch_private.compile_with_inductor(
             compilation.root.gm,

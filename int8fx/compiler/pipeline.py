@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from int8fx import torch_private
+from int8fx.compiler.background import CompiledLater, refusal
 from int8fx.compiler.capture import capture
 from int8fx.compiler.compilation import Compilation
 from int8fx.compiler.compiled_graph import CompiledGraph
@@ -14,7 +15,7 @@ from int8fx.compiler.context import context_of
 from int8fx.compiler.decide import canonicalize, select
 from int8fx.compiler.foreign import replace_bitsandbytes
 from int8fx.compiler.graphs import GraphDump, readable
-from int8fx.compiler.inductor import call_inductor
+from int8fx.compiler.inductor import call_inductor, call_inductor_later
 from int8fx.compiler.release import release
 from int8fx.compiler.report import Report, publish
 from int8fx.compiler.weight_inputs import finish_inputs, quantize_weights
@@ -42,11 +43,23 @@ def compile_graph(
     compilation = decide(gm, inputs, options, STORE)
     compilation.cpp_wrapper = torch_private.writes_cpp_wrapper(patches)
     rewrite_what_was_accepted(compilation)
+    if options.background and not _compiles_at_once(compilation):
+        report(compilation)
+        eager = rewrite_graph(gm, inputs, options, STORE)
+        return CompiledLater(eager, call_inductor_later(compilation, patches))
     compiled = call_inductor(compilation, patches)
     if options.release_weights:
         compilation.swap.mark_quantized(release(compilation))
     report(compilation)
     return compiled
+
+
+def _compiles_at_once(compilation: Compilation) -> bool:
+    """Whether the option ``background`` cannot be; the log says why."""
+    reason = refusal(compilation)
+    if reason:
+        log.info("a graph is not compiled in the background: %s", reason)
+    return bool(reason)
 
 
 def rewrite_graph(

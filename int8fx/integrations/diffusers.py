@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from int8fx.errors import CheckpointError
 from int8fx.kernels.schemes.scheme import Choice
-from int8fx.options import Options
+from int8fx.options import Options, in_use
 from int8fx.weights import state_dict
 from int8fx.weights.quantize import OPTIONS as OF_QUANTIZE
 from int8fx.weights.quantize import decisions, dequantize_
@@ -68,8 +68,8 @@ class Int8FxConfig(QuantizationConfigMixin):
     def __init__(self, **options: Any) -> None:
         options.pop("quant_method", None)
         self.quant_method: Any = _Method.INT8FX
-        self.options = {"skip": list(SKIP), **options}
-        self._parsed = Options.parse(self.options, type(self).__name__, OPTIONS)
+        self.options = {**options, "skip": _skip(options.get("skip", SKIP))}
+        self.parsed = Options.parse(self.options, type(self).__name__, OPTIONS)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method.value, **self.options}
@@ -77,10 +77,17 @@ class Int8FxConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
-    @property
-    def choice(self) -> Choice:
-        """The scheme of each weight, and its settings."""
-        return self._parsed.choice("")
+    def choice_of(self, name: str) -> Choice:
+        """The scheme of the weight of a name, and its settings."""
+        return self.parsed.choice(name.rpartition(".")[0])
+
+
+def _skip(given: Any) -> Any:
+    """A skip list; patterns that begin with ``+`` are added to ``SKIP``."""
+    listed = isinstance(given, (list, tuple)) and all(isinstance(each, str) for each in given)
+    if listed and given and all(each.startswith("+") for each in given):
+        return [*SKIP, *(each[1:] for each in given)]
+    return list(given) if listed else given
 
 
 class Int8FxQuantizer(DiffusersQuantizer):
@@ -153,11 +160,12 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     def _entries(self, name: str) -> list[str]:
         """What the files hold of the weight of a name."""
-        return state_dict.names_of(name, self.quantization_config.choice.weight_format)
+        return state_dict.names_of(name, self.quantization_config.choice_of(name).weight_format)
 
     def _weight_of(self, entry: str) -> str:
         """The weight that an entry belongs to; other names are themselves."""
-        suffixes = filter(None, self._entries(""))
+        choices = self.quantization_config.parsed.choices
+        suffixes = filter(None, state_dict.names_of_all("", choices))
         owners = (entry.removesuffix(suffix) for suffix in suffixes if entry.endswith(suffix))
         return next((owner for owner in owners if owner.endswith("weight")), entry)
 
@@ -166,13 +174,13 @@ class Int8FxQuantizer(DiffusersQuantizer):
             return not tensor.is_floating_point()
         return self._weight_of(name) in self.parameters
 
-    def _form(self, owner: nn.Module) -> dict[str, Any]:
-        form: dict[str, Any] = self.quantization_config.choice.options
+    def _form(self, owner: nn.Module, name: str) -> dict[str, Any]:
+        form: dict[str, Any] = self.quantization_config.choice_of(name).options
         return {"transposed": keeps_transposed(owner), **form}
 
     def _like(self, name: str) -> QuantizedWeight:
         empty = torch.empty_like(self.model.get_parameter(name), device="meta")
-        return QuantizedWeight.from_float(empty, **self._form(_owner(self.model, name)))
+        return QuantizedWeight.from_float(empty, **self._form(_owner(self.model, name), name))
 
     def check_if_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, state_dict: Any, **_: Any
@@ -187,7 +195,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
         owner = _owner(model, param_name)
         weight = param_value.to(target_device)
         if not isinstance(weight, QuantizedWeight):
-            weight = QuantizedWeight.from_float(weight, **self._form(owner))
+            weight = QuantizedWeight.from_float(weight, **self._form(owner, param_name))
         state_dict.attach(owner)
         parameter = nn.Parameter(weight, requires_grad=False)
         setattr(owner, param_name.rpartition(".")[2], parameter)
@@ -220,8 +228,9 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
     """Makes each model of diffusers in a module what ``from_pretrained`` would have made of it."""
     for found in _models(model):
         if getattr(found, "hf_quantizer", None) is None:
-            kept = {k: v for k, v in options.items() if k not in ("skip", "only")}
-            config = Int8FxConfig(**kept)
+            # Files say what each weight is; rules are needed for its scheme, and of no use in a part.
+            left = {"skip", "only", "calibration", "columns", *(() if found is model else ("rules",))}
+            config = Int8FxConfig(**in_use({k: v for k, v in options.items() if k not in left}))
             found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
             found.register_to_config(quantization_config=config)
         if isinstance(found.hf_quantizer, Int8FxQuantizer):
@@ -230,8 +239,9 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 def _allow_saving(model: Any) -> None:
     try:
-        options = model.hf_quantizer.quantization_config.choice.options
-        state_dict.check_options(model.named_parameters(), options)
+        config = model.hf_quantizer.quantization_config
+        weights = model.named_parameters()
+        state_dict.check_options(weights, lambda path: config.parsed.choice(path).options)
     except ValueError as error:
         log.warning("save_pretrained will refuse this %s: %s", type(model).__name__, error)
         model.hf_quantizer.is_serializable = False

@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from int8fx.errors import CheckpointError, ReleaseError
 from int8fx.kernels.cpu import pages
 from int8fx.kernels.schemes.scheme import Choice
-from int8fx.options import Options
+from int8fx.options import Options, in_use
 from int8fx.passes.linears.decision import Decision
 from int8fx.weights import sharding, state_dict
 from int8fx.weights.checkpoint_files import READER, header
@@ -71,12 +71,12 @@ class Int8FxConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD, **kept}
 
     @property
-    def choice(self) -> Choice:
-        """The scheme of each weight, and its settings but for the columns of a calibration."""
-        return self.parsed.choice("")
+    def choices(self) -> tuple[Choice, ...]:
+        """Every scheme that weights may have, and its settings but for the columns of a calibration."""
+        return self.parsed.choices
 
     def choice_of(self, path: str, shape: tuple[int, int]) -> Choice:
-        """The same of a module's weight, with its columns.
+        """That of a module's weight, with its columns.
 
         Args:
             shape: ``(N, K)``.
@@ -84,7 +84,7 @@ class Int8FxConfig(QuantizationConfigMixin):
         Raises:
             CalibrationError: the calibration is of another model.
         """
-        return self.parsed.calibrated(self.choice, path, shape)
+        return self.parsed.calibrated(self.parsed.choice(path), path, shape)
 
 
 class Int8FxQuantizer(HfQuantizer):
@@ -105,9 +105,7 @@ class Int8FxQuantizer(HfQuantizer):
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        kept = self.quantization_config.choice.weight_format
-        names = state_dict.part_names("weight", kept)
-        return {"weight": [*names, "weight" + state_dict.SCHEME]}
+        return {"weight": state_dict.names_of_all("weight", self.quantization_config.choices)}
 
     def is_serializable(self) -> bool:
         return True
@@ -192,7 +190,8 @@ class Int8FxQuantizer(HfQuantizer):
             ValueError: a weight has other options than the configuration, which holds one for all.
         """
         weights = ((name, local(parameter)) for name, parameter in model.named_parameters())
-        state_dict.check_options(weights, self.quantization_config.choice.options)
+        parsed = self.quantization_config.parsed
+        state_dict.check_options(weights, lambda path: parsed.choice(path).options)
         shards = {n: p for n, p in model.named_parameters() if p is not local(p)}
         if any(isinstance(local(parameter), QuantizedWeight) for parameter in shards.values()):
             state = model.state_dict()
@@ -236,9 +235,9 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
     for found in _models(model):
         if getattr(found, "hf_quantizer", None) is None:
             # Patterns are of paths in the module that was given, and of no use in the files of a part.
-            kept = (
-                options if found is model else {k: v for k, v in options.items() if k not in _PATTERNS}
-            )
+            kept = options
+            if found is not model:
+                kept = in_use({k: v for k, v in options.items() if k not in _PATTERNS})
             config = Int8FxConfig(**kept)
             found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
             found.config.quantization_config = config
@@ -262,7 +261,7 @@ def _models(module: nn.Module) -> Iterator[Any]:
         yield from _models(child)
 
 
-_PATTERNS = ("skip", "only", "calibration")
+_PATTERNS = ("rules", "skip", "only", "calibration")
 
 
 def _ask_for_reader(config: Any, ask: bool) -> None:

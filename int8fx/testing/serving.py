@@ -8,7 +8,12 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from int8fx.analysis.calibrate import calibrate
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.testing.toy_llama import words
+from int8fx.weights.quantize import quantize_
 
 # One thread, no NUMA: engines come and go in one process. vLLM reads these when it is imported.
 ENVIRONMENT = {
@@ -30,6 +37,7 @@ ENVIRONMENT = {
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = 3
+START = 300.0  # seconds that a server may take; most of it is Inductor's
 Answer = tuple[tuple[int, float], ...]
 
 
@@ -51,7 +59,7 @@ def tiny_llama(**changed: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shapes | changed)).eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 or name.endswith("bias"):
             parameter.data.normal_(0, 0.15)
         elif "layernorm" in name:
             parameter.data[:3] = 6.0  # most activations of these columns are outliers
@@ -63,6 +71,13 @@ def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     words().save_pretrained(folder)
     return folder
+
+
+def calibrated(model: Any, file: Path) -> Path:
+    """The file of a calibration of a model of transformers."""
+    tokens = torch.randint(0, 63, (2, 32), generator=torch.Generator().manual_seed(0))
+    calibrate(model, [tokens]).save(file)
+    return file
 
 
 def of_bitsandbytes(source: Path, folder: Path) -> Path:
@@ -99,6 +114,34 @@ def of_compressed_tensors(source: Path, folder: Path) -> Path:
     return _rewritten(source, folder, entries, config)
 
 
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct, fetched if it is not there."""
+    from rich.console import Console
+
+    from int8fx.bench.smollm2 import local_copy
+
+    return local_copy(Console(stderr=True))
+
+
+def in_every_form(source: Path, folder: Path) -> dict[str, Path]:
+    """A model in bf16, and in the int8 formats that vLLM serves, by the names of these. What is in the
+    folder already stays, of whatever model it is."""
+    names = ("bf16", "int8fx", "bitsandbytes", "compressed-tensors")
+    files = {name: folder / name for name in names}
+    if all((each / "model.safetensors").is_file() for each in files.values()):
+        return files
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model.save_pretrained(files["bf16"])
+    quantize_(model, decomposition="token")
+    model.save_pretrained(files["int8fx"])
+    for name in ("bf16", "int8fx"):
+        tokenizer.save_pretrained(files[name])
+    of_bitsandbytes(files["bf16"], files["bitsandbytes"])
+    of_compressed_tensors(files["bf16"], files["compressed-tensors"])
+    return files
+
+
 def _rewritten(source: Path, folder: Path, entries: Any, quantization: dict[str, Any]) -> Path:
     shutil.copytree(source, folder)
     state: dict[str, Tensor] = {}
@@ -130,6 +173,50 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         gc.collect()
         torch.compiler.reset()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def server(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """The address of an OpenAI-compatible server on loopback; Ctrl-C ends it at the end.
+
+    Args:
+        command: without host and port.
+        log: where its output goes.
+        environment: what differs from that of this process.
+
+    Raises:
+        AssertionError: it ended by itself, did not answer, or did not end with exit code 0.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    whole = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            whole, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait(process, address, log)
+        yield address
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, log.read_text()[-3000:]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _wait(process: Any, address: str, log: Path) -> None:
+    until = time.monotonic() + START
+    while time.monotonic() < until:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"no answer after {START} s\n{log.read_text()[-3000:]}")
 
 
 def answers(llm: Any, prompts: Sequence[Sequence[int]], tokens: int = 16) -> list[Answer]:

@@ -1,5 +1,7 @@
 """Llamas of random weights, and a tokenizer of theirs."""
 
+from pathlib import Path
+
 import tokenizers
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,3 +58,14 @@ def words() -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(tokenizer_object=split, unk_token="w0", eos_token="w63")
     made.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
     return made
+
+
+def saved_model(directory: Path) -> LlamaForCausalLM:
+    """``tiny`` and a tokenizer of its 128 words, as files."""
+    model = tiny()
+    model.save_pretrained(directory)
+    vocabulary = {f"w{index}": index for index in range(128)}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=split, unk_token="w0").save_pretrained(directory)
+    return model

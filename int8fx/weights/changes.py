@@ -46,6 +46,12 @@ def refresh(model: nn.Module | None = None) -> None:
 
     Raises:
         TypeError: names what was given instead of a module.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> layer = torch.nn.Linear(64, 64).requires_grad_(False)
+        >>> layer.weight.numpy()[3] = 0
+        >>> int8fx.refresh(layer)
     """
     if model is None:
         STORE.clear()

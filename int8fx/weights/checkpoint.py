@@ -14,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from int8fx.arguments import check_module
 from int8fx.errors import CheckpointError
 from int8fx.torch_private import persistent_tensors
 from int8fx.weights.checkpoint_files import files_of, header
@@ -40,8 +41,18 @@ def save_checkpoint(
     """Writes ``model.safetensors``, or shards of at most ``max_shard_size`` and their index.
 
     Raises:
+        TypeError: names what was given in the place of a module.
         CheckpointError: a tensor is on the meta device, as those that accelerate offloaded are.
+
+    Examples:
+        >>> import int8fx, pathlib, tempfile, torch
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> int8fx.save_checkpoint(model, folder)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['model.safetensors']
     """
+    check_module(model, "save_checkpoint")
     state = model.state_dict()
     for name, tensor in state.items():
         if tensor.is_meta:
@@ -83,7 +94,19 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, scheme: str | None = 
         CheckpointError: a tensor is missing, unexpected, of another shape or damaged; it is named,
             and the model is as it was. Or an option of the files is not read.
         FileNotFoundError: there is no checkpoint at ``path``.
+        TypeError: names what was given in the place of a module.
+
+    Examples:
+        >>> import int8fx, tempfile, torch
+        >>> folder = tempfile.mkdtemp()
+        >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> int8fx.save_checkpoint(model, folder)
+        >>> other = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> _ = int8fx.load_checkpoint(other, folder)
+        >>> bool((other[0].weight.dequantize() == model[0].weight.dequantize()).all())
+        True
     """
+    check_module(model, "load_checkpoint")
     container = opened(Path(path))
     reader = table.reader_of(container)
     if reader is not None and not (checks_on_load(model) and reader.name in _INTO_QUANTIZED):

@@ -6,11 +6,12 @@ Addresses and not storages: a numpy or dlpack alias is another storage of the sa
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class AddressRange(NamedTuple):
@@ -44,25 +45,27 @@ def _extent(tensor: Tensor) -> int:
     return (steps + 1) * tensor.element_size()
 
 
+def merged(ranges: Iterable[tuple[AddressRange, T]]) -> list[tuple[AddressRange, list[T]]]:
+    """What lies in ranges that overlap, directly or by way of others, and the range of them all."""
+    found: list[tuple[AddressRange, list[T]]] = []
+    for place, each in sorted(ranges, key=lambda pair: (str(pair[0].device), *pair[0][1:])):
+        if found and place.device == found[-1][0].device and place.start < found[-1][0].end:
+            whole, inside = found[-1]
+            found[-1] = whole._replace(end=max(whole.end, place.end)), [*inside, each]
+        else:
+            found.append((place, [each]))
+    return found
+
+
 class AddressRanges:
     """Several, to be asked whether another one overlaps with any."""
 
-    def __init__(self, memories: Iterable[AddressRange]) -> None:
-        by_device: dict[torch.device, list[tuple[int, int]]] = defaultdict(list)
-        for device, start, end in memories:
-            if start < end:
-                by_device[device].append((start, end))
-        self._starts: dict[torch.device, list[int]] = {}
-        self._furthest: dict[torch.device, list[int]] = {}  # end of all up to each
-        for device, spans in by_device.items():
-            spans.sort()
-            self._starts[device] = [start for start, _ in spans]
-            self._furthest[device] = list(accumulate((end for _, end in spans), max))
+    def __init__(self, ranges: Iterable[AddressRange]) -> None:
+        self._by_device: dict[torch.device, list[AddressRange]] = defaultdict(list)
+        for whole, _ in merged((each, None) for each in ranges if each.start < each.end):
+            self._by_device[whole.device].append(whole)
 
     def overlap(self, other: AddressRange) -> bool:
-        before = bisect_left(self._starts.get(other.device, []), other.end) - 1
-        return (
-            before >= 0
-            and other.start < other.end
-            and self._furthest[other.device][before] > other.start
-        )
+        mine = self._by_device.get(other.device, [])
+        before = bisect_left(mine, other.end, key=lambda each: each.start) - 1
+        return before >= 0 and other.start < min(other.end, mine[before].end)

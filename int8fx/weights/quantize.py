@@ -5,33 +5,55 @@ import logging
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from int8fx import torch_private
+from int8fx.arguments import check_module
 from int8fx.errors import CalibrationError, ReleaseError
 from int8fx.kernels.schemes.scheme import Choice
+from int8fx.near import warn_of_unused
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
 from int8fx.passes.linears.select import (
     only_reason,
     skip_reason,
 )
-from int8fx.weights import state_dict, structure
+from int8fx.weights import describe, state_dict, structure
+from int8fx.weights.algorithms import apply
+from int8fx.weights.algorithms.methods import NEAREST, method_named
 from int8fx.weights.distributed import local, map_local
 from int8fx.weights.sites import ALREADY, Site, by_weight, sites_of
 from int8fx.weights.tensor import QuantizedWeight
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from int8fx.option_names import QuantizeOptions
+
 log = logging.getLogger(__name__)
 
-# And the settings of the scheme.
-OPTIONS = ("scheme", "skip", "only", "calibration")
+# And the settings of the schemes.
+OPTIONS = ("scheme", "rules", "skip", "only", "calibration")
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def quantize_(model: nn.Module, **options: Any) -> nn.Module:
+def _nothing(done: int, total: int) -> None:
+    """Of progress."""
+
+
+def quantize_(
+    model: AnyModule,
+    *,
+    method: str = NEAREST,
+    batches: Any = None,
+    on_weight: Callable[[int, int], None] = _nothing,
+    **options: "Unpack[QuantizeOptions]",
+) -> AnyModule:
     """Replaces the weights of a model's linears by their quantised form, in place.
 
     One weight after another, so that memory peaks one weight above the final size. The modules stay
@@ -43,19 +65,38 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
     Args:
         model: on any device, "meta" included. Weights that are quantised already stay; those that a
             compile released (``release_weights``) may be read by everything from then on.
+        method: how integers are chosen: ``"rtn"``, round-to-nearest, in every scheme; for weights by
+            groups along K also ``"hqq"``, ``"gptq"`` and ``"awq"`` (``int8fx/weights/algorithms``),
+            which give settings that they need a default of their own.
+        batches: for ``"gptq"`` and ``"awq"``: what the model is called with, as ``int8fx.calibrate``
+            has them.
+        on_weight: told how many weights are done, and of how many.
         options: ``scheme``, its settings (``threshold`` and ``decomposition`` of the default one),
-            ``skip``, ``only`` and ``calibration``, as for ``torch.compile`` (``int8fx.Options``). The
-            scheme and its settings, the columns of a calibration among them, are kept with the weights.
+            ``rules``, ``skip``, ``only`` and ``calibration``, as for ``torch.compile``
+            (``int8fx.Options``). The scheme and its settings, the columns of a calibration among them,
+            are kept with the weights.
 
     Returns:
         The model.
 
+    Examples:
+        >>> import int8fx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+        >>> int8fx.quantize_(model, threshold=3.0)
+        Sequential(
+          (0): Linear(in_features=64, out_features=32, bias=False, llm.int8, 8 bits, 2,304 bytes)
+        )
+
     Raises:
+        TypeError: names what was given in the place of a module.
         ValueError: an option is unknown or out of range, no weight of the model can be quantised, a
-            calibration is of another model (``CalibrationError``), or FSDP2 has it in use already; the
-            message says why not. The model is as it was.
+            calibration is of another model (``CalibrationError``), a method does not serve a scheme, or
+            FSDP2 has it in use already; the message says why not. The model is as it was.
     """
-    checked = Options.parse(options, "quantize_", OPTIONS)
+    check_module(model, "quantize_")
+    algorithm = method_named(method)
+    given: dict[str, Any] = {**({} if algorithm is None else algorithm.settings), **options}
+    checked = Options.parse(given, "quantize_", OPTIONS)
     sites = sites_of(model, checked)
     choices = {site.path: site_choice(site, checked) for site in sites if site.accepted}
     released = [p for p in model.parameters() if isinstance(p, QuantizedWeight) and p.released]
@@ -64,27 +105,49 @@ def quantize_(model: nn.Module, **options: Any) -> nn.Module:
         found = (*(site.decision for site in sites), *experts)
         reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
+    groups = by_weight(sites)
+    apply.check(method, algorithm, batches, groups, choices)
     shards = _shards(model, "quantize_")
     for parameter in released:
         parameter.released = False
-    for shared in by_weight(sites):
+    solved = (
+        ((shared, _quantized(shared[0], choices[shared[0].path])) for shared in groups)
+        if algorithm is None
+        else apply.solved(model, groups, choices, algorithm, batches)
+    )
+    for done, (shared, quantized) in enumerate(solved, 1):
         weight = shared[0].weight
-        quantized = _quantized(shared[0], choices[shared[0].path])
         if id(weight) in shards:
             torch_private.replace_shard(shards[id(weight)], quantized)
         for site in shared:
             site.module.weight = quantized
             state_dict.attach(site.module)
+        on_weight(done, len(groups))
     state_dict.check_on_load(model)
     for site in sites:
         log.debug("%s", site.decision)
-    _tell_hugging_face("quantized", model, options)
+    _tell_hugging_face("quantized", model, given)
     warn_of_experts(model, experts)
+    warn_of_unused(checked, model, stacklevel=2)
     return model
 
 
-def decisions(model: nn.Module, **options: Any) -> list[Decision]:
-    """What ``quantize_`` would do with each linear of a model and with its experts, and why."""
+def decisions(model: nn.Module, **options: "Unpack[QuantizeOptions]") -> list[Decision]:
+    """What ``quantize_`` would do with each linear of a model and with its experts, and why.
+
+    Raises:
+        TypeError, ValueError: as ``quantize_``, of the model and of the options.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> layers = torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> for decision in int8fx.decisions(model, skip=["2"]):
+        ...     print(decision.path, decision.reason or "int8")
+        0 int8
+        2 skip: matches '2'
+    """
+    check_module(model, "decisions")
     checked = Options.parse(options, "quantize_", OPTIONS)
     return [*(site.decision for site in sites_of(model, checked)), *_experts(model, checked)]
 
@@ -114,7 +177,7 @@ def first_int8(model: Any) -> str:
     return next((n for n, p in model.named_parameters() if isinstance(local(p), QuantizedWeight)), "")
 
 
-def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize_(model: AnyModule, dtype: torch.dtype | None = None) -> AnyModule:
     """Replaces the int8 weights of a model by float parameters, in place: ``w_int8 · w_scale``.
 
     Args:
@@ -124,8 +187,16 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         The model.
 
     Raises:
+        TypeError: names what was given in the place of a module.
         ValueError: a weight is offloaded by accelerate, or FSDP2 has the model in use; it is as it was.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> int8fx.dequantize_(model)[0].weight.dtype
+        torch.float32
     """
+    check_module(model, "dequantize_")
     shards = _shards(model, "dequantize_")
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
@@ -147,6 +218,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             torch_private.replace_shard(shards[id(weight)], parameter)
         for module, name in shared:
             setattr(module, name, parameter)
+            describe.forget(module)
     _tell_hugging_face("dequantized", model)
     return model
 

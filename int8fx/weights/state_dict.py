@@ -33,7 +33,7 @@ together).
 
 import functools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops.quantize_reference import QMAX
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import scheme_named
-from int8fx.weights import convrot
+from int8fx.weights import convrot, describe
 from int8fx.weights.tensor import QuantizedWeight
 
 SCALE = "_scale"
@@ -78,6 +78,12 @@ def names_of(key: str, weight_format: WeightFormat) -> list[str]:
     return names if is_plain(weight_format) else [*names, key + SCHEME]
 
 
+def names_of_all(key: str, choices: Iterable[Choice]) -> list[str]:
+    """The names that the entries of a weight of any of these schemes have."""
+    names = (name for choice in choices for name in names_of(key, choice.weight_format))
+    return list(dict.fromkeys(names))
+
+
 def keys_of(key: str, weight: Any) -> set[str]:
     """Every name under which a ``state_dict`` may hold something of the parameter ``key``."""
     keys = {key, key + SCHEME, convrot.marker_of(key), *keys_beside(key)}
@@ -101,7 +107,8 @@ def keys_beside(key: str) -> tuple[str, str, str]:
 
 
 def attach(module: nn.Module) -> None:
-    """Makes a module write and read its int8 weights in the form above."""
+    """Makes a module write and read its int8 weights in the form above, and print them."""
+    describe.attach(module)
     module.register_state_dict_post_hook(_write)
     module.register_load_state_dict_pre_hook(_read)
 
@@ -162,13 +169,17 @@ def _scheme_entry(weight: QuantizedWeight) -> Tensor:
     return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8, device=weight.device)
 
 
-def check_options(weights: Iterable[tuple[str, Tensor]], options: Mapping[str, Any]) -> None:
-    """Whether files whose ``config.json`` holds ``options`` say what each weight is kept with.
+def check_options(
+    weights: Iterable[tuple[str, Tensor]], options_of: Callable[[str], Mapping[str, Any]]
+) -> None:
+    """Whether files whose ``config.json`` gives each weight ``options_of(path of its module)`` say what
+    it is kept with.
 
     Raises:
         ValueError: names the first weight with others.
     """
     for name, weight in weights:
+        options = options_of(name.rpartition(".")[0])
         # Columns of a calibration are each weight's own, and with it in the files.
         own = weight.options if isinstance(weight, QuantizedWeight) else options
         if _without(own, {"columns"}) != _without(options, {"columns"}):

@@ -54,7 +54,7 @@ _PART = "part_"  # what attributes of parts begin with
 
 
 class QuantizedWeight(ComputedValues):
-    """See above.
+    """A weight that is kept quantised. To torch it is a float tensor of its shape, which may be read.
 
     Attributes:
         choice: the scheme that it was quantised by, with the settings of its products.
@@ -66,6 +66,14 @@ class QuantizedWeight(ComputedValues):
             is written to it is written there as well.
         released: whether only compiled graphs may read it (``int8fx/compiler/release.py``).
         unpacked: the stored parts, until the packed ones are first asked for (``_rebuild_stored``).
+
+    Examples:
+        >>> import int8fx, torch
+        >>> linear = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))[0]
+        >>> type(linear.weight).__name__, linear.weight.dtype, linear.weight.choice.scheme.name
+        ('QuantizedWeight', torch.float32, 'llm.int8')
+        >>> linear.weight.dequantize().shape
+        torch.Size([32, 64])
     """
 
     choice: Choice

@@ -118,6 +118,8 @@ at::Tensor single_int8_linear(
   return int8_linears(x, threshold, decomposition, packed, w_scale, biases)[0];
 }
 
+at::Tensor once(const at::Tensor& x) { return x.clone(); }
+
 TORCH_LIBRARY_FRAGMENT(int8fx, m) {
   m.def("snapshot(Tensor[] tensors) -> Tensor", snapshot);
   m.def("joined(Tensor[] snapshots) -> Tensor", joined);
@@ -126,6 +128,7 @@ TORCH_LIBRARY_FRAGMENT(int8fx, m) {
 
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("int8_linear", int8_linear);
+  m.impl("once", once);  // for processes without Python's torch, see int8fx/ahead
   m.impl("attention", attention);
   m.impl("int8_linears", int8_linears);
   m.impl("int8_linears.single", single_int8_linear);

@@ -66,17 +66,22 @@ def grid_of(
     low: Tensor, high: Tensor, bits: int, zeros: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``scale`` and ``zero`` in fp32, as ``dtype`` holds them: code c stands for (c - zero) · scale."""
-    most = 2**bits - 1
-    largest = torch.finfo(dtype).max / 2 ** (bits - 1)
+    most, info = 2**bits - 1, torch.finfo(dtype)
+    largest = info.max / 2 ** (bits - 1)
     scale = (high / most - low / most).clamp(_least(dtype), largest).to(dtype).float()
+    zero = _zero_of(low, scale, bits, zeros, dtype)
+    # A scale that was rounded up may stand for more than the largest float.
+    over = torch.maximum(zero, most - zero) * scale > info.max
+    return torch.where(over, (scale * (1 - info.eps)).to(dtype).float(), scale), zero
+
+
+def _zero_of(low: Tensor, scale: Tensor, bits: int, zeros: str, dtype: torch.dtype) -> Tensor:
     if zeros == "middle":
-        return scale, torch.full_like(scale, 2 ** (bits - 1))
-    zero = (-low / scale).clamp(0, most)
-    if zeros == "integer":
-        return scale, zero.round()
-    if zeros == "float":
-        return scale, zero.to(dtype).float()
-    return scale, -low.to(dtype).float() / scale
+        return torch.full_like(scale, 2 ** (bits - 1))
+    if zeros == "offset":
+        return -low.to(dtype).float() / scale
+    zero = (-low / scale).clamp(0, 2**bits - 1)
+    return zero.round() if zeros == "integer" else zero.to(dtype).float()
 
 
 def codes_on(groups: Tensor, grid: tuple[Tensor, Tensor], bits: int) -> Tensor:

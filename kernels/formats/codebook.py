@@ -139,10 +139,15 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(values.sort().values.tolist())
 
 
+_DYNAMIC_MAP = dynamic_map()  # Dynamo, which traces what is cached, does not trace how it is made
+
+
 def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``absmax [N, G]`` in 8 bits, with ``nested_absmax`` and ``offset`` as above."""
     N, G = absmax.shape
-    offset = absmax.mean().expand(N).contiguous() if absmax.numel() else absmax.new_zeros(N)
+    # In fp64, as a sum of the largest floats is none.
+    mean = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
+    offset = mean.expand(N).contiguous()
     centred = F.pad(absmax - offset.unsqueeze(1), (0, -G % NESTED_BLOCK))
     centred = centred.unflatten(1, (-1, NESTED_BLOCK))
     largest = centred.abs().amax(-1)
@@ -158,11 +163,12 @@ def absmax_of(others: Sequence[Tensor]) -> Tensor:
     codes, largest, offset = others
     G = codes.shape[1]
     values = _dynamic_values(codes.device).to(largest.dtype)[codes.long()]
-    return values * largest.repeat_interleave(NESTED_BLOCK, 1)[:, :G] + offset.unsqueeze(1)
+    absmax = values * largest.repeat_interleave(NESTED_BLOCK, 1)[:, :G] + offset.unsqueeze(1)
+    return absmax.clamp_max(torch.finfo(absmax.dtype).max)
 
 
 def _dynamic_values(device: torch.device) -> Tensor:
-    return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)
+    return torch.tensor(_DYNAMIC_MAP, dtype=torch.float32, device=device)
 
 
 # --- what files hold ------------------------------------------------------------------------------

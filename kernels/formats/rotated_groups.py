@@ -11,7 +11,7 @@ from int8fx.kernels.formats.codes import codes_in_a_byte, pack_bits, unpack_bits
 from int8fx.kernels.formats.format import CHANNEL, ROWS, Part, WeightFormat
 from int8fx.kernels.formats.grouped import WHOLE, dequantize_codes, name_of, parts_of_zeros
 from int8fx.kernels.formats.rotated import RotatedColumns, rotated_rows
-from int8fx.kernels.ops.rotation import NONE, rotate_back
+from int8fx.kernels.ops.rotation import NONE, rotate_back, rotated_columns
 
 
 @functools.cache
@@ -44,9 +44,8 @@ def rotated_groups(
 
     def dequantize(stored: Sequence[Tensor], N: int, K: int) -> Tensor:
         packed, *others, w_columns = stored
-        codes = unpack_bits(packed, bits)
-        rest = dequantize_codes(codes, bits, group, zeros, others, along.length(K))
-        w_hat = rest if rotation == NONE else rotate_back(rest, K, block, rotation)
+        how = bits, group, zeros, others, K, block, rotation
+        w_hat = dequantize_rotated(unpack_bits(packed, bits), *how)
         return w_hat.index_copy(1, _which(packed).long(), w_columns.to(w_hat.dtype))
 
     def derive(stored: Sequence[Tensor], N: int, K: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +54,6 @@ def rotated_groups(
     def _which(like: Tensor) -> Tensor:
         return torch.tensor(columns, dtype=torch.int32, device=like.device)
 
-    along = RotatedColumns("K", block=block, rotation=rotation)
     padded = 1 if group == WHOLE else group
     of_codes = RotatedColumns("K", codes_in_a_byte(bits), padded, block, rotation)
     by_group = 1 if group == WHOLE else RotatedColumns("K", group, 1, block, rotation)
@@ -83,7 +81,40 @@ def rotated_groups(
     )
 
 
+def dequantize_rotated(
+    codes: Tensor,
+    bits: int,
+    group: int,
+    zeros: str,
+    grid: Sequence[Tensor],
+    K: int,
+    block: int,
+    rotation: str,
+) -> Tensor:
+    """ŵ ``[N, K]`` of the codes of its rotated rows; what is above the largest float becomes that."""
+    columns = rotated_columns(K, block, rotation)
+    if rotation == NONE:
+        return dequantize_codes(codes, bits, group, zeros, grid, columns)
+    # Of the largest floats, rotated rows are larger: they are made smaller by a power of 2.
+    exponent = (grid[0].amax(1, keepdim=True).frexp().exponent - _LARGE).clamp_min(0)
+    count = 2 if zeros == "offset" else 1
+    smaller = [part.ldexp(-exponent) for part in grid[:count]]
+    rest = dequantize_codes(codes, bits, group, zeros, [*smaller, *grid[count:]], columns)
+    w_hat = _times_power(rotate_back(rest, K, block, rotation), exponent)
+    largest = torch.finfo(w_hat.dtype).max
+    return w_hat.clamp(-largest, largest)
+
+
+_LARGE = 100  # of a scale's exponent
+
+
+def _times_power(values: Tensor, exponent: Tensor) -> Tensor:
+    """``values · 2**exponent``, where 2**exponent alone may be above the largest float."""
+    half = exponent // 2
+    return values.ldexp(half).ldexp(exponent - half)
+
+
 def _grown(part: Tensor, exponent: Tensor) -> Tensor:
     """``part [N, G]`` of rows that were smaller by a power of 2, as its dtype holds it."""
     largest = torch.finfo(part.dtype).max
-    return part.float().ldexp(exponent.unsqueeze(1)).clamp(-largest, largest).to(part.dtype)
+    return _times_power(part.float(), exponent.unsqueeze(1)).clamp(-largest, largest).to(part.dtype)

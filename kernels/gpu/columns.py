@@ -22,6 +22,8 @@ from torch import Tensor
 
 from int8fx.kernels.gpu.norm import normalized_at
 
+NEIGHBOURS = tl.constexpr(8)  # candidate rows, in one load of a thread
+
 
 def outlier_columns_reference(x: Tensor, threshold: float) -> Tensor:
     """``[K]`` bool: the columns of ``x [M, K]`` that hold an outlier."""
@@ -77,8 +79,8 @@ def are_outliers(x, row, is_row, k, M, K, threshold, norm, NORM: tl.constexpr):
 
 @triton.jit
 def find_columns(
-    candidates_ptr, x_ptr, columns_ptr, M, K, threshold, NEIGHBOURS: tl.constexpr, BLOCKS: tl.constexpr,
-    SHORT: tl.constexpr, norm, NORM: tl.constexpr,
+    candidates_ptr, x_ptr, columns_ptr, M, K, threshold, BLOCKS: tl.constexpr, SHORT: tl.constexpr,
+    norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """Writes the list of the columns that hold an outlier, in order; returns their number.
 
@@ -135,12 +137,12 @@ def _append(columns_ptr, count, flag, k, EACH: tl.constexpr):
 @triton.jit
 def _store_each(pointers, values, flag):
     BLOCKS: tl.constexpr = flag.shape[0]
-    NEIGHBOURS: tl.constexpr = flag.shape[1]
-    if NEIGHBOURS == 1:
+    COLUMNS: tl.constexpr = flag.shape[1]
+    if COLUMNS == 1:
         one: tl.constexpr = (BLOCKS,)
         tl.store(tl.reshape(pointers, one), tl.reshape(values, one), mask=tl.reshape(flag, one) != 0)
     else:
-        half: tl.constexpr = (BLOCKS, NEIGHBOURS // 2, 2)
+        half: tl.constexpr = (BLOCKS, COLUMNS // 2, 2)
         pointers, other_pointers = tl.split(tl.reshape(pointers, half))
         values, other_values = tl.split(tl.reshape(values, half))
         flag, other_flag = tl.split(tl.reshape(flag, half))

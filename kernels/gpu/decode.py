@@ -40,13 +40,12 @@ from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.residues import scale_of_residue
 from int8fx.kernels.gpu.rounding import folded, quantize, scale_of_rows
 from int8fx.kernels.gpu.split import sum_of_tile
-from int8fx.kernels.gpu.tiles import of_columns, wrapped_range
+from int8fx.kernels.gpu.tiles import STEP_O, of_columns, wrapped_range
 from int8fx.kernels.ops.limits import DECODE_ROWS
 from int8fx.kernels.ops.linear_reference import linear_reference
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 
 MAX_M = DECODE_ROWS
-BLOCK_O = 16  # outlier columns a step
 _LIST_BLOCK = 256  # times 16 columns
 _VECTOR_BYTES = 16  # of x, in one load of a thread
 
@@ -92,7 +91,6 @@ def scan_shape(itemsize: int, num_warps: int, warp_size: int, columns: int) -> d
         "VECTOR": vector,
         "QUANTIZE_BLOCK": min(scanned // 2, triton.next_power_of_2(columns)),
         "LIST_BLOCK": _LIST_BLOCK,
-        "BLOCK_O": BLOCK_O,
     }
 
 
@@ -165,8 +163,7 @@ def _quantize_columns(
 
 @triton.jit
 def add_outlier_columns(
-    acc, x_row, inside, w_row, columns_ptr, first, last,
-    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+    acc, x_row, inside, w_row, columns_ptr, first, last, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``acc + x[:, C] @ w[:, C]ᵀ``, C: entries ``first`` to ``last`` of the list of outlier columns.
 
@@ -175,8 +172,8 @@ def add_outlier_columns(
         inside: ``[M]``, which rows of x may be read.
     """
     dtype = x_row.dtype.element_ty
-    for start in range(first, last, BLOCK_O):
-        j = start + tl.arange(0, BLOCK_O)
+    for start in range(first, last, STEP_O):
+        j = start + tl.arange(0, STEP_O)
         wanted = j < last
         k = tl.load(columns_ptr + j, mask=wanted, other=0)
         x = tl.load(x_row + k[None, :], mask=inside[:, None] & wanted[None, :], other=0.0)
@@ -208,7 +205,6 @@ def decode_kernel(
     VECTOR: tl.constexpr,
     QUANTIZE_BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
-    BLOCK_O: tl.constexpr,
     RESIDUES: tl.constexpr,
     QUANTIZE: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -284,7 +280,7 @@ def decode_kernel(
         share = tl.cdiv(count, SPLIT_K)
         y = add_outlier_columns(
             y, x_ptr + (row * K)[:, None], row < M, w_row, columns_ptr,
-            part * share, tl.minimum(part * share + share, count), BLOCK_O, PRECISION,
+            part * share, tl.minimum(part * share + share, count), PRECISION,
         )  # fmt: skip
     if RESIDUES:
         y = tl.sum(tl.reshape(y, (GROUPS, TOKENS, BLOCK_N)), 0)

@@ -53,7 +53,6 @@ from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.expert_linear import check_routing, setup_context, sorted_rows
 from int8fx.kernels.ops.limits import DTYPES
 
-BLOCK_O = 16  # outlier columns a step
 _GROUP_M = 8
 
 
@@ -85,7 +84,6 @@ def quantize_experts_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +97,7 @@ def quantize_experts_kernel(
         if first < last:
             count = find_columns(
                 candidates_ptr + here, x_ptr + first.to(tl.int64) * K, columns_ptr + here,
-                last - first, K, limit, NEIGHBOURS, LIST_BLOCK, False, None, "",
+                last - first, K, limit, LIST_BLOCK, False, None, "",
             )  # fmt: skip
             tl.store(count_ptr + program, count)
     elif QUANTIZE:
@@ -140,7 +138,6 @@ def expert_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -173,7 +170,7 @@ def expert_gemm_kernel(
         w_row = w_ptr + n.to(tl.int64)[None, :] * K
         y = add_outlier_columns(
             y, x_row, rows < last, w_row, columns_ptr + expert.to(tl.int64) * K,
-            0, tl.load(count_ptr + expert), BLOCK_O, PRECISION,
+            0, tl.load(count_ptr + expert), PRECISION,
         )  # fmt: skip
     y *= of_columns(w_scale_ptr + expert * N, columns, N)[None, :]
     _store(y, y_ptr, order_ptr, rows, m, last, columns, N, ORDERED)
@@ -236,7 +233,6 @@ def expert_linear(
         N,
         K,
         E,
-        BLOCK_O=BLOCK_O,
         BLOCK_E=block_of_experts(E),
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
@@ -297,7 +293,7 @@ def _quantize(
 def list_shape(S: int, K: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """Block sizes of the kernel that quantises and lists, for S rows of K elements."""
     shape = launch_shape(S, K, 0, dtype)
-    del shape["GATHER_ROWS"], shape["BLOCK_O"], shape["STEPS"]
+    del shape["GATHER_ROWS"], shape["STEPS"]
     return shape
 
 

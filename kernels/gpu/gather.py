@@ -28,17 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8fx.kernels.gpu.columns import find_columns, outlier_columns_reference
+from int8fx.kernels.gpu.columns import NEIGHBOURS, find_columns, outlier_columns_reference
+from int8fx.kernels.gpu.configs import COUNTERS
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.norm import normalized_at
 from int8fx.kernels.gpu.rows import ROW_BYTES, chunks_of_row
+from int8fx.kernels.gpu.tiles import BLOCK_O
 from int8fx.kernels.gpu.without_columns import quantize_without_columns
 from int8fx.kernels.ops.quantize_reference import quantize_reference
 
-BLOCK_O = 32
 _LEAST_COLUMNS = 256
 _FEW_ROWS, _MANY_ROWS = 256, 1024
-_NEIGHBOURS = 8  # candidate rows, in one load of a thread
+_COUNTERS = tl.constexpr(COUNTERS)
 
 
 def quantize_gather_reference(
@@ -60,7 +61,6 @@ def quantize_gather_reference(
 @triton.jit
 def _gather(
     source_ptr, target_ptr, target_rows, source_rows, inside, columns_ptr, count, K, CAPACITY,
-    BLOCK_O: tl.constexpr,
     M, threshold, SIFT: tl.constexpr, norm, NORM: tl.constexpr,
 ):  # fmt: skip
     """``target[r, j] = source[r, columns[j]]``, zero from ``count`` to the end of its block, and with
@@ -104,10 +104,7 @@ def quantize_gather_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """The first programs gather from ``GATHER_ROWS`` rows of a weight or of x each, the others quantise
     STEPS times ``ROWS`` rows of x. With NORM, of the norm of x (``norm.py``)."""
@@ -123,11 +120,11 @@ def quantize_gather_kernel(
     of_rows = of_x + tl.cdiv(M, GATHER_ROWS)
     if program < of_rows:
         count = find_columns(
-            candidates_ptr, x_ptr, columns_ptr, M, K, limit, NEIGHBOURS, LIST_BLOCK, SHORT, norm, NORM
+            candidates_ptr, x_ptr, columns_ptr, M, K, limit, LIST_BLOCK, SHORT, norm, NORM
         )
         if program == 0:
             tl.store(count_ptr, count)
-            tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32))
+            tl.store(counters_ptr + tl.arange(0, _COUNTERS), tl.zeros((_COUNTERS,), tl.int32))
         if program < of_x:
             group = (program >= first0).to(tl.int32) + (program >= first1).to(tl.int32)
             block = program - pick(group, 0, first0, first1)
@@ -136,13 +133,13 @@ def quantize_gather_kernel(
             w_ptr = pick(group, w0_ptr, w1_ptr, w2_ptr)
             room = tl.minimum(count, W_CAPACITY)
             _gather(w_ptr, w_gathered_ptr, n + pick(group, 0, N0, N0 + N1), n, inside, columns_ptr,
-                    room, K, W_CAPACITY, BLOCK_O, M, limit, False, None, "")  # fmt: skip
+                    room, K, W_CAPACITY, M, limit, False, None, "")  # fmt: skip
         else:
             m = (program - of_x) * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
             # x that Inductor quantised comes without what is no outlier; a norm comes whole.
             SIFT: tl.constexpr = NORM != "" and not QUANTIZE
             _gather(x_ptr, x_gathered_ptr, m, m, m < M, columns_ptr,
-                    count, K, X_CAPACITY, BLOCK_O, M, limit, SIFT, norm, NORM)  # fmt: skip
+                    count, K, X_CAPACITY, M, limit, SIFT, norm, NORM)  # fmt: skip
     elif QUANTIZE:
         first = (program - of_rows) * ROWS * STEPS
         quantize_without_columns(
@@ -153,7 +150,7 @@ def quantize_gather_kernel(
 
 def x_capacity(K: int) -> int:
     """Columns that there is room for in ``x_gathered``: all."""
-    return -(-K // BLOCK_O) * BLOCK_O
+    return -(-K // BLOCK_O.value) * BLOCK_O.value
 
 
 def w_capacity(K: int) -> int:
@@ -181,9 +178,7 @@ def launch_shape(
         "ROWS": rows,
         "STEPS": together // rows if chunks["CHUNKS"] else 1,
         "GATHER_ROWS": 64 if few and N <= 4096 else 128 if N <= 8192 else 256,
-        "NEIGHBOURS": _NEIGHBOURS,
-        "LIST_BLOCK": listed // _NEIGHBOURS,
-        "BLOCK_O": BLOCK_O,
+        "LIST_BLOCK": listed // NEIGHBOURS.value,
         "num_warps": warps,
     }
 

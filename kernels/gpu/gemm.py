@@ -20,7 +20,7 @@ from torch import Tensor
 from int8fx.kernels.gpu.groups import pick
 from int8fx.kernels.gpu.mixed_tiles import extended_tile
 from int8fx.kernels.gpu.split import sum_of_large_tile
-from int8fx.kernels.gpu.tiles import STEP_O, scaled_rows, store_tile, wrapped_range
+from int8fx.kernels.gpu.tiles import BLOCK_O, STEP_O, scaled_rows, store_tile, wrapped_range
 
 
 def gemm_reference(
@@ -116,7 +116,7 @@ def part_of_range(length, part, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _add_outliers(
     acc, outliers, w_ptr, start_m, start_n, part, M, N, K,
-    BLOCK_O: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc + x_gathered @ w_gatheredᵀ`` of a tile, or the part of it that is this program's.
 
@@ -161,7 +161,7 @@ def _add_others(acc, x_ptr, w_ptr, m, n, columns_ptr, first, last, count, PRECIS
 @triton.jit
 def _tile(
     start_m, start_n, rows, outliers, sums, linear, M, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, UNROLL: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -182,9 +182,7 @@ def _tile(
     )
     y = scaled_rows(acc_int32, x_scale_ptr, m)
     if HAS_OUTLIERS:
-        y = _add_outliers(
-            y, outliers, w_ptr, start_m, start_n, part, M, N, K, BLOCK_O, SPLIT_K, PRECISION
-        )
+        y = _add_outliers(y, outliers, w_ptr, start_m, start_n, part, M, N, K, SPLIT_K, PRECISION)
     wanted = True
     if SPLIT_K > 1:
         parts_ptr, counters_ptr = sums
@@ -210,7 +208,6 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
     EXTRA_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -243,11 +240,10 @@ def gemm_kernel(
     if EXTRA_M and is_extended:
         extended_tile(
             start_m, start_n, rows, outliers, linear, M, K,
-            BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, BLOCK_O, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
+            BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
         )  # fmt: skip
     else:
         _tile(
             start_m, start_n, rows, outliers, (parts_ptr, counters_ptr), linear, M, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_O, SPLIT_K, UNROLL, EVEN_K, HAS_BIAS, HAS_OUTLIERS,
-            PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, UNROLL, EVEN_K, HAS_BIAS, HAS_OUTLIERS, PRECISION,
         )  # fmt: skip

@@ -49,7 +49,19 @@ def launch(
 
 
 def run(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-    """Launches on the device of the operands, which may not be the current one."""
+    """Launches on the device of the operands, which may not be the current one.
+
+    The parameters of a launched kernel are a flat list, of which it makes the tuples that the functions
+    below it take. Inductor (torch 2.11 to 2.14) knows what a kernel reads and writes by the names of
+    its parameters. A tensor in a tuple has none: nothing seems to be written, and the launch is dropped
+    as dead code. Sizes in a tuple are an error. Constants may come in a tuple, but Triton (3.6 to 3.9)
+    takes them out of it by index alone, one by one, which is longer than the list.
+
+    Raises:
+        TypeError: an operand is a tuple.
+    """
+    if any(isinstance(each, tuple) for each in args):
+        raise TypeError(f"an operand of {kernel} is a tuple, of which Inductor sees no tensor")
     device = next(each.device for each in args if isinstance(each, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         wrap_triton(kernel)[grid](*args, **constants)

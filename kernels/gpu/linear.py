@@ -31,7 +31,6 @@ from torch.library import triton_op
 from int8fx.kernels.gpu import configs, decode, tile_tables
 from int8fx.kernels.gpu.columns import candidate_rows
 from int8fx.kernels.gpu.gather import (
-    BLOCK_O,
     launch_shape,
     programs,
     quantize_gather_kernel,
@@ -305,7 +304,6 @@ def product(source: Source, threshold: float, linears: Linears) -> list[Tensor]:
         gathered[0].shape[-1],
         gathered[1].shape[-1],
         _extended_tiles(M, linears, processors, candidates),
-        BLOCK_O=BLOCK_O,
         GROUP_M=_GROUP_M,
         HAS_OUTLIERS=threshold != 0,
         PRECISION=precision(source.dtype, arch),
@@ -381,7 +379,6 @@ def _gather(source: Source, threshold: float, linears: Linears) -> tuple[Tensor,
         threshold,
         NORM=source.norm,
         QUANTIZE=not source.quantized,
-        COUNTERS=configs.COUNTERS,
         **shape,
     )
     return x_gathered, w_gathered, columns, count, counters

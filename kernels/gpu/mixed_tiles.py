@@ -20,7 +20,7 @@ by TMA descriptors, in persistent programs, and with ``warp_specialize`` (Triton
 import triton
 import triton.language as tl
 
-from int8fx.kernels.gpu.tiles import STEP_O, scaled_rows, store_tile
+from int8fx.kernels.gpu.tiles import BLOCK_O, STEP_O, scaled_rows, store_tile
 
 _PIECE = tl.constexpr(64)
 
@@ -29,8 +29,7 @@ _PIECE = tl.constexpr(64)
 def extended_tile(
     start_m, start_n, rows, outliers, linear, M, K,
     BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUTLIERS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUTLIERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M + EXTRA_M rows, all of them inside, and BLOCK_N columns of one linear."""
     x_int8_ptr, x_scale_ptr = rows
@@ -46,7 +45,7 @@ def extended_tile(
     y_extra = scaled_rows(extra_int32, x_scale_ptr + start_m, extra)
     if HAS_OUTLIERS:
         y, y_extra = _add_extended_outliers(
-            y, y_extra, outliers, w_ptr, row, column, m, extra, n, K, BLOCK_O, PRECISION
+            y, y_extra, outliers, w_ptr, row, column, m, extra, n, K, PRECISION
         )
     below = start_m + BLOCK_M
     store_tile(y, start_m, start_n, linear, True, M, HAS_BIAS, _PIECE)
@@ -79,8 +78,7 @@ def _extended_int8_products(x_ptr, w_ptr, m, extra, n, K, BLOCK_K: tl.constexpr,
 
 @triton.jit
 def _add_extended_outliers(
-    acc, acc_extra, outliers, w_ptr, row, column, m, extra, n, K,
-    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+    acc, acc_extra, outliers, w_ptr, row, column, m, extra, n, K, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``acc + x_gathered[m] @ w_gathered[n]ᵀ``, and the same for ``extra``; see ``gemm.py``."""
     x_ptr, w_gathered_ptr, columns_ptr, count_ptr, X_CAPACITY, W_CAPACITY = outliers

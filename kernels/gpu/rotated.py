@@ -11,7 +11,6 @@ columns' product is summed in the order of a matrix instruction, which tiles of 
 step, may have another of than larger ones.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -329,10 +328,14 @@ class ProductConfig:
         }
 
 
+_LARGE = 128 * 128  # of a tile: there the parts of a sum beside it would spill, if there were three
+
+
 def of_product(config: configs.GemmConfig) -> ProductConfig:
     c = config
     sizes = c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages
-    return ProductConfig(*sizes, c.unroll, c.parts or 1)
+    large = c.block_m * c.block_n >= _LARGE
+    return ProductConfig(*sizes, c.unroll, min(c.parts or 1, 2 if large else configs.COUNTERS))
 
 
 def of_decode(config: configs.DecodeConfig, parts: int = 1) -> ProductConfig:
@@ -340,13 +343,18 @@ def of_decode(config: configs.DecodeConfig, parts: int = 1) -> ProductConfig:
     return ProductConfig(DECODE_ROWS, c.block_n, c.block_k, c.num_warps, c.num_stages, parts=parts)
 
 
+def _has_registers(config: configs.GemmConfig) -> bool:
+    """For the integers of another part, and the columns' product after them."""
+    return config.block_n <= 128 or config.parts == 1
+
+
 def product_configs(
     arch: str, M: int, N: int, K: int, dtype: torch.dtype, processors: int
 ) -> list[ProductConfig]:
-    """The rows worth trying for a shape, the best guess last. None has extended tiles."""
+    """The rows worth trying for a shape, the best guess last; none has extended tiles."""
     if M > DECODE_ROWS:
         rows = configs.gemm_configs(arch, M, N, K, dtype, processors)
-        return [of_product(dataclasses.replace(row, extra_m=0)) for row in rows if not row.extra_m]
+        return [of_product(row) for row in rows if not row.extra_m and _has_registers(row)]
     kind = f"rows {DECODE_ROWS}"
     chosen = []
     for row in configs.decode_configs(arch, kind, N, K, processors):

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from int8fx.kernels.gpu.gemm import int8_product, part_of_range, tile_in_bands
 from int8fx.kernels.gpu.groups import pick
-from int8fx.kernels.gpu.split import sum_of_large_tile
+from int8fx.kernels.gpu.split import halves, sum_of_large_tile
 from int8fx.kernels.gpu.tiles import of_columns, scaled_rows, wrapped_range
 
 STEP_C = tl.constexpr(16)  # static columns a step
@@ -35,6 +35,43 @@ def _add_columns(
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def _store_piece(
+    acc, start_m, start_n, x_columns_ptr, linear, wanted, M,
+    HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What of ``y`` is inside the result, WIDTH columns after one another: of each, a thread keeps the
+    scale, the bias and the columns' weights in registers.
+
+    Args:
+        acc: the integers, in fp32, times the scales of their rows.
+        linear: pointers to its scales, columns' weights, bias and result, and N.
+    """
+    if acc.shape[1] > WIDTH:
+        left, right = halves(acc)
+        _store_piece(
+            left, start_m, start_n, x_columns_ptr, linear, wanted, M,
+            HAS_BIAS, COLUMNS, ROOM, PRECISION, WIDTH,
+        )  # fmt: skip
+        _store_piece(
+            right, start_m, start_n + left.shape[1], x_columns_ptr, linear, wanted, M,
+            HAS_BIAS, COLUMNS, ROOM, PRECISION, WIDTH,
+        )  # fmt: skip
+    else:
+        w_scale_ptr, w_columns_ptr, bias_ptr, y_ptr, N = linear
+        m, n = start_m + tl.arange(0, acc.shape[0]), start_n + tl.arange(0, acc.shape[1])
+        y = acc * of_columns(w_scale_ptr, n, N)[None, :]
+        if COLUMNS:
+            y = _add_columns(y, x_columns_ptr, w_columns_ptr, m % M, n, N, COLUMNS, ROOM, PRECISION)
+        if HAS_BIAS:
+            y += of_columns(bias_ptr, n, N)[None, :]
+        target = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(
+            target, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :] & wanted
+        )
 
 
 @triton.jit
@@ -98,12 +135,8 @@ def rotated_gemm_kernel(
     wanted = True
     if SPLIT_K > 1:
         acc_int32, wanted = sum_of_large_tile(acc_int32, part, parts_ptr, counters_ptr, SPLIT_K)
-    rows, columns = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    y = scaled_rows(acc_int32, x_scale_ptr, m) * of_columns(w_scale_ptr, columns, N)[None, :]
-    if COLUMNS:
-        y = _add_columns(y, x_columns_ptr, w_columns_ptr, m, columns, N, COLUMNS, ROOM, PRECISION)
-    if HAS_BIAS:
-        y += of_columns(bias_ptr, columns, N)[None, :]
-    target = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    inside = (rows < M)[:, None] & (columns < N)[None, :] & wanted
-    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)
+    linear = (w_scale_ptr, w_columns_ptr, bias_ptr, y_ptr, N)
+    _store_piece(
+        scaled_rows(acc_int32, x_scale_ptr, m), start_m, start_n, x_columns_ptr, linear, wanted, M,
+        HAS_BIAS, COLUMNS, ROOM, PRECISION, 64 if SPLIT_K == 1 else 128,
+    )  # fmt: skip

@@ -5,7 +5,8 @@ import triton.language as tl
 
 from int8fx.kernels.gpu.split import halves
 
-# Outlier columns a step, of those that were not gathered.
+# Outlier columns a step: of those that were gathered, and of others.
+BLOCK_O = tl.constexpr(32)
 STEP_O = tl.constexpr(16)
 
 

@@ -34,10 +34,11 @@ from torch import Tensor
 from int8fx.kernels import table
 from int8fx.kernels.formats.codes import codes_in_a_byte, unpack_bits
 from int8fx.kernels.formats.grouped import WHOLE, dequantize_codes
+from int8fx.kernels.formats.rotated_groups import dequantize_rotated
 from int8fx.kernels.ops.gradients import bias_gradient
 from int8fx.kernels.ops.library import register
 from int8fx.kernels.ops.rotated_linear import check_rotation, quantize_rotated_reference
-from int8fx.kernels.ops.rotation import NONE, rotate_back, rotated_columns
+from int8fx.kernels.ops.rotation import NONE, rotated_columns
 
 BITS = 4
 FAMILY = f"{BITS}-bit by groups"
@@ -53,15 +54,20 @@ def stored_bytes(K: int, group: int) -> int:
 
 
 def dequantized(packed: Tensor, grid: Sequence[Tensor], group: int, zeros: str, K: int) -> Tensor:
-    """ŵ ``[N, K]`` fp32 of a packed weight, before it is rotated back.
+    """ŵ ``[N, K]`` fp32 of a packed weight that is not rotated, or before it is rotated back.
 
     Args:
         packed: as the kernel of its device takes it, or as it is stored.
         grid: ``scale [N, G]``, and zero points or offsets where ``zeros`` has some.
     """
-    shape = grid[0].shape[0], stored_bytes(K, group)
+    codes = _codes(packed, grid[0].shape[0], K, group)
+    return dequantize_codes(codes, BITS, group, zeros, grid, K)
+
+
+def _codes(packed: Tensor, N: int, K: int, group: int) -> Tensor:
+    shape = N, stored_bytes(K, group)
     stored = packed if tuple(packed.shape) == shape else table.unpack(packed, *shape, FAMILY)
-    return dequantize_codes(unpack_bits(stored, BITS), BITS, group, zeros, grid, K)
+    return unpack_bits(stored, BITS)
 
 
 def _grid(scale: Tensor, zero_point: Tensor | None) -> list[Tensor]:
@@ -143,10 +149,9 @@ def _input_gradient(
     group, zeros, block, rotation = how
     weight, scale, zero_point, w_columns, columns = parts
     assert weight is not None and scale is not None
+    codes = _codes(weight, scale.shape[0], rotated_columns(K, block, rotation), group)
     grid = _grid(scale, zero_point)
-    w_hat = dequantized(weight, grid, group, zeros, rotated_columns(K, block, rotation))
-    if rotation != NONE:
-        w_hat = rotate_back(w_hat, K, block, rotation)
+    w_hat = dequantize_rotated(codes, BITS, group, zeros, grid, K, block, rotation)
     if w_columns is not None and columns is not None:
         w_hat = w_hat.index_copy(1, columns.long(), w_columns.t().float())
     return grad @ w_hat.to(grad.dtype)

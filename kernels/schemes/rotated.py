@@ -89,7 +89,7 @@ def at_once(
 ) -> Tensor | None:
     """By the operator that ``passes/int8/join_rotated.py`` puts into graphs, where a device has one
     that stands for a single linear as well."""
-    found = table.joined(x.device.type, OPERATOR)
+    found = table.joined_by(OPERATOR, x.device.type)
     if found is None or found[0] is ops.rotated_linears:
         return None
     lists = ([tensor] for tensor in operands(weight))

@@ -169,12 +169,8 @@ class Choice:
 
     def lower(self, call: Call, x: Any, weight: Sequence[Any], bias: Any) -> Any:
         if self.scheme.lower is None:
-            return call(self._dequantized_linear, x, bias, *weight)
+            return call(dequantized_linear(self.weight_format), x, bias, *weight)
         return self.scheme.lower(call, x, weight, bias, self.settings)
-
-    @functools.cached_property
-    def _dequantized_linear(self) -> Callable[..., Tensor]:
-        return dequantized_linear(self.weight_format)
 
     def product(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """The product of tensors, ``x [M, K]``: by one operator where the device has it."""
@@ -189,6 +185,7 @@ class Choice:
         return self.scheme.experts(call, x, weight, routing, self.settings)
 
 
+@functools.cache
 def dequantized_linear(weight_format: WeightFormat) -> Callable[..., Tensor]:
     """``(x [*, K], bias, *packed weight) -> y``: the product of a format that has no kernel."""
 

@@ -7,6 +7,7 @@ take their cases from this table: ``tests/test_schemes.py`` holds its lowering a
 GPU path.
 """
 
+import html
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,32 @@ from int8fx.kernels.schemes.scheme import Scheme
 
 DEFAULT = int8.LLM_INT8.name
 
-SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme
+
+class Schemes(dict[str, Scheme]):
+    """Schemes by name, which print as a line each.
+
+    Examples:
+        >>> import int8fx
+        >>> int8fx.SCHEMES["w8a16"].formula
+        'x as it is, per-channel w'
+    """
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:{width}}  {scheme.formula}" for name, scheme in self.items())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(scheme.formula)}</td>"
+            f"<td>{html.escape(', '.join(sorted(scheme.reads)))}</td></tr>"
+            for name, scheme in self.items()
+        )
+        head = "<tr><th>scheme</th><th>formula</th><th>settings</th></tr>"
+        return f"<table>{head}{rows}</table>"
+
+
+SCHEMES = Schemes(
+    (scheme.name, scheme)
     for scheme in (
         int8.LLM_INT8,
         affine.LLM_INT8_ZEROPOINT,
@@ -34,7 +59,7 @@ SCHEMES: dict[str, Scheme] = {
         grouped.NF4,
         row_groups.WNA16_ROWS,
     )
-}
+)
 
 
 # What follows is read at each compile: a row may be added at any time.

@@ -26,6 +26,7 @@ import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
@@ -43,6 +44,7 @@ READ_ELSEWHERE = "something else reads the norm as well"
 FEW = f"{DECODE_ROWS} rows or fewer are quantised by Inductor's kernel of the norm"
 NO_OUTLIERS = "the linears have no outliers to take out"
 SUM_ON_THE_WAY = "the sum before the norm is not of two tensors in memory"
+SUM_IN_FP32 = "the sum before the norm is normalised in fp32, and rounded for others"
 ON_THE_WAY = "what is normalised is computed on the way, and not in memory"
 WRITTEN = "the graph writes to what the norm or its linears read"
 
@@ -111,6 +113,8 @@ def _no_gain(norm: Norm, call: Any) -> str:
     if argument(call, "threshold") == 0 or argument(call, "decomposition") not in ("column", "token"):
         return NO_OUTLIERS
     if _is_sum(_below_dropout(norm.x)):
+        if _dtype(norm.x) != _dtype(argument(call, "x")):
+            return SUM_IN_FP32
         return "" if _addends(norm) is not None else SUM_ON_THE_WAY
     return "" if _is_stored(norm.x, norm.nodes) else ON_THE_WAY
 
@@ -120,6 +124,11 @@ def _read(norm: Norm, call: fx.Node) -> set[fx.Node]:
     return {norm.x, *norm.x.all_input_nodes, *norm.nodes, *call.all_input_nodes} | {
         read for node in norm.nodes for read in node.all_input_nodes
     }
+
+
+def _dtype(x: Any) -> torch.dtype | None:
+    value = tensor_of(x)
+    return None if value is None else value.dtype
 
 
 def _is_sum(x: fx.Node) -> bool:

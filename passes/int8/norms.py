@@ -5,7 +5,8 @@
     x32 = x.float()                                            Llama, Mistral, Qwen, T5 and many more
     weight * (x32 * rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-or the product with the weight in fp32 and the cast last, as OLMo has it.
+or the product with the weight in fp32 and the cast last, as OLMo has it. The weight may be read as
+``weight.data``, as vLLM does it.
 """
 
 import operator
@@ -29,6 +30,8 @@ _RSQRT = frozenset({torch.rsqrt, "rsqrt"})
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as"})
 _LAYER = frozenset({F.layer_norm, torch.layer_norm})
 _RMS = frozenset({F.rms_norm, torch.rms_norm})
+# What ``.data`` is in a graph: a function of torch's, or an attribute.
+_DATA = ("_get_data_attr", "data")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def _one_call(h: Any) -> Norm | str:
     if eps is None:
         eps = torch.finfo(torch.float32).eps if is_rms else 1e-5
     kind = "rms" if is_rms else "layer" if bias is None else "layer, bias"
-    return Norm(kind, given["input"], weight, bias, eps, frozenset({h}))
+    vectors = _below_data(weight), _below_data(bias)
+    return Norm(kind, given["input"], *vectors, eps, frozenset({h, weight, bias}) - {None, *vectors})
 
 
 def _spelled_out(h: Any) -> Norm | str | None:
@@ -96,7 +100,7 @@ def _spelled_out(h: Any) -> Norm | str | None:
         return None if norm_of(product) is None else "the norm is rounded twice"
     reason = None
     for weight, scaled in _factors(product):
-        n, vector = _without_cast(scaled), _without_cast(weight)
+        n, vector = _without_cast(scaled), _below_data(_without_cast(weight))
         for x32, rstd in _factors(n):
             x, found = _without_cast(x32), _mean_square(rstd)
             kind = _kind(h, scaled, vector, weight)
@@ -171,6 +175,14 @@ def _without_cast(node: Any) -> Any:
     """What a node casts, or the node; of two casts the first rounds."""
     is_cast = _calls(node, _CASTS) and shape_of(node.args[0]) == shape_of(node) is not None
     return node.args[0] if is_cast else node
+
+
+def _below_data(node: Any) -> Any:
+    """The tensor whose ``.data`` a node reads, or the node."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return node
+    attribute = node.args[1] if node.target is getattr else getattr(node.target, "__name__", "")
+    return node.args[0] if attribute in _DATA else node
 
 
 def _calls(node: Any, targets: Collection[Any]) -> bool:

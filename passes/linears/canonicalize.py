@@ -40,63 +40,52 @@ FUSED = (
 aten = torch.ops.aten
 Matcher = Callable[..., Candidate | None]
 
+# What is a function of torch, a method of Tensor and an operator of aten, by one name.
+_EVERYWHERE: dict[str, Matcher] = {
+    "matmul": products.matmul,
+    "mm": products.mm,
+    "bmm": products.mm,
+    "addmm": products.addmm,
+    "baddbmm": products.baddbmm,
+    "addbmm": products.addbmm,
+    "mv": products.mv,
+    "addmv": products.addmv,
+    "inner": products.inner,
+}
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 # A spelling is what Dynamo puts into a graph: a function, the name of a Tensor method, an operator of
 # aten whatever its overload, or the name of another package's operator.
 SPELLINGS: dict[Any, tuple[str, Matcher]] = {
+    **{getattr(torch, name): (f"torch.{name}", match) for name, match in _EVERYWHERE.items()},
+    **{name: (f"Tensor.{name}", match) for name, match in _EVERYWHERE.items()},
+    **{getattr(aten, name): (f"aten.{name}", match) for name, match in _EVERYWHERE.items()},
     F.linear: ("torch.nn.functional.linear", products.linear),
-    torch.matmul: ("torch.matmul", products.matmul),
+    aten.linear: ("aten.linear", products.linear),
     operator.matmul: ("@", products.matmul),
-    "matmul": ("Tensor.matmul", products.matmul),
     "__matmul__": ("@", products.matmul),
     "__rmatmul__": ("@", products.reversed_matmul),
     operator.imatmul: ("@=", products.matmul),
     torch.linalg.matmul: ("torch.linalg.matmul", products.matmul),
-    torch.mm: ("torch.mm", products.mm),
-    "mm": ("Tensor.mm", products.mm),
-    torch.bmm: ("torch.bmm", products.mm),
-    "bmm": ("Tensor.bmm", products.mm),
-    torch.addmm: ("torch.addmm", products.addmm),
-    "addmm": ("Tensor.addmm", products.addmm),
-    torch.baddbmm: ("torch.baddbmm", products.baddbmm),
-    "baddbmm": ("Tensor.baddbmm", products.baddbmm),
-    torch.addbmm: ("torch.addbmm", products.addbmm),
-    "addbmm": ("Tensor.addbmm", products.addbmm),
-    torch.mv: ("torch.mv", products.mv),
-    "mv": ("Tensor.mv", products.mv),
-    torch.addmv: ("torch.addmv", products.addmv),
-    "addmv": ("Tensor.addmv", products.addmv),
-    torch.inner: ("torch.inner", products.inner),
-    "inner": ("Tensor.inner", products.inner),
     torch.tensordot: ("torch.tensordot", products.tensordot),
     torch.linalg.multi_dot: ("torch.linalg.multi_dot", products.multi_dot),
+    aten.linalg_multi_dot: ("aten.linalg_multi_dot", products.multi_dot),
     torch.chain_matmul: ("torch.chain_matmul", products.chain_matmul),
-    F.conv1d: ("torch.nn.functional.conv1d", products.convolution),
-    F.conv2d: ("torch.nn.functional.conv2d", products.convolution),
-    F.conv3d: ("torch.nn.functional.conv3d", products.convolution),
+    **{
+        getattr(F, name): (f"torch.nn.functional.{name}", products.convolution)
+        for name in _CONVOLUTIONS
+    },
+    **{getattr(aten, name): (f"aten.{name}", products.convolution) for name in _CONVOLUTIONS},
     torch.einsum: ("torch.einsum", products.einsum),
     torch._grouped_mm: ("torch.nn.functional.grouped_mm", products.grouped_mm),
     F.grouped_mm: ("torch.nn.functional.grouped_mm", products.grouped_mm),
     "transformers.grouped_mm_fallback": ("transformers.grouped_mm_fallback", products.grouped_fallback),
-    aten.linear: ("aten.linear", products.linear),
-    aten.matmul: ("aten.matmul", products.matmul),
-    aten.mm: ("aten.mm", products.mm),
-    aten.bmm: ("aten.bmm", products.mm),
-    aten.addmm: ("aten.addmm", products.addmm),
-    aten.baddbmm: ("aten.baddbmm", products.baddbmm),
-    aten.addbmm: ("aten.addbmm", products.addbmm),
-    aten.mv: ("aten.mv", products.mv),
-    aten.addmv: ("aten.addmv", products.addmv),
-    aten.inner: ("aten.inner", products.inner),
-    aten.linalg_multi_dot: ("aten.linalg_multi_dot", products.multi_dot),
-    aten.conv1d: ("aten.conv1d", products.convolution),
-    aten.conv2d: ("aten.conv2d", products.convolution),
-    aten.conv3d: ("aten.conv3d", products.convolution),
 }
 
 # Calls with weights that are no linear map, and why. nn.MultiheadAttention, an encoder of
 # torch in eval mode and the cells of recurrent networks come to one call with linears inside.
 _INSIDE = "its projections are inside one fused call of torch"
 _IN_PLACE = "it writes its result into its first argument"
+_ADDING_IN_PLACE = ("addmm_", "addmv_", "baddbmm_", "addbmm_")
 _BILINEAR = "a product of two activations and a weight: only one of one is a linear"
 _FUSED_CALLS = (
     "_transformer_encoder_layer_fwd _native_multi_head_attention "
@@ -108,11 +97,8 @@ NO_LINEARS: dict[Any, tuple[str, str]] = {
     **{getattr(aten, name): (f"aten.{name}", _INSIDE) for name in _FUSED_CALLS},
     F.bilinear: ("torch.nn.functional.bilinear", _BILINEAR),
     aten.bilinear: ("aten.bilinear", _BILINEAR),
-    **{name: (f"Tensor.{name}", _IN_PLACE) for name in ("addmm_", "addmv_", "baddbmm_", "addbmm_")},
-    aten.addmm_: ("aten.addmm_", _IN_PLACE),
-    aten.addmv_: ("aten.addmv_", _IN_PLACE),
-    aten.baddbmm_: ("aten.baddbmm_", _IN_PLACE),
-    aten.addbmm_: ("aten.addbmm_", _IN_PLACE),
+    **{name: (f"Tensor.{name}", _IN_PLACE) for name in _ADDING_IN_PLACE},
+    **{getattr(aten, name): (f"aten.{name}", _IN_PLACE) for name in _ADDING_IN_PLACE},
 }
 
 

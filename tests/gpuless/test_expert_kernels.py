@@ -142,7 +142,6 @@ def quantize(given: Case, threshold: float, decomposition: str) -> Quantized:
         CHUNK=32,
         CHUNKS=1 if K <= 32 else 0,
         EVEN_K=K % 32 == 0,
-        NEIGHBOURS=8,
         LIST_BLOCK=4,
         BLOCK_E=routing.block_of_experts(E),
     )
@@ -173,7 +172,6 @@ def product(
         BLOCK_M=block_m,
         BLOCK_N=32,
         BLOCK_K=32,
-        BLOCK_O=16,
         BLOCK_E=routing.block_of_experts(E),
         GROUP_M=2,
         UNROLL=unroll,

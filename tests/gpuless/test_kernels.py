@@ -186,7 +186,6 @@ def run_quantize_gather(
         threshold,
         NORM=kind,
         QUANTIZE=quantizes,
-        COUNTERS=COUNTERS,
         **shape,
     )
     assert_intact(*outputs.values(), *case.inputs)
@@ -417,7 +416,6 @@ def check_product(
         BLOCK_M=block,
         BLOCK_N=block_n,
         BLOCK_K=block,
-        BLOCK_O=32,
         EXTRA_M=extra_m,
         SPLIT_K=parts,
         GROUP_M=2,
@@ -567,7 +565,6 @@ def run_decode(
         VECTOR=4,
         QUANTIZE_BLOCK=32,
         LIST_BLOCK=4,
-        BLOCK_O=16,
         GROUPED=len(outputs) > 1,
         EVEN_K=K % 32 == 0,
         HAS_BIAS=bool(case.biases) and whole,

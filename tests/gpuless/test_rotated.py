@@ -90,7 +90,8 @@ def test_every_linear_of_a_block_agrees_with_the_reference(name, shape, dtype, w
     assert len(done.check.errors) == len(accepted) > 2
     assert all(error < TOLERANCE[dtype] for error in done.check.errors), done.check.errors
     assert done.check.norms == norms
-    assert done.error_of_block < 0.02  # of int8 itself; a wrong tensor in a right place shows here
+    # Of int8 itself; a wrong tensor in a right place shows here.
+    assert done.error_of_block < (0.02 if with_columns else 0.05)
     assert not done.wrapper.extern_launches or "_int_mm" not in str(done.wrapper.extern_launches)
 
 

@@ -22,3 +22,11 @@ def pytest_collection_modifyitems(items):
 def model(tmp_path_factory):
     """A Llama in bf16, on disk."""
     return serving.save(serving.tiny_llama(), tmp_path_factory.mktemp("models") / "bf16")
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory):
+    """The file of that model's calibration."""
+    return serving.calibrated(
+        serving.tiny_llama(), tmp_path_factory.mktemp("calibrations") / "bf16.json"
+    )

@@ -1,7 +1,6 @@
 """What vLLM serves: float weights quantised as they are loaded, and files in int8, without a flag."""
 
 import pytest
-import torch
 
 import int8fx
 from int8fx.testing import serving
@@ -17,7 +16,7 @@ def options(**given):
 
 
 def linears(llm):
-    """The layers of the model that int8fx serves, by name."""
+    """The layers of the model that int8fx serves, by name, and whether their weight is int8fx's."""
     (worker,) = llm.collective_rpc(_linears)
     return worker
 
@@ -25,7 +24,7 @@ def linears(llm):
 def _linears(worker):
     model = worker.model_runner.model
     return {
-        name: type(module.weight).__name__
+        name: isinstance(module.weight, int8fx.Int8Weight)
         for name, module in model.named_modules()
         if hasattr(module, "int8fx")
     }
@@ -40,7 +39,7 @@ def online(model):
 def test_every_linear_becomes_int8_and_the_head_does_not(online):
     found, _ = online
     assert len(found) == LINEARS
-    assert set(found.values()) == {"Int8Weight"}
+    assert all(found.values())
     assert not any("lm_head" in name for name in found)
 
 
@@ -75,13 +74,6 @@ def test_compressed_tensors_files_run_on_our_product(model, tmp_path):
     with serving.engine(files, enforce_eager=True) as llm:
         assert len(linears(llm)) == LINEARS
         assert serving.answers(llm, PROMPTS) == expected
-
-
-@pytest.mark.parametrize("scheme", [name for name in int8fx.SCHEMES if name != "llm.int8"])
-def test_every_scheme_serves(model, scheme):
-    with serving.engine(model, **options(scheme=scheme), enforce_eager=True) as llm:
-        assert len(linears(llm)) == LINEARS
-        serving.answers(llm, PROMPTS, tokens=2)
 
 
 def test_output_head_in_int8(model):
@@ -126,12 +118,25 @@ def test_one_matrix_has_one_scheme(model):
         pass
 
 
-def test_head_in_int8_files_is_refused(tmp_path):
+def test_head_in_int8_files_is_served(tmp_path):
+    """vLLM pads its rows to a multiple of 64; here there are 60 words."""
+    model = serving.tiny_llama(tie_word_embeddings=False, vocab_size=60, eos_token_id=59)
+    files = serving.save(model, tmp_path / "float")
+    with serving.engine(files, **options(**TOKEN, skip=[]), enforce_eager=True) as llm:
+        found, expected = linears(llm), serving.answers(llm, PROMPTS)
+    assert "lm_head" in found
+    files = serving.save(int8fx.quantize_(model, **TOKEN, skip=[]), tmp_path / "int8")
+    with serving.engine(files, enforce_eager=True) as llm:
+        assert linears(llm).keys() == found.keys()
+        assert serving.answers(llm, PROMPTS) == expected
+
+
+def test_head_in_int8_files_that_the_model_ties_is_refused(tmp_path):
     quantized = int8fx.quantize_(serving.tiny_llama(tie_word_embeddings=False), skip=[])
     files = serving.save(quantized, tmp_path / "int8")
     with (
-        pytest.raises(Exception, match="lm_head is in int8 in the files"),
-        serving.engine(files, enforce_eager=True),
+        pytest.raises(Exception, match="lm_head is in int8 in the files, and the model ties it"),
+        serving.engine(files, hf_overrides={"tie_word_embeddings": True}, enforce_eager=True),
     ):
         pass
 
@@ -139,37 +144,7 @@ def test_head_in_int8_files_is_refused(tmp_path):
 def test_scheme_that_files_are_not_in_is_refused(tmp_path):
     files = serving.save(int8fx.quantize_(serving.tiny_llama()), tmp_path / "int8")
     with (
-        pytest.raises(Exception, match="as int8 per channel, and the scheme 'zeropoint-vector'"),
-        serving.engine(files, **options(scheme="zeropoint-vector"), enforce_eager=True),
+        pytest.raises(Exception, match="as int8 per channel, and the scheme 'int8-rotated'"),
+        serving.engine(files, **options(scheme="int8-rotated"), enforce_eager=True),
     ):
         pass
-
-
-def test_experts(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        vocab_size=64,
-        max_position_embeddings=256,
-    )
-    files = serving.save(MixtralForCausalLM(config).to(torch.bfloat16), tmp_path / "mixtral")
-    with serving.engine(files, enforce_eager=True) as llm:
-        expected = serving.answers(llm, PROMPTS, tokens=1)
-    with serving.engine(files, **options(**TOKEN), enforce_eager=True) as llm:
-        (experts,) = llm.collective_rpc(_experts)
-        got = serving.answers(llm, PROMPTS, tokens=1)
-    assert experts == 2
-    for before, after in zip(expected, got, strict=True):
-        assert after[0][1] == pytest.approx(before[0][1], abs=0.1)
-
-
-def _experts(worker):
-    named = worker.model_runner.model.named_modules()
-    return sum(hasattr(module, "int8fx_w13") for _, module in named)

@@ -12,17 +12,38 @@ from int8fx.testing import serving
 TOKENS = 64
 
 
-@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "compiled"])
-def test_greedy_tokens_are_those_of_transformers(model, enforce_eager):
+TOKEN = {"decomposition": "token"}
+STATIC = {"decomposition": "static"}
+ROTATED = {"scheme": "int8-rotated"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds", "enforce_eager"),
+    [
+        (TOKEN, {}, True),
+        (TOKEN, {}, False),
+        (STATIC, {}, False),
+        (ROTATED, {}, False),
+        (TOKEN, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}, False),
+    ],
+    ids=["eager", "compiled", "static", "int8-rotated", "biases, untied"],
+)
+def test_greedy_tokens_are_those_of_transformers(tmp_path, options, kinds, enforce_eager):
     """After the same words transformers chooses the same token. In fp32: a bf16 model of random weights
     has logits so close to each other that a last bit decides."""
+    model = serving.tiny_llama(**kinds)
+    files = serving.save(model, tmp_path / "model")
+    if options is not TOKEN:
+        # The head stays in float on both sides: quantize_ has an embedding's in float, the backend not.
+        file = serving.calibrated(model, tmp_path / "calibration.json")
+        options = {**options, "calibration": str(file), "skip": ["lm_head"]}
     prompts = serving.random_prompts(8, random.Random(2))
-    options = {"quant_method": "int8fx", "decomposition": "token"}
-    settings = {"hf_overrides": {"quantization_config": options}, "enforce_eager": enforce_eager}
-    with serving.engine(model, **settings, dtype="float32") as llm:
+    given = {"quantization_config": {"quant_method": "int8fx", **options}}
+    settings = {"hf_overrides": given, "enforce_eager": enforce_eager}
+    with serving.engine(files, **settings, dtype="float32") as llm:
         answers = serving.answers(llm, prompts, TOKENS)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    int8fx.quantize_(loaded, decomposition="token")
+    loaded = AutoModelForCausalLM.from_pretrained(files, dtype=torch.float32)
+    int8fx.quantize_(loaded, **options)
     gaps = [
         serving.gaps(loaded, prompt, [token for token, _ in answer])
         for prompt, answer in zip(prompts, answers, strict=True)

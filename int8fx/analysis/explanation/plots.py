@@ -72,15 +72,21 @@ def draw(explanation: Findings) -> "Figure":
 
 
 def distinct_inputs(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The quantised rows by kind; kinds that read the same inputs (q/k/v) are one."""
-    by_kind: dict[str, list[Row]] = {}
+    """The quantised rows by kind; kinds that read the same inputs (q/k/v) are one.
+
+    Layers of a ``Sequential`` are of one kind, and may have inputs of several widths, a line each.
+    """
+    by_kind: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
         if row.accepted and row.channel_absmax:
-            by_kind.setdefault(kind(row.path), []).append(row)
+            widths = by_kind.setdefault(kind(row.path), {})
+            widths.setdefault(len(row.channel_absmax), []).append(row)
     by_input: dict[tuple, tuple[list[str], list[Row]]] = {}
-    for name, members in by_kind.items():
-        same = tuple(row.channel_absmax for row in members)
-        by_input.setdefault(same, ([], members))[0].append(name.rpartition(".")[2] or name)
+    for name, widths in by_kind.items():
+        for K, members in widths.items():
+            same = tuple(row.channel_absmax for row in members)
+            shown = _last(name) if len(widths) == 1 else f"{_last(name)} K={K}"
+            by_input.setdefault(same, ([], members))[0].append(shown)
     return {"/".join(names): members for names, members in by_input.values()}
 
 
@@ -94,6 +100,7 @@ def pooled(absmax: Sequence[float], bins: int = BINS) -> list[float]:
 def _outliers(figure: Any, inputs: dict[str, list[Row]], threshold: float, lines: int) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator
 
     cool, warm = colormaps["Blues"], colormaps["YlOrRd"]
     steps = [index / 127 for index in range(128)]
@@ -118,6 +125,7 @@ def _outliers(figure: Any, inputs: dict[str, list[Row]], threshold: float, lines
             norm=Normalize(-OCTAVES, OCTAVES),
             extent=(0, len(members[0].channel_absmax), len(members) - 0.5, -0.5),
         )
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(name, fontsize=LABEL)
         axis.set_xlabel("channel", fontsize=LABEL)
         axis.tick_params(labelsize=LABEL)
@@ -139,6 +147,9 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _sqnr(axes: "Axes", rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, members in _lines(rows).items():
         values = [row.sqnr_db for row in members if row.sqnr_db is not None]
         axes.plot(range(len(values)), values, marker="o", ms=2.5, lw=1, label=_last(name))

@@ -1,7 +1,7 @@
 """What ``explain`` found, as data: a row for each linear, sums, graph breaks; and how cells read."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from int8fx.passes.outcome import Outcome
@@ -106,6 +106,10 @@ class Findings:
         passes: what each pass changes in the graphs, and why it leaves the rest.
         graphs: how many Dynamo made.
         graph_breaks, recompiles: why it made more than one.
+        model: its name.
+        options: as they were given.
+        versions: of the packages that the result depends on.
+        date: when it ran, with the time zone.
     """
 
     rows: tuple[Row, ...]
@@ -117,6 +121,10 @@ class Findings:
     graphs: int
     graph_breaks: tuple[GraphBreak, ...]
     recompiles: tuple[str, ...]
+    model: str
+    options: str
+    versions: dict[str, str]
+    date: str
 
 
 def kind(path: str) -> str:
@@ -146,6 +154,50 @@ def memory(before: int, after: int) -> str:
     if before == after:
         return f"{before / 2**20:.1f}"
     return f"{before / 2**20:.1f}>{after / 2**20:.1f}"
+
+
+def notes(row: Row) -> str:
+    """What is said below the name of a linear: why it stays in float, or how it is computed."""
+    if row.reason:
+        return row.reason
+    static = ", ".join(map(str, row.static_columns))
+    unrotated = row.sqnr_db_unrotated
+    said = (
+        row.note,
+        f"columns {static} in 16-bit" if static else "",
+        "" if unrotated is None else f"{unrotated:.1f} dB without rotation",
+    )
+    return "; ".join(filter(None, said))
+
+
+def cells(row: Row) -> dict[str, str]:
+    """What is said of a linear, by column."""
+    return {
+        "N x K": "" if row.shape is None else f"{row.shape[0]}x{row.shape[1]}",
+        "scheme": row.scheme or "float",
+        "outliers": outliers(row),
+        "SQNR": sqnr(row.sqnr_db),
+        "MiB": memory(row.float_bytes, row.kept_bytes) if row.float_bytes else "",
+        "FLOPs": f"{row.share:.1%}",
+    }
+
+
+def kind_cells(rows: Iterable[Row]) -> Iterator[dict[str, str]]:
+    """What is said of each kind of linear, by column."""
+    for (name, scheme), members in by_kind(rows).items():
+        largest = [row.input_absmax for row in members if row.input_absmax is not None]
+        noise = [row.sqnr_db for row in members if row.sqnr_db is not None]
+        counted = [row for row in members if row.counts_bytes]
+        before = sum(row.float_bytes for row in counted)
+        yield {
+            "modules": name,
+            "count": str(len(members)),
+            "scheme": scheme,
+            "max |x|": f"{max(largest):.1f}" if largest else "",
+            "min SQNR": sqnr(min(noise) if noise else None),
+            "MiB": memory(before, sum(row.kept_bytes for row in counted)),
+            "FLOPs": f"{sum(row.share for row in members):.1%}",
+        }
 
 
 def by_kind(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:

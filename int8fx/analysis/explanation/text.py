@@ -1,10 +1,12 @@
 """Findings as text for a terminal of 80 columns."""
 
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -12,12 +14,11 @@ from rich.text import Text
 from int8fx.analysis.explanation.record import (
     Findings,
     Row,
-    by_kind,
-    memory,
+    cells,
+    kind_cells,
     mib,
-    outliers,
+    notes,
     pass_rows,
-    sqnr,
 )
 from int8fx.passes.outcome import Outcome
 
@@ -33,55 +34,47 @@ def as_text(shown: RenderableType) -> str:
 
 
 def row_table(explanation: Findings) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("module", overflow="fold")
-    for column in ("N x K", "scheme", "outliers", "SQNR", "MiB", "FLOPs"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _columns("module", ("N x K", "scheme", "outliers", "SQNR", "MiB", "FLOPs"))
     for row in explanation.rows:
-        name: RenderableType = Text(row.path)
-        if below := row.reason or "; ".join(filter(None, (row.note, *_rotation(row)))):
+        name: RenderableType = Path(row.path)
+        if below := notes(row):
             name = Group(name, Padding(Text(below, style="dim"), (0, 0, 0, 2)))
-        table.add_row(name, *_cells(row))
+        table.add_row(name, *cells(row).values())
     return table
 
 
-def _rotation(row: Row) -> Iterator[str]:
-    """What a rotated linear keeps in 16-bit, and what the rotation gains."""
-    if row.static_columns:
-        yield f"columns {', '.join(map(str, row.static_columns))} in 16-bit"
-    if row.sqnr_db_unrotated is not None:
-        yield f"{row.sqnr_db_unrotated:.1f} dB without rotation"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        "" if row.shape is None else f"{row.shape[0]}x{row.shape[1]}",
-        row.scheme or "float",
-        outliers(row),
-        sqnr(row.sqnr_db),
-        memory(row.float_bytes, row.kept_bytes) if row.float_bytes else "",
-        f"{row.share:.1%}",
-    )
-
-
 def kind_table(rows: Sequence[Row]) -> Table:
+    table = _columns("modules", ("count", "scheme", "max |x|", "min SQNR", "MiB", "FLOPs"))
+    for each in kind_cells(rows):
+        name, *others = each.values()
+        table.add_row(Path(name), *map(escape, others))
+    return table
+
+
+class Path:
+    """A module's path, which is broken behind a dot where it is too long for its column."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for part in re.findall(r"[^.]*\.?", self.path):
+            if lines[-1] and len(lines[-1]) + len(part) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(lines), overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max(map(len, re.findall(r"[^.]*\.?", self.path)))
+        return Measurement(longest, len(self.path))
+
+
+def _columns(first: str, others: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("modules", overflow="fold")
-    for column in ("count", "scheme", "max |x|", "min SQNR", "MiB", "FLOPs"):
+    table.add_column(first, overflow="fold")
+    for column in others:
         table.add_column(column, justify="right", no_wrap=True)
-    for (name, scheme), members in by_kind(rows).items():
-        largest = [row.input_absmax for row in members if row.input_absmax is not None]
-        noise = [row.sqnr_db for row in members if row.sqnr_db is not None]
-        counted = [row for row in members if row.counts_bytes]
-        table.add_row(
-            escape(name),
-            str(len(members)),
-            scheme,
-            f"{max(largest):.1f}" if largest else "",
-            sqnr(min(noise) if noise else None),
-            memory(sum(row.float_bytes for row in counted), sum(row.kept_bytes for row in counted)),
-            f"{sum(row.share for row in members):.1%}",
-        )
     return table
 
 
@@ -96,6 +89,16 @@ def pass_table(passes: Sequence[Outcome]) -> Table:
     return table
 
 
+def legend(explanation: Findings) -> str:
+    """What the columns of the rows' table are."""
+    outliers = (
+        f"outliers: columns/elements with |x| >= {explanation.threshold:g}"
+        if explanation.threshold
+        else "no decomposition"
+    )
+    return f"{outliers}; SQNR: dB against float; MiB: before>after; FLOPs: of all"
+
+
 def sentences(explanation: Findings) -> list[str]:
     """The totals and what went wrong, a line each."""
     totals = explanation.totals
@@ -108,11 +111,6 @@ def sentences(explanation: Findings) -> list[str]:
     if totals.model_bytes:
         after = totals.model_bytes - totals.float_bytes + totals.kept_bytes
         lines.append(f"the whole model: {mib(totals.model_bytes)} -> {mib(after)} MiB")
-    lines.append(
-        f"outliers (columns/elements): |x| >= {explanation.threshold:g}; SQNR: dB against float"
-        if explanation.threshold
-        else "no decomposition; SQNR: dB against float"
-    )
     breaks = [f"graph break at {each.where}: {each.reason}" for each in explanation.graph_breaks]
     lines.append(
         f"{explanation.graphs} graph{'s' if explanation.graphs != 1 else ''}, "

@@ -12,6 +12,7 @@ bitsandbytes', compressed-tensors' W8A8) need no flag.
     heads.py        the output head
     product.py      what all of them multiply with
     files.py        which weights of a checkpoint are in int8
+    stored_parts.py what vLLM loads of them
     scaled_mm.py    the product of compressed-tensors' W8A8
     compilation.py  how vLLM compiles, and what its log says of it
     modes.py        what its configuration says of that

@@ -48,7 +48,7 @@ def describe_mode(vllm_config: Any) -> None:
     """One line of the log."""
     compilation = vllm_config.compilation_config
     if _in_int8(vllm_config):
-        log.info("int8fx: %s", _description(compilation, vllm_config.quant_config))
+        log.info("int8fx: %s", _description(compilation))
     elif is_ours(compilation) and vllm_config.model_config is not None:
         log.warning(
             "int8fx: the backend %r finds no linear in this model, since vLLM hides them behind "
@@ -57,14 +57,12 @@ def describe_mode(vllm_config: Any) -> None:
         )
 
 
-def _description(compilation: Any, quantization: Any) -> str:
+def _description(compilation: Any) -> str:
     if compilation.mode in (None, CompilationMode.NONE):
         return "eager, int8 linears by operators"
     compiled = f"compiled by {compilation.backend or 'inductor'!r} in mode {compilation.mode.value}"
     if not is_ours(compilation):
         return f"{compiled}, int8 linears by operators"
-    if quantization.get_name() == METHOD and not quantization.fuses():
-        return f"{compiled}, int8 linears by operators where their scheme has no fused form in vLLM"
     return f"{compiled}, int8 linears fused"
 
 

@@ -1,11 +1,13 @@
-"""Experts of a mixture in vLLM: each row meets the matrices of its experts, by ``expert_linear``.
+"""Experts of a mixture in vLLM: each row meets the matrices of its experts, in a scheme that has that.
 
     y[m] = Σ_j topk_weights[m, j] · w2[e] (act(w13[e] x[m])),   e = topk_ids[m, j]
 
-A row's result depends on the row alone where the decomposition does (``"token"``). Under tensor
-parallelism vLLM cuts w2 along K and sums: the result is then as exact, and not the same bit for bit.
+A row's result depends on the row alone where the scheme's does (``"token"``, ``"static"``, rotated).
+Under tensor parallelism vLLM cuts w2 along K and sums: the result is then as exact, and not the same
+bit for bit.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,22 +25,25 @@ class ExpertsMethod(OnlineMoEMethodBase):
     """
     Args:
         moe: vLLM's configuration of the layer.
-        choice: the scheme and its settings.
+        choices: the scheme and its settings of ``w13`` and of ``w2``, which a calibration gives columns
+            of their own.
 
     Raises:
         ValueError: the layer has what this method does not serve.
     """
 
-    def __init__(self, moe: Any, choice: Choice) -> None:
+    def __init__(self, moe: Any, choices: Mapping[str, Choice]) -> None:
         super().__init__(moe)
         if moe.has_bias:
             raise ValueError("int8fx in vLLM: experts with biases; leave them in float with `skip`")
         if moe.moe_parallel_config.use_ep:
             raise ValueError("int8fx in vLLM: expert parallelism; use tensor parallelism instead")
-        self.choice = choice
-        # Schemes without outliers have no such settings.
-        threshold = getattr(choice.settings, "threshold", 0.0)
-        self.activation = threshold, getattr(choice.settings, "decomposition", "column")
+        if moe.moe_parallel_config.tp_size > 1 and getattr(choices["w2"].settings, "columns", ()):
+            raise ValueError(
+                "int8fx in vLLM: experts with columns of a calibration on several processes, each of "
+                "which has some of K; leave them in float (skip), or give them a rule with columns=0"
+            )
+        self.choices = choices
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
@@ -47,14 +52,13 @@ class ExpertsMethod(OnlineMoEMethodBase):
         if getattr(layer, DONE, False):
             return
         setattr(layer, DONE, True)
-        for name in ("w13", "w2"):
-            packed, w_scale = self.choice.quantize(getattr(layer, f"{name}_weight").data)
-            layer.register_buffer(f"int8fx_{name}", packed, persistent=False)
-            layer.register_buffer(f"int8fx_{name}_scale", w_scale, persistent=False)
-            # vLLM takes the dtype and the device from here.
+        for name, choice in self.choices.items():
             floats = getattr(layer, f"{name}_weight")
+            for part, tensor in zip(_parts(name, choice), choice.quantize(floats.data), strict=True):
+                layer.register_buffer(part, tensor, persistent=False)
+            # vLLM takes the dtype and the device from here.
             floats.data = floats.data.new_empty(0)
-        self.product = table.experts(layer.int8fx_w13.device.type) or expert_linear
+        self.expert_linear = table.experts(floats.device.type) or expert_linear
 
     def apply(
         self,
@@ -80,5 +84,15 @@ class ExpertsMethod(OnlineMoEMethodBase):
         return (y * weights).sum(1).to(x.dtype)
 
     def _product(self, layer: Any, name: str, x: Tensor, experts: Tensor) -> Tensor:
-        weight, w_scale = getattr(layer, f"int8fx_{name}"), getattr(layer, f"int8fx_{name}_scale")
-        return self.product(x, *self.activation, weight, w_scale, experts)
+        choice = self.choices[name]
+        parts = [getattr(layer, part) for part in _parts(name, choice)]
+        return choice.lower_experts(self._call, x, parts, (experts, None))
+
+    def _call(self, target: Callable[..., Any], *args: Any) -> Any:
+        """The device's own operator in the place of ``expert_linear``."""
+        return (self.expert_linear if target is expert_linear else target)(*args)
+
+
+def _parts(name: str, choice: Choice) -> list[str]:
+    """The buffers of a packed weight."""
+    return [f"int8fx_{name}_{part}" for part in choice.weight_format.packed_names]

@@ -1,7 +1,8 @@
 """vLLM's linears in int8.
 
 A float weight is quantised as soon as it is loaded, and an int8 one is packed: no second weight is in
-memory meanwhile. A merged matrix (q, k and v; gate and up) is one: scales are per row.
+memory meanwhile. A merged matrix (q, k and v; gate and up) is one: scales are per row. A format with
+one scale for a whole matrix has one for each of those.
 
 **Tensor parallel.** vLLM cuts the weights of down and output projections along K, and adds the products
 of all processes. A token's scale and an outlier's column are of a whole row of x, so that would change
@@ -14,8 +15,6 @@ Each output is computed by one process from whole rows, bit for bit as by a sing
 as much as vLLM's own sum of products: x once, y once, each a part.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,15 +28,13 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.parameter import ModelWeightParameter
 
-from int8fx.integrations.vllm import product
-from int8fx.integrations.vllm.files import Kind
-from int8fx.kernels.ops.quantize_reference import QMAX
+from int8fx.integrations.vllm import product, stored_parts
+from int8fx.integrations.vllm.files import StoredWeight
+from int8fx.integrations.vllm.stored_parts import Loader
 from int8fx.kernels.schemes.scheme import Choice
-from int8fx.weights.tensor import QuantizedWeight
 
-Loader = Callable[..., None]
 # vLLM processes a layer that was on the meta device when its weights are loaded, and all layers at the
 # end. It takes this mark away where weights are loaded anew.
 DONE = "_already_called_process_weights_after_loading"
@@ -48,11 +45,11 @@ class Int8FxLinearMethod(LinearMethodBase):
     """
     Args:
         choice: the scheme and its settings.
-        in_files: how the files hold the weight in int8; None: in float.
+        in_files: how the files hold the weight if it is quantised there; None: it is in float.
         fused: whether the backend ``llmint8`` compiles the model, and so rewrites what it finds.
     """
 
-    def __init__(self, choice: Choice, in_files: Kind | None, fused: bool) -> None:
+    def __init__(self, choice: Choice, in_files: StoredWeight | None, fused: bool) -> None:
         self.choice = choice
         self.in_files = in_files
         self.fused = fused
@@ -72,7 +69,7 @@ class Int8FxLinearMethod(LinearMethodBase):
         **attributes: Any,
     ) -> None:
         """Raises:
-        ValueError: N cannot be cut for as many processes as there are.
+        ValueError: the weight cannot be cut for as many processes as there are.
         """
         N, K = sum(output_partition_sizes), input_size_per_partition
         layer.int8fx_gathers = _gathers(layer)
@@ -84,12 +81,26 @@ class Int8FxLinearMethod(LinearMethodBase):
             N, K = output_size // layer.tp_size, input_size
             weight_loader = _rows_of(layer)
             layer.int8fx_is_summed_later, layer.reduce_results = not layer.reduce_results, False
-        layer.logical_widths = output_partition_sizes
-        layer.int8fx_dtype = params_dtype
+        elif input_size != K:
+            self._check_cut(layer)
+        layer.logical_widths = [N] if layer.int8fx_gathers else output_partition_sizes
         if self.in_files is None:
             self._create_float(layer, N, K, params_dtype, weight_loader)
         else:
-            self._create_int8(layer, N, K, self.in_files, _matrix(weight_loader))
+            like = stored_parts.on_meta(N, K, self.choice, params_dtype)
+            stored_parts.create(layer, like, self.in_files, weight_loader)
+
+    def _check_cut(self, layer: Any) -> None:
+        """Raises:
+        ValueError: each process is to have some of the K columns, and the scheme is about all.
+        """
+        columns = getattr(self.choice.settings, "columns", ())
+        if columns or not (self.in_files is None or self.in_files.is_plain):
+            what = "columns of a calibration" if columns else "files of its scheme"
+            raise ValueError(
+                f"{layer.prefix}: adapters on several processes have vLLM cut its weight along K, and "
+                f"{what} are of all of K; leave it in float (skip), or start without adapters"
+            )
 
     def _create_float(self, layer: Any, N: int, K: int, dtype: torch.dtype, loader: Loader) -> None:
         weight = torch.empty(N, K, dtype=dtype, device="meta")
@@ -97,29 +108,15 @@ class Int8FxLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", parameter)
         initialize_online_processing(layer)
 
-    def _create_int8(self, layer: Any, N: int, K: int, kind: Kind, loader: Loader) -> None:
-        weight = torch.empty(N, K, dtype=torch.int8)
-        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
-        layer.register_parameter("weight", parameter)
-        scale = torch.empty(N, dtype=torch.float32)
-        parameter = ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
-        layer.register_parameter(kind.value, parameter)
-
     def process_weights_after_loading(self, layer: Any) -> None:
         if getattr(layer, DONE, False):
             return
         setattr(layer, DONE, True)
         if self.in_files is None:
-            product.put_float(layer, layer.weight.data, self.choice, self.fused)
+            weight = product.quantized(layer.weight.data, self.choice, layer.logical_widths)
         else:
-            product.put(layer, self._of_files(layer, self.in_files), self.fused)
-
-    def _of_files(self, layer: Any, kind: Kind) -> QuantizedWeight:
-        scale = getattr(layer, kind.value).data
-        delattr(layer, kind.value)
-        if kind is Kind.BITSANDBYTES:
-            scale = scale / QMAX
-        return product.int8_weight(layer.weight.data, scale, self.choice, layer.int8fx_dtype)
+            weight = stored_parts.take(layer)
+        product.put(layer, weight, self.fused)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not layer.int8fx_gathers:
@@ -150,15 +147,3 @@ def _rows_of(layer: Any) -> Loader:
         param.data.copy_(loaded_weight.narrow(0, layer.tp_rank * rows, rows))
 
     return load_rows
-
-
-def _matrix(loader: Loader) -> Loader:
-    """int8fx writes weights as ``[1, N, K]`` (``int8fx/weights/state_dict.py``)."""
-
-    @functools.wraps(loader)
-    def load_matrix(param: Tensor, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
-        if loaded_weight.dim() == 3:
-            loaded_weight = loaded_weight.squeeze(0)
-        loader(param, loaded_weight, *args, **kwargs)
-
-    return load_matrix

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from int8fx.kernels import packing
+from int8fx.kernels.formats.format import TENSOR
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.weights.tensor import QuantizedWeight
 
@@ -15,16 +16,17 @@ from int8fx.weights.tensor import QuantizedWeight
 class Product(nn.Module):
     """By the scheme's operators, which vLLM's own compilers and eager mode take as they are.
 
-    Args:
-        parts: the packed weight; buffers, so that compilers take them as inputs.
+    Its parts are buffers, so that compilers take them as inputs.
     """
 
-    def __init__(self, parts: Sequence[Tensor], choice: Choice) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
-        self.choice = choice
-        self.names = tuple(f"part{index}" for index in range(len(parts)))
-        for name, part in zip(self.names, parts, strict=True):
+        self.choice = weight.choice
+        self.names = tuple(f"part{index}" for index in range(len(weight.tensors)))
+        for name, part in zip(self.names, weight.tensors, strict=True):
             self.register_buffer(name, part, persistent=False)
+        # The first call looks up which kernel serves, under a lock, which no compiler traces.
+        self(weight.tensors[0].new_zeros(1, weight.K, dtype=weight.dtype), None)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         parts = [getattr(self, name) for name in self.names]
@@ -40,17 +42,24 @@ def put(layer: Any, quantized: QuantizedWeight, fused: bool) -> None:
             it rewrites and fuses.
     """
     layer.weight = nn.Parameter(quantized, requires_grad=False)
-    layer.int8fx = None if fused else Product(quantized.tensors, quantized.choice)
+    layer.int8fx = None if fused else Product(quantized)
 
 
-def put_float(layer: Any, weight: Tensor, choice: Choice, fused: bool) -> None:
-    """The same of a float weight ``[N, K]``, which is quantised."""
-    put(layer, QuantizedWeight.quantized(weight, choice, transposed=False), fused)
+def quantized(weight: Tensor, choice: Choice, widths: Sequence[int]) -> QuantizedWeight:
+    """A float weight ``[N, K]`` in a scheme.
 
-
-def of_float(weight: Tensor, choice: Choice) -> Product:
-    """The product with a float weight ``[N, K]``, quantised, by operators."""
-    return Product(choice.quantize(weight), choice)
+    Args:
+        widths: N of each matrix that it is made of. One scale for a whole matrix is one for each.
+    """
+    kept = choice.weight_format
+    if kept.granularity != TENSOR or len(widths) == 1:
+        return QuantizedWeight.quantized(weight, choice, transposed=False)
+    N, K = weight.shape
+    each = [kept.quantize(matrix) for matrix in weight.split(list(widths))]
+    stored = [torch.cat(parts) for parts in zip(*each, strict=True)]
+    packed = packing.pack(kept, stored, N, K)
+    form = {"N": N, "K": K, "dtype": weight.dtype, "transposed": False}
+    return QuantizedWeight(*packed, choice=choice, **form)
 
 
 def apply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:

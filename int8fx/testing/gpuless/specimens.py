@@ -158,10 +158,9 @@ def rotated_specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
         if config.extra_m:
             continue
         yield rotated_product(arch, of_product(config), config.blocks, dtype)
-        for parts in (2, 3) if configs.counts_parts(arch) and config.block_m == 128 else ():
-            if parts == 2 or config.block_n <= 128:
-                split = dataclasses.replace(config, parts=parts)
-                yield rotated_product(arch, of_product(split), 1, dtype)
+        if configs.counts_parts(arch) and config.block_m == 128 == config.block_n:
+            split = dataclasses.replace(config, parts=2)
+            yield rotated_product(arch, of_product(split), 1, dtype)
 
 
 @functools.cache
@@ -178,7 +177,6 @@ def gemm(arch: str, config: configs.GemmConfig, dtype: str = "fp16", **constants
         | _CAPACITIES
         | {"parts_ptr": "*fp32", "counters_ptr": "*i32", "extended": "i32"},
         {
-            "BLOCK_O": 32,
             "GROUP_M": 8,
             "GROUPED": True,
             "HAS_BIAS": True,
@@ -347,7 +345,7 @@ def quantize_gather(
         arch,
         quantize_gather_kernel,
         pointers | _sizes() | _CAPACITIES | {"threshold": "fp64"},
-        constants | {"NORM": norm, "QUANTIZE": quantizes, "COUNTERS": configs.COUNTERS},
+        constants | {"NORM": norm, "QUANTIZE": quantizes},
         num_warps,
         3,
         blocks=1 if num_warps > 8 or alone else 2,
@@ -372,7 +370,6 @@ def experts(arch: str, config: configs.GemmConfig, dtype: str = "fp16") -> Speci
             "N": "i32",
         },
         {
-            "BLOCK_O": 16,
             "BLOCK_E": 256,
             "GROUP_M": 8,
             "HAS_OUTLIERS": True,

@@ -17,7 +17,7 @@ from int8fx.kernels.formats.clip import codes_on, grid_of_groups, stored_grid, v
 from int8fx.weights.algorithms.grid import Codes, Grid
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
-_COLUMNS_AT_ONCE = 128  # whose errors reach the columns behind them in one product
+COLUMNS_AT_ONCE = 128  # whose errors reach the columns behind them in one product
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Codes:
@@ -33,8 +33,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Codes:
     weight, factor = weight.clone(), _factor(hessian)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     width, grids = grid.width(K), []
-    for start in range(0, K, _COLUMNS_AT_ONCE):
-        end = min(start + _COLUMNS_AT_ONCE, K)
+    for start in range(0, K, COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, K)
         errors = torch.empty_like(weight[:, start:end])
         for k in range(start, end):
             if k % width == 0:

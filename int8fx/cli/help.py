@@ -1,0 +1,34 @@
+"""How commands show their help: a switch without a type, which nobody types."""
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    for each in parameters:
+        if getattr(each, "is_flag", False) and each.metavar is None:
+            each.metavar = ""
+    return parameters
+
+
+class Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class App(typer.Typer):
+    """Of such commands."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(cls=Group, **more)
+
+    def command(self, *args: Any, **more: Any) -> Callable[..., Any]:
+        return super().command(*args, **{"cls": Command, **more})
