@@ -8,7 +8,7 @@ import pytest
 from int8fx.testing import foreign_files
 from int8fx.testing.foreign_files import Foreign
 
-MODULES, N, K = 24, 1024, 2048
+MODULES, N, K = 96, 512, 1024
 SAMPLES = foreign_files.samples()
 
 SCRIPT = """
@@ -37,7 +37,7 @@ print((status("VmHWM") - before) / packed)
 
 @pytest.mark.parametrize("name", ["gptq-4-v1", "awq-gemm", "nf4", "compressed-tensors-w8a8"])
 def test_memory_peaks_a_fifth_above_the_packed_model(name, tmp_path):
-    """Unpacked integers of one weight come on top, which are a twentieth of this model."""
+    """Unpacked integers of one weight come on top, which are a hundredth of this model."""
     one = SAMPLES[name](16, K)
     rows = N // 16
     tall = {key: _repeated(key, tensor, rows) for key, tensor in one.tensors.items()}
