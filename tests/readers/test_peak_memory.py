@@ -8,7 +8,7 @@ import pytest
 from int8fx.testing import foreign_files
 from int8fx.testing.foreign_files import Foreign
 
-MODULES, N, K = 96, 512, 1024
+MODULES, N, K = 160, 512, 1024
 SAMPLES = foreign_files.samples()
 
 SCRIPT = """
