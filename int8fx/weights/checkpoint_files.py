@@ -77,6 +77,11 @@ def header(file: Path) -> dict[str, Any]:
     return entries
 
 
+def start_of_tensors(file: Path) -> int:
+    """The byte that the offsets of its header count from."""
+    return _whole_header(file)[1]
+
+
 def metadata(file: Path) -> dict[str, Any]:
     """What it says beside its tensors.
 

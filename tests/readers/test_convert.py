@@ -108,7 +108,7 @@ def test_what_compressed_tensors_cannot_hold(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SAMPLES if name not in ("fp8",) and not name.startswith("quanto")]
+    "name", [name for name in SAMPLES if name != "fp8" and not name.startswith(("quanto", "hqq-"))]
 )
 def test_to_int8fx(name, tmp_path):
     folder, _ = written(tmp_path / "theirs", name)
@@ -120,6 +120,20 @@ def test_to_int8fx(name, tmp_path):
     expected = {"quant_method": "int8fx", **loaded["layers"][0].weight.options}
     expected.pop("columns", None)
     assert options == expected
+
+
+@pytest.mark.parametrize("name", ["hqq-4-axis1", "hqq-3-axis1"])
+def test_to_int8fx_with_zero_points_in_float(name, tmp_path):
+    folder, foreign = written(tmp_path / "theirs", name)
+    convert(folder, tmp_path / "converted", "int8fx")
+    again = int8fx.load_checkpoint(int8fx.load_checkpoint(model(), folder), tmp_path / "converted")
+    assert torch.equal(again["layers"][0].weight.dequantize(), foreign.w_hat.float())
+
+
+def test_groups_of_rows_have_no_configuration(tmp_path):
+    folder, _ = written(tmp_path / "theirs", "hqq-4-axis0")
+    with pytest.raises(CheckpointError, match=r"layers\.0: groups of rows, .* cannot name"):
+        convert(folder, tmp_path / "converted", "int8fx")
 
 
 def test_to_int8_by_channel(tmp_path):

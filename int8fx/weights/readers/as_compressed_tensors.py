@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from int8fx.errors import CheckpointError
-from int8fx.weights.readers.neutral import DYNAMIC, Grouped, Neutral
+from int8fx.weights.readers.neutral import DYNAMIC, DYNAMIC_AFFINE, Grouped, Neutral
 from int8fx.weights.readers.unpacking import pack
 
 PLAIN, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
@@ -83,7 +83,9 @@ def _group(grouped: Grouped, symmetric: bool, plain: bool) -> dict[str, Any]:
     }
     if grouped.g_idx is not None:
         weights["actorder"] = "group"
-    inputs = _BY_TOKEN if plain and grouped.owner == DYNAMIC else None
+    inputs = None
+    if plain and grouped.owner in (DYNAMIC, DYNAMIC_AFFINE):
+        inputs = {**_BY_TOKEN, "symmetric": grouped.owner == DYNAMIC}
     return {
         "weights": weights,
         "input_activations": inputs,

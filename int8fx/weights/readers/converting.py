@@ -19,7 +19,7 @@ import torch
 from rich.text import Text
 
 from int8fx.errors import CheckpointError
-from int8fx.kernels.schemes.table import DEFAULT, scheme_named
+from int8fx.kernels.schemes.table import DEFAULT, OF_FILES, scheme_named
 from int8fx.weights import state_dict
 from int8fx.weights.checkpoint_files import READER
 from int8fx.weights.readers import as_compressed_tensors, storing, table
@@ -151,6 +151,11 @@ def _settings(groups: dict[str, Any], to: str) -> dict[str, Any]:
     if to == COMPRESSED:
         return as_compressed_tensors.configuration(groups)
     options = next(iter(groups.values()))
+    if options["scheme"] in OF_FILES:
+        raise CheckpointError(
+            f"{next(iter(groups))}: groups of rows, which int8fx's configuration cannot name; "
+            f"convert to {INT8}, or int8fx.load_checkpoint the source"
+        )
     for path, others in groups.items():
         if others != options:
             raise CheckpointError(
