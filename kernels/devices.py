@@ -146,3 +146,8 @@ def has_memory(device: torch.device) -> bool:
 def host_reads(device: torch.device) -> bool:
     """Whether the host reads contents there without waiting for the device."""
     return device.type == "cpu"
+
+
+def works_in_forks(device_type: str) -> bool:
+    """Whether a fork of a process may use a device that the process has used."""
+    return device_type == "cpu"

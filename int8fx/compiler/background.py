@@ -22,10 +22,11 @@ import torch
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
+from int8fx.kernels.devices import works_in_forks
 
 log = logging.getLogger(__name__)
 
-NOT_A_CPU = "the graph is not on a CPU alone, and a fork has no GPU"
+NO_DEVICE = "the graph is not on a CPU alone, and a fork has no other device"
 SIZES_VARY = "a size varies, and Inductor's conditions on it come too late to be checked"
 GRADIENTS = "a gradient may be asked for"
 RELEASES = "release_weights gives up weights as the graph is compiled"
@@ -34,8 +35,8 @@ NO_FORKS = "this system does not fork"
 
 def refusal(compilation: Compilation) -> str:
     """Why a graph is compiled at once, or empty."""
-    if compilation.devices != {"cpu"}:
-        return NOT_A_CPU
+    if not all(map(works_in_forks, compilation.devices)):
+        return NO_DEVICE
     if any(isinstance(each, torch.SymInt) for each in compilation.inputs):
         return SIZES_VARY
     if compilation.needs_autograd:
