@@ -5,6 +5,7 @@ that no other file compares the type of a device.
 """
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,11 +144,11 @@ def has_memory(device: torch.device) -> bool:
     return device.type != "meta"
 
 
+def host_reads_all(device_types: Collection[str]) -> bool:
+    """Whether the host has all that is computed on these types of device, as a fork of it does."""
+    return all(host_reads(torch.device(each)) for each in device_types)
+
+
 def host_reads(device: torch.device) -> bool:
     """Whether the host reads contents there without waiting for the device."""
     return device.type == "cpu"
-
-
-def works_in_forks(device_type: str) -> bool:
-    """Whether a fork of a process may use a device that the process has used."""
-    return device_type == "cpu"

@@ -22,7 +22,7 @@ import torch
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
-from int8fx.kernels.devices import works_in_forks
+from int8fx.kernels.devices import host_reads_all
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ NO_FORKS = "this system does not fork"
 
 def refusal(compilation: Compilation) -> str:
     """Why a graph is compiled at once, or empty."""
-    if not all(map(works_in_forks, compilation.devices)):
+    if not host_reads_all(compilation.devices):
         return NO_DEVICE
     if compilation.needs_autograd:
         return GRADIENTS
