@@ -633,6 +633,13 @@ def without_guards(fake_mode: Any) -> Iterator[None]:
             yield
 
 
+def size_conditions(fake_mode: Any) -> list[str]:
+    """What was decided of the sizes of a graph so far: Dynamo checks at each call what was there when
+    the backend was done."""
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    return [] if shape_env is None else [str(each.expr) for each in shape_env.guards]
+
+
 def operator_named(name: str) -> Any:
     """The operator ``namespace::name.overload`` that Python knows; ``.overload`` may be missing."""
     namespace, _, rest = name.partition("::")
