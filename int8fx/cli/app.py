@@ -22,6 +22,7 @@ from int8fx.cli.arguments import (
     absent,
     complain,
     ending,
+    exists,
     numbers,
     one_line_errors,
     positive,
@@ -338,6 +339,52 @@ def quantize(
 
     saved = quantize_files(model, out, options, progress)
     print_json(saved.to_dict()) if json else Console().print(saved)
+
+
+@app.command()
+@one_line_errors
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A directory, a .safetensors or a .gguf file.")
+    ],
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Says what a checkpoint holds: its format, bits, groups and sizes, and what int8fx makes of it."""
+    exists("PATH", path)
+    from int8fx.weights.readers.inspecting import inspect as contents_of
+
+    contents = contents_of(path)
+    print_json(contents.to_dict()) if json else Console().print(contents)
+
+
+@app.command()
+@one_line_errors
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A directory, a .safetensors or a .gguf file.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="int8fx and compressed-tensors keep the numbers; int8 quantises them again.",
+        ),
+    ] = "int8fx",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Writes a checkpoint of another system (GPTQ, AWQ, NF4, GGUF, ...) in another format.
+
+    It goes weight by weight, and never holds the model.
+    """
+    exists("SRC", source)
+    absent("DST", out)
+    from int8fx.cli.convert import convert_files
+
+    converted = convert_files(source, out, to, Console(stderr=True))
+    print_json(converted.to_dict()) if json else Console().print(converted)
 
 
 @app.command(name="compile")

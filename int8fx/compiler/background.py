@@ -22,6 +22,7 @@ import torch
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
+from int8fx.kernels.devices import host_reads_all
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ NO_FORKS = "this system does not fork"
 
 def refusal(compilation: Compilation) -> str:
     """Why a graph is compiled at once, or empty."""
-    if compilation.devices != {"cpu"}:
+    if not host_reads_all(compilation.devices):
         return NOT_A_CPU
     if any(isinstance(each, torch.SymInt) for each in compilation.inputs):
         return SIZES_VARY

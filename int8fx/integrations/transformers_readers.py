@@ -39,14 +39,15 @@ from int8fx.weights.tensor import QuantizedWeight
 log = logging.getLogger(__name__)
 
 METHOD = "int8fx-reader"
-# What transformers needs for each method; "cuda" stands for a GPU that it serves.
+# What transformers needs for each method.
+A_GPU = "a GPU"
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel", "optimum.gptq"),
     "awq": ("gptqmodel",),
     "bitsandbytes_4bit": ("bitsandbytes", "accelerate"),
     "bitsandbytes_8bit": ("bitsandbytes", "accelerate"),
     "compressed-tensors": ("compressed_tensors",),
-    "eetq": ("kernels", "cuda"),
+    "eetq": ("kernels", A_GPU),
     "hqq": ("hqq",),
 }
 _preferred: set[str] = set()
@@ -73,7 +74,7 @@ def serves(method: str) -> bool:
 
 
 def _is_there(need: str) -> bool:
-    if need == "cuda":
+    if need == A_GPU:
         return torch.cuda.is_available()
     try:
         return importlib.util.find_spec(need) is not None

@@ -8,6 +8,10 @@ from int8fx.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _METADATA = "__metadata__"
+# transformers skips a quantisation that it does not know, and loads the files as if they were float.
+# A fusion that it does not know it refuses, whatever its caller allows: ``Unknown fusion type: ...``.
+# So ``config.json`` asks for one, which int8fx's quantiser takes out again before it is looked up.
+READER = "the weights are int8 of int8fx; to read them, pip install int8fx and import int8fx"
 
 
 def files_of(path: Path) -> list[Path]:

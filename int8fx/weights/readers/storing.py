@@ -65,6 +65,15 @@ def quantized(
     return QuantizedWeight(*owned, choice=choice, N=N, K=K, dtype=dtype, transposed=transposed)
 
 
+def scheme_of(neutral: Neutral, name: str) -> str:
+    """The name of the scheme that keeps a weight.
+
+    Raises:
+        CheckpointError: nothing keeps it exactly.
+    """
+    return DEFAULT if isinstance(neutral, Values) else _kept(neutral, name).choice.scheme.name
+
+
 def _asked_for(choice: Choice, scheme: str, name: str) -> Choice:
     """Another scheme with the settings that it has in common.
 

@@ -33,6 +33,21 @@ def _integer(octets: Tensor, start: int, bits: int) -> Tensor:
     return value & ((1 << bits) - 1)
 
 
+def pack(integers: Tensor, bits: int) -> Tensor:
+    """The inverse: ``[R, C]`` uint8 to ``[R, words_for(C, bits)]`` int32."""
+    rows, count = integers.shape
+    words = words_for(count, bits)
+    octets = torch.nn.functional.pad(integers, (0, -count % 8)).unflatten(-1, (-1, 8))
+    stream = octets.new_zeros(rows, octets.shape[1], bits)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        stream[..., byte] |= octets[..., i] << shift
+        if shift + bits > 8:
+            stream[..., byte + 1] |= octets[..., i] >> (8 - shift)
+    found = torch.nn.functional.pad(stream.flatten(1), (0, 4 * words))[:, : 4 * words]
+    return found.contiguous().flatten().view(torch.int32).view(rows, words)
+
+
 def words_for(count: int, bits: int, word_bits: int = 32) -> int:
     """How many words hold ``count`` integers."""
     return -(-count * bits // word_bits)
