@@ -25,9 +25,10 @@ OURS = (
 
 def serve_cpu_tensors_with_gpu_kernels() -> None:
     """The harness retargets after our passes, which see the device that the tensors are on."""
-    for operator in {key[0] for key in table.KERNELS}:
-        cpu, cuda = (table.key_of(device, operator=operator) for device in ("cpu", "cuda"))
-        table.KERNELS[cpu] = table.KERNELS[cuda]
+    for operator, family, device in list(table.KERNELS):
+        if device == "cuda":
+            cpu = table.key_of("cpu", family, operator)
+            table.KERNELS[cpu] = table.KERNELS[operator, family, device]
     table.kernel_for.cache_clear()
 
 
