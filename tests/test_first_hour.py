@@ -121,7 +121,7 @@ def alike(one: str, other: str) -> bool:
     return all(math.isclose(a, b, rel_tol=0.1, abs_tol=0.11) for a, b in zip(*numbers, strict=True))
 
 
-NEEDED = ("peft", "fastapi", "uvicorn")
+NEEDED = ("peft", "fastapi", "uvicorn", "openai")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 

@@ -166,5 +166,11 @@ def load(folder: str | Path, *, threads: int | None = None) -> Model:
     Raises:
         ArtefactError: the folder is no artefact, is damaged, was made for another machine, torch or
             int8fx, or somebody else can have written it: names the file, or what does not match.
+
+    Examples:
+        >>> import int8fx
+        >>> model = int8fx.load("smollm2")  # doctest: +SKIP
+        >>> model.generate("The capital of France is", max_new_tokens=2)  # doctest: +SKIP
+        ' Paris.'
     """
     return Model(files.read(folder), threads)
