@@ -15,7 +15,7 @@ from int8fx.cli.asked import PARAMETERS, Asked
 from int8fx.errors import UserError
 from int8fx.testing.toy_llama import saved_model
 
-QUANTISING = ("demo", "bench", "evaluate", "explain", "quantize", "suggest")
+QUANTISING = ("demo", "bench", "evaluate", "explain", "quantize", "suggest", "compile")
 COMMANDS = typer.main.get_command(app).commands
 
 
