@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from int8fx.bench import smollm2
+from int8fx.kernels.cpu import int8_linear
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "first_hour.md"
@@ -29,6 +30,7 @@ PROGRAMS = {
     "transformers": 'exec "{python}" -c "from transformers.cli.transformers import main; main()" "$@"',
 }
 SERVER_SECONDS = 240
+SHOWN = "avx512_vnni"  # the instruction set, on which some passes depend
 
 
 class Shell:
@@ -127,6 +129,7 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="int8fx demo has not fetched SmolLM2 here")
 @pytest.mark.skipif(bool(MISSING), reason=f"the page needs {', '.join(MISSING)}")
+@pytest.mark.skipif(int8_linear.isa() != SHOWN, reason=f"the page shows a CPU with {SHOWN}")
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page needs curl")
 def test_the_page_is_what_happens(tmp_path):
     page, shell = PAGE.read_text(), Shell(tmp_path)
