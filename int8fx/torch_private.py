@@ -277,7 +277,7 @@ def compiled_modules(backend: Callable[..., Any]) -> list[nn.Module]:
 def is_compiled(module: Any) -> bool:
     """Whether a module's own calls are: after ``module.compile()``, or with a compiled ``forward``."""
     return module._compiled_call_impl is not None or hasattr(
-        module.forward, "_torchdynamo_orig_callable"
+        getattr(module, "forward", None), "_torchdynamo_orig_callable"
     )
 
 
