@@ -169,8 +169,8 @@ def load(folder: str | Path, *, threads: int | None = None) -> Model:
 
     Examples:
         >>> import int8fx
-        >>> int8fx.load("nowhere")
+        >>> int8fx.load("none")
         Traceback (most recent call last):
-        int8fx.errors.ArtefactError: nowhere: no folder that int8fx compile wrote: int8fx.json is not there
+        int8fx.errors.ArtefactError: none: no folder that int8fx compile wrote: int8fx.json is not there
     """
     return Model(files.read(folder), threads)
