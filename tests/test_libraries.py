@@ -94,7 +94,8 @@ def test_export_of_an_int8_model_says_nothing_and_is_int8(x):
         warnings.simplefilter("error", UserWarning)
         exported = torch.export.export(model, (x,))
     decomposed = exported.run_decompositions().graph
-    assert [str(node.target) for node in decomposed.nodes].count("int8fx.int8_linears.single") == 2
+    targets = [str(node.target) for node in decomposed.nodes]
+    assert len([each for each in targets if each.startswith("int8fx.")]) == 2
     assert torch.equal(exported.module()(x), model(x))
 
 
