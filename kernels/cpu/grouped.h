@@ -101,16 +101,11 @@ inline void read_grid(const Weight& weight, int64_t panel, int64_t G, float* sca
 
 constexpr int64_t PACKED_BYTES = NR * sizeof(int32_t);  // of a micro-panel, at 8 k
 
-// The codes of 4 k, a byte each: the first or the second four of the 8 in a word.
-inline Words quad_of_codes(Words codes, int half) { return (codes >> (4 * half)) & 0x0f0f0f0f; }
-
-// Rows in int8. UNPACKED codes are bytes already, the first four k of eight behind each other, and the
-// second four behind them: where many tiles of rows read a micro-panel, it is unpacked once.
-template <bool UNPACKED>
+// Rows in int8. (Unpacking a micro-panel once for all tiles of rows gains nothing: it has twice the bytes,
+// and leaves the L1 cache.)
 struct Int8Rows {
   using Element = int8_t;
   using Sums = Ints;
-  static constexpr int64_t BYTES = UNPACKED ? 2 * PACKED_BYTES : PACKED_BYTES;
 
   // R rows times 8 k of V vectors of channels, of which v begins at w(v).
   template <int R, int V, class W>
@@ -119,9 +114,7 @@ struct Int8Rows {
     for (int half = 0; half < 2; ++half, x += 4 * R) {
       Words quads[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        quads[v] = UNPACKED ? load<Words>(w(v) + half * PACKED_BYTES)
-                            : quad_of_codes(load<Words>(w(v)), half);
+      for (int v = 0; v < V; ++v) quads[v] = (load<Words>(w(v)) >> (4 * half)) & 0x0f0f0f0f;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -133,19 +126,10 @@ struct Int8Rows {
   static Floats row_scale(const Lhs& a, int64_t m) { return Floats{} + a.in.x_scale[m]; }
 };
 
-// `bytes` of a packed micro-panel as UNPACKED codes.
-inline void unpack_codes(const int8_t* w, int64_t bytes, int8_t* out) {
-  for (int64_t i = 0; i < bytes; i += PACKED_BYTES, out += 2 * PACKED_BYTES)
-    for (int64_t j = 0; j < PACKED_BYTES; j += sizeof(Words))
-      for (int half = 0; half < 2; ++half)
-        store(out + half * PACKED_BYTES + j, quad_of_codes(load<Words>(w + i + j), half));
-}
-
 // Rows as they are, in fp32.
 struct RowsAsTheyAre {
   using Element = float;
   using Sums = Floats;
-  static constexpr int64_t BYTES = PACKED_BYTES;
 
   template <int R, int V, class W>
   static void add(Sums (&sums)[R][V], const W& at, const Element* x) {
@@ -191,7 +175,7 @@ void grouped_rows(
   const int8_t* w = panels.w;
   for (int64_t g = 0; g < G; ++g, ++x_sums) {
     typename Rows::Sums acc[R][V] = {};
-    for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += Rows::BYTES, x += CODES_IN_A_WORD * R) {
+    for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += PACKED_BYTES, x += CODES_IN_A_WORD * R) {
       if (panels.near) {
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) __builtin_prefetch(w + b * panels.stride + panels.near, 0, 3);
@@ -274,19 +258,9 @@ void multiply_groups_as(
   // A single tile reads each micro-panel once, as fast as memory gives it.
   const int64_t near = m1 - m0 > a.tiling.rows ? 0 : GROUPED_NEAR;
   GroupedPanels panels{nullptr, K_padded * NR / 2, grid.get(), grid.get() + most * G * NR, G * NR, near};
-  const int64_t packed_bytes = panels.stride;
-  std::unique_ptr<int8_t[], Free> unpacked;
-  if constexpr (Rows::BYTES > PACKED_BYTES) {
-    panels.stride *= 2;
-    unpacked.reset(static_cast<int8_t*>(std::aligned_alloc(64, most * panels.stride)));
-  }
   for (int64_t panel = panel0, count; panel < panel1; panel += count) {
     count = panel1 - panel < most ? 1 : most;
-    panels.w = weight.packed + panel * packed_bytes;
-    if constexpr (Rows::BYTES > PACKED_BYTES) {
-      unpack_codes(panels.w, count * packed_bytes, unpacked.get());
-      panels.w = unpacked.get();
-    }
+    panels.w = weight.packed + panel * panels.stride;
     for (int64_t b = 0; b < count; ++b)
       read_grid(weight, panel + b, G, grid.get() + b * G * NR, grid.get() + (most + b) * G * NR);
     for (int64_t m = m0; m < m1; m += a.tiling.rows) {
@@ -315,18 +289,24 @@ void multiply_groups(
   });
 }
 
-constexpr int64_t TILES_TO_UNPACK_FOR = 3;
-
-void multiply_int8_groups(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
-  const bool many = m1 - m0 >= TILES_TO_UNPACK_FOR * a.tiling.rows;
-  const auto multiply = many ? multiply_groups<Int8Rows<true>> : multiply_groups<Int8Rows<false>>;
-  multiply(a, weight, m0, m1, panel0, panel1);
-}
-
 // --- rows ---------------------------------------------------------------------------------------------
 
-// One tile of rows x(r) [K], [K_padded / 4][rows][4], and each group's sum.
+inline float sum_of(const int8_t* x, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += x[k];
+  return sum;
+}
+
+template <class T>
+inline float sum_of(const T* x, int64_t count) {
+  Floats sums{};
+  for_vectors(count, [&](int64_t k, auto left) { sums += load_row(x + k, left); });
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += sums[i];
+  return sum;
+}
+
+// One tile of rows x(m) [K], [K_padded / 4][rows][4], and each group's sum.
 template <class Element, class Row>
 inline void pack_groups_of(const Lhs& a, int64_t tile, const Row& row) {
   const int64_t m = tile * a.tiling.rows, K_padded = a.tiling.K_padded, G = a.in.groups;
@@ -334,14 +314,14 @@ inline void pack_groups_of(const Lhs& a, int64_t tile, const Row& row) {
   for (int64_t r = 0; r < rows; ++r) {
     const auto* x = row(m + r);
     Element* out = static_cast<Element*>(a.packed.x) + m * K_padded + 4 * r;
-    for (int64_t k = 0; k < K_padded; k += 4, out += 4 * rows)
+    int64_t k = 0;
+    for (; k + 4 <= a.in.K; k += 4, out += 4 * rows)
+      for (int i = 0; i < 4; ++i) out[i] = x[k + i];
+    for (; k < K_padded; k += 4, out += 4 * rows)
       for (int i = 0; i < 4; ++i) out[i] = k + i < a.in.K ? Element(x[k + i]) : Element{};
-    for (int64_t g = 0; g < G; ++g) {
-      using Sum = std::conditional_t<std::is_same_v<Element, float>, float, int32_t>;
-      Sum sums[4] = {};
-      for (int64_t k = g * group; k < std::min((g + 1) * group, a.in.K); ++k) sums[k % 4] += Sum(x[k]);
-      a.in.group_sums[(m + r) * G + g] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
+    float* const sums = a.in.group_sums + (m + r) * G;
+    for (int64_t g = 0; g < G; ++g)
+      sums[g] = sum_of(x + g * group, std::clamp<int64_t>(a.in.K - g * group, 0, group));
   }
 }
 
@@ -363,6 +343,6 @@ inline void nothing_to_leave() {}
 // A work item has as many micro-panels as few rows meet at once.
 constexpr GroupedProducts GROUPED{
     {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(int8_t), pack_int8_groups,
-     nothing_to_enter, nothing_to_leave, multiply_int8_groups},
+     nothing_to_enter, nothing_to_leave, multiply_groups<Int8Rows>},
     {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(float), pack_float_groups,
      nothing_to_enter, nothing_to_leave, multiply_groups<RowsAsTheyAre>}};
