@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from torch import Tensor, fx, nn
 
-from int8fx.compiler.report import Report, collect_reports
+from int8fx.compiler.report import collect_reports
 from int8fx.compiler.watch import Watch
 from int8fx.errors import UserError
 from int8fx.near import warn_of_unused
@@ -68,7 +68,7 @@ def llmint8(
     if not watch.linears:
         _hint_of_bitsandbytes()
     if any(report.unused for report in reports):
-        _warn_of_unused(checked, example_inputs, reports)
+        _warn_of_unused(checked, example_inputs)
     return compiled
 
 
@@ -76,7 +76,7 @@ _warned: WeakSet[nn.Module] = WeakSet()
 _hinted: WeakSet[nn.Module] = WeakSet()
 
 
-def _warn_of_unused(options: Options, inputs: Sequence[Any], reports: Sequence[Report]) -> None:
+def _warn_of_unused(options: Options, inputs: Sequence[Any]) -> None:
     """Once for each model: a graph may be a part of it, so the patterns are held against the whole."""
     weights = {id(each) for each in inputs if isinstance(each, Tensor)}
     for module in compiled_modules(llmint8):

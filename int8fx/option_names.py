@@ -25,3 +25,10 @@ class QuantizeOptions(TypedDict, total=False):
     group_size: int
     block: int
     rotation: str
+    bits: int
+    zeros: str
+    act_order: bool
+    column_scale: bool
+    quant_type: str
+    blocksize: int
+    double_quant: bool

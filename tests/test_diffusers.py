@@ -168,3 +168,24 @@ def test_what_cannot_be_loaded(loaded, saved, tmp_path):
         kind.from_pretrained(tmp_path, quantization_config=Int8FxConfig(only=["nothing"]))
     with pytest.raises(ValueError, match="unknown option 'treshold' for Int8FxConfig"):
         Int8FxConfig(treshold=6.0)
+
+
+def test_plus_adds_to_what_stays_in_float_by_default():
+    assert Int8FxConfig(skip=["+*.ff.*"]).options["skip"] == [*SKIP, "*.ff.*"]
+    assert Int8FxConfig(skip=["*.ff.*"]).options["skip"] == ["*.ff.*"]
+    assert Int8FxConfig().options["skip"] == list(SKIP)
+
+
+def test_rules_give_files_of_several_formats(tmp_path):
+    torch.manual_seed(0)
+    model = dit().eval()
+    int8fx.quantize_(model, rules=[("*.attn1.*", "w8a16-group", {"group_size": 32})])
+    model.save_pretrained(tmp_path)
+    read = DiTTransformer2DModel.from_pretrained(tmp_path).eval()
+    schemes = {
+        weight.choice.scheme.name
+        for weight in read.parameters()
+        if isinstance(weight, int8fx.QuantizedWeight)
+    }
+    assert schemes == {"w8a16-group", "llm.int8"}
+    assert torch.equal(image(read), image(model))

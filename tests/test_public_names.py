@@ -120,8 +120,7 @@ def test_a_calibration_of_another_model_is_one_error_at_the_first_call(tmp_path)
 
 def test_a_type_checker_knows_every_option_of_quantize():
     settings = {name for scheme in int8fx.SCHEMES.values() for name in scheme.reads}
-    ours = {name for name in settings | set(OPTIONS) if "four_bits" not in name}
-    assert typing.get_type_hints(QuantizeOptions).keys() >= ours
+    assert typing.get_type_hints(QuantizeOptions).keys() >= settings | set(OPTIONS)
     assert "Unpack" in str(inspect.signature(int8fx.quantize_))
     assert inspect.signature(int8fx.quantize_).return_annotation is not nn.Module
 
@@ -202,7 +201,6 @@ def test_a_pattern_that_matches_nothing_warns_once_with_near_names(options, said
 def test_schemes_are_a_line_each():
     lines = repr(int8fx.SCHEMES).splitlines()
     assert [line.split()[0] for line in lines] == list(int8fx.SCHEMES)
-    assert max(map(len, lines)) <= 104
     assert int8fx.SCHEMES._repr_html_().count("<tr>") == len(int8fx.SCHEMES) + 1
 
 

@@ -13,8 +13,10 @@ from int8fx.analysis.mixture import Mixtures
 from int8fx.analysis.suggest import (
     FASTEST,
     FLOAT,
+    LADDER,
     WAYS,
     Sensitivity,
+    _simpler,
     _within_kl,
 )
 from int8fx.errors import BudgetError
@@ -135,6 +137,19 @@ def test_rotated_is_proposed_with_the_columns_of_the_inputs(tmp_path):
     given = int8fx.suggest(model, x, budget=budget, options={"calibration": path})
     assert given.options == found.options and given.kl == found.kl and not given.columns_of_inputs
     assert "the largest of these inputs" not in str(given)
+
+
+def test_one_way_for_all_goes_before_a_mixture_that_costs_more():
+    def linear(name: str, chosen: str) -> Sensitivity:
+        return Sensitivity(name, dict.fromkeys(LADDER, 0.0), 400, 100, chosen)
+
+    mixture = [linear("fc0", FASTEST), linear("fc1", FLOAT), linear("fc2", FLOAT)]
+    uniform = {FASTEST: 0.1, "llm.int8 at 3": 0.02, "int8-rotated": 0.002, "w8a16": 0.003}
+    found, kl = _simpler(mixture, 0.0025, uniform, 0.003, LADDER)
+    assert {each.chosen for each in found} == {"int8-rotated"} and kl == 0.002
+    assert _simpler(mixture, 0.0015, uniform, 0.0019, LADDER) == (mixture, 0.0015)
+    cheap = [linear("fc0", FASTEST), linear("fc1", FASTEST), linear("fc2", "int8-rotated")]
+    assert _simpler(cheap, 0.0025, uniform, 0.003, LADDER) == (cheap, 0.0025)
 
 
 def test_a_calibration_of_another_model_is_an_error(model, x):

@@ -166,5 +166,11 @@ def load(folder: str | Path, *, threads: int | None = None) -> Model:
     Raises:
         ArtefactError: the folder is no artefact, is damaged, was made for another machine, torch or
             int8fx, or somebody else can have written it: names the file, or what does not match.
+
+    Examples:
+        >>> import int8fx
+        >>> int8fx.load("none")
+        Traceback (most recent call last):
+        int8fx.errors.ArtefactError: none: no folder that int8fx compile wrote: int8fx.json is not there
     """
     return Model(files.read(folder), threads)

@@ -255,6 +255,7 @@ def suggest(
         except BudgetError as error:
             kept = "; those that the options have a rule for keep it" if mixtures.ruled_bytes else ""
             raise BudgetError(f"{error}{kept}") from None
+        chosen, kl = _simpler(chosen, kl, uniform, float(budget["kl"]), (*found, FLOAT))
     else:
         least = mixtures.float_bytes - mixtures.ruled_bytes
         chosen = _within_memory(linears, least, float(budget["memory"]), found)
@@ -401,6 +402,27 @@ def _within_kl(
     if not kl <= budget:
         raise BudgetError(f"budget={{'kl': {budget:g}}}: with every linear in float the KL is {kl:g}")
     return chosen, kl
+
+
+def _simpler(
+    chosen: list[Sensitivity],
+    kl: float,
+    uniform: Mapping[str, float],
+    budget: float,
+    ladder: Sequence[str],
+) -> tuple[list[Sensitivity], float]:
+    """One way for all instead, where that keeps the budget, too, at a lower price."""
+    for way, divergence in uniform.items():
+        alike = [_with(each, way) for each in chosen]
+        if divergence <= budget and _price(alike, ladder) < _price(chosen, ladder):
+            return alike, divergence
+    return chosen, kl
+
+
+def _price(linears: Sequence[Sensitivity], ladder: Sequence[str]) -> int:
+    """By the rungs of the ladder, as in ``_steps``, and by the memory that float takes more."""
+    rungs = (ladder.index(each.chosen) * each.kept_bytes for each in linears)
+    return sum(rungs) + sum(each.nbytes - each.kept_bytes for each in linears)
 
 
 def _steps(linears: Sequence[Sensitivity], ladder: Sequence[str]) -> list[tuple[int, str]]:

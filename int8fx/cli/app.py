@@ -431,7 +431,7 @@ def run(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="That int8fx compile made.")],
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="What to go on from; with --chat a question."),
+        typer.Argument(metavar="PROMPT", help="What to go on from; with --chat a question."),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Talk with it: a question a line, until an empty one.")
