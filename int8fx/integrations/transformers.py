@@ -141,7 +141,7 @@ class Int8FxQuantizer(HfQuantizer):
         for file in files:
             if file.suffix == ".safetensors":
                 self.in_files.update(header(file))
-        if self.pre_quantized and _is_in_shards(model):
+        if self.pre_quantized and is_in_shards(model):
             # transformers cuts what belongs to a weight as it cuts the weight, its scales as well.
             raise ValueError(
                 "int8 files cannot be read in shards (tp_plan, FSDP): give the float checkpoint and "
@@ -319,7 +319,7 @@ class _Quantize(_Operation):
     def convert(self, input_dict: Any, model: Any = None, **_: Any) -> dict[str, Any]:  # type: ignore[override]
         result = {}
         for name, value in input_dict.items():
-            weight = _single(value)
+            weight = single(value)
             if self.hf_quantizer.is_on_disk(name):
                 self.stands_for(model, name)
                 result[name] = weight
@@ -330,7 +330,7 @@ class _Quantize(_Operation):
         return result
 
 
-class _AsItIs(ConversionOps):
+class AsItIs(ConversionOps):
     """What saving undoes the reading with: ``state_dict`` has split int8 weights already."""
 
     def convert(self, input_dict: Any, **_: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -343,12 +343,12 @@ class _Deserialize(_Operation):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return _AsItIs()
+        return AsItIs()
 
     def convert(  # type: ignore[override]
         self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, Any]:
-        tensors = {name.removesuffix("$"): _single(value) for name, value in input_dict.items()}
+        tensors = {name.removesuffix("$"): single(value) for name, value in input_dict.items()}
         if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
             return tensors
         prefix = full_layer_name.removesuffix("weight")
@@ -363,7 +363,7 @@ class _Deserialize(_Operation):
         return {"weight": nn.Parameter(weight, requires_grad=False)}
 
 
-def _is_in_shards(model: Any) -> bool:
+def is_in_shards(model: Any) -> bool:
     """Whether each process is to read a part of every weight."""
     distributed = getattr(model.config, "distributed_config", None)
     sizes = (getattr(distributed, name, None) for name in ("tp_size", "fsdp_size"))
@@ -374,5 +374,5 @@ def _linear_weights(found: Iterable[Decision]) -> Iterator[str]:
     return (f"{decision.path}.weight" for decision in found)
 
 
-def _single(value: Any) -> Tensor:
+def single(value: Any) -> Tensor:
     return value[0] if isinstance(value, list) else value

@@ -151,7 +151,13 @@ class ReaderQuantizer(HfQuantizer):
     ) -> None:
         """Raises:
         CheckpointError: a file is broken off, is a pickle, or holds no module of its format.
+        ValueError: weights are to be read in shards.
         """
+        if ours.is_in_shards(model):
+            raise ValueError(
+                "files of other systems cannot be read in shards (tp_plan, FSDP): int8fx convert --to "
+                "compressed-tensors writes files that vLLM reads so"
+            )
         files = [Path(file) for file in checkpoint_files or ()]
         self.maps_files = bool(files)
         for file in files:
@@ -228,13 +234,13 @@ class _Read(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return ours._AsItIs()
+        return ours.AsItIs()
 
     def convert(  # type: ignore[override]
         self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, Any]:
         entries = self.hf_quantizer.patterns
-        tensors = {entries[pattern]: ours._single(value) for pattern, value in input_dict.items()}
+        tensors = {entries[pattern]: ours.single(value) for pattern, value in input_dict.items()}
         like = model.get_parameter_or_buffer(full_layer_name)
         alone = tensors.get("weight")
         if tensors.keys() == {"weight"} and alone is not None and alone.is_floating_point():

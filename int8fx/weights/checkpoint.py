@@ -78,8 +78,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, scheme: str | None = 
     A checkpoint of GPTQ, AWQ, bitsandbytes, compressed-tensors, GGUF and others (``docs/formats.md``)
     needs a float model, and brings its weights' formats along::
 
-        with torch.device("meta"):
+        with accelerate.init_empty_weights():  # buffers that no file holds are made
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("gptq-files"))
+        model.tie_weights()
         load_checkpoint(model, "gptq-files")
 
     Args:

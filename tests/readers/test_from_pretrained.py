@@ -1,6 +1,7 @@
 """``from_pretrained`` of other systems' files: by int8fx where their owner's package is missing."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -167,6 +168,15 @@ def test_an_unknown_option_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="checkpoint_format = 'gptq_v3'"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_shards_are_refused():
+    model = llama()
+    model.config.distributed_config = types.SimpleNamespace(tp_size=2)
+    config = readers.ReaderConfig(quant_method="gptq", bits=4)
+    quantizer = readers.ReaderQuantizer(config, pre_quantized=True)
+    with pytest.raises(ValueError, match="cannot be read in shards"):
+        quantizer.preprocess_model(model)
 
 
 # --- who reads -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from int8fx.errors import CheckpointError
 from int8fx.weights.readers.opening import opened
 from int8fx.weights.tensor import QuantizedWeight
 
+init_empty_weights = pytest.importorskip("accelerate").init_empty_weights
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
@@ -75,10 +76,9 @@ def write(path, model, kind: str = "llama", quantization: str = "Q4_0") -> None:
 
 
 def on_meta(kind: str = "llama"):
-    with torch.device("meta"):
+    with init_empty_weights():
         model = llama(kind)
-    # Buffers that no file holds are computed where the model is made.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model.tie_weights()
     return model
 
 

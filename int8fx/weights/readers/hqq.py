@@ -1,11 +1,14 @@
 """HQQ's files, as its ``HQQLinear`` writes them for safetensors.
 
-W_q     the integers, packed by parts of the rows of W.reshape(-1, g) (axis 1) or (g, -1) (axis 0):
-        8, 6, 5 bits a byte each; 4 bits the first half of the rows in the high nibble; 2 bits
-        quarters, 1 bit eighths; 3 bits ten parts in an int32, the first in the bits from 27 on
-scale, zero          one for each group; ŵ = (q - zero) · scale with a float zero
-nbits, group_size, axis, shape, packing, view_as_float, compute_dtype, ...    numbers and names, as
-        tensors
+    W_q          the integers, packed by parts of the rows of W.reshape(-1, g) (axis 1) or (g, -1)
+                 (axis 0): 8, 6, 5 bits a byte each; 4 bits the first half of the rows in the high
+                 nibble; 2 bits quarters, 1 bit eighths; 3 bits ten parts in an int32, the first in
+                 the bits from 27 on
+    scale, zero  one for each group; ŵ = (q - zero) · scale with a float zero
+    nbits, group_size, axis, shape, packing, view_as_float, compute_dtype, ...
+                 numbers and names, as tensors
+
+Its ``quantize.py`` and ``bitpack.py`` are the source.
 """
 
 import torch
