@@ -699,11 +699,15 @@ def below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
 # --- Compiled functions in files -----------------------------------------------------------------
 
 
-def serializable_callable() -> Any:
-    """What Dynamo asks of a compiled graph that it is to write to a file; an abstract class."""
+@functools.cache
+def declare_serializable(kind: type) -> None:
+    """Tells Dynamo that callables of a class can be written to a file, as it asks of a compiled graph.
+
+    A base class of Dynamo's would import all of Dynamo wherever int8fx is imported.
+    """
     from torch._dynamo.aot_compile_types import SerializableCallable
 
-    return SerializableCallable
+    SerializableCallable.register(kind)
 
 
 def serialize_compiled(compiled: Any) -> bytes:

@@ -15,10 +15,8 @@ from int8fx.compiler.swap import WeightSwap
 from int8fx.kernels import table
 from int8fx.weights.store import STORE
 
-_Serializable: Any = torch_private.serializable_callable()
 
-
-class CompiledGraph(_Serializable):
+class CompiledGraph:
     """A callable with the signature of the graph as Dynamo gave it.
 
     Args:
@@ -35,6 +33,7 @@ class CompiledGraph(_Serializable):
         devices: Collection[str] = (),
         below_autograd: bool = False,
     ) -> None:
+        torch_private.declare_serializable(CompiledGraph)
         self.swap, self.compiled, self.is_below_autograd = swap, compiled, below_autograd
         self.devices = frozenset(devices)
         self._run = torch_private.below_autograd(compiled) if below_autograd else compiled
