@@ -176,13 +176,16 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def server(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+def server(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], ends: bool = True
+) -> Iterator[str]:
     """The address of an OpenAI-compatible server on loopback; Ctrl-C ends it at the end.
 
     Args:
         command: without host and port.
         log: where its output goes.
         environment: what differs from that of this process.
+        ends: whether Ctrl-C ends it; if not, it is killed.
 
     Raises:
         AssertionError: it ended by itself, did not answer, or did not end with exit code 0.
@@ -199,8 +202,9 @@ def server(command: Sequence[str], log: Path, environment: Mapping[str, str]) ->
     try:
         _wait(process, address, log)
         yield address
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, log.read_text()[-3000:]
+        if ends:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0, log.read_text()[-3000:]
     finally:
         if process.poll() is None:
             process.kill()
