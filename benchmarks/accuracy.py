@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py             # the model as it is
     python benchmarks/accuracy.py --inject    # and with six outlier features in every block
     python benchmarks/accuracy.py --attention # what QKᵀ and PV in int8 cost, where attention is eager
-    python benchmarks/accuracy.py --rotated   # int8-rotated, without and with a calibration
+    python benchmarks/accuracy.py --rotated   # int8-rotated, bf16 and every other scheme
 
 Prints perplexity, KL divergence and top-1 agreement with fp32 on the public-domain text that ships
 with the package, through Inductor as a user runs it; ``--json`` writes them too. ``int8fx evaluate`` is
@@ -11,6 +11,7 @@ the same for any model, text and scheme.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 
 import int8fx
-from int8fx.analysis.evaluate import Settings, contender, evaluate, logits_of
+from int8fx.analysis.evaluate import LogitsOf, Settings, contender, evaluate, logits_of
 from int8fx.analysis.outlier_injection import inject_and_check
 from int8fx.bench import smollm2
 from int8fx.bench.texts import load_with_tokens
@@ -53,7 +54,8 @@ ATTENTION: Mapping[str, Mapping[str, Any]] = {
 
 
 def rotated(model: Any) -> dict[str, dict[str, Any]]:
-    """int8-rotated without data, and calibrated on another text with the head in float and in int8."""
+    """int8-rotated without data, and calibrated on another text with the head in float and in int8;
+    then every other scheme."""
     _, tokenizer = smollm2.load(Console(stderr=True))
     token_ids = torch.tensor([tokenizer(CALIBRATION_TEXT)["input_ids"]])
     calibration = int8fx.calibrate(model, [{"input_ids": token_ids, "use_cache": False}])
@@ -62,9 +64,13 @@ def rotated(model: Any) -> dict[str, dict[str, Any]]:
         "int8-rotated": {"scheme": "int8-rotated"},
         "int8-rotated, 8 columns": {**calibrated, "skip": list(OUTPUT_HEADS)},
         "int8-rotated, 8 columns, head too": calibrated,
-        "w8a16": {"scheme": "w8a16"},
-        "llm.int8": {},
+        **{name: {"scheme": name} for name in int8fx.SCHEMES if name != "int8-rotated"},
     }
+
+
+def in_bf16(model: Any) -> dict[str, LogitsOf]:
+    """A copy of the model through Inductor, with weights and activations in bf16."""
+    return {"bf16": logits_of(torch.compile(copy.deepcopy(model).bfloat16(), dynamic=False))}
 
 
 def main() -> None:
@@ -74,7 +80,7 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=30.0, help="of the injection")
     parser.add_argument("--seed", type=int, default=0, help="of the injected channels")
     parser.add_argument("--attention", action="store_true", help="of attention in int8, instead")
-    parser.add_argument("--rotated", action="store_true", help="int8-rotated, instead")
+    parser.add_argument("--rotated", action="store_true", help="int8-rotated and others, instead")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
 
@@ -92,14 +98,16 @@ def main() -> None:
     contenders: Mapping[str, Mapping[str, Any]] = {spec: contender(spec) for spec in SPECS}
     if arguments.attention:
         contenders = ATTENTION
+    others: Mapping[str, LogitsOf] = {}
     if arguments.rotated:
-        contenders = rotated(model)
+        contenders, others = rotated(model), in_bf16(model)
     settings = Settings(
         contenders,
         windows=arguments.windows,
         factor=factor,
         seed=arguments.seed,
         compiled=True,
+        others=others,
     )
     outcome = evaluate(model, token_ids, settings, smollm2.CONVERTED, progress)
     _, breaks = compile_counts()

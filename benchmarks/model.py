@@ -6,8 +6,8 @@
 
 A causal model fills a static KV cache with 512 tokens and decodes 64 more; an encoder reads 32
 sequences of 128. Contenders take turns, round by round; medians with quartiles. The models are in bf16,
-but for ``smollm2-fp32``, which is for contenders whose name says no dtype. Before each turn stands a
-walk over memory (``peaks.py``): the roof over decoding, which reads every weight for one token.
+but for ``smollm2-fp32``, which is for contenders whose name says no dtype. Before each turn memory is
+read sequentially (``peaks.py``): the roof over decoding, which reads every weight for one token.
 
 ``--alone`` runs each contender in two processes of its own, with an empty compile cache and then with
 what the first one left there: seconds until both graphs have run, and the largest resident size.
@@ -198,16 +198,17 @@ def steps_of(name: str, model_name: str, model: nn.Module, batch: int) -> Steps:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a decode step reads its weights at, beside a plain walk over memory in the same run.
+    """What a decode step reads its weights at, beside a sequential read in the same run.
 
     Attributes:
         bytes_read: a step's: the weights alone, without embeddings that are not a head as well.
-        per_second, of_walk: those by the median step, and that by the median walk.
+        per_second: those by the median step.
+        share: of what a sequential read gave, by its median.
     """
 
     bytes_read: int
     per_second: float
-    of_walk: float
+    share: float
 
 
 def bytes_read(model: PreTrainedModel, report: int8fx.Report | None) -> int:
@@ -220,20 +221,20 @@ def bytes_read(model: PreTrainedModel, report: int8fx.Report | None) -> int:
 def measure(
     contenders: Mapping[str, Steps],
     rounds: int,
-    walk: Callable[[], float],
+    sequential_read: Callable[[], float],
     on_round: Callable[[], None],
 ) -> tuple[Results, Timing]:
     """Seconds of each step of each contender, all of which have run before; in turns.
 
-    And what ``walk`` gave, before each turn.
+    And what ``sequential_read`` gave, before each turn.
     """
     samples: dict[str, dict[str, list[float]]] = {
         name: {step: [] for step in steps} for name, steps in contenders.items()
     }
-    walks = []
+    reads = []
     for _ in range(rounds):
         for name, steps in contenders.items():
-            walks.append(walk())
+            reads.append(sequential_read())
             for step, run in steps.items():
                 start = time.perf_counter()
                 run()
@@ -243,7 +244,7 @@ def measure(
         name: {step: timing_of(values) for step, values in steps.items()}
         for name, steps in samples.items()
     }
-    return results, timing_of(walks)
+    return results, timing_of(reads)
 
 
 def show(console: Console, title: str, results: Results) -> None:
@@ -261,16 +262,16 @@ def show(console: Console, title: str, results: Results) -> None:
     console.print(table)
 
 
-def show_decoding(console: Console, decoding: dict[str, Decoding], walk: Timing) -> None:
-    low, median, high = (f"{value / 1e9:.1f}" for value in (walk.low, walk.median, walk.high))
-    caption = f"a walk over memory, before each turn: {median} GB/s ({low}-{high})"
+def show_decoding(console: Console, decoding: dict[str, Decoding], roof: Timing) -> None:
+    low, median, high = (f"{value / 1e9:.1f}" for value in (roof.low, roof.median, roof.high))
+    caption = f"a sequential read of memory, before each turn: {median} GB/s ({low}-{high})"
     table = Table(title="weights that a decode step reads", caption=caption)
     table.add_column("contender", no_wrap=True)
-    for column in ("MiB", "GB/s", "of the walk"):
+    for column in ("MiB", "GB/s", "of the read"):
         table.add_column(column, justify="right")
     for name, found in decoding.items():
         speed = f"{found.per_second / 1e9:.1f}"
-        table.add_row(name, f"{found.bytes_read / 2**20:,.0f}", speed, f"{found.of_walk:.0%}")
+        table.add_row(name, f"{found.bytes_read / 2**20:,.0f}", speed, f"{found.share:.0%}")
     console.print(table)
 
 
@@ -395,15 +396,15 @@ def timed(
                 reads[name] = bytes_read(model, reports[0] if reports else None)
             progress.advance(task)
         progress.update(task, description=f"{model_name}, batch {batch}: timing")
-        results, walk = measure(contenders, rounds, gauges.bytes_read, lambda: progress.advance(task))
+        results, roof = measure(contenders, rounds, gauges.bytes_read, lambda: progress.advance(task))
     show(console, f"{model_name}, batch {batch}", results)
     decoding = {}
     for name, read in reads.items():
         per_second = DECODE * read / results[name][DECODING].median
-        decoding[name] = Decoding(read, per_second, per_second / walk.median)
+        decoding[name] = Decoding(read, per_second, per_second / roof.median)
     if decoding:
-        show_decoding(console, decoding, walk)
-    return results, {"walk": plain(walk), "decoding": plain(decoding)}
+        show_decoding(console, decoding, roof)
+    return results, {"sequential_read": plain(roof), "decoding": plain(decoding)}
 
 
 def main(

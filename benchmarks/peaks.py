@@ -3,8 +3,8 @@
     python benchmarks/peaks.py
 
 Compiled for this processor, all threads at once: as many independent sums as hide the latency of its
-int8 instruction (AMX, VNNI with AVX512 or AVX), and a walk over 256 MiB on huge pages. Medians of nine
-runs: the ceilings of the roofline that ``linear.py`` draws.
+int8 instruction (AMX, VNNI with AVX512 or AVX), and a sequential read of 256 MiB on huge pages. Medians
+of nine runs: the ceilings of the roofline that ``linear.py`` draws.
 """
 
 import ctypes

@@ -87,9 +87,13 @@ class Calibration:
         first = ", ".join(linear.path for linear in self.linears[:3])
         return f"{len(self.linears)} linears ({first}{', ...' if len(self.linears) > 3 else ''})"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content."""
+        return {"format": _FORMAT, "version": _VERSION} | asdict(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file."""
-        content = {"format": _FORMAT, "version": _VERSION} | asdict(self)
+        content = self.to_dict()
         Path(path).write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
     @classmethod

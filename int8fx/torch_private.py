@@ -633,6 +633,13 @@ def without_guards(fake_mode: Any) -> Iterator[None]:
             yield
 
 
+def size_conditions(fake_mode: Any) -> list[str]:
+    """What was decided of the sizes of a graph so far: Dynamo checks at each call what was there when
+    the backend was done."""
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    return [] if shape_env is None else [str(each.expr) for each in shape_env.guards]
+
+
 def operator_named(name: str) -> Any:
     """The operator ``namespace::name.overload`` that Python knows; ``.overload`` may be missing."""
     namespace, _, rest = name.partition("::")
@@ -923,3 +930,18 @@ def replace_shard(shard: Any, parameter: Any) -> None:
     shard.sharded_param = parameter
     # What it held gives its memory back; FSDP2 pads the new one before the first call.
     shard._sharded_param_data = parameter.to_local().new_zeros(0)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def all_reduced(tensor: Tensor, how: str, group: str) -> Tensor:
+    """``"sum"`` or ``"max"`` over a group of processes by its name, in a graph as well."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(tensor.contiguous(), how, group))
+
+
+def is_first(group: str) -> bool:
+    """Whether this is the first process of a group."""
+    name: Any = group  # torch has a type for such strings
+    return torch.distributed.distributed_c10d._resolve_process_group(name).rank() == 0

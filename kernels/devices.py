@@ -5,6 +5,7 @@ that no other file compares the type of a device.
 """
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +142,11 @@ def same_kind(left: torch.device, right: torch.device) -> bool:
 def has_memory(device: torch.device) -> bool:
     """Whether tensors there have contents."""
     return device.type != "meta"
+
+
+def host_reads_all(device_types: Collection[str]) -> bool:
+    """Whether the host has all that is computed on these types of device, as a fork of it does."""
+    return all(host_reads(torch.device(each)) for each in device_types)
 
 
 def host_reads(device: torch.device) -> bool:

@@ -25,9 +25,14 @@ NEW = 12
 
 
 def new_toy():
-    """Of two layers, so that the passes find what layers share; its head is its embedding."""
+    """Of two layers, so that the passes find what layers share; no token ends a text."""
     return toy_llama.tiny(
-        vocab_size=64, max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=0
+        vocab_size=64,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
 
 
@@ -210,6 +215,35 @@ def test_a_model_generates_one_text_at_a_time(artefact):
     next(model.tokens(PROMPTS[3]))
     with pytest.raises(UserError, match="another text was begun"):
         next(first)
+
+
+def test_another_architecture_with_biases_and_another_scheme(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    def new_model():
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return Qwen2ForCausalLM(config).eval()
+
+    options, prompt = {"scheme": "int8-rotated"}, PROMPTS[2]
+    compile_model(new_model(), toy_llama.words(), tmp_path / "qwen", context=CONTEXT, options=options)
+    compiled = new_model()
+    compiled.compile(backend="llmint8", options=options)
+    with torch.no_grad():
+        texts = compiled.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
+    found = list(int8fx.load(tmp_path / "qwen").tokens(prompt, max_new_tokens=NEW))
+    assert found == texts[0, len(prompt) :].tolist()
+    assert len(set(found)) > 2
 
 
 # --- Text ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import int8fx
+from int8fx.compiler.background import CompiledLater
 
 K, N, SECONDS = 64, 48, 300
 
@@ -80,10 +81,51 @@ def test_weights_that_change_are_seen_before_and_after(model, log):
         torch.testing.assert_close(run(x), doubled(x))
 
 
+def test_sizes_may_vary(model, log):
+    """One graph for all of them, before and after."""
+    run = torch.compile(model, backend="llmint8", options={"background": True}, dynamic=True)
+    at_once = torch.compile(model, backend="llmint8", options={"threshold": 6.0}, dynamic=True)
+    inputs = [torch.randn(rows, K) for rows in (5, 7, 40)]
+    with torch.no_grad(), int8fx.collect_reports() as reports:
+        before = [run(x) for x in inputs]
+        until(lambda: run(inputs[0]) is not None and any("runs compiled" in each for each in log()))
+        after = [run(x) for x in inputs]
+        assert len(reports) == 1
+        expected = [at_once(x) for x in inputs]
+    for early, late, y in zip(before, after, expected, strict=True):
+        assert late.equal(y)
+        torch.testing.assert_close(early, late, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_that_compiles_for_some_sizes_only_stays_as_it_is(log):
+    """Dynamo would call it with others, and nothing would tell."""
+    conditions = ["s0 >= 2"]
+
+    def compile_graph():
+        conditions.append("Eq(s0, 5)")
+        return lambda x: x + 1
+
+    run = CompiledLater(lambda x: x, compile_graph, lambda: list(conditions))
+    until(lambda: run(3) == 3 and any("stays operator by operator" in each for each in log()))
+    assert run(3) == 3
+    assert any("it wants Eq(s0, 5)" in each for each in log())
+
+
+def test_a_compile_that_fails_in_the_fork_fails_here(log):
+    """Where its error is seen."""
+
+    def compile_graph():
+        raise RuntimeError("no compiler")
+
+    run = CompiledLater(lambda x: x, compile_graph, list)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        until(lambda: run(3) != 3)
+    assert any("compile in the background failed" in each for each in log())
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ({"dynamic": True}, "a size varies"),
         ({"options": {"background": True, "release_weights": True}}, "release_weights gives up"),
     ],
 )

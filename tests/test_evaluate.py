@@ -1,10 +1,13 @@
 """Evaluation against numbers worked out by hand, and on a random Llama."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
+from int8fx.analysis.evaluate import FLOAT, Settings, evaluate
 from int8fx.analysis.metrics import (
     ROWS_AT_ONCE,
     compare,
@@ -127,3 +130,19 @@ def test_sample_text_ships_with_the_package():
     # At about four characters a token, twenty windows of 512 with room to spare.
     assert len(text) > 60_000
     assert text.isascii()
+
+
+def test_contenders_that_are_no_scheme_stand_beside_those_that_are():
+    torch.manual_seed(0)
+    embedding, head = torch.nn.Embedding(20, 32), torch.nn.Linear(32, 20)
+
+    def model(input_ids, use_cache=False):
+        return SimpleNamespace(logits=head(embedding(input_ids)))
+
+    def in_bf16(input_ids):
+        return model(input_ids).logits.detach().bfloat16()
+
+    settings = Settings({}, windows=2, length=8, others={"bf16": in_bf16})
+    found = evaluate(model, torch.randint(0, 20, (32,)), settings, "toy", Console(quiet=True))
+    assert list(found.accuracies) == [FLOAT, "bf16"]
+    assert found.accuracies[FLOAT].mean_kl == 0 < found.accuracies["bf16"].mean_kl < 1e-3

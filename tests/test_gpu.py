@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from test_expert_kernels import *  # noqa: F403
 from test_kernels import *  # noqa: F403
+from test_rotated_kernels import *  # noqa: F403
 
 from int8fx.testing.gpuless.linear_bound import BF16, CASES, FP16, assert_within_the_derived_bound
 

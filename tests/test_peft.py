@@ -40,7 +40,37 @@ def base_weight(model):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_are_those_of_the_dequantised_model_in_float64(base, x, compiled):
+    check_gradients(adapted(base), x, compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scheme", ["nf4", "w4a16-group", "w4a8-group", "wna16-group"])
+def test_gradients_through_weights_of_four_bits(x, scheme, compiled):
+    """QLoRA: forward and backward in one graph, and the base stays what it is."""
+    torch.manual_seed(0)
+    base = int8fx.quantize_(Mlp(K, N), scheme=scheme)
     model = adapted(base)
+    before = [tensor.clone() for tensor in base_weight(model).tensors]
+    check_gradients(model, x, compiled)
+    assert all(map(torch.equal, base_weight(model).tensors, before))
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "w4a16-group", "w4a8-group"])
+@torch.no_grad()
+def test_an_adapter_is_merged_into_four_bits_and_taken_back(x, exact, scheme):
+    torch.manual_seed(0)
+    model = adapted(int8fx.quantize_(Mlp(K, N), scheme=scheme)).eval()
+    before, alone = model(x), model.base_model.model.up.base_layer.weight.dequantize()
+    model.merge_adapter()
+    assert type(base_weight(model)) is Int8Weight
+    assert not torch.equal(base_weight(model).dequantize(), alone)
+    # The sum is quantised anew.
+    assert (model(x) - before).norm() < 0.2 * before.norm()
+    model.unmerge_adapter()
+    assert torch.equal(base_weight(model).dequantize(), alone)
+
+
+def check_gradients(model, x, compiled):
     reference = copy.deepcopy(model)
     int8fx.dequantize_(reference).double()
     call = model

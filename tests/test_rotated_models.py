@@ -113,7 +113,7 @@ def test_merging_an_adapter_quantises_the_sum_with_the_same_columns(with_columns
         merged = model.merge_and_unload()
         y = merged(x)
     assert merged.up.weight.options["columns"] == columns
-    assert (y - expected).norm() < 0.01 * expected.norm()
+    assert (y - expected).norm() < (0.01 if with_columns else 0.03) * expected.norm()
 
 
 # --- Conv1D ---------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_rows_of_experts_are_those_of_the_linear_with_their_matrix(with_columns)
     assert decision.accepted and decision.scheme == "int8-rotated" and decision.experts == 4
     columns = ()
     if with_columns:
-        columns = options["calibration"].columns_of("", (N, K), 8)
+        columns = options["calibration"].columns_of("weight", (N, K), 8)
         assert len(columns) == 8 and 5 in columns
     choice = SCHEMES["int8-rotated"].choice(columns=columns)
     for row, expert in enumerate(experts.tolist()):
@@ -185,11 +185,13 @@ def test_a_block_of_mixtral(with_columns):
 
     torch.manual_seed(0)
     sizes = {"hidden_size": K, "intermediate_size": N, "num_experts_per_tok": 2}
-    block = MixtralSparseMoeBlock(MixtralConfig(num_local_experts=4, **sizes))
+    config = MixtralConfig(num_local_experts=4, **sizes)
+    config._experts_implementation = "grouped_mm"
+    block = MixtralSparseMoeBlock(config).bfloat16()
     for parameter in block.parameters():
         parameter.data.normal_(0.0, parameter.shape[-1] ** -0.5)
     block = block.requires_grad_(False).eval()
-    x = rows(20).unsqueeze(0)
+    x = rows(20).unsqueeze(0).bfloat16()
     options = options_for(block, with_columns, x)
     y, report = compile_once(block, x, backend_options=options)
     schemes = {decision.experts: decision.scheme for decision in report.decisions if decision.accepted}

@@ -13,8 +13,10 @@ from int8fx.analysis.mixture import Mixtures
 from int8fx.analysis.suggest import (
     FASTEST,
     FLOAT,
+    LADDER,
     WAYS,
     Sensitivity,
+    _simpler,
     _within_kl,
 )
 from int8fx.errors import BudgetError
@@ -81,12 +83,79 @@ def test_a_budget_of_kl_is_kept_by_what_the_sensitive_linear_needs(model, x):
 
 
 def test_what_is_estimated_is_near_what_is_measured(model, x):
-    mixtures = Mixtures(model, (x,), {}, WAYS)
+    mixtures = Mixtures(model, (x,), {}, WAYS, {"calibration": int8fx.calibrate(model, [x])})
     for each in int8fx.suggest(model, x, budget={"kl": 1.0}).linears:
         assert each.kl["llm.int8"] == mixtures.kl({each.path: "llm.int8"})
         for way in WAYS:
             measured = mixtures.kl({each.path: way})
             assert measured / 3 < each.kl[way] < 3 * measured
+
+
+class Loud(nn.Module):
+    """Every linear's input has a column that is larger in every row, but below the thresholds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.lm_head = nn.Linear(64, V)
+        self.requires_grad_(False)
+        self.lm_head.weight.mul_(50.0)  # so that what differs is more than rounding
+
+    def forward(self, x):
+        loud = torch.where(torch.arange(64) == 5, 2.9, 0.05)
+        for block in self.blocks:
+            x = block(x.tanh() * loud)
+        return self.lm_head(x)
+
+
+def loud_inputs():
+    return torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_rotated_is_proposed_with_the_columns_of_the_inputs(tmp_path):
+    model, x = Loud(), loud_inputs()
+    uniform = int8fx.suggest(model, x, budget={"kl": 10.0}).uniform_kl
+    assert uniform["int8-rotated"] < uniform["llm.int8"] / 4
+    budget = {"kl": 1.2 * uniform["int8-rotated"]}
+    found = int8fx.suggest(model, x, budget=budget)
+    assert found.options["scheme"] == "int8-rotated" and found.kl <= budget["kl"]
+    # The head stays in float, as it was where the mixtures were measured.
+    assert found.options["skip"][0] == "lm_head"
+    assert found.kl == pytest.approx(measured_kl(model, x, found.options), rel=0.01, abs=1e-7)
+    calibration = found.options["calibration"]
+    assert calibration == int8fx.calibrate(model, [x]) and found.columns_of_inputs
+    shown = " ".join(str(found).split())
+    assert "'calibration': 'calibration.json'" in shown and "the largest of these inputs" in shown
+    found.save(tmp_path / "options.json")
+    path = tmp_path / "calibration.json"
+    assert json.loads(json.dumps(found.to_dict()))["options"]["calibration"] == json.loads(
+        path.read_text()
+    )
+    options = int8fx.load_options(tmp_path / "options.json")
+    assert measured_kl(model, x, options) == pytest.approx(found.kl, rel=0.01, abs=1e-7)
+    given = int8fx.suggest(model, x, budget=budget, options={"calibration": path})
+    assert given.options == found.options and given.kl == found.kl and not given.columns_of_inputs
+    assert "the largest of these inputs" not in str(given)
+
+
+def test_one_way_for_all_goes_before_a_mixture_that_costs_more():
+    def linear(name: str, chosen: str) -> Sensitivity:
+        return Sensitivity(name, dict.fromkeys(LADDER, 0.0), 400, 100, chosen)
+
+    mixture = [linear("fc0", FASTEST), linear("fc1", FLOAT), linear("fc2", FLOAT)]
+    uniform = {FASTEST: 0.1, "llm.int8 at 3": 0.02, "int8-rotated": 0.002, "w8a16": 0.003}
+    found, kl = _simpler(mixture, 0.0025, uniform, 0.003, LADDER)
+    assert {each.chosen for each in found} == {"int8-rotated"} and kl == 0.002
+    assert _simpler(mixture, 0.0015, uniform, 0.0019, LADDER) == (mixture, 0.0015)
+    cheap = [linear("fc0", FASTEST), linear("fc1", FASTEST), linear("fc2", "int8-rotated")]
+    assert _simpler(cheap, 0.0025, uniform, 0.003, LADDER) == (cheap, 0.0025)
+
+
+def test_a_calibration_of_another_model_is_an_error(model, x):
+    other = int8fx.calibrate(Loud(), [loud_inputs()])
+    with pytest.raises(Exception, match=r"blocks.0: N=32, K=32.*which is of a Loud"):
+        int8fx.suggest(model, x, budget={"kl": 1.0}, options={"calibration": other})
 
 
 def test_no_divergence_at_all_is_float(model, x):

@@ -16,6 +16,7 @@ from int8fx.ahead.trace import DTYPES, Tracer, described
 from int8fx.errors import UserError
 from int8fx.kernels.cpu import build
 from int8fx.kernels.cpu.trusted import OTHERS_WRITE
+from int8fx.kernels.devices import host_reads
 from int8fx.options import Options
 
 CONTEXT = 2048
@@ -61,7 +62,7 @@ def compile_model(
     if folder.exists():
         raise UserError(f"{folder} is there already; give a folder that is not")
     device = next(model.parameters()).device
-    if device.type != "cpu":
+    if not host_reads(device):
         raise UserError(f"the model is on {device}: int8fx compile takes one on a CPU; model.to('cpu')")
     limit = getattr(_config(source), "max_position_embeddings", CONTEXT)
     context = min(CONTEXT, limit) if context is None else context

@@ -80,6 +80,7 @@ class MappedFile:
         self.tensors = {
             name: Memory(first + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
             for name, entry in entries.items()
+            if not name.startswith(GAP)
         }
 
 

@@ -169,8 +169,8 @@ def load(folder: str | Path, *, threads: int | None = None) -> Model:
 
     Examples:
         >>> import int8fx
-        >>> model = int8fx.load("smollm2")  # doctest: +SKIP
-        >>> model.generate("The capital of France is", max_new_tokens=2)  # doctest: +SKIP
-        ' Paris.'
+        >>> int8fx.load("none")
+        Traceback (most recent call last):
+        int8fx.errors.ArtefactError: none: no folder that int8fx compile wrote: int8fx.json is not there
     """
     return Model(files.read(folder), threads)

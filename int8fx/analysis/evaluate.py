@@ -7,7 +7,7 @@ model instead.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Settings:
         windows, length: how much of the text, and how many tokens are judged together.
         factor, seed: of the injected outliers; no factor, no injection.
         compiled: through Inductor.
+        others: contenders that are no scheme of the model, as a copy of it in another dtype.
     """
 
     contenders: Mapping[str, Mapping[str, Any]]
@@ -53,6 +54,7 @@ class Settings:
     factor: float | None = None
     seed: int = 0
     compiled: bool = False
+    others: Mapping[str, LogitsOf] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def evaluate(
     except ValueError as error:
         raise UserError(str(error)) from error
     store, reference = WeightStore(), logits_of(model)
-    contenders = {FLOAT: reference} | {
+    contenders = {FLOAT: reference, **settings.others} | {
         name: quantized(model, options, store, settings.compiled)
         for name, options in settings.contenders.items()
     }

@@ -17,7 +17,7 @@ from int8fx.arguments import check_callable
 from int8fx.options import Options
 
 if TYPE_CHECKING:
-    from int8fx.analysis.observe import Graph, Observation, Seen
+    from int8fx.analysis.observe import Graph, LinearStatistics, Observation
 
 
 def explain(
@@ -123,7 +123,9 @@ def _rows(observation: "Observation") -> Iterator[Row]:
         yield _row(graph, index, path, seen, calls, counts)
 
 
-def _row(graph: "Graph", index: int, path: str, seen: "Seen", calls: int, counts: bool) -> Row:
+def _row(
+    graph: "Graph", index: int, path: str, seen: "LinearStatistics", calls: int, counts: bool
+) -> Row:
     decision = graph.decisions[index]
     absmax, columns = seen.channel_absmax, seen.outlier_columns
     quantized = decision.accepted and seen.calls > 0

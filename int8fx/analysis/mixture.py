@@ -45,14 +45,15 @@ class Mixtures:
         """
         Args:
             ways: a scheme and its settings, by name.
-            options: what is decided already: ``rules``, ``skip``, ``only`` and settings.
+            options: what is decided already: ``rules``, ``skip``, ``only``, settings, and a calibration
+                for the ways that keep columns.
         """
         self.paths: list[str] = []
         self.skipped: list[str] = []
         self.float_bytes = self.ruled_bytes = 0
         self._options = Options.parse(in_use(options or {}))
-        self._choices = {
-            way: Options.parse(of_way(scheme, settings, options or {})).chosen
+        self._of_ways = {
+            way: Options.parse(of_way(scheme, settings, options or {}))
             for way, (scheme, settings) in ways.items()
         }
         self._active: Mapping[str, str] = {}
@@ -147,14 +148,17 @@ class Mixtures:
     def _watch(self, compilation: Compilation) -> None:
         for candidate, decision in zip(compilation.found, compilation.decisions, strict=True):
             if candidate in compilation.choices:
-                self._add(compilation, candidate, decision.path)
+                assert decision.shape is not None
+                self._add(compilation, candidate, decision.path, decision.shape)
             elif decision.reason.startswith("skip:"):
                 self.skipped.append(decision.path)
 
-    def _add(self, compilation: Compilation, candidate: Candidate, path: str) -> None:
+    def _add(
+        self, compilation: Compilation, candidate: Candidate, path: str, shape: tuple[int, int]
+    ) -> None:
         assert candidate.weight is not None
         weight_format = compilation.choices[candidate].weight_format
-        compilation.products[candidate] = self._product(candidate, path, weight_format)
+        compilation.products[candidate] = self._product(candidate, path, shape, weight_format)
         if path in self._bytes or path in self._ruled:
             return
         tensor = compilation.tensors[candidate.weight.placeholder]
@@ -166,15 +170,17 @@ class Mixtures:
             self._bytes[path] = (packed.float_bytes, packed.nbytes)
             self.paths.append(path)
 
-    def _product(self, candidate: Candidate, path: str, in_graph: WeightFormat) -> Product:
+    def _product(
+        self, candidate: Candidate, path: str, shape: tuple[int, int], in_graph: WeightFormat
+    ) -> Product:
         expression = candidate.weight
         assert expression is not None
         routed = candidate.routing is not None
         in_float = _experts_in_float if routed else F.linear
         ways = {
             way: self._lowering(candidate, choice, in_graph)
-            for way, choice in self._choices.items()
-            if not routed or choice.scheme.experts is not None
+            for way, options in self._of_ways.items()
+            if (choice := _choice(options, path, shape)).scheme.experts is not None or not routed
         }
         self._ways[path] = tuple(ways)
 
@@ -212,6 +218,11 @@ class Mixtures:
             return lower(eagerly, x, packed, last)
 
         return product
+
+
+def _choice(options: Options, path: str, shape: tuple[int, int]) -> Choice:
+    """The scheme of a linear with its columns, by options of one way."""
+    return options.calibrated(options.chosen, path, shape)
 
 
 def _experts_in_float(

@@ -35,11 +35,11 @@ from int8fx.weights.tensor import in_float
 # The thresholds that the sensitivity is measured at; 0 is no decomposition.
 THRESHOLDS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 0.0)
 
-Place = tuple[int, int]  # the number of the graph, and of the candidate in it
+LinearId = tuple[int, int]  # the number of the graph, and of the candidate in it
 
 
 @dataclass(frozen=True)
-class Stored:
+class WeightMemory:
     """The memory of one weight: what it is, and its bytes in float and as the scheme keeps it."""
 
     identity: tuple[Any, ...]
@@ -48,7 +48,7 @@ class Stored:
 
 
 @dataclass
-class Seen:
+class LinearStatistics:
     """What was seen of one linear, over all its calls.
 
     Attributes:
@@ -62,7 +62,7 @@ class Seen:
         noise_unrotated: the same difference without the rotation of a scheme that has one.
     """
 
-    stored: Stored | None = None
+    stored: WeightMemory | None = None
     calls: int = 0
     rows: int = 0
     channel_absmax: Tensor | None = None
@@ -137,7 +137,7 @@ class Observation:
         self.graphs: list[Graph] = []
         self.devices: frozenset[str] = frozenset()
         self.runs: list[int] = []
-        self.by_linear: dict[tuple[Place, str], Seen] = {}
+        self.by_linear: dict[tuple[LinearId, str], LinearStatistics] = {}
         self.outcomes: list[list[Outcome]] = []
         self.breaks: tuple[GraphBreak, ...] = ()
         self.recompiles: tuple[str, ...] = ()
@@ -218,32 +218,38 @@ class Observation:
             return module
         return f"{module}.{re.sub(r'_[0-9]+$', '', candidate.node.name)}"
 
-    def stored(self, tensor: Tensor, expression: WeightExpression, choice: Choice | None) -> Stored:
+    def stored(
+        self, tensor: Tensor, expression: WeightExpression, choice: Choice | None
+    ) -> WeightMemory:
         """The memory of a weight; without a choice it stays in float."""
         identity = (id(tensor), expression.recipe)
         if choice is None:
-            return Stored(identity, tensor.nbytes, tensor.nbytes)
+            return WeightMemory(identity, tensor.nbytes, tensor.nbytes)
         packed = self._store.get(tensor, expression, choice.weight_format)
-        return Stored((*identity, choice.weight_format.name), packed.float_bytes, packed.nbytes)
+        return WeightMemory((*identity, choice.weight_format.name), packed.float_bytes, packed.nbytes)
 
-    def seen(self, place: Place, path: str, weight: Tensor | None) -> Seen:
-        """What was seen so far of a weight at a place, in the module ``path`` when it was compiled."""
+    def seen(self, linear: LinearId, path: str, weight: Tensor | None) -> LinearStatistics:
+        """What was seen so far of a linear, in the module ``path`` when it was compiled."""
         names = self._names.get(id(weight), [path])
-        return self.by_linear.setdefault((place, path if path in names else names[0]), Seen())
+        return self.by_linear.setdefault(
+            (linear, path if path in names else names[0]), LinearStatistics()
+        )
 
 
 class _Observer:
     """Of one candidate."""
 
-    def __init__(self, observation: Observation, place: Place, path: str, candidate: Candidate) -> None:
+    def __init__(
+        self, observation: Observation, linear: LinearId, path: str, candidate: Candidate
+    ) -> None:
         self._observation = observation
-        self._place = place
+        self._linear = linear
         self._path = path
         self._candidate = candidate
 
-    def seen(self, weight: Tensor | None, choice: Choice | None = None) -> Seen:
+    def seen(self, weight: Tensor | None, choice: Choice | None = None) -> LinearStatistics:
         """The record of a weight; None when there is none."""
-        seen = self._observation.seen(self._place, self._path, weight)
+        seen = self._observation.seen(self._linear, self._path, weight)
         if weight is not None and seen.stored is None:
             seen.stored = self._observation.stored(weight, self._expression, choice)
         return seen
@@ -295,7 +301,7 @@ class _Observer:
 
 
 def _record(
-    seen: Seen,
+    seen: LinearStatistics,
     x: Tensor,
     matrix: Tensor,
     bias: Tensor | None,

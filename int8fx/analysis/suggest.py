@@ -5,6 +5,9 @@ those in float is its sensitivity. For small errors that grows as the square of 
 linear's output, which one run shows for all linears and all ways, so the other ways' divergences are
 estimated from it. Divergences of single linears nearly add up, so a mixture is chosen by their sums,
 scaled by what the last mixture really had, and measured in the end as the options that say it.
+
+The way ``int8-rotated`` has the static columns of a calibration, which is made of the inputs where none
+is given.
 """
 
 import html
@@ -12,26 +15,30 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from int8fx.analysis.calibrate import calibrate
 from int8fx.analysis.explanation.record import kind, mib
 from int8fx.analysis.explanation.text import as_text
 from int8fx.arguments import check_callable
-from int8fx.errors import BudgetError
+from int8fx.calibration import Calibration
+from int8fx.errors import BudgetError, CalibrationError
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
 from int8fx.options import Options, as_dict, in_use, of_way
 from int8fx.options_file import save_options
 
 FLOAT = "float"
+CALIBRATION_FILE = "calibration.json"
 # From the fastest to the most accurate; all but the last take the same memory.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm.int8": ("llm.int8", {}),
     "llm.int8 at 3": ("llm.int8", {"threshold": 3.0}),
-    "int8-rotated": ("int8-rotated", {}),
+    "int8-rotated": ("int8-rotated", {}),  # with a calibration
     "w8a16": ("w8a16", {}),
 }
 LADDER = (*WAYS, FLOAT)
@@ -67,11 +74,13 @@ class Suggestion:
     """Options that keep a budget, and the table that justifies them.
 
     Attributes:
-        options: for ``torch.compile(model, backend="llmint8", options=...)``.
+        options: for ``torch.compile(model, backend="llmint8", options=...)``. Where a linear keeps
+            columns they have a ``Calibration``.
         kl: of the model as the backend rewrites it with these options, measured on the inputs given.
         uniform_kl: the same of each way that all linears have, for all of them.
         model_bytes: of all parameters and buffers then, the float ones not counted that are quantised.
         linears: how each linear fared.
+        columns_of_inputs: whether the calibration was made of the inputs, and not given.
 
     Examples:
         >>> import int8fx, torch
@@ -87,6 +96,7 @@ class Suggestion:
     uniform_kl: dict[str, float]
     model_bytes: int
     linears: tuple[Sensitivity, ...]
+    columns_of_inputs: bool = False
 
     def __str__(self) -> str:
         return as_text(self)
@@ -94,7 +104,7 @@ class Suggestion:
     def __repr__(self) -> str:
         chosen = Counter(each.chosen for each in self.linears)
         counts = ", ".join(f"{count} in {way}" for way, count in chosen.most_common())
-        options = shortened(repr(self.options))
+        options = shortened(repr(self._shown))
         return f"<Suggestion: {self._said[0]}\n {self._said[1]}; {counts}\n options={options}>"
 
     def _repr_html_(self) -> str:
@@ -103,7 +113,7 @@ class Suggestion:
         rows = "".join(
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows
         )
-        options = html.escape(f"options={self.options!r}")
+        options = html.escape(f"options={self._shown!r}")
         return f"<ul>{lines}</ul><p><code>{options}</code></p><table><tr>{head}</tr>{rows}</table>"
 
     @property
@@ -128,10 +138,18 @@ class Suggestion:
     @property
     def _said(self) -> list[str]:
         uniform = ", ".join(f"{way} {kl:.5f}" for way, kl in self.uniform_kl.items())
+        columns = "columns kept in 16-bit: the largest of these inputs"
         return [
             f"KL of the whole model: {self.kl:.5f}; every linear in one way: {uniform}",
             f"parameters and buffers: {mib(self.model_bytes)} MiB",
+            *([columns] if self.columns_of_inputs else []),
         ]
+
+    @property
+    def _shown(self) -> dict[str, Any]:
+        """The options with the name of a file for a calibration, whose columns would fill the page."""
+        has_one = "calibration" in self.options
+        return self.options | ({"calibration": CALIBRATION_FILE} if has_one else {})
 
     def __rich__(self) -> RenderableType:
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
@@ -146,18 +164,23 @@ class Suggestion:
         lines = [
             f"alone: {measured} is measured, the others are estimated from their output's error",
             *self._said,
-            f"options={self.options!r}",
+            f"options={self._shown!r}",
         ]
         return Group(table, "", *map(Text, lines))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the options, for ``torch.compile(options=path)``, ``int8fx.load_options`` and every
-        command (``--options``)."""
-        save_options(self.options, path)
+        command (``--options``); and beside them their calibration, as ``calibration.json``."""
+        if "calibration" in self.options:
+            self.options["calibration"].save(Path(path).with_name(CALIBRATION_FILE))
+        save_options(self._shown, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
-        return asdict(self)
+        """Everything, as JSON has it; a calibration as in its file."""
+        content = asdict(self)
+        if "calibration" in self.options:
+            content["options"]["calibration"] = self.options["calibration"].to_dict()
+        return content
 
 
 def suggest(
@@ -180,8 +203,9 @@ def suggest(
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         budget: ``{"kl": nats}``, the mean divergence from the float model's answers, or ``{"memory":
             bytes}``, of all parameters and buffers.
-        options: what is decided already, and stays so: ``rules``, ``skip``, ``only``, and settings of
-            schemes; or the file of them. The suggestion holds them as well.
+        options: what is decided already, and stays so: ``rules``, ``skip``, ``only``, ``calibration``,
+            and settings of schemes; or the file of them. The suggestion holds them as well. Without a
+            calibration the columns of ``int8-rotated`` are the largest of the inputs.
         ways: in which a linear may run, the fastest first: a scheme and its settings, by a name of
             yours. They take the same memory. By default ``WAYS``.
         on_run: told how many runs are done, and of how many: of each linear, of each way for all, and,
@@ -217,6 +241,9 @@ def suggest(
             "model: give that"
         )
     args, kwargs = _arguments(inputs)
+    of_inputs = "calibration" not in fixed
+    if of_inputs:
+        fixed["calibration"] = _calibration(model, kwargs or args)
     mixtures = Mixtures(model, args, kwargs, found, fixed)
     runs = _Runs(mixtures, on_run, found, fixed)
     _check_fastest(next(iter(found)), mixtures)
@@ -228,12 +255,22 @@ def suggest(
         except BudgetError as error:
             kept = "; those that the options have a rule for keep it" if mixtures.ruled_bytes else ""
             raise BudgetError(f"{error}{kept}") from None
+        chosen, kl = _simpler(chosen, kl, uniform, float(budget["kl"]), (*found, FLOAT))
     else:
         least = mixtures.float_bytes - mixtures.ruled_bytes
         chosen = _within_memory(linears, least, float(budget["memory"]), found)
         kl = runs.kl_of_mixture(chosen)
     saved = mixtures.ruled_bytes + sum(each.float_bytes - each.nbytes for each in chosen)
-    return Suggestion(runs.options_of(chosen), kl, uniform, mixtures.float_bytes - saved, tuple(chosen))
+    options_found, size = runs.options_of(chosen), mixtures.float_bytes - saved
+    of_inputs = of_inputs and "calibration" in options_found
+    return Suggestion(options_found, kl, uniform, size, tuple(chosen), of_inputs)
+
+
+def _calibration(model: Callable[..., Any], batch: Any) -> Calibration:
+    try:
+        return calibrate(model, [batch])
+    except CalibrationError:  # the model has no linear, so none that would ask for its columns
+        return Calibration(type(model).__name__, 0, ())
 
 
 def _check_fastest(way: str, mixtures: Any) -> None:
@@ -255,11 +292,14 @@ def _fixed(options: Mapping[str, Any] | str | PathLike[str] | None) -> dict[str,
     """
     given = as_dict(options, "suggest")
     settings = {name for scheme in SCHEMES.values() for name in scheme.reads}
+    taken = {"rules", "skip", "only", "calibration"} | settings
     for name in given:
-        if name not in {"rules", "skip", "only"} | settings:
-            allowed = ", ".join(sorted({"rules", "skip", "only"} | settings))
+        if name not in taken:
+            allowed = ", ".join(sorted(taken))
             raise ValueError(f"option {name!r} of suggest; allowed: {allowed}")
-    Options.parse(in_use(given), "suggest")
+    checked = Options.parse(in_use(given), "suggest")
+    if not isinstance(given.get("calibration", checked.calibration), Calibration | None):
+        given["calibration"] = Calibration.load(given["calibration"])
     return given
 
 
@@ -297,7 +337,8 @@ class _Runs:
 
     def kl_of_all(self, way: str) -> float:
         """The KL of the model with every linear in one way."""
-        return self._counted(self._mixtures.kl_of(of_way(*self._ways[way], self._fixed)))
+        options = of_way(*self._ways[way], self._fixed)
+        return self._counted(self._mixtures.kl_of(_without_head(options, self._mixtures.skipped)))
 
     def kl_of_mixture(self, linears: Sequence[Sensitivity]) -> float:
         """The same of the options that say what is chosen."""
@@ -361,6 +402,27 @@ def _within_kl(
     if not kl <= budget:
         raise BudgetError(f"budget={{'kl': {budget:g}}}: with every linear in float the KL is {kl:g}")
     return chosen, kl
+
+
+def _simpler(
+    chosen: list[Sensitivity],
+    kl: float,
+    uniform: Mapping[str, float],
+    budget: float,
+    ladder: Sequence[str],
+) -> tuple[list[Sensitivity], float]:
+    """One way for all instead, where that keeps the budget, too, at a lower price."""
+    for way, divergence in uniform.items():
+        alike = [_with(each, way) for each in chosen]
+        if divergence <= budget and _price(alike, ladder) < _price(chosen, ladder):
+            return alike, divergence
+    return chosen, kl
+
+
+def _price(linears: Sequence[Sensitivity], ladder: Sequence[str]) -> int:
+    """By the rungs of the ladder, as in ``_steps``, and by the memory that float takes more."""
+    rungs = (ladder.index(each.chosen) * each.kept_bytes for each in linears)
+    return sum(rungs) + sum(each.nbytes - each.kept_bytes for each in linears)
 
 
 def _steps(linears: Sequence[Sensitivity], ladder: Sequence[str]) -> list[tuple[int, str]]:
@@ -446,7 +508,13 @@ def _options(
     if in_float:
         # A skip list takes the place of the default one.
         options["skip"] = [*skipped, *in_float]
-    return in_use(options)
+    return _without_head(in_use(options), skipped)
+
+
+def _without_head(options: dict[str, Any], skipped: Sequence[str]) -> dict[str, Any]:
+    """What a calibration would let in, beside what was measured, stays out."""
+    leaves = "calibration" in options and "skip" not in options and skipped
+    return options | ({"skip": list(skipped)} if leaves else {})
 
 
 def _by_pattern(linears: Sequence[Sensitivity]) -> dict[str, str]:

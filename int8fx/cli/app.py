@@ -22,6 +22,7 @@ from int8fx.cli.arguments import (
     absent,
     complain,
     ending,
+    exists,
     numbers,
     one_line_errors,
     positive,
@@ -340,6 +341,52 @@ def quantize(
     print_json(saved.to_dict()) if json else Console().print(saved)
 
 
+@app.command()
+@one_line_errors
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A directory, a .safetensors or a .gguf file.")
+    ],
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Says what a checkpoint holds: its format, bits, groups and sizes, and what int8fx makes of it."""
+    exists("PATH", path)
+    from int8fx.weights.readers.inspecting import inspect as contents_of
+
+    contents = contents_of(path)
+    print_json(contents.to_dict()) if json else Console().print(contents)
+
+
+@app.command()
+@one_line_errors
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A directory, a .safetensors or a .gguf file.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="int8fx and compressed-tensors keep the numbers; int8 quantises them again.",
+        ),
+    ] = "int8fx",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Writes a checkpoint of another system (GPTQ, AWQ, NF4, GGUF, ...) in another format.
+
+    It goes weight by weight, and never holds the model.
+    """
+    exists("SRC", source)
+    absent("DST", out)
+    from int8fx.cli.convert import convert_files
+
+    converted = convert_files(source, out, to, Console(stderr=True))
+    print_json(converted.to_dict()) if json else Console().print(converted)
+
+
 @app.command(name="compile")
 @one_line_errors
 @takes_options
@@ -445,7 +492,8 @@ def suggest(
     """Measures what each linear costs in accuracy, and proposes options that keep a budget.
 
     With --kl the fastest that keep it, with --memory the most accurate. Each --scheme is a way that a
-    linear may run in, the fastest first. What --rule, --skip and --only decide stays as they say.
+    linear may run in, the fastest first. What --rule, --skip and --only decide stays as they say. The
+    columns of int8-rotated are those of --calibration, or else the largest of the text's tokens.
     """
     progress = Console(stderr=True)
     budget = _budget(kl, memory)

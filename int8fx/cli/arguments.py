@@ -98,6 +98,14 @@ def absent(argument: str, given: Path) -> None:
         raise UserError(f"{argument} {given} is there already; give a directory that is not")
 
 
+def exists(argument: str, given: Path) -> None:
+    """Raises:
+    UserError: nothing is there.
+    """
+    if not given.exists():
+        raise UserError(f"{argument} {given}: no such file or directory")
+
+
 def numbers(option: str, given: str, separator: str, count: int | None = None) -> list[int]:
     """Counts in one text, as ``4096x4096``.
 

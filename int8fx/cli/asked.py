@@ -85,13 +85,11 @@ class Asked:
         """Of ``int8fx.suggest``: a way for each ``--scheme``, or None, and the options beside them.
 
         Raises:
-            UserError: as ``options``; or there is a calibration, which suggest has no use for.
+            UserError: as ``options``.
         """
         from int8fx.kernels.schemes.table import DEFAULT
 
         common = self._common(("scheme",))
-        if "calibration" in common:
-            raise UserError(f"--calibration {common['calibration']}: suggest takes none")
         _for_each(self.scheme or [DEFAULT], common)
         ways = {}
         for spec in self.scheme or ():

@@ -22,11 +22,11 @@ import torch
 
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
+from int8fx.kernels.devices import host_reads_all
 
 log = logging.getLogger(__name__)
 
-NOT_A_CPU = "the graph is not on a CPU alone, and a fork has no GPU"
-SIZES_VARY = "a size varies, and Inductor's conditions on it come too late to be checked"
+NO_DEVICE = "the graph is not on a CPU alone, and a fork has no other device"
 GRADIENTS = "a gradient may be asked for"
 RELEASES = "release_weights gives up weights as the graph is compiled"
 NO_FORKS = "this system does not fork"
@@ -34,10 +34,8 @@ NO_FORKS = "this system does not fork"
 
 def refusal(compilation: Compilation) -> str:
     """Why a graph is compiled at once, or empty."""
-    if compilation.devices != {"cpu"}:
-        return NOT_A_CPU
-    if any(isinstance(each, torch.SymInt) for each in compilation.inputs):
-        return SIZES_VARY
+    if not host_reads_all(compilation.devices):
+        return NO_DEVICE
     if compilation.needs_autograd:
         return GRADIENTS
     if compilation.options.release_weights:
@@ -48,16 +46,23 @@ def refusal(compilation: Compilation) -> str:
 class CompiledLater:
     """A callable with a graph's signature, which changes from one form of it to another.
 
+    Dynamo checks at each call the conditions on sizes that it knew of when the backend was done. Where
+    Inductor has more of them, its code is for some sizes only, and the graph stays as it is.
+
     Args:
         eager: runs the graph now.
         compile_graph: makes the form that runs it afterwards. It is called twice: in a fork, which
             fills the caches, and here, where it finds them filled.
+        conditions: on sizes, so far.
     """
 
     def __init__(
-        self, eager: Callable[..., Any], compile_graph: Callable[[], Callable[..., Any]]
+        self,
+        eager: Callable[..., Any],
+        compile_graph: Callable[[], Callable[..., Any]],
+        conditions: Callable[[], list[str]],
     ) -> None:
-        self._run, self._compile = eager, compile_graph
+        self._run, self._compile, self._conditions = eager, compile_graph, conditions
         self._began = time.monotonic()
         self._changing = threading.Lock()
         self._child: int | None = _forked(compile_graph)
@@ -80,8 +85,14 @@ class CompiledLater:
         self._child = None
         if status:
             log.warning("the compile in the background failed (status %d): compiling here", status)
-        self._run = self._compile()
-        del self._compile
+        known = self._conditions()
+        compiled = self._compile()
+        more = [each for each in self._conditions() if each not in known]
+        del self._compile, self._conditions
+        if more:
+            log.warning("a graph stays operator by operator: compiled, it wants %s", "; ".join(more))
+            return
+        self._run = compiled
         log.info("a graph runs compiled from now on, %.1f s later", time.monotonic() - self._began)
 
 

@@ -1,5 +1,6 @@
 """One compile, as named steps: from Dynamo's graph to a callable."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +47,8 @@ def compile_graph(
     if options.background and not _compiles_at_once(compilation):
         report(compilation)
         eager = rewrite_graph(gm, inputs, options, STORE)
-        return CompiledLater(eager, call_inductor_later(compilation, patches))
+        conditions = functools.partial(torch_private.size_conditions, compilation.fake_mode)
+        return CompiledLater(eager, call_inductor_later(compilation, patches), conditions)
     compiled = call_inductor(compilation, patches)
     if options.release_weights:
         compilation.swap.mark_quantized(release(compilation))

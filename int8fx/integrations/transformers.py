@@ -32,7 +32,7 @@ from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options, in_use
 from int8fx.passes.linears.decision import Decision
 from int8fx.weights import sharding, state_dict
-from int8fx.weights.checkpoint_files import header
+from int8fx.weights.checkpoint_files import READER, header
 from int8fx.weights.distributed import local
 from int8fx.weights.quantize import (
     OPTIONS,
@@ -50,10 +50,6 @@ except ImportError as error:
     raise ReleaseError("transformers", "5.17.0") from error
 
 METHOD = "int8fx"
-# transformers skips a quantisation that it does not know, and loads the files as if they were float.
-# A fusion that it does not know it refuses, whatever its caller allows: ``Unknown fusion type: ...``.
-# So ``config.json`` asks for one, which this quantiser takes out again before it is looked up.
-READER = "the weights are int8 of int8fx; to read them, pip install int8fx and import int8fx"
 
 
 class Int8FxConfig(QuantizationConfigMixin):

@@ -26,8 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from int8fx.errors import CheckpointError
 from int8fx.integrations import transformers as ours
 from int8fx.kernels.cpu import pages
+from int8fx.kernels.schemes.table import OF_FILES
 from int8fx.weights import state_dict
 from int8fx.weights.checkpoint_files import header
+from int8fx.weights.quantize import dequantize_
 from int8fx.weights.readers import storing, table
 from int8fx.weights.readers.activations import scale_activation
 from int8fx.weights.readers.loading import SCALED
@@ -39,14 +41,15 @@ from int8fx.weights.tensor import QuantizedWeight
 log = logging.getLogger(__name__)
 
 METHOD = "int8fx-reader"
-# What transformers needs for each method; "cuda" stands for a GPU that it serves.
+# What transformers needs for each method.
+A_GPU = "a GPU"
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel", "optimum.gptq"),
     "awq": ("gptqmodel",),
     "bitsandbytes_4bit": ("bitsandbytes", "accelerate"),
     "bitsandbytes_8bit": ("bitsandbytes", "accelerate"),
     "compressed-tensors": ("compressed_tensors",),
-    "eetq": ("kernels", "cuda"),
+    "eetq": ("kernels", A_GPU),
     "hqq": ("hqq",),
 }
 _preferred: set[str] = set()
@@ -73,7 +76,7 @@ def serves(method: str) -> bool:
 
 
 def _is_there(need: str) -> bool:
-    if need == "cuda":
+    if need == A_GPU:
         return torch.cuda.is_available()
     try:
         return importlib.util.find_spec(need) is not None
@@ -128,9 +131,11 @@ class ReaderQuantizer(HfQuantizer):
         self.entries: dict[str, Any] = {}
         self.maps_files = False
         self.errors: list[CheckpointError] = []
+        self.no_option = False
 
     def is_serializable(self) -> bool:
-        return True
+        """Not of a scheme that no configuration names."""
+        return not self.no_option
 
     def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
         """Raises:
@@ -188,10 +193,16 @@ class ReaderQuantizer(HfQuantizer):
         # Saving would give weights the names that they were read under.
         conversions = getattr(model, "_weight_conversions", None) or ()
         model._weight_conversions = [each for each in conversions if not _reads(each)]
+        self.no_option = any(each["scheme"] in OF_FILES for each in options)
+        if self.no_option:
+            return model
         # Where weights differ, save_pretrained says so: its configuration has one setting for all.
         model.hf_quantizer = None
         ours.quantized(model, options[0])
         return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return dequantize_(model, dtype)
 
 
 def _reads(conversion: Any) -> bool:

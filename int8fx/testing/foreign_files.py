@@ -265,6 +265,12 @@ def bitsandbytes(
     return Foreign(tensors, w_hat, config)
 
 
+def nf4_state(N: int, K: int) -> Tensor:
+    """What says the shape and the blocks of an NF4 weight."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [N, K]}
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
 # --- HQQ -------------------------------------------------------------------------------------------
 
 

@@ -124,17 +124,21 @@ def smollm2() -> Path:
 
 
 def in_every_form(source: Path, folder: Path) -> dict[str, Path]:
-    """A model in bf16, and in the int8 formats that vLLM serves, by the names of these."""
+    """A model in bf16, and in the int8 formats that vLLM serves, by the names of these. What is in the
+    folder already stays, of whatever model it is."""
+    names = ("bf16", "int8fx", "bitsandbytes", "compressed-tensors")
+    files = {name: folder / name for name in names}
+    if all((each / "model.safetensors").is_file() for each in files.values()):
+        return files
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    files = {"bf16": folder / "bf16", "int8fx": folder / "int8fx"}
     model.save_pretrained(files["bf16"])
     quantize_(model, decomposition="token")
     model.save_pretrained(files["int8fx"])
-    for each in files.values():
-        tokenizer.save_pretrained(each)
-    files["bitsandbytes"] = of_bitsandbytes(files["bf16"], folder / "bitsandbytes")
-    files["compressed-tensors"] = of_compressed_tensors(files["bf16"], folder / "w8a8")
+    for name in ("bf16", "int8fx"):
+        tokenizer.save_pretrained(files[name])
+    of_bitsandbytes(files["bf16"], files["bitsandbytes"])
+    of_compressed_tensors(files["bf16"], files["compressed-tensors"])
     return files
 
 

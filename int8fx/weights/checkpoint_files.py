@@ -8,6 +8,10 @@ from int8fx.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _METADATA = "__metadata__"
+# transformers skips a quantisation that it does not know, and loads the files as if they were float.
+# A fusion that it does not know it refuses, whatever its caller allows: ``Unknown fusion type: ...``.
+# So ``config.json`` asks for one, which int8fx's quantiser takes out again before it is looked up.
+READER = "the weights are int8 of int8fx; to read them, pip install int8fx and import int8fx"
 
 
 def files_of(path: Path) -> list[Path]:
@@ -71,6 +75,11 @@ def header(file: Path) -> dict[str, Any]:
         if start + end > size:
             raise CheckpointError(f"{file}: broken off in {name}")
     return entries
+
+
+def start_of_tensors(file: Path) -> int:
+    """The byte that the offsets of its header count from."""
+    return _whole_header(file)[1]
 
 
 def metadata(file: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 
-def _is_distributed(weight: Tensor) -> bool:
+def is_distributed(weight: Tensor) -> bool:
+    """Whether each process holds a part of it, or a copy, as a DTensor."""
     # Importing it takes a second; without it no model can hold one.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(weight, distributed.DTensor)
@@ -15,12 +16,12 @@ def _is_distributed(weight: Tensor) -> bool:
 
 def local(weight: Any) -> Tensor:
     """What this process holds of a weight."""
-    return weight.to_local() if _is_distributed(weight) else weight
+    return weight.to_local() if is_distributed(weight) else weight
 
 
 def map_local(weight: Any, function: Callable[[Any], Tensor]) -> Tensor:
     """``function`` of the weight; of a distributed one, of the part in this process."""
-    if not _is_distributed(weight):
+    if not is_distributed(weight):
         return function(weight)
     return type(weight).from_local(
         function(weight.to_local()),

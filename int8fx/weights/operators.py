@@ -12,6 +12,7 @@ from torch import Tensor
 from int8fx.kernels.devices import has_memory, same_kind
 from int8fx.kernels.ops.limits import DTYPES
 from int8fx.torch_private import with_aliasing_of
+from int8fx.weights import row_parallel
 from int8fx.weights.pieces import Piece
 from int8fx.weights.tensor import QuantizedWeight, aten, handles, on_float_values
 
@@ -62,6 +63,7 @@ def _view_of(func: Any, args: tuple, kwargs: dict, size: Any, stride: Any, **cha
     packed = [tensor.detach() for tensor in weight.tensors]
     view = weight.with_packed(packed, size=size, stride=stride, **changed)
     view.part_of, view.released = weight.part_of, weight.released
+    view.shares_columns_as(weight)
     return with_aliasing_of(func, args, kwargs, view)
 
 
@@ -118,7 +120,9 @@ def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
     weight = args[0]
     stride = None if kwargs.get("memory_format") is torch.contiguous_format else weight.stride()
     packed = [tensor.clone() for tensor in weight.tensors]
-    return weight.with_packed(packed, size=weight.shape, stride=stride)
+    cloned = weight.with_packed(packed, size=weight.shape, stride=stride)
+    cloned.columns_among = weight.columns_among
+    return cloned
 
 
 @handles(aten._to_copy.default)
@@ -159,6 +163,9 @@ def _copy(func: Any, args: tuple, kwargs: dict) -> Any:
         target.part_of.write(*source.stored())
     for ours, theirs in zip(target.tensors, source.tensors, strict=True):
         ours.copy_(theirs)
+    # Scales of another weight may not be those of the other processes.
+    if source.columns_among != target.columns_among:
+        target.no_longer_shares_columns()
     return target
 
 
@@ -277,7 +284,9 @@ def _addmm(func: Any, args: tuple, kwargs: dict) -> Any:
 def _transposed(weight: QuantizedWeight) -> QuantizedWeight:
     size, stride = weight.shape[::-1], weight.stride()[::-1]
     changed = {"transposed": not weight.transposed, "size": size, "stride": stride}
-    return weight.with_packed(weight.tensors, **changed)
+    turned = weight.with_packed(weight.tensors, **changed)
+    turned.columns_among = weight.columns_among
+    return turned
 
 
 def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -289,4 +298,6 @@ def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     if not weight.transposed or x.dtype not in DTYPES:
         y = x @ weight.dequantize(x.dtype)
         return y if bias is None else y + bias
+    if weight.columns_among:
+        return row_parallel.product(x, weight, bias)
     return weight.choice.product(x, weight.tensors, bias)

@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from int8fx.passes.linears.select import (
     only_reason,
     skip_reason,
 )
-from int8fx.weights import describe, state_dict, structure
+from int8fx.weights import describe, row_parallel, state_dict, structure
 from int8fx.weights.algorithms import apply
 from int8fx.weights.algorithms.methods import NEAREST, method_named
 from int8fx.weights.distributed import local, map_local
@@ -111,7 +111,7 @@ def quantize_(
     for parameter in released:
         parameter.released = False
     solved = (
-        ((shared, _quantized(shared[0], choices[shared[0].path])) for shared in groups)
+        ((shared, _quantized(shared[0], choices[shared[0].path], shards)) for shared in groups)
         if algorithm is None
         else apply.solved(model, groups, choices, algorithm, batches)
     )
@@ -287,8 +287,14 @@ def site_choice(site: Site, options: Options) -> Choice:
     return choice
 
 
-def _quantized(site: Site, choice: Choice) -> nn.Parameter:
+def _quantized(site: Site, choice: Choice, shards: Mapping[int, Any]) -> nn.Parameter:
+    # What FSDP2 cuts it puts together again: no process multiplies by its part.
+    cut_by_fsdp = id(site.weight) in shards
+    group = "" if cut_by_fsdp else row_parallel.group_of(site.weight, choice, site.transposed)
+
     def quantize(part: Tensor) -> QuantizedWeight:
+        if group:
+            return row_parallel.quantized(part, choice, site.transposed, group)
         return QuantizedWeight.from_float(part, transposed=site.transposed, **choice.options)
 
     return nn.Parameter(map_local(site.weight, quantize), requires_grad=False)

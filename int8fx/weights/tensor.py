@@ -50,6 +50,8 @@ from int8fx.weights import gather
 from int8fx.weights.computed_values import ComputedValues, read_only, refuse_writes
 from int8fx.weights.pieces import Piece
 
+_AMONG = "among"  # a list of one, which views have in common
+_BESIDE = ("released", "columns_among")  # attributes that are set, and not among its form
 _PART = "part_"  # what attributes of parts begin with
 
 
@@ -65,6 +67,8 @@ class QuantizedWeight(ComputedValues):
         part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
             is written to it is written there as well.
         released: whether only compiled graphs may read it (``int8fx/compiler/release.py``).
+        columns_among: the name of the group of processes that have the other columns of its rows, with
+            the same scales (``row_parallel.py``); or empty.
         unpacked: the stored parts, until the packed ones are first asked for (``_rebuild_stored``).
 
     Examples:
@@ -217,6 +221,23 @@ class QuantizedWeight(ComputedValues):
         """What it takes in memory."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def columns_among(self) -> str:
+        return self.__dict__.get(_AMONG, [""])[0]
+
+    @columns_among.setter
+    def columns_among(self, name: str) -> None:
+        self.__dict__[_AMONG] = [name]
+
+    def shares_columns_as(self, other: "QuantizedWeight") -> None:
+        """From now on what is set as ``columns_among`` of a view is that of the other view, too."""
+        if _AMONG in other.__dict__:
+            self.__dict__[_AMONG] = other.__dict__[_AMONG]
+
+    def no_longer_shares_columns(self) -> None:
+        """All views of it: what was written may have scales of this process's own."""
+        self.__dict__.get(_AMONG, [""])[0] = ""
+
     def check_readable(self, name: str = "") -> None:
         """Raises:
         ReleasedWeightError: only compiled graphs may read it.
@@ -283,6 +304,7 @@ class QuantizedWeight(ComputedValues):
         owned = {name: each for name, each in other.__dict__.items() if name in other._own_names()}
         self.__dict__.update(owned)
         self.part_of = None
+        self.columns_among = other.columns_among
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Raises:
@@ -319,7 +341,7 @@ class QuantizedWeight(ComputedValues):
     # --- torch's protocols -----------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        return self._part_names, self._attributes() | {"released": self.released}
+        return self._part_names, self._attributes() | {name: getattr(self, name) for name in _BESIDE}
 
     @classmethod
     def __metadata_guard__(cls, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -328,10 +350,11 @@ class QuantizedWeight(ComputedValues):
 
     @classmethod
     def __tensor_unflatten__(cls, inner, attributes, size, stride) -> "QuantizedWeight":
-        form = {name: value for name, value in attributes.items() if name != "released"}
+        form = {name: value for name, value in attributes.items() if name not in _BESIDE}
         packed = [inner[_PART + name] for name in form["choice"].weight_format.packed_names]
         weight = cls(*packed, size=size, stride=stride, **form)
-        weight.released = attributes["released"]
+        for name in _BESIDE:
+            setattr(weight, name, attributes[name])
         return weight
 
     @classmethod
@@ -343,13 +366,15 @@ class QuantizedWeight(ComputedValues):
         """What compile caches tell weights apart by: everything but the values."""
         shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in self.tensors]
         form = (tuple(self.shape), self.stride(), self.device, shapes, self.weight_format.name)
-        return f"Int8Weight{(*form, *self._plain_attributes().values(), self.released)}"
+        beside = (getattr(self, name) for name in _BESIDE)
+        return f"Int8Weight{(*form, *self._plain_attributes().values(), *beside)}"
 
     def __deepcopy__(self, memo):
         self.check_readable()
         if id(self) not in memo:
             packed = [tensor.clone() for tensor in self.tensors]
             copied = self.with_packed(packed, size=self.shape, stride=self.stride())
+            copied.columns_among = self.columns_among
             copied.__dict__.update(copy.deepcopy(self._extras(), memo))
             memo[id(self)] = copied
         return memo[id(self)]
@@ -418,7 +443,7 @@ class QuantizedWeight(ComputedValues):
 
     def _extras(self) -> dict[str, Any]:
         """What else was set on the tensor: ``_is_param``, and whatever frameworks left."""
-        own = {"part_of", "released"} | self._own_names()
+        own = {"part_of", "released", _AMONG} | self._own_names()
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
 

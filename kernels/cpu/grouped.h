@@ -12,8 +12,15 @@
 // k + 4 + i in its high half.
 
 constexpr int64_t CODES_IN_A_WORD = 8;
-// Their sums, in integers and in floats, are what registers hold.
 constexpr int GROUPED_ROWS = LANES == 16 ? 12 : 2;
+
+// Micro-panels that R rows meet at once: enough independent sums to hide an instruction's latency, and no
+// more than registers hold.
+constexpr int grouped_panels(int R) {
+  if (LANES == 16) return R <= 3 ? 4 : 2;
+  return LANES == 8 && R == 1 ? 2 : 1;
+}
+constexpr int MOST_GROUPED_PANELS = grouped_panels(1);
 
 // --- scales and offsets -------------------------------------------------------------------------------
 
@@ -45,10 +52,10 @@ inline Floats load_grid(const float* p, int64_t count) { return load_row(p, coun
 inline Floats load_grid(const c10::BFloat16* p, int64_t count) { return load_row(p, count); }
 inline Floats load_grid(const c10::Half* p, int64_t count) { return load_row(p, count); }
 inline Floats load_grid(const uint8_t* p, int64_t count) {
-  typedef uint8_t Unsigned __attribute__((vector_size(LANES)));
-  Unsigned bytes{};
-  std::memcpy(&bytes, p, std::min<int64_t>(count, LANES));
-  return __builtin_convertvector(bytes, Floats);
+  int8_t bytes[LANES] = {};
+  if (count < LANES) std::memcpy(bytes, p, count);
+  const Floats v = Isa::to_floats(count < LANES ? bytes : reinterpret_cast<const int8_t*>(p));
+  return v < 0.0f ? v + 256.0f : v;
 }
 
 // out [G][NR] = values [N, G] of the channels of a micro-panel; zeros for those that are not there.
@@ -92,78 +99,141 @@ inline void read_grid(const Weight& weight, int64_t panel, int64_t G, float* sca
 
 // --- products -----------------------------------------------------------------------------------------
 
-// Rows in int8.
+constexpr int64_t PACKED_BYTES = NR * sizeof(int32_t);  // of a micro-panel, at 8 k
+
+// The codes of 4 k, a byte each: the first or the second four of the 8 in a word.
+inline Words quad_of_codes(Words codes, int half) { return (codes >> (4 * half)) & 0x0f0f0f0f; }
+
+// Rows in int8. UNPACKED codes are bytes already, the first four k of eight behind each other, and the
+// second four behind them: where many tiles of rows read a micro-panel, it is unpacked once.
+template <bool UNPACKED>
 struct Int8Rows {
   using Element = int8_t;
   using Sums = Ints;
+  static constexpr int64_t BYTES = UNPACKED ? 2 * PACKED_BYTES : PACKED_BYTES;
 
-  // R rows times 8 k of LANES channels.
-  template <int R>
-  static void add(Sums (&sums)[R][PARTS], int p, Words codes, const Element* x) {
-    const Words low = codes & 0x0f0f0f0f, high = (codes >> 4) & 0x0f0f0f0f;
+  // R rows times 8 k of V vectors of channels, of which v begins at w(v).
+  template <int R, int V, class W>
+  static void add(Sums (&sums)[R][V], const W& w, const Element* x) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, x += 4 * R) {
+      Words quads[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        quads[v] = UNPACKED ? load<Words>(w(v) + half * PACKED_BYTES)
+                            : quad_of_codes(load<Words>(w(v)), half);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sums[r][p] = Isa::dot_codes(sums[r][p], low, x + 4 * r);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sums[r][p] = Isa::dot_codes(sums[r][p], high, x + 4 * (R + r));
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = Isa::dot_codes(sums[r][v], quads[v], x + 4 * r);
+      }
+    }
   }
   static Floats to_floats(Sums sums) { return __builtin_convertvector(sums, Floats); }
   static Floats row_scale(const Lhs& a, int64_t m) { return Floats{} + a.in.x_scale[m]; }
 };
 
+// `bytes` of a packed micro-panel as UNPACKED codes.
+inline void unpack_codes(const int8_t* w, int64_t bytes, int8_t* out) {
+  for (int64_t i = 0; i < bytes; i += PACKED_BYTES, out += 2 * PACKED_BYTES)
+    for (int64_t j = 0; j < PACKED_BYTES; j += sizeof(Words))
+      for (int half = 0; half < 2; ++half)
+        store(out + half * PACKED_BYTES + j, quad_of_codes(load<Words>(w + i + j), half));
+}
+
 // Rows as they are, in fp32.
 struct RowsAsTheyAre {
   using Element = float;
   using Sums = Floats;
+  static constexpr int64_t BYTES = PACKED_BYTES;
 
-  template <int R>
-  static void add(Sums (&sums)[R][PARTS], int p, Words codes, const Element* x) {
+  template <int R, int V, class W>
+  static void add(Sums (&sums)[R][V], const W& at, const Element* x) {
     static constexpr uint32_t SHIFTS[CODES_IN_A_WORD] = {0, 8, 16, 24, 4, 12, 20, 28};
 #pragma GCC unroll 8
     for (int i = 0; i < CODES_IN_A_WORD; ++i) {
-      const Words code = (codes >> (Words{} + SHIFTS[i])) & 15;
-      const Floats w = __builtin_convertvector((Ints)code, Floats);
+      Floats w[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        w[v] = Isa::lowest_codes(load<Words>(at(v)) >> (Words{} + SHIFTS[i]));
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        sums[r][p] = Isa::fma(Floats{} + x[4 * (i / 4 * R + r) + i % 4], w, sums[r][p]);
+      for (int r = 0; r < R; ++r) {
+        const Floats value = Floats{} + x[4 * (i / 4 * R + r) + i % 4];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = Isa::fma(value, w[v], sums[r][v]);
+      }
     }
   }
   static Floats to_floats(Sums sums) { return sums; }
   static Floats row_scale(const Lhs&, int64_t) { return Floats{} + 1.0f; }
 };
 
-// out [R][NR] = R rows, packed [K_padded / 4][R][4], times a micro-panel.
-template <class Rows, int R>
+// Some micro-panels side by side, and their scales and offsets, [G][NR] each.
+struct GroupedPanels {
+  const int8_t* w;
+  int64_t stride;              // of w, in bytes
+  const float *scale, *offset;
+  int64_t grid_stride;         // of both, in floats
+  int64_t near;                // how far ahead codes are fetched, in bytes; or 0
+};
+constexpr int64_t GROUPED_NEAR = 2 << 10;
+
+// out [R][B * NR] = R rows, packed [K_padded / 4][R][4], times B micro-panels.
+template <class Rows, int R, int B>
 void grouped_rows(
-    const typename Rows::Element* x, const int8_t* w, int64_t group, int64_t G, const float* scale,
-    const float* offset, const float* x_sums, float* out) {
-  Floats sums[R][PARTS] = {};
-  for (int64_t g = 0; g < G; ++g, scale += NR, offset += NR, ++x_sums) {
-    typename Rows::Sums acc[R][PARTS] = {};
-    for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += 4 * NR, x += CODES_IN_A_WORD * R) {
+    const typename Rows::Element* x, const GroupedPanels& panels, int64_t group, int64_t G,
+    const float* x_sums, float* out) {
+  constexpr int V = B * PARTS;
+  // Beside as many sums of a group, registers have no room for more: they are added to in the L1 cache.
+  constexpr bool IN_MEMORY = R * V > 12;
+  Floats totals[IN_MEMORY ? 1 : R][V] = {};
+  if (IN_MEMORY) std::memset(out, 0, R * B * NR * sizeof(float));
+  const int8_t* w = panels.w;
+  for (int64_t g = 0; g < G; ++g, ++x_sums) {
+    typename Rows::Sums acc[R][V] = {};
+    for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += Rows::BYTES, x += CODES_IN_A_WORD * R) {
+      if (panels.near) {
 #pragma GCC unroll 4
-      for (int p = 0; p < PARTS; ++p)
-        Rows::template add<R>(acc, p, load<Words>(w + p * sizeof(Words)), x);
+        for (int b = 0; b < B; ++b) __builtin_prefetch(w + b * panels.stride + panels.near, 0, 3);
+      }
+      Rows::add(acc, [&](int v) {
+        return w + v / PARTS * panels.stride + v % PARTS * sizeof(Words);
+      }, x);
     }
-#pragma GCC unroll 4
-    for (int p = 0; p < PARTS; ++p) {
-      const Floats s = load<Floats>(scale + p * LANES), o = load<Floats>(offset + p * LANES);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = v / PARTS * panels.grid_stride + g * NR + v % PARTS * LANES;
+      const Floats s = load<Floats>(panels.scale + at), o = load<Floats>(panels.offset + at);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        sums[r][p] = Isa::fma(Floats{} + x_sums[r * G], o, sums[r][p]);
-        sums[r][p] = Isa::fma(Rows::to_floats(acc[r][p]), s, sums[r][p]);
+        float* const to = out + (r * V + v) * LANES;
+        const Floats before = IN_MEMORY ? load<Floats>(to) : totals[IN_MEMORY ? 0 : r][v];
+        const Floats beside = Isa::fma(Floats{} + x_sums[r * G], o, before);
+        const Floats total = Isa::fma(Rows::to_floats(acc[r][v]), s, beside);
+        if (IN_MEMORY) {
+          store(to, total);
+        } else {
+          totals[IN_MEMORY ? 0 : r][v] = total;
+        }
       }
     }
   }
+  if (IN_MEMORY) return;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int p = 0; p < PARTS; ++p) store(out + r * NR + p * LANES, sums[r][p]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(out + (r * V + v) * LANES, totals[IN_MEMORY ? 0 : r][v]);
   }
 }
 
-template <class Rows, int... R>
-constexpr auto all_grouped_rows(std::integer_sequence<int, R...>) {
-  return std::array{grouped_rows<Rows, R + 1>...};
+template <class Rows>
+using GroupedTile = void (*)(
+    const typename Rows::Element*, const GroupedPanels&, int64_t, int64_t, const float*, float*);
+
+// Of 1, 2, ... rows; with as many micro-panels as they meet, or with one.
+template <class Rows, bool ALONE, int... R>
+constexpr std::array<GroupedTile<Rows>, sizeof...(R)> grouped_tiles(std::integer_sequence<int, R...>) {
+  return {grouped_rows<Rows, R + 1, ALONE ? 1 : grouped_panels(R + 1)>...};
 }
 
 // The columns in 16-bit of a tile: out [rows][PANELS * NR].
@@ -173,31 +243,66 @@ inline void static_tile(const StaticColumns& columns, int64_t m, int64_t rows, f
   static_rows<1, 1>(columns, m, rows, r, out);
 }
 
+// y of `count` micro-panels from `panel` on, whose sums are [rows][count * NR].
+template <class Rows, class T>
+inline void finish_groups(
+    const Lhs& a, const Weight& weight, int64_t m, int64_t rows, int64_t panel, int count,
+    const float* sums) {
+  alignas(64) float of_columns[GROUPED_ROWS * Isa::PANELS * NR];
+  for (int b = 0; b < count; ++b) {
+    const Channels channels(weight, panel + b);
+    if (a.in.static_count) static_tile(StaticColumns(a, weight, panel + b), m, rows, of_columns);
+    finish<T>(weight, m, rows, channels, [&](int64_t r, int p) {
+      const int64_t at = (r * count + b) * NR + p * LANES;
+      const Floats product = load<Floats>(sums + at) * Rows::row_scale(a, m + r);
+      if (!a.in.static_count) return product;
+      return product + load<Floats>(of_columns + r * Isa::PANELS * NR + p * LANES);
+    });
+  }
+}
+
 template <class Rows, class T>
 void multiply_groups_as(
     const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
-  static constexpr auto TILES = all_grouped_rows<Rows>(std::make_integer_sequence<int, GROUPED_ROWS>());
+  constexpr std::make_integer_sequence<int, GROUPED_ROWS> ROWS;
+  static constexpr auto TILES = grouped_tiles<Rows, false>(ROWS), ALONE = grouped_tiles<Rows, true>(ROWS);
   const int64_t K_padded = a.tiling.K_padded, G = a.in.groups;
+  const int most = grouped_panels(std::min(a.tiling.rows, m1 - m0));
   std::unique_ptr<float[], Free> grid(
-      static_cast<float*>(std::aligned_alloc(64, 2 * G * NR * sizeof(float))));
-  float *const scale = grid.get(), *const offset = scale + G * NR;
-  alignas(64) float sums[GROUPED_ROWS * NR];
-  alignas(64) float of_columns[GROUPED_ROWS * Isa::PANELS * NR];
-  for (int64_t panel = panel0; panel < panel1; ++panel) {
-    const int8_t* w = weight.packed + panel * K_padded * NR / 2;
-    read_grid(weight, panel, G, scale, offset);
-    const Channels channels(weight, panel);
-    const StaticColumns columns(a, weight, panel);
+      static_cast<float*>(std::aligned_alloc(64, 2 * most * G * NR * sizeof(float))));
+  alignas(64) float sums[GROUPED_ROWS * MOST_GROUPED_PANELS * NR];
+  // A single tile reads each micro-panel once, as fast as memory gives it.
+  const int64_t near = m1 - m0 > a.tiling.rows ? 0 : GROUPED_NEAR;
+  GroupedPanels panels{nullptr, K_padded * NR / 2, grid.get(), grid.get() + most * G * NR, G * NR, near};
+  const int64_t packed_bytes = panels.stride;
+  std::unique_ptr<int8_t[], Free> unpacked;
+  if constexpr (Rows::BYTES > PACKED_BYTES) {
+    panels.stride *= 2;
+    unpacked.reset(static_cast<int8_t*>(std::aligned_alloc(64, most * panels.stride)));
+  }
+  for (int64_t panel = panel0, count; panel < panel1; panel += count) {
+    count = panel1 - panel < most ? 1 : most;
+    panels.w = weight.packed + panel * packed_bytes;
+    if constexpr (Rows::BYTES > PACKED_BYTES) {
+      unpack_codes(panels.w, count * packed_bytes, unpacked.get());
+      panels.w = unpacked.get();
+    }
+    for (int64_t b = 0; b < count; ++b)
+      read_grid(weight, panel + b, G, grid.get() + b * G * NR, grid.get() + (most + b) * G * NR);
     for (int64_t m = m0; m < m1; m += a.tiling.rows) {
       const int64_t rows = std::min(a.tiling.rows, m1 - m);
       const auto* x = static_cast<const typename Rows::Element*>(a.packed.x) + m * K_padded;
-      TILES[rows - 1](x, w, K_padded / G, G, scale, offset, a.in.group_sums + m * G, sums);
-      if (a.in.static_count) static_tile(columns, m, rows, of_columns);
-      finish<T>(weight, m, rows, channels, [&](int64_t r, int p) {
-        const Floats product = load<Floats>(sums + r * NR + p * LANES) * Rows::row_scale(a, m + r);
-        if (!a.in.static_count) return product;
-        return product + load<Floats>(of_columns + r * Isa::PANELS * NR + p * LANES);
-      });
+      const float* x_sums = a.in.group_sums + m * G;
+      // The last tile may have fewer rows, which would meet more micro-panels than there are.
+      const int at_once = count == grouped_panels(rows) ? count : 1;
+      for (int64_t b = 0; b < count; b += at_once) {
+        GroupedPanels these = panels;
+        these.w += b * panels.stride;
+        these.scale += b * G * NR;
+        these.offset += b * G * NR;
+        (at_once > 1 ? TILES : ALONE)[rows - 1](x, these, K_padded / G, G, x_sums, sums);
+        finish_groups<Rows, T>(a, weight, m, rows, panel + b, at_once, sums);
+      }
     }
   }
 }
@@ -208,6 +313,15 @@ void multiply_groups(
   with_dtype(a.in.dtype, [&]<class T>(T) {
     multiply_groups_as<Rows, T>(a, weight, m0, m1, panel0, panel1);
   });
+}
+
+constexpr int64_t TILES_TO_UNPACK_FOR = 3;
+
+void multiply_int8_groups(
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+  const bool many = m1 - m0 >= TILES_TO_UNPACK_FOR * a.tiling.rows;
+  const auto multiply = many ? multiply_groups<Int8Rows<true>> : multiply_groups<Int8Rows<false>>;
+  multiply(a, weight, m0, m1, panel0, panel1);
 }
 
 // --- rows ---------------------------------------------------------------------------------------------
@@ -246,11 +360,9 @@ void pack_float_groups(const Lhs& a, int64_t tile) {
 inline void nothing_to_enter(const Lhs&) {}
 inline void nothing_to_leave() {}
 
-template <class Rows>
-constexpr Product grouped_product(void (*pack)(const Lhs&, int64_t)) {
-  return {GROUPED_ROWS, GROUPED_ROWS, 1, 1, sizeof(typename Rows::Element), pack, nothing_to_enter,
-          nothing_to_leave, multiply_groups<Rows>};
-}
-
+// A work item has as many micro-panels as few rows meet at once.
 constexpr GroupedProducts GROUPED{
-    grouped_product<Int8Rows>(pack_int8_groups), grouped_product<RowsAsTheyAre>(pack_float_groups)};
+    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(int8_t), pack_int8_groups,
+     nothing_to_enter, nothing_to_leave, multiply_int8_groups},
+    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(float), pack_float_groups,
+     nothing_to_enter, nothing_to_leave, multiply_groups<RowsAsTheyAre>}};

@@ -1,7 +1,7 @@
 """Int8 of a rotated weight, and a few of its columns as they were."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
 from int8fx.kernels.formats.int8 import FAMILY, SCALE
-from int8fx.kernels.ops.quantize_reference import quantize_weight
+from int8fx.kernels.ops.quantize_reference import quantize_weight, weight_scale
 from int8fx.kernels.ops.rotated_linear import dequantize_rotated
 from int8fx.kernels.ops.rotation import NONE, rotate_weight, rotated_columns
 
@@ -78,10 +78,23 @@ def rotated(block: int, rotation: str, columns: tuple[int, ...]) -> WeightFormat
     )
 
 
+def _largest(rows: Tensor) -> Tensor:
+    return rows.abs().amax(1)
+
+
 def quantize_rotated(
-    weight: Tensor, columns: Tensor, block: int, rotation: str
+    weight: Tensor,
+    columns: Tensor,
+    block: int,
+    rotation: str,
+    largest: Callable[[Tensor], Tensor] = _largest,
 ) -> tuple[Tensor, Tensor]:
-    """``w_int8 [N, rotated_columns(K)]`` and ``w_scale [N]`` fp32 of ``weight [N, K]``."""
+    """``w_int8 [N, rotated_columns(K)]`` and ``w_scale [N]`` fp32 of ``weight [N, K]``.
+
+    Args:
+        largest: ``max |rows|`` of each of the rows that it is given, ``[*]``; of more columns than
+            these where several processes have them.
+    """
     N, K = weight.shape
     w_int8 = weight.new_empty(N, rotated_columns(K, block, rotation), dtype=torch.int8)
     w_scale = weight.new_empty(N, dtype=torch.float32)
@@ -90,18 +103,21 @@ def quantize_rotated(
         if rotation == NONE:
             w_int8[part], w_scale[part] = quantize_weight(rest)
             continue
-        rest, exponent = rotated_rows(rest, block, rotation)
-        w_int8[part], scale = quantize_weight(rest)
+        rest, exponent = rotated_rows(rest, block, rotation, largest)
+        scale = weight_scale(largest(rest).unsqueeze(1))
+        w_int8[part] = torch.round(rest / scale.unsqueeze(1)).to(torch.int8)
         w_scale[part] = scale.ldexp(exponent)
     return w_int8, w_scale
 
 
-def rotated_rows(rows: Tensor, block: int, rotation: str) -> tuple[Tensor, Tensor]:
+def rotated_rows(
+    rows: Tensor, block: int, rotation: str, largest: Callable[[Tensor], Tensor] = _largest
+) -> tuple[Tensor, Tensor]:
     """``rows [N, K]`` rotated, and the power of 2 ``[N]`` that each of the rotated is smaller by.
 
     Sums of the largest floats would be infinite.
     """
-    exponent = rows.abs().amax(1).frexp().exponent.clamp_min(0)
+    exponent = largest(rows).frexp().exponent.clamp_min(0)
     return rotate_weight(rows.ldexp(-exponent.unsqueeze(1)), block, rotation), exponent
 
 

@@ -108,9 +108,9 @@ def corrected_int8(values, x_scale, EXACT: tl.constexpr):
     """``round(values / x_scale)`` as int8, of one row in fp32, bit for bit as the reference does it.
 
     Of a quotient that is a unit in the last place off, one fused step of correction with the rounded
-    reciprocal is the rounded quotient (Markstein 1990, theorem 7.2); a first such step makes it so
-    close. That needs remainders above the smallest numbers: scales above 2⁻¹⁰², which those of 16-bit
-    activations are. With EXACT the division is the hardware's, whatever the scale.
+    reciprocal is the rounded quotient (Markstein 1990); a first such step makes it so close. That needs
+    remainders above the smallest numbers: scales above 2⁻¹⁰². Below, a tie may round to the other side.
+    With EXACT the division is the hardware's, whatever the scale.
 
     Finite values under an infinite scale are 0.
     """

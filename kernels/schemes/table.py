@@ -57,9 +57,10 @@ SCHEMES = Schemes(
         grouped.W4A8_GROUP,
         grouped.WNA16_GROUP,
         grouped.NF4,
-        row_groups.WNA16_ROWS,
     )
 )
+# Of weights that other systems made: files have them, and no option names them.
+OF_FILES = Schemes({row_groups.WNA16_ROWS.name: row_groups.WNA16_ROWS})
 
 
 # What follows is read at each compile: a row may be added at any time.
@@ -83,6 +84,8 @@ def scheme_named(name: str) -> Scheme:
     """Raises:
     ValueError: there is none of that name; names those that there are.
     """
+    if name in OF_FILES:
+        return OF_FILES[name]
     if name not in SCHEMES:
         known = ", ".join(map(repr, SCHEMES))
         raise ValueError(

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_expert_kernels as expert_kernels
-import test_kernels as kernels
 import torch
 import triton
 import triton.language as tl
 
+from int8fx.kernels.gpu.columns import outlier_columns_reference
+from int8fx.kernels.gpu.gather import quantize_gather_reference
+from int8fx.kernels.gpu.residues import outlier_residues
 from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
+from int8fx.testing.gpuless import expert_runs, kernel_runs
+from int8fx.testing.gpuless.int8_launches import relative_error
 from int8fx.testing.gpuless.where import launched_by
 from int8fx.testing.nogpu.guard import poisoned, poisoned_like
 from int8fx.testing.nogpu.order import GUARDS, MissingBarrier, Stuck, simulate
@@ -134,17 +137,17 @@ def in_order(check: Callable[[], Any], seed: int, **given: Any) -> Any:
         return check()
 
 
-def linear(M: int, widths: tuple[int, ...], K: int) -> kernels.Case:
+def linear(M: int, widths: tuple[int, ...], K: int) -> kernel_runs.Case:
     generator = torch.Generator().manual_seed(M)
     x = torch.randn(M, K, generator=generator)
     x[:, [3, 20]] *= 15.0
     packed = [quantize_weight(torch.randn(N, K, generator=generator)) for N in widths]
     weights, scales = [poisoned(w_int8) for w_int8, _ in packed], [poisoned(s) for _, s in packed]
-    return kernels.Case(poisoned(x), weights, scales, [])
+    return kernel_runs.Case(poisoned(x), weights, scales, [])
 
 
 def product(parts: int) -> None:
-    kernels.check_product(linear(5, (40,), 160), parts=parts)
+    kernel_runs.check_product(linear(5, (40,), 160), parts=parts)
 
 
 def decode(parts: int, quantizes: bool) -> list[torch.Tensor]:
@@ -156,21 +159,21 @@ def decode(parts: int, quantizes: bool) -> list[torch.Tensor]:
     rows = {"x_int8": fresh(x_int8), "x_scale": fresh(x_scale), "residue_scale": poisoned(x_scale)}
     residues = []
     if not quantizes:
-        residues, residue_scale = kernels.outlier_residues(x_outlier)
+        residues, residue_scale = outlier_residues(x_outlier)
         rows["residue_scale"] = poisoned(residue_scale)
-    outputs = kernels.run_decode(
+    outputs = kernel_runs.run_decode(
         case, parts, 6.0, True, **rows, residues=[*map(poisoned, residues)], QUANTIZE=quantizes
     )
     for y, expected in zip(outputs, case.expected(way), strict=True):
-        assert kernels.relative_error(y, expected) < 2 * kernels.TOLERANCE[y.dtype]
+        assert relative_error(y, expected) < 2 * kernel_runs.TOLERANCE[y.dtype]
     return outputs
 
 
 def gathering() -> None:
     """Every program that gathers lists the columns for itself, in the same memory."""
     case = linear(37, (40,), 70)
-    done = kernels.run_quantize_gather(case, ROWS=2, STEPS=3, GATHER_ROWS=16)
-    expected = kernels.quantize_gather_reference(case.x.clone(), case.weights, 6.0)
+    done = kernel_runs.run_quantize_gather(case, ROWS=2, STEPS=3, GATHER_ROWS=16)
+    expected = quantize_gather_reference(case.x.clone(), case.weights, 6.0)
     assert torch.equal(done["x_int8"], expected[0])
     assert torch.equal(done["x_gathered"][:, : int(expected[-1])], expected[2])
     assert torch.equal(done["w_gathered"][:, : int(expected[-1])], expected[3])
@@ -179,9 +182,9 @@ def gathering() -> None:
 def norms() -> None:
     """Rows store themselves as the candidate of a column, and any of them may be the one that stays."""
     case = linear(9, (), 70)
-    norm = kernels.normed(case, "rms")
-    candidates = kernels.run_norm(case.x, norm)["candidate_rows"].long()
-    columns = kernels.outlier_columns_reference(norm.h, 6.0)
+    norm = kernel_runs.normed(case, "rms")
+    candidates = kernel_runs.run_norm(case.x, norm)["candidate_rows"].long()
+    columns = outlier_columns_reference(norm.h, 6.0)
     assert torch.equal(candidates >= 0, columns)
     assert (norm.h[candidates[columns], columns.nonzero()[:, 0]].abs() >= 6.0).all()
 
@@ -192,9 +195,9 @@ def experts() -> None:
     x[:, 7] *= 15.0
     weight = torch.randn(3, 24, 40, generator=generator)
     chosen = torch.randint(0, 3, (11,), generator=generator)
-    given = expert_kernels.case(x, weight, chosen, False)
-    done = expert_kernels.quantize(given, 6.0, "column")
-    y = expert_kernels.product(given, done, True)
+    given = expert_runs.case(x, weight, chosen, False)
+    done = expert_runs.quantize(given, 6.0, "column")
+    y = expert_runs.product(given, done, True)
     assert not y.isnan().any()
 
 

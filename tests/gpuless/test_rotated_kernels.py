@@ -32,7 +32,7 @@ from int8fx.kernels.ops.rotation import (
     rotated_columns,
 )
 from int8fx.testing.gpuless.int8_launches import relative_error
-from int8fx.testing.gpuless.where import launchable
+from int8fx.testing.gpuless.where import is_on_a_gpu, launchable
 from int8fx.testing.nogpu.guard import assert_intact, poisoned, poisoned_like
 
 EPS = 1e-5
@@ -335,13 +335,13 @@ PRODUCTS = {
 
 @settings(THOROUGH, max_examples=12)
 @given(case=cases(st.sampled_from([1, 2, 15, 16, 17, 40])), **PRODUCTS)
-def test_product(case, **shape):
+def test_rotated_product(case, **shape):
     """Its parts are integers, so it is the same bits in any number of them."""
     made = run_rotate(case)
     whole, expected = run_product(case, parts=1, made=made, **shape)
     for y, reference in zip(whole, expected, strict=True):
         assert relative_error(y, reference) < TOLERANCE[y.dtype]
-    if not len(case.columns[0]):
+    if not len(case.columns[0]) and not is_on_a_gpu():  # which adds the bias in one step with a product
         assert all(map(torch.equal, whole, expected))
     for parts in (2, 3, 4):
         split, _ = run_product(case, parts=parts, made=made, **shape)

@@ -138,6 +138,13 @@ def test_a_group_that_there_is_none_of(name, group, tmp_path):
     refused(tmp_path, f"up.{entry}", "corrupt: a group outside of 0 to")
 
 
+STATIC = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
+    "input_activations": {"num_bits": 8, "strategy": "tensor", "dynamic": False},
+}
+
+
 # --- settings --------------------------------------------------------------------------------------
 
 
@@ -170,6 +177,7 @@ def test_a_group_that_there_is_none_of(name, group, tmp_path):
             {"config_groups": {"a": {"targets": ["x"]}}},
             "no targets name up",
         ),
+        ("compressed-tensors-w8a8", {"config_groups": {"a": STATIC}}, "dynamic = False; read: True"),
         ("compressed-tensors-w4a16", {"transform_config": {"R1": {}}}, "transform_config"),
         ("compressed-tensors-w4a16", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ("fp8", {"weight_block_size": [128]}, "weight_block_size = [128]"),

@@ -91,6 +91,17 @@ def test_saved_as_ours_and_read_again(tmp_path):
     assert config["quantization_config"]["quant_method"] == "int8fx"
 
 
+def test_groups_of_rows_have_no_configuration_to_be_saved_with(tmp_path):
+    floats = files(tmp_path / "theirs", "hqq-4-axis0")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "ours")
+    model.dequantize()
+    assert torch.equal(
+        model.model.layers[1].mlp.up_proj.weight, floats.model.layers[1].mlp.up_proj.weight
+    )
+
+
 def test_float_tensors_take_the_dtype_that_is_asked_for(tmp_path):
     files(tmp_path, "gptq-4-v1")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

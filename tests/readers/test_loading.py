@@ -107,6 +107,24 @@ def test_what_was_loaded_is_saved_and_loaded_as_ours(name, tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(
+    ("symmetric", "scheme"), [(True, "absmax-vector"), (False, "zeropoint-vector")]
+)
+def test_inputs_are_quantised_as_their_owner_does(symmetric, scheme, tmp_path):
+    foreign = SAMPLES["compressed-tensors-w8a8"](N, K)
+    foreign_files.write(tmp_path, {"up": foreign}, plain())
+    config = json.loads((tmp_path / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["input_activations"]["symmetric"] = symmetric
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = int8fx.load_checkpoint(on_meta(), tmp_path)
+    assert model.up.weight.options["scheme"] == scheme
+    assert torch.equal(model.up.weight.dequantize(), foreign.w_hat.float())
+    x = torch.randn(5, K)
+    expected = float_model(foreign)(x)
+    assert (model(x) - expected).norm() <= 0.02 * expected.norm()
+
+
 def test_a_model_in_memory_keeps_its_dtype(tmp_path):
     foreign_files.write(tmp_path, {"up": SAMPLES["gptq-4-v1"](N, K)}, plain())
     model = int8fx.load_checkpoint(Model(dtype=torch.bfloat16).requires_grad_(False), tmp_path)

@@ -3,6 +3,7 @@ int8fx's own files of them."""
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +188,18 @@ def test_damaged_files_are_refused(tmp_path):
         serving.engine(files, enforce_eager=True),
     ):
         pass
+
+
+def linear(sizes, inputs=64):
+    """As far as the configuration looks at one of vLLM."""
+    return SimpleNamespace(output_sizes=sizes, output_size=sum(sizes), input_size=inputs)
+
+
+def test_shapes_of_the_matrices_behind_one_layer():
+    """A layer that the files have as one matrix as well, one of several, and one cut otherwise."""
+    from int8fx.integrations.vllm.config import _shapes
+
+    assert _shapes(linear([8, 8]), ["qkv"]) == [(16, 64)]
+    assert _shapes(linear([8, 4]), ["gate", "up"]) == [(8, 64), (4, 64)]
+    with pytest.raises(ValueError, match="keeps qkv, z as one matrix of 4 parts"):
+        _shapes(linear([8, 8, 4, 4]), ["qkv", "z"])

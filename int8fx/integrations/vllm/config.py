@@ -154,7 +154,8 @@ class Int8FxConfig(QuantizationConfig):
         if reason:
             self._decided(prefix, shape, reason, None)
             return UnquantizedLinearMethod()
-        choice = self._one_choice(paths, _shapes(layer, len(paths)))
+        calibrated = self.options.calibration is not None
+        choice = self._one_choice(paths, _shapes(layer, paths) if calibrated else None)
         self._decided(prefix, shape, "", choice)
         return Int8FxLinearMethod(choice, None, fused=compiles_with_ours())
 
@@ -174,7 +175,7 @@ class Int8FxConfig(QuantizationConfig):
                 f"{TAKER}: the files hold {paths[0]} as {kept.name}, of which a part does not have the "
                 "rows of the weight; give the float model, and vLLM quantises it"
             )
-        if self.options.calibration is not None and choice.settings.keeps_columns:
+        if self.options.calibration is not None and getattr(choice.settings, "keeps_columns", False):
             raise ValueError(
                 f"{TAKER}: the files hold {paths[0]} with its columns; leave out the option "
                 "'calibration', which is for float weights"
@@ -271,8 +272,12 @@ class Int8FxConfig(QuantizationConfig):
         self.decisions.append(Decision(path, "vLLM", shape, not reason, reason, scheme))
 
 
-def _shapes(layer: LinearBase, count: int) -> list[tuple[int, int]]:
-    """``(N, K)`` of the ``count`` matrices of the files that a layer of vLLM is."""
+def _shapes(layer: LinearBase, paths: Sequence[str]) -> list[tuple[int, int]]:
+    """``(N, K)`` of the matrices of the files that a layer of vLLM is.
+
+    Raises:
+        ValueError: vLLM does not say how many rows each has.
+    """
     if isinstance(layer, QKVParallelLinear):
         # Not its ``output_sizes``: more processes than heads of k and v have copies of these.
         of_keys = layer.total_num_kv_heads
@@ -280,8 +285,14 @@ def _shapes(layer: LinearBase, count: int) -> list[tuple[int, int]]:
         sizes = [number * size for number, size in (*heads, (of_keys, layer.v_head_size))]
     else:
         sizes = list(getattr(layer, "output_sizes", [layer.output_size]))
-    rows = sizes if len(sizes) == count else [sum(sizes)]
-    return [(N, layer.input_size) for N in rows]
+    if len(paths) == 1:
+        sizes = [sum(sizes)]
+    if len(sizes) != len(paths):
+        raise ValueError(
+            f"{TAKER}: vLLM keeps {', '.join(paths)} as one matrix of {len(sizes)} parts, whose rows a "
+            "calibration cannot be checked with; leave it in float (skip)"
+        )
+    return [(N, layer.input_size) for N in sizes]
 
 
 def _renamed(calibration: Calibration, mapper: WeightsMapper) -> Calibration:

@@ -68,10 +68,11 @@ def read(module: StoredModule, settings: float) -> Coded | Grouped:
     block = _number(module, states[0], state, "blocksize", _BLOCKS)
     blocks = -(-N * K // block)
     return Coded(
-        codes=_codes(module, N, K),
+        packed=_bytes(module, N, K),
         codebook=module.take_floats("weight.quant_map", 16).float(),
         absmax=_absmax(module, states[0], state, blocks),
         block=block,
+        shape=(N, K),
     )
 
 
@@ -115,12 +116,11 @@ def _number(
     return value
 
 
-def _codes(module: StoredModule, N: int, K: int) -> Tensor:
+def _bytes(module: StoredModule, N: int, K: int) -> Tensor:
     stored = module.take("weight", _STORAGES).contiguous().flatten().view(torch.uint8)
     if stored.numel() != -(-N * K // 2):
         raise module.error("weight", f"{stored.numel()} bytes, {-(-N * K // 2)} of {[N, K]} expected")
-    nibbles = torch.stack([stored >> 4, stored & 15], -1).flatten()
-    return nibbles[: N * K].view(N, K)
+    return stored
 
 
 def _absmax(module: StoredModule, name: str, state: dict[str, Any], blocks: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from int8fx.weights.readers.fp8 import values
 from int8fx.weights.readers.module import StoredModule
-from int8fx.weights.readers.neutral import DYNAMIC, Grouped, Values
+from int8fx.weights.readers.neutral import DYNAMIC, DYNAMIC_AFFINE, Grouped, Values
 from int8fx.weights.readers.settings import Config
 from int8fx.weights.readers.unpacking import unpack, words_for
 
@@ -54,7 +54,7 @@ class Weights:
     Attributes:
         layout: of ``FORMATS``.
         group: columns that share a scale; 0: all.
-        activations: bits of the input, which is quantised by token; 0: it is not.
+        owner: how the input is quantised, by token; empty: it is not.
     """
 
     targets: tuple[str, ...]
@@ -64,7 +64,7 @@ class Weights:
     symmetric: bool
     strategy: str
     act_order: bool
-    activations: int
+    owner: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _weights(config: Config, name: str, given: Any) -> Weights:
         Config({"strategy": strategy}, args.origin).one_of("strategy", _STRATEGIES),
         args.one_of("actorder", ("group", "dynamic", "weight", "static", False), False)
         in ("group", "dynamic"),
-        _activations(group),
+        _owner(group),
     )
 
 
@@ -151,14 +151,16 @@ def _strategy(args: Config) -> str:
     return "tensor" if group is None else "channel" if group == -1 else "group"
 
 
-def _activations(group: Config) -> int:
+def _owner(group: Config) -> Mapping[str, Any]:
     given = group.get("input_activations")
     if not given:
-        return 0
+        return {}
     args = Config(given, f"{group.origin}: input_activations")
     args.only(_ARGS)
     args.one_of("num_bits", (8,), 8)
-    return 8
+    # What calibration found for all inputs is not what a row of them has.
+    args.one_of("dynamic", (True,), False)
+    return DYNAMIC if args.one_of("symmetric", (True, False), True) else DYNAMIC_AFFINE
 
 
 def _check_patterns(group: Config, targets: Any) -> None:
@@ -190,7 +192,7 @@ def read(module: StoredModule, settings: Settings) -> Grouped | Values:
         bits=weights.bits,
         zero_point=_zero_point(module, weights, codes, groups),
         g_idx=_order(module, weights, K, groups),
-        owner=DYNAMIC if weights.activations else {},
+        owner=weights.owner,
     )
 
 

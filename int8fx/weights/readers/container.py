@@ -49,6 +49,9 @@ class Container(Protocol):
             CheckpointError: the file is damaged; names it and the tensor.
         """
 
+    def release(self, name: str) -> None:
+        """Gives back its pages, which would count as ours for as long as the file is open."""
+
 
 def dtype_of(entry: Entry) -> torch.dtype:
     """Raises:

@@ -21,6 +21,7 @@ from torch import Tensor
 from int8fx.errors import CheckpointError
 from int8fx.weights.readers.container import Entry
 from int8fx.weights.readers.gguf import BLOCKS
+from int8fx.weights.readers.mapped import MappedFile
 
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -80,9 +81,8 @@ class GgufFile:
     def __post_init__(self) -> None:
         if self.path.stat().st_size < 24:
             raise CheckpointError(f"{self.path}: broken off in its header")
-        with self.path.open("rb") as opened:
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._data = data
+        self._mapped = MappedFile(self.path)
+        data = self._mapped.data
         self.config = {"quantization_config": {"quant_method": "gguf"}}
         header = _Header(self.path, data)
         if header.bytes(4) != b"GGUF":
@@ -129,21 +129,19 @@ class GgufFile:
     def _place(self, name: str, entry: Entry, start: int) -> None:
         if name in self.entries:
             raise CheckpointError(f"{self.path}: {name} is there twice")
-        if start + entry.nbytes > len(self._data):
+        if start + entry.nbytes > len(self._mapped.data):
             raise CheckpointError(f"{self.path}: broken off in {name}")
         self.entries[name], self._starts[name] = entry, start
 
     def tensor(self, name: str) -> Tensor:
-        entry = self.entries[name]
+        entry, start = self.entries[name], self._starts[name]
         if entry.dtype in _FLOATS:
-            return self._view(name, entry).view(_FLOATS[entry.dtype]).view(entry.shape)
+            return self._mapped.tensor(start, _FLOATS[entry.dtype], entry.shape)
         if entry.dtype not in BLOCKS:
             read = ", ".join((*_FLOATS, *BLOCKS))
             raise CheckpointError(f"{self.path}: {name}: {entry.dtype}; read: {read}")
-        return self._view(name, entry).view(*entry.shape[:-1], -1)
+        rows, row = entry.shape[:-1], entry.nbytes // max(1, math.prod(entry.shape[:-1]))
+        return self._mapped.tensor(start, torch.uint8, (*rows, row))
 
-    def _view(self, name: str, entry: Entry) -> Tensor:
-        if not entry.nbytes:
-            return torch.empty(0, dtype=torch.uint8)
-        start = self._starts[name]
-        return torch.frombuffer(self._data, dtype=torch.uint8, count=entry.nbytes, offset=start)
+    def release(self, name: str) -> None:
+        self._mapped.release()

@@ -72,6 +72,9 @@ class Renamed:
             return self._by_halves(found, "attention.head_count_kv")
         return found
 
+    def release(self, name: str) -> None:
+        self._file.release(self._names[name])
+
     def _by_halves(self, rows: Tensor, key: str) -> Tensor:
         """The rows of each head with its halves one after the other; blocks lie within a row."""
         architecture = self.metadata["general.architecture"]

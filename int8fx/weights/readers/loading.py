@@ -63,6 +63,7 @@ class Checkpoint:
     ) -> StoredModule:
         """The entries of a module, mapped from the file."""
         names = self.modules[path]
+        first = next(iter(names.values()))
         metadata = self.container.metadata
         if self.reader.name == "GGUF":
             metadata = {gguf.TYPE: self.container.entries[names["weight"]].dtype}
@@ -72,7 +73,7 @@ class Checkpoint:
             shape,
             kind,
             metadata,
-            lambda entry: str(self.container.entries[next(iter(names.values()))].file),
+            lambda entry: str(self.container.entries[names.get(entry, first)].file),
         )
 
     def read(self, path: str, shape: tuple[int, int] | None = None, kind: str = "Linear") -> Neutral:
@@ -82,23 +83,22 @@ class Checkpoint:
             CheckpointError: names the file, the tensor and what is wrong with it.
         """
         module = self.stored(path, shape, kind)
+        first = next(iter(module.tensors))
         try:
             neutral = self.reader.read(module, self.settings)
+        except CheckpointError:
+            raise
         except ValueError as error:
-            raise (
-                error if isinstance(error, CheckpointError) else module.error("", str(error))
-            ) from error
+            raise module.error(first, str(error)) from error
         if shape is not None and neutral.shape != shape:
-            entry = next(iter(module.tensors))
-            raise module.error(
-                entry, f"a weight {list(neutral.shape)} in the checkpoint, {list(shape)} in the model"
-            )
+            what = f"a weight {list(neutral.shape)} in the checkpoint, {list(shape)} in the model"
+            raise module.error(first, what)
         return neutral
 
     def release(self, path: str) -> None:
         """Gives back the pages of a module's entries, which would count as ours to the end."""
         for name in self.modules[path].values():
-            pages.release_mapped(self.container.tensor(name))
+            self.container.release(name)
 
 
 def _config(container: Container, reader: table.Reader) -> Config:

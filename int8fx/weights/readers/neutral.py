@@ -22,6 +22,7 @@ from int8fx.kernels.ops.rotation import from_regular, rotate_back
 INTEGERS = (torch.uint8, torch.int8)
 # An owner whose input is int8 by token, without outliers.
 DYNAMIC: Mapping[str, Any] = {"scheme": "absmax-vector"}
+DYNAMIC_AFFINE: Mapping[str, Any] = {"scheme": "zeropoint-vector"}  # and with zero points
 
 
 @dataclass(frozen=True)
@@ -96,24 +97,25 @@ class Coded:
     """Codes of a codebook, with a scale for each ``block`` of consecutive weights, rows end to end.
 
     Attributes:
-        codes: ``[N, K]`` uint8.
-        codebook: ``[2**bits]`` fp32.
+        packed: ``[⌈N · K / 2⌉]`` uint8, the first of two codes in the high nibble.
+        codebook: ``[16]`` fp32.
         absmax: ``[⌈N · K / block⌉]`` fp32.
+        shape: ``(N, K)``.
     """
 
-    codes: Tensor
+    packed: Tensor
     codebook: Tensor
     absmax: Tensor
     block: int
+    shape: tuple[int, int]
+    bits: int = 4
 
     @property
-    def shape(self) -> tuple[int, int]:
-        N, K = self.codes.shape
-        return N, K
-
-    @property
-    def bits(self) -> int:
-        return (len(self.codebook) - 1).bit_length()
+    def codes(self) -> Tensor:
+        """``[N, K]`` uint8."""
+        N, K = self.shape
+        nibbles = torch.stack([self.packed >> 4, self.packed & 15], -1).flatten()
+        return nibbles[: N * K].view(N, K)
 
     @property
     def group(self) -> int:
@@ -128,7 +130,7 @@ class Coded:
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """ŵ ``[N, K]``: the product is fp32 and rounded once, as bitsandbytes does it."""
-        groups = torch.arange(self.shape[1], device=self.codes.device) // self.group
+        groups = torch.arange(self.shape[1], device=self.packed.device) // self.group
         values = self.codebook.float()[self.codes.long()]
         return (values * self.scales_by_row().float()[:, groups]).to(dtype)
 

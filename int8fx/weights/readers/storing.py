@@ -12,7 +12,7 @@
 | values | that which is asked for, ``llm.int8`` by default: these are quantised again |
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from int8fx.kernels.ops.rotation import from_regular
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import DEFAULT, scheme_named
 from int8fx.weights.readers.neutral import Coded, Grouped, Neutral, Rotated, Values
+from int8fx.weights.readers.unpacking import row_blocks
 from int8fx.weights.tensor import QuantizedWeight
 
 _LEAST_GROUP = 16
@@ -63,6 +64,15 @@ def quantized(
     # What is mapped from a file must not be what a weight consists of.
     owned = [part.clone() if any(part is each for each in kept.parts) else part for part in packed]
     return QuantizedWeight(*owned, choice=choice, N=N, K=K, dtype=dtype, transposed=transposed)
+
+
+def scheme_of(neutral: Neutral, name: str) -> str:
+    """The name of the scheme that keeps a weight.
+
+    Raises:
+        CheckpointError: nothing keeps it exactly.
+    """
+    return DEFAULT if isinstance(neutral, Values) else _kept(neutral, name).choice.scheme.name
 
 
 def _asked_for(choice: Choice, scheme: str, name: str) -> Choice:
@@ -134,12 +144,31 @@ def _grouped(neutral: Grouped, name: str) -> Kept:
     scheme = "w4a16-group" if bits == 4 else "wna16-group"
     choice = _choice(scheme, **settings, **({} if bits == 4 else {"bits": bits}))
     try:
-        parts = grouped.from_codes(
-            neutral.codes, neutral.scale, zero_point, g_idx, bits, group, zeros=zeros
-        )
+        parts = _in_blocks(neutral, zero_point, g_idx, group, zeros)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
     return Kept(choice, parts)
+
+
+def _in_blocks(
+    neutral: Grouped, zero_point: Tensor | None, g_idx: Tensor | None, group: int, zeros: str
+) -> list[Tensor]:
+    """``grouped.from_codes``, some rows at a time."""
+    pieces = [
+        grouped.from_codes(
+            neutral.codes[rows],
+            neutral.scale[rows],
+            None if zero_point is None else zero_point[rows],
+            g_idx,
+            neutral.bits,
+            group,
+            zeros=zeros,
+        )
+        for rows in row_blocks(*neutral.shape)
+    ]
+    by_row = len(pieces[0]) - (g_idx is not None)  # the order of columns is one for all rows
+    parts = [torch.cat(each) for each in zip(*(piece[:by_row] for piece in pieces), strict=True)]
+    return [*parts, *pieces[0][by_row:]]
 
 
 def _check_group(group: int, name: str) -> None:
@@ -207,15 +236,32 @@ def _by_rows(neutral: Grouped, name: str) -> Kept:
 
 
 def _coded(neutral: Coded, name: str) -> Kept:
-    N, K = neutral.shape
+    K = neutral.shape[1]
     kind = next((k for k, values in codebook.CODEBOOKS.items() if _is(neutral.codebook, values)), None)
     if kind is None:
         raise CheckpointError(f"{name}: a codebook of its own; kept: those of NF4 and FP4")
-    packed = neutral.codes.flatten()
-    packed = torch.nn.functional.pad(packed, (0, len(packed) % 2)).view(-1, 2)
-    pairs = packed[:, 0] << 4 | packed[:, 1]
-    block, parts = codebook.from_bitsandbytes(pairs, neutral.absmax, N, K, neutral.block)
-    return Kept(_choice("nf4", quant_type=kind, blocksize=block, double_quant=False), parts)
+    pieces = [
+        codebook.from_bitsandbytes(packed, absmax, rows, K, neutral.block)
+        for packed, absmax, rows in _pieces(neutral)
+    ]
+    parts = [torch.cat(each) for each in zip(*(parts for _, parts in pieces), strict=True)]
+    return Kept(_choice("nf4", quant_type=kind, blocksize=pieces[0][0], double_quant=False), parts)
+
+
+def _pieces(neutral: Coded) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Bytes, scales and the number of rows, some rows at a time, where blocks end with rows."""
+    N, K = neutral.shape
+    block = neutral.block
+    if K % block or block % 2:
+        yield neutral.packed, neutral.absmax, N
+        return
+    for rows in row_blocks(N, K):
+        stop = min(rows.stop, N)
+        yield (
+            neutral.packed[rows.start * K // 2 : stop * K // 2],
+            neutral.absmax[rows.start * K // block : stop * K // block],
+            stop - rows.start,
+        )
 
 
 def _is(found: Tensor, values: Sequence[float]) -> bool:

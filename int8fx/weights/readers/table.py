@@ -51,7 +51,6 @@ class Reader:
 _NESTED = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 _CT_MARKS = ("weight_packed", "weight_scale")
 _CT_OTHERS = ("weight", "weight_zero_point", "weight_g_idx", "weight_shape")
-_INPUTS = ("input_scale", "input_zero_point")
 _QUANTO = ("weight._data", "weight._data._data")
 
 READERS: tuple[Reader, ...] = (
@@ -88,7 +87,7 @@ READERS: tuple[Reader, ...] = (
         "compressed-tensors",
         "compressed-tensors",
         _CT_MARKS,
-        (*_CT_MARKS, *_CT_OTHERS, *_INPUTS),
+        (*_CT_MARKS, *_CT_OTHERS),
         compressed_tensors.settings,
         compressed_tensors.read,
     ),

@@ -43,6 +43,9 @@ struct VectorIsa : Vectors {
   static Floats to_floats(const int8_t* p) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
+  static Floats lowest_codes(Words codes) {
+    return __builtin_convertvector((Ints)(codes & 15), Floats);
+  }
   static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
     // Two products of at most 15 · 128 do not saturate.
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(quad_of(x)));

@@ -45,6 +45,10 @@ struct VectorIsa : Vectors {
   static Floats to_floats(const int8_t* p) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
+  static Floats lowest_codes(Words codes) {
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Floats)_mm512_permutexvar_ps((__m512i)codes, values);
+  }
   static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(quad_of(x)));
   }

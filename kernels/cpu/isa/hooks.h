@@ -45,6 +45,7 @@ concept HasVectorHooks = requires(
   { I::add_lanes(vectors) } -> std::same_as<typename I::Floats>;   // of LANES vectors, the sum of each
   { I::fma(v, v, v) } -> std::same_as<typename I::Floats>;         // a · b + c
   { I::fnma(v, v, v) } -> std::same_as<typename I::Floats>;        // c - a · b
+  { I::lowest_codes(codes) } -> std::same_as<typename I::Floats>;  // the lowest 4 bits of each lane
   // Adds the products of 4 codes from 0 to 15 in each lane with 4 int8, the same for every lane.
   { I::dot_codes(sums, codes, bytes) } -> std::same_as<typename I::Ints>;
   // Whether fma and fnma round once. If so, rows are quantised without a division.

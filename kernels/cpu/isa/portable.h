@@ -63,6 +63,9 @@ struct Isa : Vectors {
     return sums;
   }
 
+  static Floats lowest_codes(Words codes) {
+    return __builtin_convertvector((Ints)(codes & 15), Floats);
+  }
   static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
     for (int i = 0; i < 4; ++i) sums += (Ints)((codes >> (8 * i)) & 15) * static_cast<int32_t>(x[i]);
     return sums;
