@@ -16,6 +16,8 @@ from int8fx.errors import UserError
 from int8fx.testing.toy_llama import saved_model
 
 QUANTISING = ("demo", "bench", "evaluate", "explain", "quantize", "suggest", "compile")
+# These take files of other systems, or what int8fx compile made, and no name on the hub.
+OF_FILES = {"inspect": "path", "convert": "source", "run": "directory"}
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -40,8 +42,7 @@ def test_a_model_is_the_first_argument_and_switches_have_no_type(capsys, monkeyp
     assert code == 0 and max(map(len, shown.splitlines())) <= 80
     assert "<bool>" not in shown and "BOOLEAN" not in shown and "[[" not in shown
     arguments = [each.name for each in COMMANDS[name].params if each.param_type_name == "argument"]
-    # What int8fx compile made is no model of transformers.
-    assert arguments[0] == ("directory" if name == "run" else "model")
+    assert arguments[0] == OF_FILES.get(name, "model")
 
 
 def test_a_shell_completes_commands_and_schemes():

@@ -205,3 +205,14 @@ def test_bars_of_others_are_off_while_ours_is_on(capsys):
     assert "Converting" not in capsys.readouterr().err
     assert list(tqdm([1, 2], desc="Converting")) == [1, 2]
     assert "Converting" in capsys.readouterr().err
+
+
+def test_the_float_models_answer_is_beside_the_other():
+    said = {"as loaded": "The capital of France is Paris. " * 3, "llmint8": "It is [Paris]."}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo.answers(said))
+    first, *_ = console.file.getvalue().splitlines()
+    assert first.split("  ")[0] == "as loaded" and first.rstrip().endswith("llmint8")
+    text = " ".join(console.file.getvalue().split())
+    assert "It is [Paris]." in text and "The capital of France is" in text
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80
