@@ -25,7 +25,7 @@ def scheme_and_settings(spec: str, asked: str) -> tuple[str, dict[str, Any]]:
                 f"{asked} {spec}: {setting!r} is no setting that it reads; allowed: "
                 f"{', '.join(f'{each}=...' for each in reads) or 'none'}"
             )
-        found[key] = _number(value)
+        found[key] = _value(value)
     return name, found
 
 
@@ -35,7 +35,13 @@ def _settings_of(name: str) -> set[str]:
     return reads | ({"calibration"} if "columns" in reads else set())
 
 
-def _number(text: str) -> Any:
+_FLAGS = {"true": True, "false": False}
+
+
+def _value(text: str) -> Any:
+    """A setting as it is typed: a flag, a number, or else a name."""
+    if text.lower() in _FLAGS:
+        return _FLAGS[text.lower()]
     for convert in (int, float):
         try:
             return convert(text)
