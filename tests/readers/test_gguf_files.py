@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import int8fx
+from int8fx.bench import smollm2
 from int8fx.errors import CheckpointError
 from int8fx.weights.readers.opening import opened
 from int8fx.weights.tensor import QuantizedWeight
@@ -153,3 +154,20 @@ def test_a_header_that_is_damaged(at, value, words, tmp_path):
     file.write_bytes(raw)
     with pytest.raises(CheckpointError, match=words):
         opened(file)
+
+
+def test_a_real_file_is_as_transformers_reads_it():
+    """SmolLM2 in Q4_1 and Q8_0, where it is in the cache of ``int8fx demo``."""
+    cache = smollm2.cache_directory()
+    if not (cache / smollm2.GGUF).exists() or not (cache / smollm2.CONVERTED).is_dir():
+        pytest.skip("int8fx demo has not fetched SmolLM2 here")
+    auto = transformers.AutoModelForCausalLM
+    floats = auto.from_pretrained(cache / smollm2.CONVERTED, dtype=torch.float32).eval()
+    with init_empty_weights():
+        model = auto.from_config(floats.config, dtype=torch.float32)
+    model.tie_weights()
+    int8fx.load_checkpoint(model.requires_grad_(False).eval(), cache / smollm2.GGUF)
+    ids = torch.arange(100, 140).view(1, -1)
+    with torch.no_grad():
+        expected = floats(ids).logits
+        assert (model(ids).logits - expected).norm() <= 1e-5 * expected.norm()
