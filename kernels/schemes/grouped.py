@@ -26,7 +26,7 @@ from int8fx.kernels.ops.rotated_linear import quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE, ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.rotated import allowed_block
 from int8fx.kernels.schemes.scheme import Call, Scheme
-from int8fx.kernels.schemes.settings import NotAllowed, multiple_of, one_of, setting
+from int8fx.kernels.schemes.settings import NotAllowed, multiple_of, one_of, setting, whole_number
 from int8fx.kernels.schemes.static_columns import static_columns, which
 
 _SOURCE = "GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978"
@@ -39,15 +39,6 @@ def _group_size(value: Any) -> int:
         return multiple_of(16)(value)
     except NotAllowed as allowed:
         raise NotAllowed(f"{allowed}, or {WHOLE}: all of K") from None
-
-
-def _whole_number(least: int, most: int) -> Any:
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise NotAllowed(f"a whole number from {least} to {most}")
-        return value
-
-    return check
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class GroupsOfBits(ScaledGroups):
     bits: of a code.
     """
 
-    bits: int = setting(8, _whole_number(1, 8))
+    bits: int = setting(8, whole_number(1, 8))
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ class Codebook:
     """
 
     quant_type: str = setting("nf4", one_of(*CODEBOOKS))
-    blocksize: int = setting(64, _whole_number(1, 4096))
+    blocksize: int = setting(64, whole_number(1, 4096))
     double_quant: bool = setting(True)
 
 
