@@ -349,7 +349,9 @@ def compile_apart(
     apart = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
-    return torch.compile(apart, backend=handed_on, dynamic=False, fullgraph=fullgraph, **options)
+    if fullgraph:
+        options["fullgraph"] = True
+    return torch.compile(apart, backend=handed_on, dynamic=False, **options)
 
 
 def not_one_graph() -> tuple[type[Exception], ...]:
