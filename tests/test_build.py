@@ -13,7 +13,7 @@ import pytest
 from int8fx.bench.models import check_name
 from int8fx.bench.smollm2 import cache_directory
 from int8fx.errors import UserError
-from int8fx.kernels.cpu import build, int8_linear
+from int8fx.kernels.cpu import build
 
 OURS = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 # A library runs as soon as it is loaded.
