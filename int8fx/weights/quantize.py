@@ -123,6 +123,7 @@ def quantize_(
             site.module.weight = quantized
             state_dict.attach(site.module)
         on_weight(done, len(groups))
+        del weight, quantized  # the float weight would live while the next one is quantised
     state_dict.check_on_load(model)
     for site in sites:
         log.debug("%s", site.decision)
