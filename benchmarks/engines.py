@@ -39,11 +39,10 @@ from int8fx.bench.timing import Timing, machine, timing_of
 
 HERE = Path(__file__).parent / "engines"
 sys.path.insert(0, str(HERE))
-from prepare import ENGINES, converted, environment, version  # noqa: E402  beside this script
+from prepare import CAPACITY, ENGINES, converted, environment, version  # noqa: E402  beside this script
 
 PREFILL, STEPS = 512, 64
 CONTEXTS = (64, 1024)
-CAPACITY = max(CONTEXTS) + STEPS + 2
 SHORT_PROMPT = 16
 FP32 = "fp32"
 
@@ -134,7 +133,7 @@ def commands(model: Path, environments: Path, names: Sequence[str]) -> dict[str,
         python = environment(engine, environments)
         form = converted(engine, python, model, forms)
         command = [str(python), str(HERE / engine.worker), str(form), str(CAPACITY)]
-        found[name] = command, version(python, engine.packages[0])
+        found[name] = command, version(python, *engine.packages[:1])
     return found
 
 
@@ -178,14 +177,15 @@ def divergences(
     workers: dict[str, Worker], results: dict[str, Result], windows: list[list[int]], scratch: Path
 ) -> None:
     """Mean KL of each contender from the one in fp32."""
-    sums = dict.fromkeys(results, 0.0)
+    judged = [name for name in results if name not in ENGINES or ENGINES[name].has_logits]
+    sums = dict.fromkeys(judged, 0.0)
     for window in windows:
         expected = _log_softmax(_logits(workers[FP32], window, scratch))
-        for name in results:
+        for name in judged:
             found = _log_softmax(_logits(workers[name], window, scratch))
             sums[name] += float((numpy.exp(expected) * (expected - found)).sum(-1).mean())
-    for name, result in results.items():
-        result.kl = sums[name] / len(windows)
+    for name in judged:
+        results[name].kl = sums[name] / len(windows)
 
 
 def _logits(worker: Worker, window: list[int], scratch: Path) -> numpy.ndarray:

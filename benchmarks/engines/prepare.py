@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gguf_file import write_gguf
 
+CAPACITY = 1024 + 64 + 2  # tokens of a KV cache
 CONVERTERS = ("torch==2.13.0", "transformers")
 
 
@@ -22,15 +23,17 @@ CONVERTERS = ("torch==2.13.0", "transformers")
 class Engine:
     """Attributes:
     worker: its file here.
-    packages: of its environment; the first one's version is shown.
+    packages: of its environment; the first one's version is shown. None: this environment.
     convert: writes ``model`` into a form of its own, as ``(python, model, target)``.
     form: the name of that file or folder.
+    has_logits: whether it gives more than tokens.
     """
 
     worker: str
     packages: tuple[str, ...]
     convert: Callable[[Path, Path, Path], None]
     form: str
+    has_logits: bool = True
 
 
 def _run(*command: object) -> None:
@@ -59,6 +62,20 @@ def _ctranslate2(python: Path, model: Path, target: Path) -> None:
     _run(python, "-m", converter, "--model", model, "--output_dir", target, "--quantization", "int8")
 
 
+def _ahead(scheme: str) -> Callable[[Path, Path, Path], None]:
+    def convert(python: Path, model: Path, target: Path) -> None:
+        int8fx = (python, "-m", "int8fx")
+        options = ["--scheme", scheme]
+        if scheme == "int8-rotated":
+            calibration = target.with_suffix(".json")
+            _run(*int8fx, "calibrate", model, "--tokens", "64", "--out", calibration)
+            options += ["--calibration", calibration]
+        where = ("--dtype", "bfloat16", "--context", CAPACITY, "--out", target)
+        _run(*int8fx, "compile", model, *where, *options)
+
+    return convert
+
+
 LLAMA_CPP = ("llama-cpp-python", "numpy")
 ENGINES = {
     "llama.cpp Q8_0": Engine("llama_cpp_worker.py", LLAMA_CPP, _gguf("Q8_0"), "q8_0.gguf"),
@@ -78,11 +95,19 @@ ENGINES = {
     "CTranslate2 int8": Engine(
         "ctranslate2_worker.py", ("ctranslate2", *CONVERTERS), _ctranslate2, "ctranslate2"
     ),
+    **{
+        f"int8fx ahead: {scheme}": Engine(
+            "ahead_worker.py", (), _ahead(scheme), f"ahead-{scheme}", has_logits=False
+        )
+        for scheme in ("llm.int8", "int8-rotated")
+    },
 }
 
 
 def environment(engine: Engine, root: Path) -> Path:
     """Its Python, made if it is not there. The environment is moved to its place when it is whole."""
+    if not engine.packages:
+        return Path(sys.executable)
     folder = root / engine.packages[0]
     python = folder / "bin" / "python"
     done = folder / "installed"
@@ -93,7 +118,7 @@ def environment(engine: Engine, root: Path) -> Path:
     return python
 
 
-def version(python: Path, package: str) -> str:
+def version(python: Path, package: str = "int8fx") -> str:
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
     return subprocess.run(
         [python, "-c", code], capture_output=True, text=True, check=True

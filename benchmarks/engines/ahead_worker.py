@@ -1,0 +1,33 @@
+"""A folder of ``int8fx compile``, without ``import torch``: ``ahead_worker.py FOLDER CAPACITY``.
+
+Its cache keeps what a prompt has in common with the one before. So each prefill is behind a text of
+another token, which is not timed.
+"""
+
+import sys
+import time
+
+import int8fx_run
+from worker import THREADS, serve
+
+
+class Ahead:
+    def __init__(self, folder: str, capacity: int) -> None:
+        self._model = int8fx_run.load(folder, threads=THREADS)
+        self._capacity = capacity
+
+    def prefill(self, tokens):
+        start = time.perf_counter()
+        next(self._model.tokens([1 if tokens[0] == 0 else 0], max_new_tokens=1), None)
+        self.not_counted = time.perf_counter() - start
+        self._running = self._model.tokens(tokens, max_new_tokens=self._capacity - len(tokens))
+        return next(self._running)
+
+    def decode(self, steps):
+        self.not_counted = 0.0
+        for _ in range(steps):
+            token = next(self._running)
+        return token
+
+
+serve(Ahead(sys.argv[1], int(sys.argv[2])))
