@@ -7,8 +7,9 @@ another token, which is not timed.
 import sys
 import time
 
-import int8fx_run
 from worker import THREADS, serve
+
+import int8fx_run
 
 
 class Ahead:
