@@ -415,6 +415,6 @@ def test_explain_says_why_a_norm_is_not_fused(monkeypatch):
     assert outcome == Outcome("fuse_norms", 1, {READ_ELSEWHERE: 1})
     (line,) = [line for line in str(shown).splitlines() if line.startswith("fuse_norms")]
     assert line.split() == ["fuse_norms", "1", "1", "left:", *READ_ELSEWHERE.split()]
-    assert f"<td>1 left: {READ_ELSEWHERE}</td>" in shown._repr_html_()
+    assert f'<td class="note">1 left: {READ_ELSEWHERE}</td>' in shown._repr_html_()
     (written,) = [each for each in shown.to_dict()["passes"] if each["name"] == "fuse_norms"]
     assert written["refused"] == {READ_ELSEWHERE: 1}

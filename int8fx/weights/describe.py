@@ -6,6 +6,7 @@ Linear(in_features=64, out_features=32, bias=False, llm.int8, 8 bits, 2,176 byte
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from int8fx.weights.distributed import local
@@ -31,6 +32,8 @@ class Description:
         module = self._module()
         assert module is not None  # it is asked by way of the module
         own = type(module).extra_repr(module)
+        if torch.compiler.is_compiling():  # torch.vmap names the module, and Dynamo traces how
+            return own
         parameters = map(local, module.parameters(recurse=False))
         weights = [weight for weight in parameters if isinstance(weight, QuantizedWeight)]
         return ", ".join(filter(None, (own, *map(_of_weight, weights))))
