@@ -1,5 +1,7 @@
 """select: one table of rules; the first that objects refuses, with a reason."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from int8fx.passes.linears.select import (
     size_reason,
     skip_reason,
 )
-from int8fx.testing.support import interpreted, reports_of
+from int8fx.testing.support import compile_once, interpreted, reports_of
 
 K, N = 32, 24
 
@@ -167,3 +169,31 @@ def test_few_columns_that_are_named_are_quantised():
     assert columns_reason(LEAST_K - 1, None).startswith(f"K = {LEAST_K - 1} is below {LEAST_K}")
     model = Linear(weight=torch.randn(N, LEAST_K - 1))
     assert reason_of(model, torch.randn(3, LEAST_K - 1), only=["inner"]) == ""
+
+
+def _decorated(forward):
+    """As transformers does where an argument has another name than it had."""
+
+    @functools.wraps(forward)
+    def call(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return call
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(48, 32), nn.Linear(32, 48, bias=False)
+        self.head.weight = self.embed.weight
+
+    @_decorated
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+def test_a_tied_head_has_its_own_path_however_its_model_is_called():
+    _, report = compile_once(
+        TiedHead().requires_grad_(False), torch.arange(6), backend_options={"skip": ["head"]}
+    )
+    assert [(each.path, each.reason) for each in report.decisions] == [("head", "skip: matches 'head'")]

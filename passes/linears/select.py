@@ -113,8 +113,8 @@ def module_path(candidate: Candidate, selection: Selection) -> str:
     return path.removesuffix(".weight")
 
 
-# What Dynamo calls the outermost module, as L['self'].
-_ROOT = re.compile(r"^[LG]\['[^']+'\]\.?")
+# What Dynamo calls the outermost module: L['self'], or L['args'][0] where its forward is decorated.
+_ROOT = re.compile(r"^(?:L\['args'\]\[\d+\]|[LG]\['[^']+'\])\.?")
 
 
 def _linear_around(node: fx.Node) -> str:
