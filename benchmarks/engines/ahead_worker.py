@@ -4,17 +4,21 @@ Its cache keeps what a prompt has in common with the one before. So each prefill
 another token, which is not timed.
 """
 
+import dataclasses
 import sys
 import time
 
 from worker import THREADS, serve
 
-import int8fx_run
+import int8fx_run  # noqa: F401  before int8fx, which imports torch without it
+from int8fx.ahead.artefact import read
+from int8fx.ahead.model import Model
 
 
 class Ahead:
     def __init__(self, folder: str, capacity: int) -> None:
-        self._model = int8fx_run.load(folder, threads=THREADS)
+        # No token ends a text, so that there are as many steps as are asked for.
+        self._model = Model(dataclasses.replace(read(folder), stop=()), THREADS)
         self._capacity = capacity
 
     def prefill(self, tokens):
