@@ -10,7 +10,7 @@ from torch import nn
 
 import int8fx
 from int8fx import Int8Weight
-from int8fx.testing.support import Mlp, compile_once
+from int8fx.testing.support import Mlp, check_adapter_gradients, compile_once
 
 peft = pytest.importorskip("peft")
 
@@ -28,6 +28,10 @@ def x():
     return torch.randn(6, K, generator=torch.Generator().manual_seed(1))
 
 
+# The activations' rounding to int8 is all that differs.
+GRADIENT_BOUND = 0.02
+
+
 def adapted(base):
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
@@ -40,7 +44,7 @@ def base_weight(model):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_are_those_of_the_dequantised_model_in_float64(base, x, compiled):
-    check_gradients(adapted(base), x, compiled)
+    check_adapter_gradients(adapted(base), x, compiled, GRADIENT_BOUND)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -51,7 +55,7 @@ def test_gradients_through_weights_of_four_bits(x, scheme, compiled):
     base = int8fx.quantize_(Mlp(K, N), scheme=scheme)
     model = adapted(base)
     before = [tensor.clone() for tensor in base_weight(model).tensors]
-    check_gradients(model, x, compiled)
+    check_adapter_gradients(model, x, compiled, GRADIENT_BOUND)
     assert all(map(torch.equal, base_weight(model).tensors, before))
 
 
@@ -68,24 +72,6 @@ def test_an_adapter_is_merged_into_four_bits_and_taken_back(x, exact, scheme):
     assert (model(x) - before).norm() < 0.2 * before.norm()
     model.unmerge_adapter()
     assert torch.equal(base_weight(model).dequantize(), alone)
-
-
-def check_gradients(model, x, compiled):
-    reference = copy.deepcopy(model)
-    int8fx.dequantize_(reference).double()
-    call = model
-    if compiled:
-        torch._dynamo.reset()
-        call = torch.compile(model, backend="llmint8", fullgraph=True)
-    call(x).pow(2).sum().backward()
-    reference(x.double()).pow(2).sum().backward()
-    expected = {n: p.grad for n, p in reference.named_parameters() if "lora" in n}
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys() and len(found) == 4
-    for name, gradient in found.items():
-        # The activations' rounding to int8 is all that differs.
-        error = (gradient.double() - expected[name]).norm() / expected[name].norm()
-        assert error < 0.02, f"{name}: {error:.4f}"
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_int8(base, x):

@@ -15,7 +15,7 @@ from int8fx import Int8Weight
 from int8fx.kernels.ops.rotated_linear import rotated_linear
 from int8fx.kernels.schemes.static_columns import operands
 from int8fx.kernels.schemes.table import SCHEMES
-from int8fx.testing.support import Mlp, compile_once
+from int8fx.testing.support import Mlp, check_adapter_gradients, compile_once
 
 K, N = 64, 96
 ROTATED = {"scheme": "int8-rotated"}
@@ -57,21 +57,7 @@ def adapted(base: nn.Module) -> nn.Module:
 @each_kind
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_adapters_get_the_gradients_of_the_dequantised_model(with_columns, compiled):
-    model, x = adapted(quantized(with_columns)), rows()
-    reference = copy.deepcopy(model)
-    int8fx.dequantize_(reference).double()
-    call = model
-    if compiled:
-        torch._dynamo.reset()
-        call = torch.compile(model, backend="llmint8", fullgraph=True)
-    call(x).pow(2).sum().backward()
-    reference(x.double()).pow(2).sum().backward()
-    expected = {n: p.grad for n, p in reference.named_parameters() if "lora" in n}
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys() and len(found) == 4
-    for name, gradient in found.items():
-        error = (gradient.double() - expected[name]).norm() / expected[name].norm()
-        assert error < 0.01, f"{name}: {error:.4f}"
+    check_adapter_gradients(adapted(quantized(with_columns)), rows(), compiled, 0.01)
 
 
 @each_kind

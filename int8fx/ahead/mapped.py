@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8fx.errors import ArtefactError
+from int8fx.errors import ArtefactError, CheckpointError
+from int8fx.weights.checkpoint_files import whole_header
 
 ALIGNMENT = 64
 GAP = "int8fx.gap."  # names of tensors that fill a gap begin with it
@@ -86,17 +87,16 @@ class MappedFile:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """What a file holds, and where its data begins."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if size < max(start, 8):
-            raise ArtefactError(f"{path}: broken off in its header")
+    try:
+        entries, start = whole_header(path)
+    except CheckpointError as error:
+        raise ArtefactError(str(error)) from error
+    entries.pop("__metadata__", None)
+    there = path.stat().st_size - start
+    for name, entry in entries.items():
         try:
-            entries = json.loads(file.read(start - 8))
-            entries.pop("__metadata__", None)
-            for name, entry in entries.items():
-                _check(path, name, entry, size - start)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check(path, name, entry, there)
+        except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, ArtefactError):
                 raise
             raise ArtefactError(f"{path}: its header is damaged") from error

@@ -1,5 +1,6 @@
 """What several tests share: compiling once, and bounds that follow from the scheme."""
 
+import copy
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,26 @@ from int8fx.passes.contract import Context
 from int8fx.passes.graph.mutation import Memory
 from int8fx.passes.graph.scope import Scope
 from int8fx.passes.outcome import Outcome
+
+
+def check_adapter_gradients(model: nn.Module, x: Tensor, compiled: bool, bound: float) -> None:
+    """Two adapters' gradients beside those of the de-quantised model in float64."""
+    reference = copy.deepcopy(model)
+    int8fx.dequantize_(reference).double()
+    call: Callable[..., Any] = model
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="llmint8", fullgraph=True)
+    call(x).pow(2).sum().backward()
+    reference(x.double()).pow(2).sum().backward()
+    expected = {n: p.grad for n, p in reference.named_parameters() if "lora" in n}
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and len(found) == 4
+    for name, gradient in found.items():
+        right = expected[name]
+        assert right is not None
+        error = (gradient.double() - right).norm() / right.norm()
+        assert error < bound, f"{name}: {error:.4f}"
 
 
 def compile_once(

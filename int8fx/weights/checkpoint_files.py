@@ -64,7 +64,7 @@ def header(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file ends before what it says that it holds; names the tensor.
     """
-    entries, start = _whole_header(file)
+    entries, start = whole_header(file)
     entries.pop(_METADATA, None)
     try:
         ends = sorted((entry["data_offsets"][1], name) for name, entry in entries.items())
@@ -79,7 +79,7 @@ def header(file: Path) -> dict[str, Any]:
 
 def start_of_tensors(file: Path) -> int:
     """The byte that the offsets of its header count from."""
-    return _whole_header(file)[1]
+    return whole_header(file)[1]
 
 
 def metadata(file: Path) -> dict[str, Any]:
@@ -88,14 +88,18 @@ def metadata(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: its header is damaged.
     """
-    found = _whole_header(file)[0].get(_METADATA) or {}
+    found = whole_header(file)[0].get(_METADATA) or {}
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: its header is damaged")
     return found
 
 
-def _whole_header(file: Path) -> tuple[dict[str, Any], int]:
-    """And where the tensors begin."""
+def whole_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of itself, ``__metadata__`` too, and where its tensors begin.
+
+    Raises:
+        CheckpointError: the file is cut off in its header, or that is damaged.
+    """
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
