@@ -4,25 +4,26 @@
 // The columns' weights of a micro-tile as floats, once for all of its rows.
 struct StaticColumns {
   const Lhs& a;
-  alignas(64) float floats[MAX_STATIC_COLUMNS * Isa::PANELS * NR];
+  alignas(64) float floats[MAX_STATIC_COLUMNS * Isa::MICRO_PANELS * NR];
 
-  StaticColumns(const Lhs& a, const Weight& weight, int64_t panel) : a(a) {
+  StaticColumns(const Lhs& a, const Weight& weight, int64_t micro_panel) : a(a) {
     with_dtype(weight.columns_dtype, [&]<class T>(T) {
       const auto* w = static_cast<const T*>(weight.w_columns);
-      for (int64_t i = 0; i < a.in.static_count; ++i, w += weight.N) read(w, weight.N, panel, i);
+      for (int64_t i = 0; i < a.in.static_count; ++i, w += weight.N) read(w, weight.N, micro_panel, i);
     });
   }
 
   Floats vector(int64_t i, int b, int p) const {
-    return load<Floats>(floats + (i * Isa::PANELS + b) * NR + p * LANES);
+    return load<Floats>(floats + (i * Isa::MICRO_PANELS + b) * NR + p * LANES);
   }
 
  private:
-  // Column i of the micro-panels from `panel` on, as many of them as there are.
+  // Column i of the micro-panels from `micro_panel` on, as many of them as there are.
   template <class T>
-  void read(const T* w, int64_t N, int64_t panel, int64_t i) {
-    float* out = floats + i * Isa::PANELS * NR;
-    for (int64_t n = panel * NR; n < std::min(N, (panel + Isa::PANELS) * NR); n += LANES, out += LANES)
+  void read(const T* w, int64_t N, int64_t micro_panel, int64_t i) {
+    float* out = floats + i * Isa::MICRO_PANELS * NR;
+    const int64_t end = std::min(N, (micro_panel + Isa::MICRO_PANELS) * NR);
+    for (int64_t n = micro_panel * NR; n < end; n += LANES, out += LANES)
       store(out, load_row(w + n, N - n));
   }
 };
@@ -37,7 +38,7 @@ inline void static_rows(
     const auto value = [=](int64_t i, int row) { return x[row * count + i]; };
     for (int b = 0; b < B; ++b) {
       const auto column = [&](int64_t i, int v) { return weights.vector(i, b, v); };
-      outlier_product<R, 1>(count, column, value, out + (r * Isa::PANELS + b) * NR);
+      outlier_product<R, 1>(count, column, value, out + (r * Isa::MICRO_PANELS + b) * NR);
     }
   }
 }
@@ -46,10 +47,10 @@ inline void static_rows(
 // weights of its own and so no scale.
 struct StaticRows : MixedRows {
   StaticColumns static_columns;
-  alignas(64) float of_columns[Isa::MR_ALONE * Isa::PANELS * NR];
+  alignas(64) float of_columns[Isa::MR_ALONE * Isa::MICRO_PANELS * NR];
 
-  StaticRows(const Lhs& a, const Weight& weight, int64_t panel, const int8_t* w, int64_t w_stride)
-      : MixedRows(a, weight, panel, w, w_stride), static_columns(a, weight, panel) {}
+  StaticRows(const Lhs& a, const Weight& weight, int64_t micro_panel, const int8_t* w, int64_t w_stride)
+      : MixedRows(a, weight, micro_panel, w, w_stride), static_columns(a, weight, micro_panel) {}
 
   template <int B>
   void begin(int64_t m, int64_t rows) {
@@ -60,7 +61,7 @@ struct StaticRows : MixedRows {
     static_rows<1, B>(static_columns, m, rows, r, of_columns);
   }
   Floats value(const int32_t* acc, int64_t m, int64_t r, int b, int p, Floats w_scale) const {
-    const int64_t at = (r * Isa::PANELS + b) * NR + p * LANES;
+    const int64_t at = (r * Isa::MICRO_PANELS + b) * NR + p * LANES;
     return MixedRows::value(acc, m, r, b, p, w_scale) + load<Floats>(of_columns + at);
   }
 };

@@ -189,8 +189,8 @@ class RotatedLinears:
     @property
     def pointers(self) -> tuple[Tensor, ...]:
         # Scales stand in for what there is none of, and what no kernel reads then.
-        kept = self.w_columns if self.count else self.w_scales
-        each = self.weights, self.w_scales, kept, self.biases or self.w_scales
+        w_columns = self.w_columns if self.count else self.w_scales
+        each = self.weights, self.w_scales, w_columns, self.biases or self.w_scales
         return tuple(pointer for tensors in each for pointer in padded(tensors))
 
     @property
@@ -219,7 +219,7 @@ class RotatedLinears:
             )
         if x.dtype not in DTYPES:
             raise TypeError(f"x is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
-        for weight, kept, at in zip(self.weights, self.w_columns, self.columns, strict=True):
+        for weight, stored, at in zip(self.weights, self.w_columns, self.columns, strict=True):
             if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != rotation.length:
                 raise ValueError(
                     f"a weight is {weight.dtype} {list(weight.shape)}; with x {list(x.shape)} it has "
@@ -227,9 +227,9 @@ class RotatedLinears:
                 )
             if weight.device != x.device:
                 raise ValueError(f"x is on {x.device}, and a weight on {weight.device}")
-            if at.shape != (self.count,) or kept.shape != (self.count, weight.shape[0]):
+            if at.shape != (self.count,) or stored.shape != (self.count, weight.shape[0]):
                 raise ValueError(
-                    f"columns {list(at.shape)} and w_columns {list(kept.shape)} of a weight of "
+                    f"columns {list(at.shape)} and w_columns {list(stored.shape)} of a weight of "
                     f"{weight.shape[0]} rows; the first linear keeps {self.count} columns"
                 )
 

@@ -190,9 +190,9 @@ def weight_format(settings: RotatedGroups) -> WeightFormat:
 def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: RotatedGroups) -> Any:
     """grouped_linear, of x with its columns in the order of the weight's."""
     x, packed, scale, zero_point, others = _operands(call, x, weight, settings)
-    _, *kept = others or (None, None, None)
+    _, *decomposed = others or (None, None, None)
     how = settings.group_size, settings.zeros, settings.block, settings.rotation
-    return call(ops.grouped_linear, x, *how, packed, scale, zero_point, *kept, bias)
+    return call(ops.grouped_linear, x, *how, packed, scale, zero_point, *decomposed, bias)
 
 
 def dequantized_input(x: Tensor, settings: RotatedGroups) -> Tensor:

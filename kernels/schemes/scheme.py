@@ -164,8 +164,8 @@ class Choice:
     @property
     def note(self) -> str:
         """Why no kernel computes it, or empty."""
-        kept = self.weight_format
-        return table.without_kernel(kept.name, kept.family, self.operator)
+        weight_format = self.weight_format
+        return table.without_kernel(weight_format.name, weight_format.family, self.operator)
 
     def lower(self, call: Call, x: Any, weight: Sequence[Any], bias: Any) -> Any:
         if self.scheme.lower is None:

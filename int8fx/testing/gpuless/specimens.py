@@ -271,9 +271,9 @@ def rotate(
     operands = {"addend_ptr": norm, "sum_ptr": norm, "weight_ptr": norm, "bias_ptr": "bias" in norm}
     pointers |= {name: f"*{dtype}" for name, there in operands.items() if there}
     constants |= {name: None for name, there in operands.items() if not there}
-    kept = f", {columns} columns" if columns else ""
+    with_columns = f", {columns} columns" if columns else ""
     return Specimen(
-        f"rotate by {size}{f' ({norm})' if norm else ''}, K = {K}{kept}, {dtype}",
+        f"rotate by {size}{f' ({norm})' if norm else ''}, K = {K}{with_columns}, {dtype}",
         arch,
         rotate_kernel,
         pointers | {"M": "i32", "K": "i32", "eps": "fp64"},
