@@ -223,13 +223,6 @@ constexpr std::array<GroupedTile<Rows>, sizeof...(R)> grouped_tiles(std::integer
   return {grouped_rows<Rows, R + 1, ALONE ? 1 : grouped_micro_panels(R + 1)>...};
 }
 
-// The columns in 16-bit of a tile: out [rows][MICRO_PANELS * NR].
-inline void static_tile(const StaticColumns& columns, int64_t m, int64_t rows, float* out) {
-  int64_t r = 0;
-  static_rows<4, 1>(columns, m, rows, r, out);
-  static_rows<1, 1>(columns, m, rows, r, out);
-}
-
 // y of `count` micro-panels from `micro_panel` on, whose sums are [rows][count * NR].
 template <class Rows, class T>
 inline void finish_groups(
@@ -238,7 +231,10 @@ inline void finish_groups(
   alignas(64) float of_columns[GROUPED_ROWS * Isa::MICRO_PANELS * NR];
   for (int b = 0; b < count; ++b) {
     const Channels channels(weight, micro_panel + b);
-    if (a.in.static_count) static_tile(StaticColumns(a, weight, micro_panel + b), m, rows, of_columns);
+    if (a.in.static_count) {
+      StaticColumns columns(a, weight, micro_panel + b);
+      static_tile<1>(columns, m, rows, of_columns);
+    }
     finish<T>(weight, m, rows, channels, [&](int64_t r, int p) {
       const int64_t at = (r * count + b) * NR + p * LANES;
       const Floats product = load<Floats>(sums + at) * Rows::row_scale(a, m + r);
