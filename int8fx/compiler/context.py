@@ -33,6 +33,7 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         experts=table.experts,
         attends=table.attends,
         root=compilation.root.graph,
+        length_now=torch_private.length_now,
         subgraph_call=torch_private.subgraph_call(),
         accepted=[_accepted(compilation, candidate) for candidate in compilation.accepted],
     )
