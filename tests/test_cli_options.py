@@ -187,8 +187,9 @@ def test_quantize_takes_rules_of_several_formats(capsys, model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     rules = ["--rule", "*.mlp.*=w8a16-group,group_size=32", "--rule", "*.q_proj=int8-rotated,block=32"]
-    code, _, err = run(capsys, "quantize", model / "model", tmp_path / "int8", *rules)
+    code, printed, err = run(capsys, "quantize", model / "model", tmp_path / "int8", *rules)
     assert code == 0, err
+    assert "in int8-rotated, llm.int8 and w8a16-group; the model takes" in " ".join(printed.split())
     layer = AutoModelForCausalLM.from_pretrained(tmp_path / "int8").model.layers[1]
     of = {
         name: getattr(layer.get_submodule(name).weight, "choice", None)

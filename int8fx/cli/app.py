@@ -324,7 +324,7 @@ def quantize(
     *,
     asked: Asked,
 ) -> None:
-    """Writes a model with its weights in int8, as from_pretrained reads it back.
+    """Writes a model with its weights quantised, as from_pretrained reads it back.
 
     Afterwards, where int8fx is installed:  AutoModelForCausalLM.from_pretrained(OUT)
     """
