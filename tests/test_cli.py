@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import pytest
+import typer.main
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -51,7 +52,8 @@ def test_help_imports_no_model_code():
 
 def test_running_and_help_import_no_torch():
     """From the console script, which begins in ``int8fx_run``."""
-    for arguments in (["--help"], ["run", "--help"], ["run", "./nowhere", "x"]):
+    of_each = [[name, "--help"] for name in typer.main.get_command(int8fx.cli.app.app).commands]
+    for arguments in (["--help"], *of_each, ["run", "./nowhere", "x"]):
         script = (
             f"import sys; sys.argv = ['int8fx', *{arguments}]; from int8fx_run import main; main();"
             "sys.exit('torch' in sys.modules)"

@@ -77,7 +77,6 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -85,8 +84,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand != "run":
-        import torch  # noqa: F401  and with it all of int8fx, where that waited for it
+    pass
 
 
 @app.command()

@@ -1,10 +1,12 @@
-"""How commands show their help: a switch without a type, which nobody types."""
+"""How commands show their help: at once, and a switch without a type, which nobody types."""
 
 from collections.abc import Callable
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+WITHOUT_TORCH = ("run",)  # commands that start faster than torch is imported
 
 
 def _without_types(parameters: list[Any]) -> list[Any]:
@@ -17,6 +19,11 @@ def _without_types(parameters: list[Any]) -> list[Any]:
 class Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        if self.name not in WITHOUT_TORCH:
+            import torch  # noqa: F401  and with it all of int8fx, where that waited for it
+        return super().invoke(ctx)
 
 
 class Group(TyperGroup):
