@@ -1,6 +1,7 @@
 """How to quantise, in the words of the command line: the same for every command, and in a file."""
 
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -43,6 +44,16 @@ def test_a_model_is_the_first_argument_and_switches_have_no_type(capsys, monkeyp
     assert "<bool>" not in shown and "BOOLEAN" not in shown and "[[" not in shown
     arguments = [each.name for each in COMMANDS[name].params if each.param_type_name == "argument"]
     assert arguments[0] == OF_FILES.get(name, "model")
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_line_of_help_ends_at_the_edge_of_the_terminal(capsys, monkeypatch, name):
+    """Each line of a paragraph is too long for the next line's first word."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(capsys, name, "--help")[1].partition("╭")[0].splitlines()
+    for line, following in itertools.pairwise(each.strip() for each in shown):
+        if line and following:
+            assert len(line) + 1 + len(following.split()[0]) > 78, line
 
 
 def test_a_shell_completes_commands_and_schemes():

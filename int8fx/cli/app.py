@@ -288,8 +288,8 @@ def calibrate(
 ) -> None:
     """Finds which columns of each linear's input are largest: what int8-rotated keeps in 16-bit.
 
-    A few tokens are enough, of any text. The file is for --calibration, and for
-    options={"scheme": "int8-rotated", "calibration": FILE}
+    A few tokens are enough, of any text. The file is for --calibration, and for the option "calibration"
+    of the backend.
     """
     progress = Console(stderr=True)
     ending("--out", out, ".json")
@@ -324,7 +324,7 @@ def quantize(
 ) -> None:
     """Writes a model with its weights quantised, as from_pretrained reads it back.
 
-    Afterwards, where int8fx is installed:  AutoModelForCausalLM.from_pretrained(OUT)
+    Afterwards, where int8fx is installed: AutoModelForCausalLM.from_pretrained(OUT)
     """
     progress = Console(stderr=True)
     options = asked.options()
