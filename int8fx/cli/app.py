@@ -288,8 +288,8 @@ def calibrate(
 ) -> None:
     """Finds which columns of each linear's input are largest: what int8-rotated keeps in 16-bit.
 
-    A few tokens are enough, of any text. The file is for --calibration, and for the option "calibration"
-    of the backend.
+    A few tokens are enough, of any text. The file is for --calibration, and for the option
+    "calibration" of the backend.
     """
     progress = Console(stderr=True)
     ending("--out", out, ".json")
