@@ -118,11 +118,14 @@ def test_on_a_narrow_screen_a_path_leaves_room_and_the_picture_is_read(tmp_path)
     shown = explained(nn.Linear(64, 64), (torch.randn(8, 64),), {}, {}, name="a model")
     row = dataclasses.replace(shown.rows[0], path="model.layers.11.self_attention.output_projection")
     dataclasses.replace(shown, rows=(row,)).to_html(path)
-    script = ROWS + """
+    script = (
+        ROWS
+        + """
       const cell = table.tBodies[0].rows[0].cells[0], picture = document.querySelector("img");
       return [innerWidth, cell.textContent, cell.getBoundingClientRect().width,
         picture.getBoundingClientRect().width, getComputedStyle(picture.parentNode).overflowX];
     """
+    )
     wide = ask(path, script, "--window-size=1200,800")
     narrow = ask(path, script, "--window-size=400,800")
     assert narrow[0] <= 500 and narrow[1] == wide[1] == row.path  # to be copied whole

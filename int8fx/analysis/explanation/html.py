@@ -20,10 +20,10 @@ from int8fx.analysis.explanation.record import (
 from int8fx.analysis.explanation.text import legend, sentences
 
 STYLE = """
-.int8fx { font: 13px/1.4 system-ui, sans-serif }
+.int8fx { font: 13px/18px system-ui, sans-serif }
 .int8fx .scroll { overflow-x: auto; margin: 1em 0 }
 .int8fx table { border-collapse: separate; border-spacing: 0 }
-.int8fx th, .int8fx td { padding: .15em .7em; text-align: right; white-space: nowrap;
+.int8fx th, .int8fx td { padding: 2px .7em; text-align: right; white-space: nowrap;
   border-bottom: 1px solid rgba(127, 127, 127, .3) }
 .int8fx td:first-child, .int8fx th:first-child { text-align: left }
 .int8fx td:first-child { font-family: monospace }
@@ -42,8 +42,8 @@ dd { margin: 0; overflow-wrap: anywhere }
 .int8fx th[aria-sort=ascending]::after { content: " \\2191" }
 .int8fx th[aria-sort=descending]::after { content: " \\2193" }
 @media (max-width: 600px) {
-  .int8fx th, .int8fx td { padding: .15em .4em }
-  .int8fx td:first-child { white-space: normal }
+  .int8fx th, .int8fx td { padding: 2px .4em }
+  .int8fx td:first-child { white-space: normal; min-width: 17ch }
   .int8fx img { max-width: none; width: 48em }
 }
 @media (prefers-color-scheme: dark) { .int8fx img { filter: invert(1) hue-rotate(180deg) } }
@@ -142,7 +142,7 @@ def _cell(tag: str, heading: str, text: str) -> str:
     style = ' class="note"' if heading in SENTENCES else ""
     shown = html.escape(text)
     if heading in PATHS:
-        shown = shown.replace(".", ".<wbr>").replace("_", "_<wbr>")  # where a narrow screen breaks it
+        shown = shown.replace(".", ".<wbr>")  # where a narrow screen breaks it
     return f"<{tag}{style}>{shown}</{tag}>"
 
 
