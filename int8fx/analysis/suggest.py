@@ -237,7 +237,7 @@ def suggest(
     already = first_int8(uncompiled(model))
     if already:
         raise ValueError(
-            f"{already} is in int8 already, and options are chosen by the distance from the float "
+            f"{already} is quantised already, and options are chosen by the distance from the float "
             "model: give that"
         )
     args, kwargs = _arguments(inputs)
@@ -453,7 +453,7 @@ def _within_memory(
     used = float_bytes - sum(each.float_bytes - each.kept_bytes for each in chosen)
     if used > budget:
         raise BudgetError(
-            f"budget={{'memory': {budget:.0f}}}: with every linear in int8 the model takes {used} "
+            f"budget={{'memory': {budget:.0f}}}: with every linear quantised the model takes {used} "
             f"bytes ({mib(used)} MiB), in float {float_bytes}"
         )
     gains = [
