@@ -55,7 +55,7 @@ def one_by_one(name, x, experts):
     for linear, matrix in zip(linears, weight, strict=True):
         linear.weight.data = matrix.clone()
         int8fx.quantize_(linear, scheme=name, **SETTINGS[name])
-    return torch.stack([linears[e](row) for row, e in zip(x, experts, strict=True)])
+    return torch.stack([linears[e](row) for row, e in zip(x[: len(experts)], experts, strict=True)])
 
 
 def ends(experts):
@@ -102,7 +102,7 @@ def test_each_row_meets_its_experts_matrix(name, spelling, is_transposed, monkey
     monkeypatch.setattr(Int8Weight, "dequantize", None)
     y = SPELLINGS[spelling](x, weight.mT if is_transposed else weight)
     expected = one_by_one(name, x, EXPERTS_OF.get(spelling, MIXED))
-    torch.testing.assert_close(y, expected[: len(y)], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     floats = SPELLINGS[spelling](x, values.mT if is_transposed else values)
     assert (y - floats).norm() < 0.02 * floats.norm()
 

@@ -16,6 +16,7 @@ that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/weights/s
 """
 
 import importlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -223,8 +224,7 @@ class Int8FxQuantizer(HfQuantizer):
         if not self.pre_quantized:
             parsed = self.quantization_config.parsed
             loaded = [site for site in expert_sites(model, parsed) if not site.weight.is_meta]
-            for _ in quantize_experts(loaded):
-                pass
+            deque(quantize_experts(loaded), maxlen=0)
         state_dict.check_on_load(model)
         _ask_for_reader(model.config, True)
         # Files of another class need not hold all of this one: a new head, a pooler.

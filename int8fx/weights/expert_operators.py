@@ -72,7 +72,7 @@ def _expand(func: Any, args: tuple, kwargs: dict) -> Any:
 def _grouped_mm(func: Any, args: tuple, kwargs: dict) -> Any:
     """``x [S, K]``, sorted by expert, with ``weight [E, K, N]``."""
     x, weight, *rest = args
-    ends = rest[0] if rest else kwargs.get("offs")
+    ends: Any = rest[0] if rest else kwargs.get("offs")
     options = [*rest[1:], *(value for name, value in kwargs.items() if name != "offs")]
     plain = isinstance(weight, QuantizedWeight) and weight.batch and x.dim() == 2 and ends is not None
     if not plain or any(each is not None and each != x.dtype for each in options):
@@ -93,7 +93,8 @@ def _over_rows(x: Tensor, weight: QuantizedWeight, ends: Tensor) -> Tensor:
     y, start = x.new_zeros(len(x), weight.shape[2]), 0
     for e, end in enumerate(ends.tolist()):
         if end > start:
-            y[start:end] = x[start:end] @ weight[e].dequantize(x.dtype)
+            one: Any = weight[e]
+            y[start:end] = x[start:end] @ one.dequantize(x.dtype)
         start = end
     return y
 
@@ -104,7 +105,7 @@ def _bmm(func: Any, args: tuple, kwargs: dict) -> Any:
     if isinstance(right, QuantizedWeight) and not isinstance(left, QuantizedWeight):
         return _of_batches(func, args, left, right)
     if isinstance(left, QuantizedWeight) and not isinstance(right, QuantizedWeight):
-        turned = left.transpose(-2, -1)
+        turned: Any = left.transpose(-2, -1)
         return _of_batches(func, args, right.transpose(-2, -1), turned).transpose(-2, -1)
     return on_float_values(func, args, kwargs)
 

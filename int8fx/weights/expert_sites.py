@@ -87,7 +87,8 @@ def _reason(site: ExpertSite, method: str, holders: int) -> str:
         return f"another module holds {site.name} as well"
     E, *matrix = weight.shape
     N, K = matrix[::-1] if site.transposed else matrix
-    return size_reason((E, N, K), 3) or choice.refusal(weight.device.type) or ""
+    refusal = None if weight.is_meta else choice.refusal(weight.device.type)
+    return size_reason((E, N, K), 3) or refusal or ""
 
 
 def quantize_experts(sites: Sequence[ExpertSite]) -> Iterator[None]:

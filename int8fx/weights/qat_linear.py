@@ -41,17 +41,17 @@ class PreparedLinear:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # No module has the class under a name: a copy makes it anew.
-        _, _, *state = super().__reduce_ex__(max(2, protocol))
-        return (_empty, (self.made_of,), *state)
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        return (_empty, (self.made_of,), *reduced[2:])
 
 
 @functools.cache
-def prepared(kind: type[nn.Module]) -> type[nn.Module]:
+def prepared(kind: Any) -> Any:
     """The class of a prepared module, made of the one that it has."""
     return type(f"Qat{kind.__name__}", (PreparedLinear, kind), {"made_of": kind})
 
 
-def _empty(kind: type[nn.Module]) -> nn.Module:
+def _empty(kind: Any) -> nn.Module:
     made = prepared(kind)
     return made.__new__(made)
 
@@ -71,12 +71,13 @@ _ATTRIBUTES = ("qat_scheme", "qat_settings", "qat_transposed")
 
 def prepare(module: nn.Module, attributes: dict[str, Any]) -> None:
     """From now on a module computes in a scheme's arithmetic."""
-    module.__class__ = prepared(type(module))
+    kind: Any = type(module)
+    module.__class__ = prepared(kind)
     module.__dict__.update(attributes)
 
 
 def take_back(module: nn.Module) -> dict[str, Any]:
     """The inverse; what it had been told."""
     assert isinstance(module, PreparedLinear)
-    module.__class__ = module.made_of
+    module.__class__ = module.made_of  # type: ignore[assignment]
     return {name: module.__dict__.pop(name) for name in _ATTRIBUTES}

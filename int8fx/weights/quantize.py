@@ -100,9 +100,8 @@ def quantize_(
     released = [p for p in model.parameters() if isinstance(p, QuantizedWeight) and p.released]
     batches_of_experts = expert_sites(model, checked, method)
     experts = [site.decision for site in batches_of_experts]
-    reasons_given = [site.reason for site in (*sites, *batches_of_experts)]
-    if not released and not any(not why or why.startswith(ALREADY) for why in reasons_given):
-        found = (*(site.decision for site in sites), *experts)
+    found = [*(site.decision for site in sites), *experts]
+    if not released and not any(each.accepted or each.reason.startswith(ALREADY) for each in found):
         reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
     groups = by_weight(sites)
@@ -153,8 +152,8 @@ def decisions(model: nn.Module, **options: "Unpack[QuantizeOptions]") -> list[De
     """
     check_module(model, "decisions")
     checked = Options.parse(options, "quantize_", OPTIONS)
-    sites = (*sites_of(model, checked), *expert_sites(model, checked))
-    return [site.decision for site in sites]
+    linears = [site.decision for site in sites_of(model, checked)]
+    return [*linears, *(site.decision for site in expert_sites(model, checked))]
 
 
 def warn_of_experts(model: nn.Module, found: Sequence[Decision]) -> None:

@@ -266,13 +266,13 @@ class QuantizedWeight(ComputedValues):
         """The float tensor that this stands for, contiguous, in its dtype or another."""
         dtype = dtype or self.dtype
         if self.batch:
-            values = torch.stack([self._values(stored, dtype) for stored in self._matrices()])
+            values = torch.stack([self._in_float(stored, dtype) for stored in self._matrices()])
         else:
             stored = packing.unpack(self.weight_format, self.tensors, self.N, self.K)
-            values = self._values(stored, dtype)
+            values = self._in_float(stored, dtype)
         return values.reshape(self.shape)
 
-    def _values(self, stored: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _in_float(self, stored: list[Tensor], dtype: torch.dtype) -> Tensor:
         """One matrix."""
         if dtype == torch.float64:
             stored = [part.double() if part.is_floating_point() else part for part in stored]
