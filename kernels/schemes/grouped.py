@@ -146,6 +146,7 @@ W4A16_GROUP = Scheme(
     ScaledGroups,
     lower=lower_float,
     operator=ops.FLOAT_ROWS,
+    each_expert=True,
 )
 WNA16_GROUP = Scheme(
     "wna16-group",
@@ -153,6 +154,7 @@ WNA16_GROUP = Scheme(
     _SOURCE + "; HQQ",
     lambda settings: settings.weight_format(settings.bits),
     GroupsOfBits,
+    each_expert=True,
 )
 NF4 = Scheme(
     "nf4",
@@ -160,6 +162,7 @@ NF4 = Scheme(
     "QLoRA, arXiv 2305.14314; bitsandbytes",
     lambda settings: codebook(settings.quant_type, settings.blocksize, settings.double_quant),
     Codebook,
+    each_expert=True,
 )
 
 
@@ -215,4 +218,5 @@ W4A8_GROUP = Scheme(
     dequantized_input,
     lower,
     operator=ops.INT8_ROWS,
+    each_expert=True,
 )

@@ -68,6 +68,8 @@ class Scheme:
             where a scheme has no such product.
         operator: what its product is in the kernel table (``kernels/table.py``).
         at_once: what a device has in the place of all of ``lower``'s operators, for an eager call.
+        each_expert: whether rows that each meet a matrix of their own are multiplied by that product,
+            expert after expert, where there is no ``experts`` (``kernels/schemes/experts.py``).
     """
 
     name: str
@@ -82,6 +84,7 @@ class Scheme:
     experts: Lowering | None = None
     operator: str = DEQUANTIZED
     at_once: AtOnce | None = None
+    each_expert: bool = False
 
     @property
     def reads(self) -> frozenset[str]:
