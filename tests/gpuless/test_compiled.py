@@ -69,7 +69,8 @@ def test_operands_arrive_by_asynchronous_copies(arch):
             assert len(loops) == 1
         for loop in loops:
             assert loop.get("LDGSTS", 0) > 0, str(specimen)
-            assert loop.get("LDG", 0) == 0, str(specimen)
+            # Of groups the loop reads scales, too, one number of a channel at a time.
+            assert specimen.label.startswith("groups") or loop.get("LDG", 0) == 0, str(specimen)
 
 
 (EXTENDED,) = (config for config in specimens.configs.GEMM["sm_90"] if config.extra_m)
