@@ -37,6 +37,7 @@ from int8fx.kernels.gpu.rotated import Rotation, rotated_rows
 from int8fx.kernels.ops import grouped_linear as ops
 from int8fx.kernels.ops.gradients import bias_gradient
 from int8fx.kernels.ops.limits import DTYPES
+from int8fx.kernels.ops.quantize_reference import quantize_reference
 from int8fx.kernels.ops.rotated_linear import check_rotation, quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE
 
@@ -172,12 +173,6 @@ class GroupedLinears:
         return self.columns[0].shape[0] if self.columns else 0
 
     @property
-    def kept(self) -> Sequence[Tensor]:
-        """The columns of each; or none, for all of them."""
-        nothing = torch.empty(0, dtype=torch.int32, device=self.weights[0].device)
-        return self.columns if self.count else [nothing]
-
-    @property
     def pointers(self) -> tuple[Tensor, ...]:
         # Scales stand in for what there is none of, and what no kernel reads then.
         kept = self.w_columns if self.count else self.scales
@@ -279,19 +274,23 @@ def _as_they_are(x: Tensor) -> Rows:
 
 def _quantized(x: Tensor, linears: GroupedLinears) -> Rows:
     """Rows in int8 that are not rotated, for each linear its own where columns are kept."""
-    done = [quantize_rotated_reference(x, each, 0.0, 0, NONE) for each in linears.kept]
-    x_int8 = torch.stack([padded_rows(each[0]) for each in done])
-    x_scale = torch.stack([each[1] for each in done])
     if not linears.count:
-        return Rows(x, x_int8, x_scale, x_scale, x_scale)
+        x_int8, x_scale, *_ = quantize_reference(x, 0.0, "token")
+        return Rows(x, padded_rows(x_int8).unsqueeze(0), x_scale, x_scale, x_scale)
+    done = [quantize_rotated_reference(x, each, 0.0, 0, NONE) for each in linears.columns]
     missing = columns_room(linears.count) - linears.count
-    x_columns = torch.stack([F.pad(each[3], (0, missing)) for each in done])
-    sets = torch.arange(len(done), dtype=torch.int32, device=x.device)
-    return Rows(x, x_int8, x_scale, x_columns, sets)
+    return Rows(
+        x,
+        torch.stack([padded_rows(x_int8) for x_int8, *_ in done]),
+        torch.stack([x_scale for _, x_scale, *_ in done]),
+        torch.stack([F.pad(x_columns, (0, missing)) for *_, x_columns in done]),
+        torch.arange(len(done), dtype=torch.int32, device=x.device),
+    )
 
 
 def _rotated(x: Tensor, rotation: Rotation, linears: GroupedLinears) -> Rows:
-    done, _ = rotated_rows(x, rotation, linears.kept)
+    nothing = torch.empty(0, dtype=torch.int32, device=x.device)
+    done, _ = rotated_rows(x, rotation, linears.columns or [nothing])
     return Rows(x, done.x_int8, done.x_scale, done.x_columns, done.sets, done.counters)
 
 

@@ -116,3 +116,10 @@ def test_the_decode_loop_is_loads_and_products(arch):
             (loop,) = [loop for loop in seen.loops if {"IMMA", "IGMMA"} & loop.keys()]
             instructions = sum(loop.values()) * config.num_warps
             assert config.block_n * config.block_k > 5 * instructions, (kind, config, loop)
+
+
+@pytest.mark.parametrize("arch", offline.TARGETS)
+def test_products_of_groups_are_matrix_instructions(arch):
+    """Of rows in float as well, which hold none of int8."""
+    for specimen in specimens.grouped_specimens(arch):
+        assert specimen.inspection.mma, str(specimen)
