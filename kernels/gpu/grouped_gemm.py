@@ -25,9 +25,6 @@ from int8fx.kernels.gpu.rotated_gemm import add_columns
 from int8fx.kernels.gpu.split import halves, sum_of_tile
 from int8fx.kernels.gpu.tiles import of_columns, wrapped_range
 
-# As in grouped_packing.py.
-_RUN = tl.constexpr(32)
-
 
 @triton.jit
 def _codes(packed, HALF: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, dtype: tl.constexpr):
@@ -90,8 +87,9 @@ def _grouped_sums(
     """The sum over groups, of columns ``first`` to ``last``; GROUP = 0: all of K is one."""
     BLOCK_M: tl.constexpr = m.shape[0]
     HALVES: tl.constexpr = 8 // BITS
+    RUN: tl.constexpr = 32  # as in grouped_packing.py
     SHARES: tl.constexpr = GROUP > 0 and GROUP % BLOCK_K > 0  # groups a step
-    LENGTH: tl.constexpr = BLOCK_K if not SHARES else _RUN if GROUP % _RUN == 0 else _RUN // 2
+    LENGTH: tl.constexpr = BLOCK_K if not SHARES else RUN if GROUP % RUN == 0 else RUN // 2
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     total_dtype: tl.constexpr = tl.int32 if dtype == tl.int8 else tl.float32
     columns = start_n + tl.arange(0, BLOCK_N)
@@ -99,7 +97,7 @@ def _grouped_sums(
     distance = columns.to(tl.int64) * G
     rows = (scale_ptr + distance, zero_ptr + distance)
     byte = tl.arange(0, BLOCK_K // HALVES)
-    k = byte if BITS == 8 else byte // _RUN * (2 * _RUN) + byte % _RUN
+    k = byte if BITS == 8 else byte // RUN * (2 * RUN) + byte % RUN
     x_row = x_ptr + m.to(tl.int64)[:, None] * K
     w_row = w_ptr + wrapped_range(start_n, N, BLOCK_N).to(tl.int64)[None, :] * W
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -112,13 +110,13 @@ def _grouped_sums(
         else:
             packed = tl.load(w_row + w_byte[:, None], mask=(w_byte < W)[:, None], other=0)
         for half in tl.static_range(HALVES):
-            here = start + half * _RUN
+            here = start + half * RUN
             if EVEN_K:
                 x = tl.load(x_row + (here + k)[None, :])
             else:
                 x = tl.load(x_row + (here + k)[None, :], mask=(here + k < K)[None, :], other=0)
             codes = _codes(packed, half, BITS, ZEROS, dtype)
-            if LENGTH >= _RUN or BITS == 8:
+            if LENGTH >= RUN or BITS == 8:
                 total = _product(x, codes, total, PRECISION)
                 if ZEROS != "middle":
                     x_total += tl.sum(x.to(total_dtype), 1)

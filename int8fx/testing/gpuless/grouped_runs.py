@@ -117,7 +117,7 @@ def case(
         x = torch.randint(-127, 128, (sets, M, K), generator=generator, dtype=torch.int8)
     x_columns = torch.zeros(sets, M, columns_room(count), dtype=dtype)
     x_columns[..., :count] = normal(sets, M, count)
-    rows = x, normal(sets, M, dtype=torch.float32).abs() + 0.01, x_columns
+    rows = x, (normal(sets, M, dtype=torch.float32).abs() + 0.1) / 127, x_columns
     weights = [weight(N) for N in widths]
     own = [0, 0, 0] if sets == 1 else [0, 1, 0]
     return Case(dtype, group, zeros, bits, *map(poisoned, rows), weights, own)
