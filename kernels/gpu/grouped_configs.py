@@ -45,18 +45,21 @@ class GroupedConfig:
 
 
 # A decode step waits for memory: many small blocks at once, with several steps of weights on the way.
-_DECODE = (GroupedConfig(16, 32, 128, 4, 5, blocks=4), GroupedConfig(16, 64, 128, 4, 5, blocks=3))
+_DECODE = (GroupedConfig(16, 32, 128, 4, 5, blocks=3), GroupedConfig(16, 64, 128, 4, 5, blocks=3))
 _CDNA_DECODE = (GroupedConfig(16, 32, 128, 4, 2, blocks=2),)
+# Two accumulators, of a group and of all, and the scales of two channels in eight: no larger tile has the
+# registers.
 _MANY = (
     GroupedConfig(64, 64, 128, 4, 3, blocks=2),
-    GroupedConfig(64, 128, 128, 4, 3),
-    GroupedConfig(128, 128, 64, 8, 3),
+    GroupedConfig(64, 128, 128, 8, 3),
+    GroupedConfig(128, 64, 128, 8, 3),
 )
-_CDNA_MANY = (GroupedConfig(64, 64, 64, 4, 2), GroupedConfig(64, 128, 64, 4, 2))
+_BLACKWELL_MANY = (GroupedConfig(64, 64, 128, 8, 3), *_MANY[1:])
+_CDNA_MANY = (GroupedConfig(64, 64, 64, 4, 2), GroupedConfig(128, 64, 64, 8, 2))
 GROUPED: dict[str, tuple[GroupedConfig, ...]] = {
     arch: (*_CDNA_DECODE, *_CDNA_MANY) if arch.startswith("gfx") else (*_DECODE, *_MANY)
     for arch in configs.GEMM
-}
+} | {"sm_100": (*_DECODE, *_BLACKWELL_MANY)}
 
 
 def group_columns(group: int) -> int:
@@ -71,10 +74,14 @@ def step_columns(group: int, bits: int, most: int) -> int:
 
 
 def rows_of_table(arch: str, dtype: torch.dtype) -> list[GroupedConfig]:
-    """The rows that serve activations of a dtype: of fp32 tiles of 64 columns, whose operands are twice
-    as large."""
-    limit = 64 if dtype == torch.float32 else 128
-    return [row for row in GROUPED[arch] if row.block_n <= limit]
+    """The rows that serve activations of a dtype. Of fp32 operands are twice as large, and three tf32
+    products take as many registers."""
+    if dtype != torch.float32:
+        return list(GROUPED[arch])
+    few = [row for row in GROUPED[arch] if row.block_m == DECODE_ROWS]
+    many = [row for row in GROUPED[arch] if row not in few and row.block_n <= 64]
+    smaller = [*few, *(dataclasses.replace(row, num_warps=8) for row in many)]
+    return [dataclasses.replace(row, block_k=min(64, row.block_k)) for row in smaller]
 
 
 def grouped_configs(
