@@ -12,7 +12,7 @@ from int8fx.kernels.ops.limits import DECODE_ROWS
 
 _MOST_PARTS = 4  # more roundings of a sum than the bound of ops/grouped_linear.py has room for
 _MANY_ROWS = 2048  # what more rows than any class has are taken for
-_STEPS = 8  # of a loop over K, at least, in each part of it
+_LEAST_COLUMNS = 512  # of a part of K
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class GroupedConfig:
 # A decode step waits for memory: many small blocks at once, with several steps of weights on the way.
 _DECODE = (GroupedConfig(16, 32, 128, 4, 5, blocks=3), GroupedConfig(16, 64, 128, 4, 5, blocks=3))
 _CDNA_DECODE = (GroupedConfig(16, 32, 128, 4, 2, blocks=2),)
-# Two accumulators, of a group and of all, and the scales of two channels in eight: no larger tile has the
-# registers.
+# Two accumulators, of a group and of all, and the scales of two channels in eight: larger tiles spill.
 _MANY = (
     GroupedConfig(64, 64, 128, 4, 3, blocks=2),
     GroupedConfig(64, 128, 128, 8, 3),

@@ -309,5 +309,5 @@ def test_tiles_fit_the_rows_and_the_groups(arch, M, group, bits):
                 assert config.parts * -(-N // config.block_n) <= 4 * configs.COUNTERS
                 assert config.block_k >= (64 if bits == 4 else 16)
                 assert bits == 4 or group % config.block_k == 0
-    if M <= 16 and configs.counts_parts(arch) and group != 16:
+    if M <= 16 and configs.counts_parts(arch):
         assert grouped_configs(arch, M, 256, 4096, group, bits, FP16, 132)[-1].parts > 1
