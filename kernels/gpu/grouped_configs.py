@@ -110,9 +110,9 @@ def grouped_configs(
 def _parts(row: GroupedConfig, N: int, K: int, processors: int) -> int:
     """In how many parts a decode step splits K: until there are two blocks for each processor."""
     tiles = -(-N // row.block_n)
+    if tiles > configs.COUNTERS:
+        return 1
     parts = 1
-    while (
-        parts < _MOST_PARTS and tiles * parts < 2 * processors and 2 * parts * _STEPS * row.block_k <= K
-    ):
+    while parts < _MOST_PARTS and tiles * parts < 2 * processors and 2 * parts * _LEAST_COLUMNS <= K:
         parts *= 2
-    return parts if tiles <= configs.COUNTERS else 1
+    return parts
