@@ -90,7 +90,7 @@ def grouped_configs(
 
     Only M's class is looked at, so that a graph with dynamic shapes is compiled at most once for each.
     """
-    few = M <= DECODE_ROWS
+    few = bool(M <= DECODE_ROWS)  # of a SymInt this is a guard
     rows = [row for row in rows_of_table(arch, dtype) if (row.block_m == DECODE_ROWS) is few]
     most = DECODE_ROWS if few else configs.row_class(M) or _MANY_ROWS
     first, *larger = (
