@@ -56,9 +56,11 @@ _MANY = (
 _BLACKWELL_MANY = (GroupedConfig(64, 64, 128, 8, 3), *_MANY[1:])
 _CDNA_MANY = (GroupedConfig(64, 64, 64, 4, 2), GroupedConfig(128, 64, 64, 8, 2))
 GROUPED: dict[str, tuple[GroupedConfig, ...]] = {
-    arch: (*_CDNA_DECODE, *_CDNA_MANY) if arch.startswith("gfx") else (*_DECODE, *_MANY)
+    arch: (*_CDNA_DECODE, *_CDNA_MANY)
+    if arch.startswith("gfx")
+    else (*_DECODE, *(_BLACKWELL_MANY if arch == "sm_100" else _MANY))
     for arch in configs.GEMM
-} | {"sm_100": (*_DECODE, *_BLACKWELL_MANY)}
+}
 
 
 def group_columns(group: int) -> int:
