@@ -57,6 +57,7 @@ class Context:
         quantizers: the operators whose equal calls the linears of one input share.
         joined, normed, experts, attends: what serves on a type of device (``kernels/table.py``).
         joined_rotated, normed_rotated: the same of rows that are rotated.
+        joined_by: the same as ``joined`` of an operator, a type of device and a family of weights.
         accepted: the linears that are rewritten, in the order in which they run.
         root: the outermost graph.
         length_now: of a size that varies, what it is in the call that is compiled for; None: not known.
@@ -75,6 +76,7 @@ class Context:
     joined: Callable[[str], tuple[Any, int] | None] = lambda device: None
     normed: Callable[[str], Any] = lambda device: None
     joined_rotated: Callable[[str], tuple[Any, int] | None] = lambda device: None
+    joined_by: Callable[[str, str, str], tuple[Any, int] | None] = lambda operator, device, family: None
     normed_rotated: Callable[[str], Any] = lambda device: None
     experts: Callable[[str], Any] = lambda device: None
     attends: Callable[[str, bool], bool] = lambda device, few: False

@@ -28,6 +28,7 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         quantizers=quantizers(),
         joined=table.joined,
         normed=table.normed,
+        joined_by=table.joined_by,
         joined_rotated=functools.partial(table.joined_by, ROTATED),
         normed_rotated=functools.partial(table.normed_by, ROTATED),
         experts=table.experts,

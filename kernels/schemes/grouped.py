@@ -25,7 +25,7 @@ from int8fx.kernels.ops import grouped_linear as ops
 from int8fx.kernels.ops.rotated_linear import quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE, ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.rotated import allowed_block
-from int8fx.kernels.schemes.scheme import Call, Scheme
+from int8fx.kernels.schemes.scheme import Call, Scheme, at_once_by_lists
 from int8fx.kernels.schemes.settings import NotAllowed, multiple_of, one_of, setting, whole_number
 from int8fx.kernels.schemes.static_columns import static_columns, which
 
@@ -147,6 +147,7 @@ W4A16_GROUP = Scheme(
     lower=lower_float,
     operator=ops.FLOAT_ROWS,
     each_expert=True,
+    at_once=at_once_by_lists(ops.FLOAT_ROWS, ops.FAMILY, ops.grouped_float_linear, 3, lower_float),
 )
 WNA16_GROUP = Scheme(
     "wna16-group",
@@ -219,4 +220,5 @@ W4A8_GROUP = Scheme(
     lower,
     operator=ops.INT8_ROWS,
     each_expert=True,
+    at_once=at_once_by_lists(ops.INT8_ROWS, ops.FAMILY, ops.grouped_linear, 5, lower),
 )

@@ -14,7 +14,7 @@ A later call whose lengths differ is compiled again.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,10 @@ def _lengths(value: Any, context: Context) -> list[tuple[Hashable, torch.SymInt]
     which dimension it is, and all else of their shape."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
         return []
-    shape = tuple(None if isinstance(size, torch.SymInt) else size for size in value.shape)
+    sizes: Sequence[Any] = value.shape
+    shape = tuple(None if isinstance(size, torch.SymInt) else size for size in sizes)
     return [
         ((context.length_now(size), dim, shape, value.dtype, value.device), size)
-        for dim, size in enumerate(value.shape)
+        for dim, size in enumerate(sizes)
         if isinstance(size, torch.SymInt) and context.length_now(size) is not None
     ]
