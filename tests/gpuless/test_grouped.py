@@ -291,6 +291,15 @@ def test_a_gpu_without_triton_leaves_four_bits_in_float_and_says_why(monkeypatch
     assert reason == "no int8 kernel for device 'cpu': torch sees no GPU"
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_weights_of_a_codebook_are_de_quantised_and_say_why(quant_type):
+    choice = int8fx.SCHEMES["nf4"].choice(quant_type=quant_type)
+    assert choice.refusal("cpu") is None
+    note = choice.note("cpu")
+    assert note.startswith(f"no kernel for {quant_type.upper()} by blocks of 64")
+    assert note.endswith("multiplies whole numbers, and a codebook's values are none")
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
