@@ -14,12 +14,13 @@ import torch
 from int8fx.kernels import table
 from int8fx.kernels.cpu import grouped
 from int8fx.kernels.cpu import int8_linear as cpu
-from int8fx.kernels.formats import groups
+from int8fx.kernels.formats import codebook, groups
 from int8fx.kernels.gpu import device as gpu
 from int8fx.kernels.gpu import grouped_packing, packing
 from int8fx.kernels.ops import grouped_linear
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.rotated_linear import rotated_linears
+from int8fx.kernels.schemes.scheme import DEQUANTIZED
 from int8fx.kernels.schemes.static_columns import BESIDE_OUTLIERS
 from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
 from int8fx.kernels.schemes.weight_only import GROUP_LINEAR
@@ -39,6 +40,10 @@ def _cpu_rotated_operator() -> tuple[Any, int]:
 
 def _cuda_has_none_beside_outliers() -> str:
     return "outliers beside static columns are in the CPU's kernels alone"
+
+
+def _cuda_has_none_of_a_codebook() -> str:
+    return "the GPU's kernel by groups multiplies whole numbers, and a codebook's values are none"
 
 
 _CPU = table.Kernel(
@@ -69,6 +74,15 @@ _CUDA_INT8_GROUPS = table.Kernel(
     joined=gpu.group_operator,
     optional=True,
 )
+_CUDA_CODEBOOK = table.Kernel(
+    "none",
+    _cuda_has_none_of_a_codebook,
+    table.as_it_is,
+    table.same_shape,
+    table.still_as_it_is,
+    falls_back=False,
+    optional=True,
+)
 table.KERNELS.update(
     {
         table.key_of("cpu"): _CPU,
@@ -96,6 +110,10 @@ table.KERNELS.update(
             _CUDA_GROUPS, joined=gpu.grouped_float_operator
         ),
         table.key_of("cuda", groups.FAMILY, GROUP_LINEAR): _CUDA_INT8_GROUPS,
+        **{
+            table.key_of("cuda", codebook.family_of(name), DEQUANTIZED): _CUDA_CODEBOOK
+            for name in codebook.CODEBOOKS
+        },
         table.key_of("cpu", operator=ROTATED): dataclasses.replace(_CPU, joined=_cpu_rotated_operator),
         table.key_of("cpu", operator=BESIDE_OUTLIERS): dataclasses.replace(_CPU, joined=None),
         table.key_of("cuda", operator=ROTATED): table.Kernel(

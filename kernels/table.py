@@ -165,7 +165,10 @@ def without_kernel(weights: str, family: str, operator: str, device_type: str) -
     """Why a product on weights of a format, by its name, is made of torch's operators; or empty."""
     if has_kernel(family, operator) or kernel_for(device_type, family, operator) is not None:
         return ""
-    return f"no kernel for {weights}: de-quantised at each call and multiplied in float"
+    kernel = KERNELS.get(key_of(device_type, family, operator))
+    reason = None if kernel is None else kernel.load()
+    why = f", since {reason}" if reason else ""
+    return f"no kernel for {weights}: de-quantised at each call and multiplied in float{why}"
 
 
 def joined(device_type: str) -> tuple[Any, int] | None:

@@ -100,8 +100,13 @@ def codebook(name: str, block: int = 64, nested: bool = False) -> WeightFormat:
         bits=4,
         granularity=block,
         codebook=CODEBOOKS[name],
-        family=f"{name} by blocks",
+        family=family_of(name),
     )
+
+
+def family_of(name: str) -> str:
+    """What the formats of a codebook are called in the kernel table."""
+    return f"{name} by blocks"
 
 
 def _packed(codes: Tensor, block: int) -> Tensor:

@@ -175,9 +175,11 @@ class GroupedLinears:
     @property
     def pointers(self) -> tuple[Tensor, ...]:
         # Scales stand in for what there is none of, and what no kernel reads then.
-        kept = self.w_columns if self.count else self.scales
-        each = self.weights, self.scales, self.zero_points or self.scales, kept
-        return tuple(p for tensors in (*each, self.biases or self.scales) for p in padded(tensors))
+        scales = self.scales
+        w_columns = self.w_columns if self.count else scales
+        each = self.weights, scales, self.zero_points or scales, w_columns, self.biases or scales
+        # A part of a weight's groups, as a process may hold it, has gaps.
+        return tuple(p for tensors in each for p in padded([one.contiguous() for one in tensors]))
 
     @property
     def flags(self) -> dict[str, Any]:

@@ -241,6 +241,20 @@ def test_an_eager_product_is_the_same_operator(monkeypatch, name):
 
 
 @each_scheme
+def test_scales_may_have_gaps_between_them(monkeypatch, name):
+    monkeypatch.setattr(launch, "wrap_triton", interpret)
+    choice, x = int8fx.SCHEMES[name].choice(group_size=32), rows(5, 96, FP32)
+    packed, scale, *others = choice.quantize(linear_of(96, 40, FP32).weight)
+    with_gaps = torch.stack([scale, torch.full_like(scale, torch.nan)], -1)[..., 0]
+    assert not with_gaps.is_contiguous()
+    outputs = [
+        choice.scheme.at_once(x, (packed, each, *others), None, choice.settings)
+        for each in (scale, with_gaps)
+    ]
+    assert torch.equal(*outputs)
+
+
+@each_scheme
 @pytest.mark.parametrize("M", [1, 40])
 def test_gradients_are_straight_through(monkeypatch, name, M):
     monkeypatch.setattr(launch, "wrap_triton", interpret)
@@ -289,6 +303,15 @@ def test_a_gpu_without_triton_leaves_four_bits_in_float_and_says_why(monkeypatch
     reason = table.refusal("cpu", ops.FAMILY, operator)
     table.kernel_for.cache_clear()
     assert reason == "no int8 kernel for device 'cpu': torch sees no GPU"
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_weights_of_a_codebook_are_de_quantised_and_say_why(quant_type):
+    choice = int8fx.SCHEMES["nf4"].choice(quant_type=quant_type)
+    assert choice.refusal("cpu") is None
+    note = choice.note("cpu")
+    assert note.startswith(f"no kernel for {quant_type.upper()} by blocks of 64")
+    assert note.endswith("multiplies whole numbers, and a codebook's values are none")
 
 
 # --- tables ---------------------------------------------------------------------------------------
