@@ -23,6 +23,7 @@ else:
     from int8fx.options_file import load_options
     from int8fx.weights.changes import refresh
     from int8fx.weights.checkpoint import load_checkpoint, save_checkpoint
+    from int8fx.weights.qat import convert_qat_, prepare_qat_
     from int8fx.weights.quantize import decisions, dequantize_, quantize_
     from int8fx.weights.tensor import Int8Weight, QuantizedWeight
 
@@ -37,6 +38,7 @@ __all__ = [
     "Suggestion",
     "calibrate",
     "collect_reports",
+    "convert_qat_",
     "decisions",
     "dequantize_",
     "explain",
@@ -44,6 +46,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_options",
+    "prepare_qat_",
     "quantize_",
     "refresh",
     "save_checkpoint",

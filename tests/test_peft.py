@@ -3,6 +3,7 @@
 import copy
 import importlib
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import int8fx
 from int8fx import Int8Weight
 from int8fx.testing.support import Mlp, check_adapter_gradients, compile_once
+from int8fx.torch_private import compile_counts
 
 peft = pytest.importorskip("peft")
 
@@ -72,6 +74,86 @@ def test_an_adapter_is_merged_into_four_bits_and_taken_back(x, exact, scheme):
     assert (model(x) - before).norm() < 0.2 * before.norm()
     model.unmerge_adapter()
     assert torch.equal(base_weight(model).dequantize(), alone)
+
+
+@torch.no_grad()
+def test_a_merge_into_four_bits_says_that_it_rounds_again(base):
+    four = adapted(int8fx.quantize_(Mlp(K, N), scheme="nf4"))
+    with pytest.warns(UserWarning, match="a 4-bit weight, .* merged, is quantised again") as caught:
+        four.merge_adapter()
+    assert "import int8fx.integrations.peft" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        four.unmerge_adapter()
+        adapted(base).merge_adapter()  # in 8 bits it loses next to nothing
+
+
+def states_of(model):
+    """Every state that adapters can be in, by what brings a model there."""
+
+    def switch(name):
+        return lambda: model.set_adapter(name)
+
+    return {
+        "first": switch("default"),
+        "second": switch("second"),
+        "off": lambda: model.base_model.disable_adapter_layers(),
+        "on": lambda: model.base_model.enable_adapter_layers(),
+        "merged": lambda: model.merge_adapter(),
+        "apart": lambda: model.unmerge_adapter(),
+    }
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "w4a16-group", "llm.int8"])
+@torch.no_grad()
+def test_adapters_are_switched_and_merged_without_a_compile_each_time(x, exact, scheme):
+    torch.manual_seed(0)
+    model = adapted(int8fx.quantize_(Mlp(K, N), scheme=scheme)).eval()
+    torch.manual_seed(2)
+    model.add_adapter("second", model.peft_config["default"])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="llmint8")
+    counts = []
+    for _ in range(3):
+        before, _ = compile_counts()
+        for name, bring in states_of(model).items():
+            bring()
+            y = compiled(x)
+            expected = model(x)
+            assert (y - expected).norm() < 1e-4 * expected.norm(), name
+        counts.append(compile_counts()[0] - before)
+    assert 1 <= counts[0] <= 4 and counts[1:] == [0, 0]
+
+
+def test_prepare_model_for_kbit_training():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model = int8fx.quantize_(model.bfloat16(), scheme="nf4")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    parts, packed = [tensor.clone() for tensor in weight.tensors], weight.int8_bytes
+    model = peft.prepare_model_for_kbit_training(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert type(weight) is Int8Weight and weight.int8_bytes == packed
+    assert all(map(torch.equal, weight.tensors, parts))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.model.norm.weight.dtype == model.lm_head.weight.dtype == torch.float32
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    tokens, losses = torch.arange(16).view(1, 16) * 7 % 128, []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight
+    assert all(map(torch.equal, base.tensors, parts))
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_int8(base, x):

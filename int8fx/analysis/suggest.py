@@ -253,8 +253,8 @@ def suggest(
         try:
             chosen, kl = _within_kl(linears, runs, uniform, float(budget["kl"]), (*found, FLOAT))
         except BudgetError as error:
-            kept = "; those that the options have a rule for keep it" if mixtures.ruled_bytes else ""
-            raise BudgetError(f"{error}{kept}") from None
+            ruled = "; those that the options have a rule for keep it" if mixtures.ruled_bytes else ""
+            raise BudgetError(f"{error}{ruled}") from None
         chosen, kl = _simpler(chosen, kl, uniform, float(budget["kl"]), (*found, FLOAT))
     else:
         least = mixtures.float_bytes - mixtures.ruled_bytes

@@ -11,6 +11,7 @@ from torch import Tensor
 from int8fx import torch_private
 from int8fx.compiler.compilation import Compilation
 from int8fx.kernels import table
+from int8fx.kernels.schemes import experts
 from int8fx.kernels.schemes.int8 import ABSMAX_VECTOR
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.options import Options
@@ -76,7 +77,7 @@ def select(compilation: Compilation) -> None:
         path = module_path(candidate, selection)
         choice = _choice(compilation, candidate, path)
         routed = candidate.routing is not None
-        if not reason and routed and choice.scheme.experts is None:
+        if not reason and routed and experts.lowering(choice) is None:
             reason = f"scheme {choice.scheme.name!r} has no product for experts"
         if not reason and routed:
             reason = _without_experts(candidate, choice)
@@ -99,14 +100,17 @@ def select(compilation: Compilation) -> None:
         if not reason and candidate.weight is not None:
             choice = options.calibrated(choice, path, (dimensions[-2], dimensions[-1]))
             compilation.choices[candidate] = choice
-            compilation.products[candidate] = choice.lower_experts if routed else choice.lower
+            product = experts.lowering(choice) if routed else choice.lower
+            assert product is not None
+            compilation.products[candidate] = product
     _warn_of_trainable(compilation.decisions)
 
 
 def _note(compilation: Compilation, candidate: Candidate, choice: Choice) -> str:
     """How a product is computed where no kernel does, and what else keeps its float weight."""
-    assert candidate.weight is not None
-    notes = [choice.note]
+    assert candidate.weight is not None and candidate.x is not None
+    device = candidate.x.meta["example_value"].device.type
+    notes = [choice.note(device), experts.note(choice) if candidate.routing is not None else ""]
     if is_embedding(candidate):
         mib = compilation.tensors[candidate.weight.placeholder].nbytes / 2**20
         notes.append(f"the embedding keeps the float weight, {mib:.1f} MiB, for its look-up")

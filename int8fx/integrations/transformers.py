@@ -16,6 +16,7 @@ that are written hold ``weight`` (int8) and ``weight_scale`` (``int8fx/weights/s
 """
 
 import importlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from int8fx.passes.linears.decision import Decision
 from int8fx.weights import sharding, state_dict
 from int8fx.weights.checkpoint_files import READER, header
 from int8fx.weights.distributed import local
+from int8fx.weights.expert_sites import expert_sites, quantize_experts
 from int8fx.weights.quantize import (
     OPTIONS,
     decisions,
@@ -67,8 +69,8 @@ class Int8FxConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         # The columns of a calibration are in the files, with each weight.
-        kept = {k: v for k, v in self.options.items() if k not in ("calibration", "columns")}
-        return {"quant_method": METHOD, **kept}
+        written = {k: v for k, v in self.options.items() if k not in ("calibration", "columns")}
+        return {"quant_method": METHOD, **written}
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -149,11 +151,12 @@ class Int8FxQuantizer(HfQuantizer):
             )
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         found = decisions(model, **self.quantization_config.options)
-        names = {f"{decision.path}.weight" for decision in found if decision.accepted}
+        linears = [decision for decision in found if not decision.experts]
+        names = {f"{decision.path}.weight" for decision in linears if decision.accepted}
         if self.pre_quantized:
             # A calibration, which is not in the configuration, had the head quantised as well.
             names |= {
-                name for name in _linear_weights(found) if name + state_dict.SCHEME in self.in_files
+                name for name in _linear_weights(linears) if name + state_dict.SCHEME in self.in_files
             }
         self.names = frozenset(names - tied)
         for decision in found:
@@ -187,9 +190,17 @@ class Int8FxQuantizer(HfQuantizer):
         shards, with its int8 weights put together in every process.
 
         Raises:
-            ValueError: a weight has other options than the configuration, which holds one for all.
+            ValueError: a weight has other options than the configuration, which holds one for all; or
+            experts are quantised.
         """
-        weights = ((name, local(parameter)) for name, parameter in model.named_parameters())
+        weights = [(name, local(parameter)) for name, parameter in model.named_parameters()]
+        for name, weight in weights:
+            if isinstance(weight, QuantizedWeight) and weight.batch:
+                raise ValueError(
+                    f"{name}: save_pretrained writes experts as transformers names them, which has no "
+                    f"{weight.weight_format.kind} form. int8fx.save_checkpoint writes them, or "
+                    'quantize_(model, skip=["+*.experts.*"]) leaves them in float'
+                )
         parsed = self.quantization_config.parsed
         state_dict.check_options(weights, lambda path: parsed.choice(path).options)
         shards = {n: p for n, p in model.named_parameters() if p is not local(p)}
@@ -210,6 +221,10 @@ class Int8FxQuantizer(HfQuantizer):
         CheckpointError: int8 files of this class do not hold a weight, for which transformers made up
             numbers.
         """
+        if not self.pre_quantized:
+            parsed = self.quantization_config.parsed
+            loaded = [site for site in expert_sites(model, parsed) if not site.weight.is_meta]
+            deque(quantize_experts(loaded), maxlen=0)
         state_dict.check_on_load(model)
         _ask_for_reader(model.config, True)
         # Files of another class need not hold all of this one: a new head, a pooler.
@@ -235,10 +250,10 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
     for found in _models(model):
         if getattr(found, "hf_quantizer", None) is None:
             # Patterns are of paths in the module that was given, and of no use in the files of a part.
-            kept = options
+            own = options
             if found is not model:
-                kept = in_use({k: v for k, v in options.items() if k not in _PATTERNS})
-            config = Int8FxConfig(**kept)
+                own = in_use({k: v for k, v in options.items() if k not in _PATTERNS})
+            config = Int8FxConfig(**own)
             found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
             found.config.quantization_config = config
             _ask_for_reader(found.config, True)

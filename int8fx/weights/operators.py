@@ -4,6 +4,7 @@ An operator without a row reads the float values; one that would write to them i
 ``copy_``, ``add_`` and ``sub_``, which quantise the result.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from int8fx.kernels.devices import has_memory, same_kind
 from int8fx.kernels.ops.limits import DTYPES
 from int8fx.torch_private import with_aliasing_of
-from int8fx.weights import row_parallel
+from int8fx.weights import expert_operators, row_parallel
 from int8fx.weights.pieces import Piece
 from int8fx.weights.tensor import QuantizedWeight, aten, handles, on_float_values
 
@@ -27,6 +28,8 @@ def _alias(func: Any, args: tuple, kwargs: dict) -> Any:
 @handles(aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
 def _transpose(func: Any, args: tuple, kwargs: dict) -> Any:
     weight, *dimensions = args
+    if weight.batch:
+        return expert_operators.transpose(func, args, kwargs)
     if weight.dim() != 2 or (func is aten.permute.default and _is_identity(dimensions[0])):
         return on_float_values(func, args, kwargs)
     if func is aten.transpose.int and dimensions[0] % 2 == dimensions[1] % 2:
@@ -171,10 +174,21 @@ def _copy(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @handles(aten.add_.Tensor, aten.sub_.Tensor)
 def _add(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Merging an adapter (peft) adds to the weight: the sum is quantised again."""
+    """Merging an adapter (peft) adds to the weight: the sum is quantised again.
+
+    In fewer than 8 bits a warning says so. Taking it away again says nothing more.
+    """
     target, other = args
     if not isinstance(target, QuantizedWeight):
         return on_float_values(func, args, kwargs)
+    if func is aten.add_.Tensor and target.weight_format.bits < 8:
+        warnings.warn(
+            f"what is added to {target.weight_format.a_weight}, as an adapter that is merged, is "
+            "quantised again with it, and partly rounded away. `import int8fx.integrations.peft` "
+            "before merging lets peft bring the base back bit for bit",
+            UserWarning,
+            stacklevel=2,
+        )
     values = target.dequantize(torch.float32)
     return target.copy_(func(values, other, **kwargs))
 

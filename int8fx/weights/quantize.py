@@ -18,14 +18,11 @@ from int8fx.kernels.schemes.scheme import Choice
 from int8fx.near import warn_of_unused
 from int8fx.options import Options
 from int8fx.passes.linears.decision import Decision
-from int8fx.passes.linears.select import (
-    only_reason,
-    skip_reason,
-)
 from int8fx.weights import describe, row_parallel, state_dict, structure
 from int8fx.weights.algorithms import apply
 from int8fx.weights.algorithms.methods import NEAREST, method_named
 from int8fx.weights.distributed import local, map_local
+from int8fx.weights.expert_sites import expert_sites, left, quantize_experts
 from int8fx.weights.sites import ALREADY, Site, by_weight, sites_of
 from int8fx.weights.tensor import QuantizedWeight
 
@@ -56,7 +53,8 @@ def quantize_(
 ) -> AnyModule:
     """Replaces the weights of a model's linears by their quantised form, in place.
 
-    One weight after another, so that memory peaks one weight above the final size. The modules stay
+    One weight after another, so that memory peaks one weight above the final size. In fewer than 8 bits
+    the experts of transformers' mixtures are quantised, too, each by itself. The modules stay
     what they are; each ``weight`` becomes an ``Int8Weight``, whose ``state_dict`` entries are those of
     its format, of int8 ``weight`` and ``weight_scale`` (``int8fx/weights/state_dict.py``). The model
     runs eagerly, and compiles with ``backend="llmint8"`` to what the float model would compile to with
@@ -100,9 +98,10 @@ def quantize_(
     sites = sites_of(model, checked)
     choices = {site.path: site_choice(site, checked) for site in sites if site.accepted}
     released = [p for p in model.parameters() if isinstance(p, QuantizedWeight) and p.released]
-    experts = _experts(model, checked)
-    if not released and not any(site.accepted or site.reason.startswith(ALREADY) for site in sites):
-        found = (*(site.decision for site in sites), *experts)
+    batches_of_experts = expert_sites(model, checked, method)
+    experts = [site.decision for site in batches_of_experts]
+    found = [*(site.decision for site in sites), *experts]
+    if not released and not any(each.accepted or each.reason.startswith(ALREADY) for each in found):
         reasons = "".join(f"\n  {decision}" for decision in found)
         raise ValueError(f"quantize_ found no weight to quantise in {type(model).__name__}{reasons}")
     groups = by_weight(sites)
@@ -110,6 +109,7 @@ def quantize_(
     shards = _shards(model, "quantize_")
     for parameter in released:
         parameter.released = False
+    total = len(groups) + sum(not site.reason for site in batches_of_experts)
     solved = (
         ((shared, _quantized(shared[0], choices[shared[0].path], shards)) for shared in groups)
         if algorithm is None
@@ -122,8 +122,10 @@ def quantize_(
         for site in shared:
             site.module.weight = quantized
             state_dict.attach(site.module)
-        on_weight(done, len(groups))
+        on_weight(done, total)
         del weight, quantized  # the float weight would live while the next one is quantised
+    for done, _ in enumerate(quantize_experts(batches_of_experts), len(groups) + 1):
+        on_weight(done, total)
     state_dict.check_on_load(model)
     for site in sites:
         log.debug("%s", site.decision)
@@ -150,25 +152,14 @@ def decisions(model: nn.Module, **options: "Unpack[QuantizeOptions]") -> list[De
     """
     check_module(model, "decisions")
     checked = Options.parse(options, "quantize_", OPTIONS)
-    return [*(site.decision for site in sites_of(model, checked)), *_experts(model, checked)]
-
-
-EXPERTS = "experts in one batch of matrices: the backend quantises them when it compiles the model"
-
-
-def _experts(model: nn.Module, options: Options) -> list[Decision]:
-    found = []
-    for path, batch in structure.experts(model):
-        reason = skip_reason(path, options.skip) or only_reason(path, options.only) or EXPERTS
-        found.append(structure.of_experts(path, batch, reason))
-    return found
+    linears = [site.decision for site in sites_of(model, checked)]
+    return [*linears, *(site.decision for site in expert_sites(model, checked))]
 
 
 def warn_of_experts(model: nn.Module, found: Sequence[Decision]) -> None:
     """Warns once of experts among these decisions that nobody asked to leave in float."""
-    left = [decision for decision in found if decision.reason == EXPERTS]
-    if left:
-        warnings.warn(structure.warning_of(model, left), UserWarning, stacklevel=3)
+    if stay := left(found):
+        warnings.warn(structure.warning_of(model, stay), UserWarning, stacklevel=3)
 
 
 def first_int8(model: Any) -> str:

@@ -22,9 +22,11 @@ from int8fx.passes.linears.select import (
 from int8fx.torch_private import storage_id
 from int8fx.weights import structure
 from int8fx.weights.distributed import local
+from int8fx.weights.qat_linear import PreparedLinear
 from int8fx.weights.tensor import QuantizedWeight
 
 ALREADY = "already "  # what the reason of a quantised weight begins with
+PREPARED = "its weight is trained (QAT): int8fx.convert_qat_ quantises it"
 
 
 @dataclass(eq=False)
@@ -92,7 +94,9 @@ def sites_of(model: nn.Module, options: Options) -> list[Site]:
         if kind is None:
             continue
         site = Site(path, module, structure.modules_around(path, modules), kinds[kind])
-        if type(module).forward is not kind.forward:
+        if isinstance(module, PreparedLinear):
+            site.reason = PREPARED
+        elif type(module).forward is not kind.forward:
             site.reason = f"{type(module).__name__} overrides the forward of {kind.__name__}"
         elif id(module) in inside_attention:
             site.reason = "its projections are inside one fused call of torch"

@@ -303,7 +303,8 @@ class _Entry:
             )
         for name, part in names.items():
             tensor = self.value if name == key else self.state[name]
-            shape = tuple(weight.shape) if name == key else part.shape(weight.N, weight.K)
+            stored = (*weight.batch, *part.shape(weight.N, weight.K))
+            shape = tuple(weight.shape) if name == key else stored
             self._check_shape(name, tensor, shape)
             floating = part.dtype is None and tensor.is_floating_point()
             if tensor.dtype != part.dtype and not floating:

@@ -52,7 +52,7 @@ def _int8_reason(weight: QuantizedWeight, expression: WeightExpression, wanted: 
         )
     rows = expression.on_meta(weight.on_meta())
     # Views that keep all rows and columns have the same packed form.
-    whole = (weight.N, weight.K)
+    whole = (*weight.batch, weight.N, weight.K)
     if isinstance(rows, QuantizedWeight) and not rows.transposed and rows.shape == whole:
         return ""
     seen = expression.recipe or "its transpose"

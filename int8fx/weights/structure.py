@@ -163,7 +163,7 @@ def experts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def of_experts(path: str, batch: Tensor, reason: str) -> Decision:
     """What becomes of the experts of a batch ``[E, N, K]``."""
     E, N, K = batch.shape
-    return Decision(path, "experts", (N, K), False, reason, experts=E)
+    return Decision(path, "experts", (N, K), not reason, reason, experts=E)
 
 
 def warning_of(model: nn.Module, left: Sequence[Decision]) -> str:

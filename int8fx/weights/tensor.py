@@ -23,7 +23,7 @@ DTensor hold it as they hold any shard.
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from int8fx.errors import ReleasedWeightError
 from int8fx.kernels import packing
 from int8fx.kernels.cpu import pages
-from int8fx.kernels.formats.format import WeightFormat
+from int8fx.kernels.formats.format import WeightFormat, stacked
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.kernels.schemes.table import DEFAULT, scheme_named
 from int8fx.torch_private import (
@@ -63,7 +63,9 @@ class QuantizedWeight(ComputedValues):
         tensors: what the kernel of its device takes; every call of a compiled graph reads them. Each is
             an attribute by its part's name as well, for ``__tensor_flatten__``.
         N, K: rows and columns of the matrix.
-        transposed: whether the tensor stands for the matrix's transpose (Hugging Face's ``Conv1D``).
+        batch: ``(E,)`` where it is a batch of E such matrices, as experts are: its parts are stacked.
+        transposed: whether the tensor stands for the transpose of each matrix (Hugging Face's
+            ``Conv1D``, gpt-oss' experts).
         part_of: the weight that this one is a slice of, while that lives: it is packed anew, and what
             is written to it is written there as well.
         released: whether only compiled graphs may read it (``int8fx/compiler/release.py``).
@@ -84,6 +86,7 @@ class QuantizedWeight(ComputedValues):
     tensors: tuple[Tensor, ...]
     N: int
     K: int
+    batch: tuple[int, ...]
     transposed: bool
     unpacked: Sequence[Tensor]
     part_of: Piece | None = None
@@ -115,12 +118,15 @@ class QuantizedWeight(ComputedValues):
         K: int,
         dtype: torch.dtype,
         transposed: bool,
+        batch: Sequence[int] = (),
         size: Sequence[int] | None = None,
         stride: Sequence[int] | None = None,
     ) -> "QuantizedWeight":
-        shape = tuple(size) if size is not None else ((K, N) if transposed else (N, K))
+        matrix = (K, N) if transposed else (N, K)
+        shape = tuple(size) if size is not None else (*batch, *matrix)
         self = new_wrapper(cls, shape, stride, dtype, packed[0].device)
-        self.choice, self.N, self.K, self.transposed = choice, N, K, transposed
+        self.choice, self.N, self.K, self.batch = choice, N, K, tuple(batch)
+        self.transposed = transposed
         self._hold(packed)
         return self
 
@@ -133,7 +139,7 @@ class QuantizedWeight(ComputedValues):
     def from_float(
         cls, weight: Tensor, *, transposed: bool = False, scheme: str = DEFAULT, **settings: Any
     ) -> "QuantizedWeight":
-        """Quantises ``weight [N, K]``, or ``[K, N]`` when ``transposed``.
+        """Quantises ``weight [N, K]``, or ``[K, N]`` when ``transposed``; or E of them, each by itself.
 
         Raises:
             ValueError: there is no such scheme, or setting of it; names what there is.
@@ -143,15 +149,16 @@ class QuantizedWeight(ComputedValues):
     @classmethod
     def quantized(cls, weight: Tensor, choice: Choice, transposed: bool) -> "QuantizedWeight":
         """The same by a scheme with its settings."""
-        matrix = weight.detach().t() if transposed else weight.detach()
-        N, K = matrix.shape
+        matrix = weight.detach().transpose(-1, -2) if transposed else weight.detach()
+        *batch, N, K = matrix.shape
         weight_format = choice.weight_format
         if matrix.is_meta:
-            stored: Sequence[Tensor] = weight_format.zeros(N, K, weight.dtype, weight.device)
+            empty = weight.dtype, weight.device, tuple(batch)
+            stored: Sequence[Tensor] = weight_format.zeros(N, K, *empty)
         else:
-            stored = weight_format.quantize(matrix)
+            stored = stacked(weight_format, matrix)
         packed = packing.pack(weight_format, stored, N, K)
-        form = {"N": N, "K": K, "dtype": weight.dtype, "transposed": transposed}
+        form = {"N": N, "K": K, "batch": batch, "dtype": weight.dtype, "transposed": transposed}
         made = cls(*packed, choice=choice, **form)
         del stored
         pages.trim_heap()
@@ -169,8 +176,18 @@ class QuantizedWeight(ComputedValues):
 
     def stored(self) -> list[Tensor]:
         """The parts of its format, which depend on no kernel; the integers are a copy."""
+        if self.batch:
+            codes = torch.stack([codes for codes, *_ in self._matrices()])
+            return [codes, *self.tensors[1 : len(self.weight_format.parts)]]
         codes, *others = packing.unpack(self.weight_format, self.tensors, self.N, self.K)
         return [codes.clone() if codes is self.packed else codes, *others]
+
+    def _matrices(self) -> Iterator[list[Tensor]]:
+        """The stored parts of each matrix of a batch."""
+        weight_format = self.weight_format
+        for e in range(self.batch[0]):
+            packed = weight_format.matrix_of(self.tensors, e)
+            yield packing.unpack(weight_format, packed, self.N, self.K)
 
     @property
     def packed(self) -> Tensor:
@@ -248,11 +265,19 @@ class QuantizedWeight(ComputedValues):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float tensor that this stands for, contiguous, in its dtype or another."""
         dtype = dtype or self.dtype
-        stored = packing.unpack(self.weight_format, self.tensors, self.N, self.K)
+        if self.batch:
+            values = torch.stack([self._in_float(stored, dtype) for stored in self._matrices()])
+        else:
+            stored = packing.unpack(self.weight_format, self.tensors, self.N, self.K)
+            values = self._in_float(stored, dtype)
+        return values.reshape(self.shape)
+
+    def _in_float(self, stored: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """One matrix."""
         if dtype == torch.float64:
             stored = [part.double() if part.is_floating_point() else part for part in stored]
         matrix = self.weight_format.dequantize(stored, self.N, self.K).to(dtype)
-        return (matrix.t().contiguous() if self.transposed else matrix).reshape(self.shape)
+        return matrix.t().contiguous() if self.transposed else matrix
 
     def requires_grad_(self, requires_grad: bool = True) -> "QuantizedWeight":
         """Raises:
@@ -422,15 +447,15 @@ class QuantizedWeight(ComputedValues):
 
     def zeros(self, N: int, K: int, device: torch.device) -> list[Tensor]:
         """Stored parts that stand for zeros."""
-        return self.weight_format.zeros(N, K, self.dtype, device)
+        return self.weight_format.zeros(N, K, self.dtype, device, self.batch)
 
     def quantize_like(self, weight: Tensor) -> "QuantizedWeight":
         """A float tensor, quantised as this one is."""
         return type(self).quantized(weight, self.choice, self.transposed)
 
     def _attributes(self) -> dict[str, Any]:
-        form = {"N": self.N, "K": self.K, "dtype": self.dtype, "transposed": self.transposed}
-        return {"choice": self.choice, **form}
+        form = {"N": self.N, "K": self.K, "batch": self.batch, "dtype": self.dtype}
+        return {"choice": self.choice, **form, "transposed": self.transposed}
 
     def _plain_attributes(self) -> dict[str, Any]:
         """The same in numbers and names, as they are pickled."""
@@ -489,7 +514,8 @@ def _rebuild_stored(stored: Sequence[Tensor], attributes: dict, extras: dict) ->
     # Their values are not there to be packed: meta stands for them until they are asked for.
     form = _from_plain(attributes)
     weight_format = form["choice"].weight_format
-    empty = weight_format.zeros(form["N"], form["K"], form["dtype"], stored[0].device)
+    size = form["N"], form["K"], form["dtype"], stored[0].device, tuple(form.get("batch", ()))
+    empty = weight_format.zeros(*size)
     weight = _rebuild_packed(
         (*empty, *weight_format.derive(empty, form["N"], form["K"])), attributes, extras
     )
@@ -564,7 +590,7 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
         # A copy into a weight does not read it.
         read = args[1:] if func is aten.copy_.default else args
         map_tensors(QuantizedWeight, _check_readable, (read, kwargs))
-    handler = _HANDLERS.get(func)
+    handler = _HANDLERS.get(func) or _HANDLERS.get(func.name())
     if handler is not None:
         return handler(func, args, kwargs)
     # In inference mode what is made of other operators comes whole, as ``aten.to`` and ``aten.matmul``.
@@ -580,6 +606,8 @@ def _check_readable(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Operators, or names of other packages' operators, which need not be there."""
+
     def register(handler: Handler) -> Handler:
         _HANDLERS.update(dict.fromkeys(functions, handler))
         return handler

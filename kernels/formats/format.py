@@ -171,13 +171,23 @@ class WeightFormat:
         tensors = list(zip(self.parts, packed, strict=False))
         return next(t.shape[0] for part, t in reversed(tensors) if part.dims[:1] == (ROWS,))
 
+    def matrix_of(self, packed: Sequence[Tensor], e: int) -> list[Tensor]:
+        """The packed form of one of E matrices, of stacked parts; what is derived may be of all."""
+        parts = (*self.parts, *self.derived)
+        return [
+            tensor if index >= len(self.parts) and tensor.dim() == len(part.dims) else tensor[e]
+            for index, (part, tensor) in enumerate(zip(parts, packed, strict=True))
+        ]
+
     def shapes(self, N: int, K: int) -> tuple[tuple[int, ...], ...]:
         return tuple(part.shape(N, K) for part in self.parts)
 
-    def zeros(self, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Parts without values yet, of a float weight of ``dtype``."""
+    def zeros(
+        self, N: int, K: int, dtype: torch.dtype, device: torch.device, batch: tuple[int, ...] = ()
+    ) -> list[Tensor]:
+        """Parts without values yet, of a float weight of ``dtype``; of several matrices, stacked."""
         return [
-            torch.zeros(part.shape(N, K), dtype=part.dtype or dtype, device=device)
+            torch.zeros(*batch, *part.shape(N, K), dtype=part.dtype or dtype, device=device)
             for part in self.parts
         ]
 

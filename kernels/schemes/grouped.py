@@ -25,7 +25,7 @@ from int8fx.kernels.ops import grouped_linear as ops
 from int8fx.kernels.ops.rotated_linear import quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE, ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.rotated import allowed_block
-from int8fx.kernels.schemes.scheme import Call, Scheme
+from int8fx.kernels.schemes.scheme import Call, Scheme, at_once_by_lists
 from int8fx.kernels.schemes.settings import NotAllowed, multiple_of, one_of, setting, whole_number
 from int8fx.kernels.schemes.static_columns import static_columns, which
 
@@ -146,6 +146,8 @@ W4A16_GROUP = Scheme(
     ScaledGroups,
     lower=lower_float,
     operator=ops.FLOAT_ROWS,
+    each_expert=True,
+    at_once=at_once_by_lists(ops.FLOAT_ROWS, ops.FAMILY, ops.grouped_float_linear, 3, lower_float),
 )
 WNA16_GROUP = Scheme(
     "wna16-group",
@@ -153,6 +155,7 @@ WNA16_GROUP = Scheme(
     _SOURCE + "; HQQ",
     lambda settings: settings.weight_format(settings.bits),
     GroupsOfBits,
+    each_expert=True,
 )
 NF4 = Scheme(
     "nf4",
@@ -160,6 +163,7 @@ NF4 = Scheme(
     "QLoRA, arXiv 2305.14314; bitsandbytes",
     lambda settings: codebook(settings.quant_type, settings.blocksize, settings.double_quant),
     Codebook,
+    each_expert=True,
 )
 
 
@@ -190,9 +194,9 @@ def weight_format(settings: RotatedGroups) -> WeightFormat:
 def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: RotatedGroups) -> Any:
     """grouped_linear, of x with its columns in the order of the weight's."""
     x, packed, scale, zero_point, others = _operands(call, x, weight, settings)
-    _, *kept = others or (None, None, None)
+    _, *decomposed = others or (None, None, None)
     how = settings.group_size, settings.zeros, settings.block, settings.rotation
-    return call(ops.grouped_linear, x, *how, packed, scale, zero_point, *kept, bias)
+    return call(ops.grouped_linear, x, *how, packed, scale, zero_point, *decomposed, bias)
 
 
 def dequantized_input(x: Tensor, settings: RotatedGroups) -> Tensor:
@@ -215,4 +219,6 @@ W4A8_GROUP = Scheme(
     dequantized_input,
     lower,
     operator=ops.INT8_ROWS,
+    each_expert=True,
+    at_once=at_once_by_lists(ops.INT8_ROWS, ops.FAMILY, ops.grouped_linear, 5, lower),
 )

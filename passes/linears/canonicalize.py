@@ -78,6 +78,7 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     torch.einsum: ("torch.einsum", products.einsum),
     torch._grouped_mm: ("torch.nn.functional.grouped_mm", products.grouped_mm),
     F.grouped_mm: ("torch.nn.functional.grouped_mm", products.grouped_mm),
+    "int8fx.straight_through_linear": ("int8fx.straight_through_linear", products.straight_through),
     "transformers.grouped_mm_fallback": ("transformers.grouped_mm_fallback", products.grouped_fallback),
 }
 

@@ -70,6 +70,18 @@ def linear(call: Call, input: Any, weight: Any, bias: Any = None) -> Candidate:
     return _with_matrix(call, input, expression, bias=bias)
 
 
+def straight_through(
+    call: Call, x: Any, weight: Any, bias: Any, scheme: str, settings: str
+) -> Candidate:
+    """A linear that ``int8fx.prepare_qat_`` prepared; its weight is quantised at each call."""
+    candidate = call.candidate()
+    candidate.weight = call.weight(weight)
+    return candidate.refused(
+        f"its weight is trained in {scheme} (QAT) and quantised at each call; int8fx.convert_qat_ "
+        "quantises it for good"
+    )
+
+
 def matmul(call: Call, input: Any, other: Any) -> Candidate:
     return _product(call, input, other)
 
