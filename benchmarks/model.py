@@ -293,7 +293,8 @@ def draw(results: dict[str, Results], path: Path) -> None:
         colours = ["C0" if name.startswith("llmint8") else "0.7" for name in timings]
         bars = axes.barh(list(timings), ratios, color=colours)
         labels = [f"{r:.2f}x, {t.median:.2f} s" for r, t in zip(ratios, timings.values(), strict=True)]
-        axes.bar_label(bars, labels, padding=3, fontsize=8)
+        above = {"fc": "w", "ec": "none", "pad": 1}  # the line below
+        axes.bar_label(bars, labels, padding=3, fontsize=8, bbox=above, zorder=3)
         axes.axvline(1, color="0.3", lw=0.8)
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlim(0, 1.25 * max(ratios))

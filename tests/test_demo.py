@@ -117,12 +117,15 @@ def test_bf16_copy_leaves_the_rotary_frequencies(model):
 
 
 def test_llmint8_runs_on_the_model_as_loaded_and_in_bf16(model):
-    def shown(model) -> list[tuple[str, str]]:
-        return [(each.name, each.how) for each in line_up(model, CAPACITY)]
+    def shown(model, **options) -> list[tuple[str, str]]:
+        return [(each.name, each.how) for each in line_up(model, CAPACITY, options)]
 
     three = [("as loaded", "bf16, eager"), ("Inductor", "bf16"), ("llmint8", "int8 + bf16")]
     assert shown(in_bfloat16(model)) == three
     assert shown(model)[2:] == [("llmint8", "int8 + fp32"), ("llmint8 bf16", "int8 + bf16")]
+    assert shown(model, scheme="w4a16-group")[2] == ("llmint8", "4-bit + fp32")
+    rules = [("*.mlp.*", "w4a16-group")]
+    assert shown(model, rules=rules)[3] == ("llmint8 bf16", "4-bit, int8 + bf16")
 
 
 def test_the_cache_goes_by_the_name_that_forward_has(model, token_ids):

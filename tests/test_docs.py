@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
+from int8fx import SCHEMES
 from int8fx.testing import toy_llama
 
 ROOT = Path(__file__).parents[1]
@@ -65,3 +66,10 @@ def test_a_page_runs(page, toy, tmp_path):
 def test_links_to_files_that_are_there(page):
     links = [link for link in LINK.findall(page.read_text()) if not link.startswith("http")]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_page_of_refusals_names_the_schemes_without_a_product_for_experts():
+    lines = (ROOT / "docs" / "refused.md").read_text().splitlines()
+    (line,) = (line for line in lines if "has no product for experts" in line)
+    without = [each.name for each in SCHEMES.values() if not (each.experts or each.each_expert)]
+    assert re.findall(r"`([\w.-]+)`", line.rpartition(" | ")[2]) == without

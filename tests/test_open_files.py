@@ -166,19 +166,36 @@ def test_sentence_transformers(environment, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == model.encode(["w3 w4", "w5 w6 w7"]).tolist()
 
 
-def test_lm_eval(environment, saved, tokenizer):
+LM_EVAL_TASK = """
+task: toy
+dataset_path: json
+dataset_kwargs: {data_files: {test: "FILE"}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: " {{target}}"
+metric_list: [{metric: perplexity}]
+"""
+
+
+def test_lm_eval_on_the_command_line(environment, saved, tokenizer, tmp_path):
     pytest.importorskip("lm_eval")
     folder, model = saved
+    (tmp_path / "texts.json").write_text('{"text": "w3 w4", "target": "w5"}\n')
+    task = LM_EVAL_TASK.replace("FILE", str(tmp_path / "texts.json"))
+    (tmp_path / "toy.yaml").write_text(task)
+    given = ["--model", "hf", "--model_args", f"pretrained={folder / 'int8'}", "--device", "cpu"]
+    given += ["--tasks", "toy", "--include_path", tmp_path, "--output_path", tmp_path / "results"]
     code = (
-        "import sys; from lm_eval.models.huggingface import HFLM\n"
-        "from lm_eval.api.instance import Instance\n"
+        f"import sys; sys.argv = ['lm-eval', *{[str(each) for each in given]!r}]\n"
+        "from lm_eval.__main__ import cli_evaluate\n"
         "assert 'int8fx' not in sys.modules\n"
-        f"model = HFLM(pretrained={str(folder / 'int8')!r}, device='cpu')\n"
-        "request = Instance('loglikelihood', {}, ('w3 w4', ' w5'), 0)\n"
-        "print(model.loglikelihood([request])[0][0])"
+        "cli_evaluate()"
     )
-    done = run(code, environment)
-    assert done.returncode == 0, done.stderr
+    done = run(code, environment, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "results").rglob("results_*.json")
+    measured = json.loads(file.read_text())["results"]["toy"]["perplexity,none"]
     with torch.no_grad():
         log_likelihood = model(torch.tensor([[3, 4]])).logits[0, -1].log_softmax(-1)[5]
-    assert float(done.stdout.splitlines()[-1]) == float(log_likelihood)
+    assert measured == pytest.approx(float(torch.exp(-log_likelihood.double())))

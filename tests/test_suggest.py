@@ -266,7 +266,7 @@ def test_a_wrong_budget_is_named(model, x, budget):
 
 
 def test_a_budget_that_cannot_be_kept_says_what_can(model, x):
-    with pytest.raises(ValueError, match=r"every linear in int8 the model takes \d+ bytes"):
+    with pytest.raises(ValueError, match=r"every linear quantised the model takes \d+ bytes"):
         int8fx.suggest(model, x, budget={"memory": 100})
 
 
@@ -281,3 +281,16 @@ def test_a_model_in_int8_has_nothing_to_compare_with(model, x, compiled):
 def test_a_model_without_logits(x):
     with pytest.raises(TypeError, match="answers with a tuple; needed are logits"):
         int8fx.suggest(lambda x: (x, x), x, budget={"kl": 1.0})
+
+
+def test_what_it_prints_breaks_a_path_behind_a_dot():
+    path = "model.decoder.layers.11.self_attention.output_projection"
+    ways = dict.fromkeys(("llm.int8", "llm.int8 at 3", "int8-rotated", "w8a16"), 1e-6)
+    linears = (Sensitivity(path, ways, 4096, 1024, "llm.int8"),)
+    printed = str(int8fx.Suggestion({}, 0.0, ways, 1024, linears)).splitlines()
+    assert printed[0].startswith("KL x 1e6 of each linear alone; llm.int8 is measured, ")
+    start = next(number for number, line in enumerate(printed) if line.startswith("module "))
+    end = printed.index("")
+    parts = [line.split()[0] for line in printed[start + 1 : end]]
+    assert "".join(parts) == path and all(part.endswith(".") for part in parts[:-1])
+    assert max(map(len, printed)) <= 80

@@ -162,7 +162,8 @@ def evaluate(
     if settings.factor is not None:
         channels = inject_and_check(model, settings.factor, settings.seed, reference, token_windows[0])
         injected = _judge("Windows, with outliers", reference, contenders, token_windows, progress)
-    title += f", {settings.windows} windows of {settings.length} tokens"
+    judged = "1 window" if settings.windows == 1 else f"{settings.windows} windows"
+    title += f", {judged} of {settings.length} tokens"
     return Evaluation(title, accuracies, injected, tuple(channels), settings.factor)
 
 

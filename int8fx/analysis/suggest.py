@@ -24,6 +24,7 @@ from rich.text import Text
 
 from int8fx.analysis.calibrate import calibrate
 from int8fx.analysis.explanation.record import kind, mib
+from int8fx.analysis.explanation.text import Path as ModulePath
 from int8fx.analysis.explanation.text import as_text
 from int8fx.arguments import check_callable
 from int8fx.calibration import Calibration
@@ -114,7 +115,10 @@ class Suggestion:
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows
         )
         options = html.escape(f"options={self._shown!r}")
-        return f"<ul>{lines}</ul><p><code>{options}</code></p><table><tr>{head}</tr>{rows}</table>"
+        return (
+            f"<ul>{lines}</ul><p><code>{options}</code></p><p>{html.escape(self._legend)}</p>"
+            f"<table><tr>{head}</tr>{rows}</table>"
+        )
 
     @property
     def _ways(self) -> list[str]:
@@ -122,7 +126,15 @@ class Suggestion:
 
     @property
     def _headings(self) -> list[str]:
-        return ["KL x 1e6 of each linear alone", *self._ways, "chosen"]
+        return ["module", *self._ways, "chosen"]
+
+    @property
+    def _legend(self) -> str:
+        measured = next(iter(self._ways), FASTEST)
+        return (
+            f"KL x 1e6 of each linear alone; {measured} is measured, the others are estimated from "
+            "their output's error"
+        )
 
     @property
     def _rows(self) -> list[list[str]]:
@@ -159,14 +171,10 @@ class Suggestion:
             table.add_column(way, justify="right", no_wrap=True)
         table.add_column(chosen, no_wrap=True)
         for row in self._rows:
-            table.add_row(*map(Text, row))
-        measured = next(iter(ways), FASTEST)
-        lines = [
-            f"alone: {measured} is measured, the others are estimated from their output's error",
-            *self._said,
-            f"options={self._shown!r}",
-        ]
-        return Group(table, "", *map(Text, lines))
+            path, *cells = row
+            table.add_row(ModulePath(path), *map(Text, cells))
+        lines = [*self._said, f"options={self._shown!r}"]
+        return Group(Text(self._legend), table, "", *map(Text, lines))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the options, for ``torch.compile(options=path)``, ``int8fx.load_options`` and every

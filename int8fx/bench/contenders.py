@@ -190,6 +190,8 @@ def line_up(
     """
     dtype = next(model.parameters()).dtype
     short = SHORT.get(dtype, str(dtype).removeprefix("torch."))
+    choices = int8fx.Options.parse(options or {}).choices
+    kept = ", ".join(dict.fromkeys(choice.weight_format.kind for choice in choices))
 
     def compiled(name: str, how: str, model: PreTrainedModel, backend: str) -> Contender:
         more: dict[str, Any] = {"options": dict(options)} if options and backend == "llmint8" else {}
@@ -200,10 +202,10 @@ def line_up(
     found = [
         Contender("as loaded", f"{short}, eager", model, model, capacity),
         compiled("Inductor", "bf16", half, "inductor"),
-        compiled("llmint8", f"int8 + {short}", model, "llmint8"),
+        compiled("llmint8", f"{kept} + {short}", model, "llmint8"),
     ]
     if dtype != torch.bfloat16:
-        found.append(compiled("llmint8 bf16", "int8 + bf16", half, "llmint8"))
+        found.append(compiled("llmint8 bf16", f"{kept} + bf16", half, "llmint8"))
     return found
 
 

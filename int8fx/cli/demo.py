@@ -236,10 +236,11 @@ def answers(said: Mapping[str, str]) -> Table:
 
 
 def _footer(outcome: Outcome) -> str:
+    windows = "1 window" if outcome.windows == 1 else f"{outcome.windows} windows"
     lines = [
         f"Prefill of {outcome.length} tokens, then decode with a static KV cache; medians of {ROUNDS} "
         f"and {ROUNDS * STEPS}, {torch.get_num_threads()} threads, Inductor in its default mode. "
-        f"Accuracy on {outcome.windows} windows of {outcome.length} tokens, against the model as "
+        f"Accuracy on {windows} of {outcome.length} tokens, against the model as "
         "loaded.",
     ]
     lines += [

@@ -1,10 +1,12 @@
 """``int8fx convert`` and ``int8fx inspect``: from one format to another, and what a file holds."""
 
+import io
 import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import int8fx
@@ -13,7 +15,7 @@ from int8fx.errors import CheckpointError
 from int8fx.testing import foreign_files
 from int8fx.weights.readers import as_compressed_tensors, table
 from int8fx.weights.readers.converting import convert
-from int8fx.weights.readers.inspecting import inspect
+from int8fx.weights.readers.inspecting import Contents, Kind, inspect
 from int8fx.weights.readers.loading import Checkpoint
 from int8fx.weights.readers.opening import opened
 from int8fx.weights.readers.unpacking import pack, unpack
@@ -234,6 +236,19 @@ def test_inspect_of_ours_and_of_float(tmp_path):
     found = (contents.format, kind.bits, kind.group, kind.scheme, kind.modules)
     assert found == ("int8fx", 4, 32, "w4a16-group", 2)
     assert contents.floats == (2, 2 * N * 4)
+
+
+def test_what_inspect_prints_fits_80_columns_with_the_whole_path_of_a_module(tmp_path):
+    path = "model.decoder.layers.0.self_attention.output_projection"
+    kind = Kind(8, None, "symmetric", "int8 per channel", 30, path, 2**25)
+    contents = Contents("folder", "int8fx", {"scheme": "llm.int8"}, [kind], (62, 2**27), (1, 2**28))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(contents)
+    first, *lines = (line.rstrip() for line in console.file.getvalue().splitlines())
+    assert first == "folder: int8fx, scheme llm.int8; 1 file, 256.0 MiB"
+    assert max(map(len, lines)) <= 80
+    at = lines[0].index("example")
+    assert "".join(line[at:] for line in lines[1:]) == path
 
 
 def run(capsys, *arguments: str):

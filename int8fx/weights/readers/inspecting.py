@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from int8fx.errors import CheckpointError
 from int8fx.weights.readers import storing, table
@@ -65,20 +67,24 @@ class Contents:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         count, size = self.files
         said = "".join(f", {name} {value}" for name, value in self.settings.items())
-        title = f"{self.path}: {self.format}{said}; {count} files, {_mib(size)} MiB"
-        shown = Table(title=title, title_justify="left")
-        for name in ("modules", "bits", "group", "", "kept as", "MiB", "example"):
-            shown.add_column(name, justify="right" if name in ("modules", "bits", "MiB") else "left")
+        files = "1 file" if count == 1 else f"{count} files"
+        title = Text(f"{self.path}: {self.format}{said}; {files}, {_mib(size)} MiB")
+        # Without lines, so that 80 columns are enough for a module's path.
+        shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for name in ("modules", "bits", "group", "", "kept as", "MiB"):
+            justify: JustifyMethod = "right" if name in ("modules", "bits", "MiB") else "left"
+            shown.add_column(name, justify=justify, no_wrap=True)
+        shown.add_column("example", overflow="fold")
         for kind in self.kinds:
             group = "all" if kind.group is None else str(kind.group)
             numbers = str(kind.modules), str(kind.bits), group, kind.details, kind.scheme
             shown.add_row(*numbers, _mib(kind.bytes), kind.example)
         tensors, size = self.floats
         shown.add_row(str(tensors), "", "", "tensors in float", "", _mib(size), "")
-        return shown
+        return Group(title, shown)
 
 
 def _mib(size: int) -> str:
