@@ -21,8 +21,9 @@ from int8fx.kernels.formats.codebook import CODEBOOKS, absmax_of, codebook
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.grouped import WHOLE, ZEROS, grouped
 from int8fx.kernels.formats.rotated_groups import rotated_groups
+from int8fx.kernels.gpu import composed
 from int8fx.kernels.ops import grouped_linear as ops
-from int8fx.kernels.ops.codebook_linear import codebook_linear
+from int8fx.kernels.ops.codebook_linear import codebook_linear, codebook_linear_backward
 from int8fx.kernels.ops.rotated_linear import quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE, ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.rotated import allowed_block
@@ -174,6 +175,10 @@ NF4 = Scheme(
     lambda settings: codebook(settings.quant_type, settings.blocksize, settings.double_quant),
     Codebook,
     lower=lower_codebook,
+    decompositions={
+        codebook_linear: composed.codebook_linear,
+        codebook_linear_backward: composed.codebook_linear_backward,
+    },
     each_expert=True,
 )
 
