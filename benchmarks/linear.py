@@ -180,6 +180,8 @@ def summarise(console: Console, results: list[dict], ceilings: peaks.Peaks) -> N
 RIVALS = {
     "Inductor bf16, the better": ("bf16 inductor", "bf16 inductor frozen"),
     "bitsandbytes 6.0": ("bitsandbytes 6.0", "bitsandbytes 6.0 compiled"),
+    "threshold 0": ("llmint8 threshold 0",),
+    "column": ("llmint8 column",),
 }
 
 

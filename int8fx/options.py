@@ -271,14 +271,14 @@ def in_use(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         values[name] = _CHECKS[name](f"option {name!r}", value)
     used = [SCHEMES[name] for name in _schemes_of(values)]
-    kept = {
+    read = {
         name: value
         for name, value in given.items()
         if name in _CHECKS or any(name in scheme.reads for scheme in used)
     }
-    if not any("columns" in scheme.reads and _keeps_columns(scheme, kept) for scheme in used):
-        kept.pop("calibration", None)
-    return kept
+    if not any("columns" in scheme.reads and _keeps_columns(scheme, read) for scheme in used):
+        read.pop("calibration", None)
+    return read
 
 
 def of_way(scheme: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

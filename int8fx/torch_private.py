@@ -637,6 +637,12 @@ def without_guards(fake_mode: Any) -> Iterator[None]:
             yield
 
 
+def length_now(size: torch.SymInt) -> int | None:
+    """What a size that varies is in the call that is compiled for; None: that is not known."""
+    node = size.node
+    return int(node.hint) if node.has_hint() else None
+
+
 def size_conditions(fake_mode: Any) -> list[str]:
     """What was decided of the sizes of a graph so far: Dynamo checks at each call what was there when
     the backend was done."""

@@ -14,13 +14,15 @@ import torch
 from int8fx.kernels import table
 from int8fx.kernels.cpu import grouped
 from int8fx.kernels.cpu import int8_linear as cpu
+from int8fx.kernels.formats import groups
 from int8fx.kernels.gpu import device as gpu
-from int8fx.kernels.gpu import packing
+from int8fx.kernels.gpu import grouped_packing, packing
 from int8fx.kernels.ops import grouped_linear
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.rotated_linear import rotated_linears
 from int8fx.kernels.schemes.static_columns import BESIDE_OUTLIERS
 from int8fx.kernels.schemes.static_columns import OPERATOR as ROTATED
+from int8fx.kernels.schemes.weight_only import GROUP_LINEAR
 
 
 def _cpu_operator() -> tuple[Any, int]:
@@ -49,6 +51,24 @@ _CPU = table.Kernel(
     attends=_cpu_attends,
 )
 _CPU_GROUPS = table.Kernel("C++", cpu.load, grouped.pack, grouped.packed_shape, grouped.unpack)
+_CUDA_GROUPS = table.Kernel(
+    "Triton",
+    gpu.load,
+    grouped_packing.pack,
+    grouped_packing.packed_shape,
+    grouped_packing.unpack,
+    falls_back=False,
+)
+_CUDA_INT8_GROUPS = table.Kernel(
+    "Triton",
+    gpu.load,
+    table.as_it_is,
+    table.same_shape,
+    table.still_as_it_is,
+    falls_back=False,
+    joined=gpu.group_operator,
+    optional=True,
+)
 table.KERNELS.update(
     {
         table.key_of("cpu"): _CPU,
@@ -69,6 +89,13 @@ table.KERNELS.update(
             table.key_of("cpu", grouped_linear.FAMILY, operator): _CPU_GROUPS
             for operator in grouped_linear.OPERATORS
         },
+        table.key_of("cuda", grouped_linear.FAMILY, grouped_linear.INT8_ROWS): dataclasses.replace(
+            _CUDA_GROUPS, joined=gpu.grouped_operator
+        ),
+        table.key_of("cuda", grouped_linear.FAMILY, grouped_linear.FLOAT_ROWS): dataclasses.replace(
+            _CUDA_GROUPS, joined=gpu.grouped_float_operator
+        ),
+        table.key_of("cuda", groups.FAMILY, GROUP_LINEAR): _CUDA_INT8_GROUPS,
         table.key_of("cpu", operator=ROTATED): dataclasses.replace(_CPU, joined=_cpu_rotated_operator),
         table.key_of("cpu", operator=BESIDE_OUTLIERS): dataclasses.replace(_CPU, joined=None),
         table.key_of("cuda", operator=ROTATED): table.Kernel(

@@ -46,6 +46,8 @@ class Kernel:
         whole_rows: whether Inductor generates the quantisation of a row, in the kernel that computes
             the row, so that it must not split long rows.
         without_experts: why rows that each meet the matrix of their expert stay in float, or empty.
+        optional: whether a device without this kernel makes the product of torch's operators, of the
+            weight as it is stored, which this one takes as well.
         slower: why a scheme's product, by the scheme's name and a number of rows, would be slower than
             the 16-bit one, so that it stays in float; or empty.
     """
@@ -63,6 +65,7 @@ class Kernel:
     attends: Callable[[bool], bool] = lambda few: False
     whole_rows: bool = False
     without_experts: str = ""
+    optional: bool = False
     slower: Callable[[str, Any], str] = lambda scheme, rows: ""
 
     def operators(self) -> frozenset[Any]:
@@ -144,8 +147,9 @@ def kernel_for(device_type: str, family: str, operator: str) -> Kernel | None:
 
 
 def has_kernel(family: str, operator: str) -> bool:
-    """Whether any device has a kernel for an operator on weights of a family."""
-    return any(key[:2] == (operator, family) for key in KERNELS)
+    """Whether the products of an operator on weights of a family are a kernel's on all devices."""
+    found = (kernel for key, kernel in KERNELS.items() if key[:2] == (operator, family))
+    return any(not kernel.optional for kernel in found)
 
 
 def refusal(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -> str | None:
@@ -157,9 +161,9 @@ def refusal(device_type: str, family: str = INT8, operator: str = INT8_LINEAR) -
     return f"no int8 kernel for device {device_type!r}" + (f": {reason}" if reason else "")
 
 
-def without_kernel(weights: str, family: str, operator: str) -> str:
+def without_kernel(weights: str, family: str, operator: str, device_type: str) -> str:
     """Why a product on weights of a format, by its name, is made of torch's operators; or empty."""
-    if has_kernel(family, operator):
+    if has_kernel(family, operator) or kernel_for(device_type, family, operator) is not None:
         return ""
     return f"no kernel for {weights}: de-quantised at each call and multiplied in float"
 
@@ -169,9 +173,9 @@ def joined(device_type: str) -> tuple[Any, int] | None:
     return joined_by(INT8_LINEAR, device_type)
 
 
-def joined_by(operator: str, device_type: str) -> tuple[Any, int] | None:
+def joined_by(operator: str, device_type: str, family: str = INT8) -> tuple[Any, int] | None:
     """The same of the kernel that serves an operator."""
-    kernel = kernel_for(device_type, operator=operator)
+    kernel = kernel_for(device_type, family, operator)
     return None if kernel is None or kernel.joined is None else kernel.joined()
 
 
@@ -270,7 +274,8 @@ def _operator(device_type: str, family: str) -> str:
 
 def lays_out(device_type: str, family: str) -> bool:
     """Whether a kernel of a device has a layout of its own for weights of a family."""
-    return kernel_for(device_type, family, _operator(device_type, family)) is not None
+    kernel = kernel_for(device_type, family, _operator(device_type, family))
+    return kernel is not None and not kernel.optional
 
 
 def unpack(weight: Tensor, N: int, K: int, family: str = INT8) -> Tensor:

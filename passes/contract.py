@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from int8fx.passes.graph.mutation import Memory
@@ -56,8 +57,10 @@ class Context:
         quantizers: the operators whose equal calls the linears of one input share.
         joined, normed, experts, attends: what serves on a type of device (``kernels/table.py``).
         joined_rotated, normed_rotated: the same of rows that are rotated.
+        joined_by: the same as ``joined`` of an operator, a type of device and a family of weights.
         accepted: the linears that are rewritten, in the order in which they run.
         root: the outermost graph.
+        length_now: of a size that varies, what it is in the call that is compiled for; None: not known.
         subgraph_call: the operator that calls a sub-graph, which Inductor compiles once for all calls.
         signatures: for ``verify``: of each rewritten node, what it was and what it is.
         quantizations: how many calls quantise an input, once linears share them.
@@ -73,11 +76,13 @@ class Context:
     joined: Callable[[str], tuple[Any, int] | None] = lambda device: None
     normed: Callable[[str], Any] = lambda device: None
     joined_rotated: Callable[[str], tuple[Any, int] | None] = lambda device: None
+    joined_by: Callable[[str, str, str], tuple[Any, int] | None] = lambda operator, device, family: None
     normed_rotated: Callable[[str], Any] = lambda device: None
     experts: Callable[[str], Any] = lambda device: None
     attends: Callable[[str, bool], bool] = lambda device, few: False
     accepted: Sequence[Accepted] = ()
     root: fx.Graph | None = None
+    length_now: Callable[[torch.SymInt], int | None] = lambda size: None
     subgraph_call: Any = None
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0

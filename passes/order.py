@@ -11,6 +11,7 @@ from int8fx.passes.float.attend import attend_few_rows, attend_many_rows
 from int8fx.passes.float.compute_once import compute_once
 from int8fx.passes.float.group_heads import group_heads
 from int8fx.passes.float.one_row import one_row
+from int8fx.passes.graph.equal_lengths import equal_lengths
 from int8fx.passes.graph.outline import outline
 from int8fx.passes.int8.defer_split_k_reduction import defer_split_k_reduction
 from int8fx.passes.int8.fold_biases import fold_biases
@@ -76,5 +77,6 @@ PASSES: tuple[Pass, ...] = (
     Pass("compute_once", compute_once, compiled),
     Pass("one_row", one_row, where(compiled, without_gradients)),
     Pass("unlist_linears", unlist_linears, where(compiled, in_cpp)),
+    Pass("equal_lengths", equal_lengths, where(compiled, without_gradients, in_python)),
     Pass("outline", outline, where(compiled, without_gradients, in_python)),
 )

@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import pytest
+import typer.main
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -51,7 +52,8 @@ def test_help_imports_no_model_code():
 
 def test_running_and_help_import_no_torch():
     """From the console script, which begins in ``int8fx_run``."""
-    for arguments in (["--help"], ["run", "--help"], ["run", "./nowhere", "x"]):
+    of_each = [[name, "--help"] for name in typer.main.get_command(int8fx.cli.app.app).commands]
+    for arguments in (["--help"], *of_each, ["run", "./nowhere", "x"]):
         script = (
             f"import sys; sys.argv = ['int8fx', *{arguments}]; from int8fx_run import main; main();"
             "sys.exit('torch' in sys.modules)"
@@ -330,7 +332,7 @@ def test_quantize_writes_what_from_pretrained_reads(capsys, tmp_path):
     code, printed, err = run(capsys, "quantize", str(source), str(out), "--json")
     assert code == 0, err
     saved = json.loads(printed)
-    assert saved["linears"] == 14
+    assert saved["linears"] == 14 and saved["schemes"] == ["llm.int8"]
     assert saved["file_bytes"] == sum(path.stat().st_size for path in out.iterdir())
     assert [path.name for path in out.parent.iterdir()] == ["int8"]
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -394,7 +396,7 @@ def test_files_in_int8_are_explained_and_elsewhere_refused(capsys, tmp_path):
     code, _, err = run(capsys, "quantize", str(out), str(tmp_path / "again"))
     assert code != 0 and "its weights are quantised already; give a float model" in err[-1]
     code, _, err = run(capsys, "evaluate", str(out), "--text", str(text))
-    assert code != 0 and "is in int8 already, and the float model is what is compared with" in err[-1]
+    assert code != 0 and "is quantised already, and the float model is what is compared with" in err[-1]
 
 
 def test_explain_in_json_and_as_a_page(capsys, tmp_path):
@@ -452,4 +454,4 @@ def test_suggest_keeps_its_budget_and_evaluate_measures_the_same(capsys, tmp_pat
 
     code, printed, err = run(capsys, "suggest", *common, "--tokens", "32", "--memory", "0.01")
     assert code == 1 and printed == ""
-    assert err[-1].startswith("int8fx: budget=") and "every linear in int8 the model takes" in err[-1]
+    assert err[-1].startswith("int8fx: budget=") and "every linear quantised the model takes" in err[-1]

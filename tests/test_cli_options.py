@@ -1,6 +1,7 @@
 """How to quantise, in the words of the command line: the same for every command, and in a file."""
 
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -43,6 +44,16 @@ def test_a_model_is_the_first_argument_and_switches_have_no_type(capsys, monkeyp
     assert "<bool>" not in shown and "BOOLEAN" not in shown and "[[" not in shown
     arguments = [each.name for each in COMMANDS[name].params if each.param_type_name == "argument"]
     assert arguments[0] == OF_FILES.get(name, "model")
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_line_of_help_ends_at_the_edge_of_the_terminal(capsys, monkeypatch, name):
+    """Each line of a paragraph is too long for the next line's first word."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(capsys, name, "--help")[1].partition("╭")[0].splitlines()
+    for line, following in itertools.pairwise(each.strip() for each in shown):
+        if line and following:
+            assert len(line) + 1 + len(following.split()[0]) > 78, line
 
 
 def test_a_shell_completes_commands_and_schemes():
@@ -187,8 +198,9 @@ def test_quantize_takes_rules_of_several_formats(capsys, model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     rules = ["--rule", "*.mlp.*=w8a16-group,group_size=32", "--rule", "*.q_proj=int8-rotated,block=32"]
-    code, _, err = run(capsys, "quantize", model / "model", tmp_path / "int8", *rules)
+    code, printed, err = run(capsys, "quantize", model / "model", tmp_path / "int8", *rules)
     assert code == 0, err
+    assert "in int8-rotated, llm.int8 and w8a16-group; the model takes" in " ".join(printed.split())
     layer = AutoModelForCausalLM.from_pretrained(tmp_path / "int8").model.layers[1]
     of = {
         name: getattr(layer.get_submodule(name).weight, "choice", None)

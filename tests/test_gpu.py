@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from test_expert_kernels import *  # noqa: F403
+from test_grouped_kernels import *  # noqa: F403
 from test_kernels import *  # noqa: F403
 from test_rotated_kernels import *  # noqa: F403
 

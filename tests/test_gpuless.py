@@ -20,6 +20,8 @@ TIERS = {
     "kernels": ("kernels", ""),
     "rotated_kernels": ("rotated_kernels", ""),
     "rotated": ("rotated", ""),
+    "grouped_kernels": ("grouped_kernels", ""),
+    "grouped": ("grouped", ""),
     "expert_kernels": ("expert_kernels", ""),
     "rounding": ("rounding", ""),
     "order": ("order", ""),

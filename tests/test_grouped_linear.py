@@ -1,11 +1,9 @@
 """Linears of 4-bit weights by groups: every instruction set of this machine against float64."""
 
 import itertools
-from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -13,12 +11,11 @@ from torch import Tensor, nn
 import int8fx
 from int8fx.kernels.cpu import grouped as layout
 from int8fx.kernels.cpu import int8_linear as cpu
-from int8fx.kernels.formats.codes import unpack_bits
 from int8fx.kernels.formats.grouped import WHOLE, ZEROS, from_codes, grouped
 from int8fx.kernels.ops import grouped_linear as ops
 from int8fx.kernels.ops.rotation import rotate_weight
 from int8fx.kernels.schemes.scheme import Choice, eagerly
-from int8fx.testing.bounds import FP32
+from int8fx.testing.grouped_bound import expected_and_bound
 from int8fx.testing.rotations import rotation_error
 
 REASON = cpu.load()
@@ -47,44 +44,9 @@ def weight_of(N: int, K: int, dtype: torch.dtype = torch.float32, seed: int = 0)
     return torch.randn(N, K, generator=generator(seed)).to(dtype)
 
 
-def formula(choice: Choice, x: Tensor, stored: Sequence[Tensor], bias: Tensor | None):
-    """The formula of ``ops`` in float64, ``[M, N]``, and by how much a kernel may be off it."""
-    settings, (packed, scale, *others) = choice.settings, stored
-    zero = None if settings.zeros == "middle" else others.pop(0).double()
-    if settings.act_order:
-        x = x[:, others.pop(0).long()]
-    w_columns = others[0].double() if others else torch.empty(len(scale), 0, dtype=torch.float64)
-    x_hat, x_columns = x.double(), x[:, :0].double()
-    if choice.scheme.name == "w4a8-group":
-        at = torch.tensor(settings.columns, dtype=torch.int32)
-        how = 0.0, settings.block, settings.rotation
-        x_int8, x_scale, _, x_columns = ops.quantize_rotated_reference(x, at, *how)
-        x_hat = x_int8.double() * x_scale.double().unsqueeze(-1)
-    G, scale = scale.shape[1], scale.double()
-    width = x_hat.shape[1] if settings.group_size == WHOLE else settings.group_size
-    codes = unpack_bits(packed, 4)[:, : G * width].unflatten(1, (G, -1)).double()
-    groups = F.pad(x_hat, (0, G * width - x_hat.shape[1])).unflatten(1, (G, -1))
-    offset = zero if settings.zeros == "offset" else -scale * (8 if zero is None else zero)
-
-    def total(groups: Tensor, scale: Tensor, offset: Tensor, x_columns: Tensor, w_columns: Tensor):
-        products = torch.einsum("mgk,ngk,ng->mn", groups, codes, scale)
-        return products + groups.sum(-1) @ offset.t() + x_columns.double() @ w_columns.t()
-
-    operands = groups, scale, offset, x_columns, w_columns
-    expected, magnitude = total(*operands), total(*(each.abs() for each in operands))
-    if bias is not None:
-        expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
-    # Two fused products a group and a column; sums of rows in float are in fp32 themselves.
-    roundings = 2 * (G + w_columns.shape[1]) + 8
-    roundings += width if choice.scheme.name == "w4a16-group" else 0
-    info = torch.finfo(x.dtype)
-    bound = FP32 * roundings * magnitude
-    return expected, bound + info.eps * (expected.abs() + bound) + info.smallest_normal
-
-
 def check(choice: Choice, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     y = choice.lower(eagerly, x, choice.quantize(weight), bias)
-    expected, bound = formula(choice, x, choice.weight_format.quantize(weight), bias)
+    expected, bound = expected_and_bound(choice, x, choice.weight_format.quantize(weight), bias)
     assert y.dtype == x.dtype and y.shape == expected.shape
     excess = (y.double() - expected).abs() - bound
     assert (excess <= 0).all(), excess.max()

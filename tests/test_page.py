@@ -1,5 +1,6 @@
 """The page of ``explain --html`` in a browser: it sorts, fits a phone, and is read in the dark."""
 
+import dataclasses
 import html
 import itertools
 import json
@@ -109,6 +110,27 @@ def test_it_fits_400_pixels(page):
         .map(element => element.tagName);
     """
     assert ask(page, script) == []
+
+
+@needs_browser
+def test_on_a_narrow_screen_a_path_leaves_room_and_the_picture_is_read(tmp_path):
+    path = tmp_path / "page.html"
+    shown = explained(nn.Linear(64, 64), (torch.randn(8, 64),), {}, {}, name="a model")
+    row = dataclasses.replace(shown.rows[0], path="model.layers.11.self_attention.output_projection")
+    dataclasses.replace(shown, rows=(row,)).to_html(path)
+    script = (
+        ROWS
+        + """
+      const cell = table.tBodies[0].rows[0].cells[0], picture = document.querySelector("img");
+      return [innerWidth, cell.textContent, cell.getBoundingClientRect().width,
+        picture.getBoundingClientRect().width, getComputedStyle(picture.parentNode).overflowX];
+    """
+    )
+    wide = ask(path, script, "--window-size=1200,800")
+    narrow = ask(path, script, "--window-size=400,800")
+    assert narrow[0] <= 500 and narrow[1] == wide[1] == row.path  # to be copied whole
+    assert narrow[2] < 0.5 * narrow[0] < wide[2]
+    assert narrow[3] > 600 and narrow[4] == "auto"
 
 
 @needs_browser

@@ -211,9 +211,20 @@ def test_a_report_is_a_few_lines_and_prints_whole():
         torch.compile(model, backend="llmint8", options={"skip": ["<1>", "2"]})(torch.ones(2, 64))
     (report,) = reports
     assert repr(report).splitlines()[1:] == [" 1 left: skip: matches '2'>"]
-    assert repr(report).startswith("<Report: 1 of 2 linears and matmuls in int8")
+    assert repr(report).startswith("<Report: 1 of 2 linears and matmuls in llm.int8")
     assert report._repr_html_().count("<tr>") == 3
     assert len(str(report).splitlines()) > len(repr(report).splitlines())
+
+
+def test_a_report_says_in_which_schemes():
+    torch._dynamo.reset()
+    rules = {"rules": [("0", "w8a16-group", {"group_size": 32})]}
+    with int8fx.collect_reports() as reports:
+        torch.compile(two(), backend="llmint8", options=rules)(torch.ones(2, 64))
+        torch.compile(two(), backend="llmint8", options={"skip": ["*"]})(torch.ones(2, 64))
+    mixed, none = (each.headline for each in reports)
+    assert mixed.startswith("2 of 2 linears and matmuls in w8a16-group and llm.int8, ")
+    assert none.startswith("0 of 2 linears and matmuls quantised, ")
 
 
 def test_a_suggestion_is_a_few_lines_and_shows_itself_in_a_notebook():

@@ -274,7 +274,7 @@ def test_a_budget_that_cannot_be_kept_says_what_can(model, x):
 def test_a_model_in_int8_has_nothing_to_compare_with(model, x, compiled):
     int8fx.quantize_(model)
     given = torch.compile(model) if compiled else model
-    with pytest.raises(ValueError, match=r"\.weight is in int8 already.*the float model: give that"):
+    with pytest.raises(ValueError, match=r"\.weight is quantised already.*the float model: give that"):
         int8fx.suggest(given, x, budget={"kl": 1.0})
 
 

@@ -39,12 +39,12 @@ class Cache:
         The last token always is unknown: what follows it was not kept.
         """
         pairs = zip(self._tokens, tokens[:-1], strict=False)
-        kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        del self._tokens[kept:]
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        del self._tokens[common:]
         # Entries behind the count are masked, and written over by what comes.
         for count in self._counts:
-            count.value = kept
-        return list(tokens[kept:])
+            count.value = common
+        return list(tokens[common:])
 
     def add(self, tokens: Sequence[int]) -> None:
         """Tokens that a program has written; it has counted them itself."""

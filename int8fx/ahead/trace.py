@@ -184,8 +184,8 @@ class Tracer:
             rewrite_what_was_accepted(compilation)
         if not compilation.accepted:
             raise UserError(f"no linear of this model becomes int8: {_reasons(compilation)}")
-        swap, kept = finish_inputs(compilation)
-        values = [inputs[position] for position in kept] + swap.packed(inputs)
+        swap, left = finish_inputs(compilation)
+        values = [inputs[position] for position in left] + swap.packed(inputs)
         graph = compilation.root.gm
         nodes = graph.graph.find_nodes(op="placeholder")
         named = {

@@ -34,7 +34,7 @@ def explain(
     changes.
 
     Args:
-        model: a module or a function, compiled or not. A weight that is in int8 already is compared
+        model: a module or a function, compiled or not. A weight that is quantised already is compared
             with the float values that it stands for.
         options: those of the backend, see ``int8fx.Options``.
 

@@ -237,7 +237,7 @@ def suggest(
     already = first_int8(uncompiled(model))
     if already:
         raise ValueError(
-            f"{already} is in int8 already, and options are chosen by the distance from the float "
+            f"{already} is quantised already, and options are chosen by the distance from the float "
             "model: give that"
         )
     args, kwargs = _arguments(inputs)
@@ -253,8 +253,8 @@ def suggest(
         try:
             chosen, kl = _within_kl(linears, runs, uniform, float(budget["kl"]), (*found, FLOAT))
         except BudgetError as error:
-            kept = "; those that the options have a rule for keep it" if mixtures.ruled_bytes else ""
-            raise BudgetError(f"{error}{kept}") from None
+            ruled = "; those that the options have a rule for keep it" if mixtures.ruled_bytes else ""
+            raise BudgetError(f"{error}{ruled}") from None
         chosen, kl = _simpler(chosen, kl, uniform, float(budget["kl"]), (*found, FLOAT))
     else:
         least = mixtures.float_bytes - mixtures.ruled_bytes
@@ -453,7 +453,7 @@ def _within_memory(
     used = float_bytes - sum(each.float_bytes - each.kept_bytes for each in chosen)
     if used > budget:
         raise BudgetError(
-            f"budget={{'memory': {budget:.0f}}}: with every linear in int8 the model takes {used} "
+            f"budget={{'memory': {budget:.0f}}}: with every linear quantised the model takes {used} "
             f"bytes ({mib(used)} MiB), in float {float_bytes}"
         )
     gains = [

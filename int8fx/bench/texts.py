@@ -25,8 +25,8 @@ def load(name: str | None, progress: Console, *, int8: bool = False) -> tuple[An
     model, tokenizer = smollm2.load(progress) if name is None else models.load(name, progress)
     if not int8 and first_int8(model):
         raise UserError(
-            f"model {name}: {first_int8(model)} is in int8 already, and the float model is what is "
-            "compared with; give that"
+            f"model {name}: {first_int8(model)} is quantised already, and the float model is what "
+            "is compared with; give that"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 

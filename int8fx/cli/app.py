@@ -77,7 +77,6 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -85,8 +84,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand != "run":
-        import torch  # noqa: F401  and with it all of int8fx, where that waited for it
+    pass
 
 
 @app.command()
@@ -290,8 +288,8 @@ def calibrate(
 ) -> None:
     """Finds which columns of each linear's input are largest: what int8-rotated keeps in 16-bit.
 
-    A few tokens are enough, of any text. The file is for --calibration, and for
-    options={"scheme": "int8-rotated", "calibration": FILE}
+    A few tokens are enough, of any text. The file is for --calibration, and for the option
+    "calibration" of the backend.
     """
     progress = Console(stderr=True)
     ending("--out", out, ".json")
@@ -324,9 +322,9 @@ def quantize(
     *,
     asked: Asked,
 ) -> None:
-    """Writes a model with its weights in int8, as from_pretrained reads it back.
+    """Writes a model with its weights quantised, as from_pretrained reads it back.
 
-    Afterwards, where int8fx is installed:  AutoModelForCausalLM.from_pretrained(OUT)
+    Afterwards, where int8fx is installed: AutoModelForCausalLM.from_pretrained(OUT)
     """
     progress = Console(stderr=True)
     options = asked.options()

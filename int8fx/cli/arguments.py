@@ -184,7 +184,7 @@ OnlyOption = Annotated[
     list[str] | None, _option("PATTERN", "The only modules to quantise; may be repeated.")
 ]
 OptionsFile = Annotated[
-    Path | None, _option("FILE", "Options that int8fx suggest wrote; the others go before them.")
+    Path | None, _option("FILE", "Options that int8fx suggest wrote; what is given beside them wins.")
 ]
 
 

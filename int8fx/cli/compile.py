@@ -15,6 +15,7 @@ from int8fx.bench import models, smollm2
 from int8fx.bench.progress import step
 from int8fx.compiler.report import collect_reports
 from int8fx.errors import UserError
+from int8fx.passes.linears.decision import in_schemes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,7 +26,8 @@ class Compiled:
 
     Attributes:
         model, directory: from where and to where.
-        linears: how many are in int8.
+        linears: how many are quantised.
+        schemes: theirs, each once.
         context: how many tokens the KV cache holds.
         weight_bytes, file_bytes: of the weights, and of the directory.
         made_by: what it runs on: versions and instruction sets.
@@ -34,6 +36,7 @@ class Compiled:
     model: str
     directory: str
     linears: int
+    schemes: tuple[str, ...]
     context: int
     weight_bytes: int
     file_bytes: int
@@ -41,9 +44,9 @@ class Compiled:
 
     def __rich__(self) -> Text:
         return Text(
-            f"{self.linears} linears of {self.model} in int8, a cache of {self.context} tokens; the "
-            f"files in {self.directory} take {mib(self.file_bytes)} MiB, the weights among them "
-            f"{mib(self.weight_bytes)} MiB"
+            f"{self.linears} linears of {self.model} {in_schemes(self.schemes)}, a cache of "
+            f"{self.context} tokens; the files in {self.directory} take {mib(self.file_bytes)} MiB, "
+            f"the weights among them {mib(self.weight_bytes)} MiB"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def compile_files(
         model=shown,
         directory=str(directory),
         linears=len(reports[0].accepted),
+        schemes=tuple(dict.fromkeys(each.scheme for each in reports[0].accepted)),
         context=artefact.context,
         weight_bytes=sizes[files.WEIGHTS],
         file_bytes=sum(sizes.values()),

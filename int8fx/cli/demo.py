@@ -29,6 +29,7 @@ from int8fx.bench.contenders import (
 )
 from int8fx.bench.progress import step
 from int8fx.errors import UserError
+from int8fx.passes.linears.decision import in_schemes
 from int8fx.torch_private import compile_counts
 
 WINDOW = 512
@@ -243,7 +244,7 @@ def _footer(outcome: Outcome) -> str:
     ]
     lines += [
         f"{contender.name}: {len(contender.report.accepted)} of {len(contender.report.decisions)} "
-        f"linears and matmuls in int8."
+        f"linears and matmuls {in_schemes(each.scheme for each in contender.report.accepted)}."
         for contender in outcome.contenders
         if contender.report is not None
     ]

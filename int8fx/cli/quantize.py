@@ -1,4 +1,4 @@
-"""``int8fx quantize``: a model's files in, int8 files out, as transformers reads them back."""
+"""``int8fx quantize``: a model's files in, quantised files out, as transformers reads them back."""
 
 import shutil
 import tempfile
@@ -14,6 +14,7 @@ from int8fx.bench import models
 from int8fx.bench.progress import step
 from int8fx.errors import QUANTISED, UserError
 from int8fx.integrations.transformers import Int8FxConfig
+from int8fx.passes.linears.decision import in_schemes
 from int8fx.weights.tensor import QuantizedWeight
 
 
@@ -23,7 +24,8 @@ class Saved:
 
     Attributes:
         model, directory: from where and to where.
-        linears: how many weights are in int8 now.
+        linears: how many weights are quantised now.
+        schemes: theirs, each once.
         model_bytes: of all parameters and buffers, in memory.
         file_bytes: of the directory.
     """
@@ -31,13 +33,14 @@ class Saved:
     model: str
     directory: str
     linears: int
+    schemes: tuple[str, ...]
     model_bytes: int
     file_bytes: int
 
     def __rich__(self) -> Text:
         return Text(
-            f"{self.linears} linears of {self.model} in int8; the model takes {mib(self.model_bytes)} "
-            f"MiB, its files in {self.directory} {mib(self.file_bytes)} MiB"
+            f"{self.linears} linears of {self.model} {in_schemes(self.schemes)}; the model takes "
+            f"{mib(self.model_bytes)} MiB, its files in {self.directory} {mib(self.file_bytes)} MiB"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,10 +74,12 @@ def quantize_files(name: str, directory: Path, options: dict[str, Any], progress
                 shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise UserError(f"OUT {directory}: {error}") from error
+    weights = [each for each in model.parameters() if isinstance(each, QuantizedWeight)]
     return Saved(
         model=name,
         directory=str(directory),
-        linears=sum(isinstance(each, QuantizedWeight) for each in model.parameters()),
+        linears=len(weights),
+        schemes=tuple(dict.fromkeys(each.choice.scheme.name for each in weights)),
         model_bytes=model.get_memory_footprint(),
         file_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
     )

@@ -28,11 +28,13 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         quantizers=quantizers(),
         joined=table.joined,
         normed=table.normed,
+        joined_by=table.joined_by,
         joined_rotated=functools.partial(table.joined_by, ROTATED),
         normed_rotated=functools.partial(table.normed_by, ROTATED),
         experts=table.experts,
         attends=table.attends,
         root=compilation.root.graph,
+        length_now=torch_private.length_now,
         subgraph_call=torch_private.subgraph_call(),
         accepted=[_accepted(compilation, candidate) for candidate in compilation.accepted],
     )

@@ -108,8 +108,9 @@ def select(compilation: Compilation) -> None:
 
 def _note(compilation: Compilation, candidate: Candidate, choice: Choice) -> str:
     """How a product is computed where no kernel does, and what else keeps its float weight."""
-    assert candidate.weight is not None
-    notes = [choice.note, experts.note(choice) if candidate.routing is not None else ""]
+    assert candidate.weight is not None and candidate.x is not None
+    device = candidate.x.meta["example_value"].device.type
+    notes = [choice.note(device), experts.note(choice) if candidate.routing is not None else ""]
     if is_embedding(candidate):
         mib = compilation.tensors[candidate.weight.placeholder].nbytes / 2**20
         notes.append(f"the embedding keeps the float weight, {mib:.1f} MiB, for its look-up")

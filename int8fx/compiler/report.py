@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from int8fx.passes.linears.decision import Decision
+from int8fx.passes.linears.decision import Decision, in_schemes
 from int8fx.passes.outcome import Outcome
 
 SHOWN = 3  # reasons, in a few lines
@@ -36,7 +36,7 @@ class Report:
         >>> with int8fx.collect_reports() as reports:
         ...     _ = torch.compile(model, backend="llmint8")(torch.ones(2, 64))
         >>> reports
-        [<Report: 1 of 1 linears and matmuls in int8, 1 quantisations, weights 0.0 -> 0.0 MiB>]
+        [<Report: 1 of 1 linears and matmuls in llm.int8, 1 quantisations, weights 0.0 -> 0.0 MiB>]
     """
 
     decisions: tuple[Decision, ...]
@@ -60,8 +60,9 @@ class Report:
     @property
     def headline(self) -> str:
         """Counts and bytes, in a line."""
+        how = in_schemes(each.scheme for each in self.accepted)
         return (
-            f"{len(self.accepted)} of {len(self.decisions)} linears and matmuls in int8, "
+            f"{len(self.accepted)} of {len(self.decisions)} linears and matmuls {how}, "
             f"{self.quantizations} quantisations, "
             f"weights {self.float_bytes / 2**20:.1f} -> {self.int8_bytes / 2**20:.1f} MiB"
         )

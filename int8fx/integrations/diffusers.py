@@ -253,8 +253,8 @@ def dequantized(model: nn.Module) -> None:
         if isinstance(getattr(found, "hf_quantizer", None), Int8FxQuantizer):
             del found.hf_quantizer
             found.is_quantized = False
-            kept = {k: v for k, v in found.config.items() if k != "quantization_config"}
-            found._internal_dict = FrozenDict(kept)
+            config = {k: v for k, v in found.config.items() if k != "quantization_config"}
+            found._internal_dict = FrozenDict(config)
 
 
 def _models(module: nn.Module) -> Iterator[Any]:

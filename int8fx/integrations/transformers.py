@@ -69,8 +69,8 @@ class Int8FxConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         # The columns of a calibration are in the files, with each weight.
-        kept = {k: v for k, v in self.options.items() if k not in ("calibration", "columns")}
-        return {"quant_method": METHOD, **kept}
+        written = {k: v for k, v in self.options.items() if k not in ("calibration", "columns")}
+        return {"quant_method": METHOD, **written}
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -250,10 +250,10 @@ def quantized(model: nn.Module, options: Mapping[str, Any]) -> None:
     for found in _models(model):
         if getattr(found, "hf_quantizer", None) is None:
             # Patterns are of paths in the module that was given, and of no use in the files of a part.
-            kept = options
+            own = options
             if found is not model:
-                kept = in_use({k: v for k, v in options.items() if k not in _PATTERNS})
-            config = Int8FxConfig(**kept)
+                own = in_use({k: v for k, v in options.items() if k not in _PATTERNS})
+            config = Int8FxConfig(**own)
             found.hf_quantizer = Int8FxQuantizer(config, pre_quantized=False)
             found.config.quantization_config = config
             _ask_for_reader(found.config, True)

@@ -386,8 +386,8 @@ def compressed_tensors(
     form = "pack-quantized" if packed else "int-quantized"
     config = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
     config |= {"quantization_status": "compressed", "ignore": ["lm_head"]}
-    kept = Numbers(given.codes, tensors["weight_scale"], zero_point, given.g_idx)
-    return Foreign(tensors, kept.w_hat, config)
+    numbers = Numbers(given.codes, tensors["weight_scale"], zero_point, given.g_idx)
+    return Foreign(tensors, numbers.w_hat, config)
 
 
 # --- torchao ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ struct Rotation {
   const float* signs;          // [block], times the factor of x
   const int32_t* columns;      // that stay as they are, ascending
   int64_t column_count;
+  const int32_t* const* masks; // [K / block] of [block]: 0 at a column, else -1; null where none is
   float* x_columns;            // [M, column_count]: where they go
 };
 

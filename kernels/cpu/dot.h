@@ -56,7 +56,7 @@ void dot_tile(
     }
 #pragma GCC unroll 2
     for (int b = 0; b < B; ++b)
-      Isa::store_sums(acc + (r * Isa::PANELS + b) * NR, sums[0][r] + b * Isa::VECTORS);
+      Isa::store_sums(acc + (r * Isa::MICRO_PANELS + b) * NR, sums[0][r] + b * Isa::VECTORS);
   }
 }
 

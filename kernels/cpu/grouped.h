@@ -16,11 +16,11 @@ constexpr int GROUPED_ROWS = LANES == 16 ? 12 : 2;
 
 // Micro-panels that R rows meet at once: enough independent sums to hide an instruction's latency, and no
 // more than registers hold.
-constexpr int grouped_panels(int R) {
+constexpr int grouped_micro_panels(int R) {
   if (LANES == 16) return R <= 3 ? 4 : 2;
   return LANES == 8 && R == 1 ? 2 : 1;
 }
-constexpr int MOST_GROUPED_PANELS = grouped_panels(1);
+constexpr int MOST_GROUPED_MICRO_PANELS = grouped_micro_panels(1);
 
 // --- scales and offsets -------------------------------------------------------------------------------
 
@@ -60,9 +60,9 @@ inline Floats load_grid(const uint8_t* p, int64_t count) {
 
 // out [G][NR] = values [N, G] of the channels of a micro-panel; zeros for those that are not there.
 template <class T>
-inline void transpose_grid(const T* values, int64_t N, int64_t panel, int64_t G, float* out) {
+inline void transpose_grid(const T* values, int64_t N, int64_t micro_panel, int64_t G, float* out) {
   for (int64_t c = 0; c < NR; c += LANES) {
-    const int64_t n = panel * NR + c;
+    const int64_t n = micro_panel * NR + c;
     for (int64_t g = 0; g < G; g += LANES) {
       Floats v[LANES];
 #pragma GCC unroll 16
@@ -75,14 +75,15 @@ inline void transpose_grid(const T* values, int64_t N, int64_t panel, int64_t G,
 }
 
 // scale and offset [G][NR] of a micro-panel.
-inline void read_grid(const Weight& weight, int64_t panel, int64_t G, float* scale, float* offset) {
+inline void read_grid(
+    const Weight& weight, int64_t micro_panel, int64_t G, float* scale, float* offset) {
   const Grid& grid = weight.grid;
   with_dtype(grid.dtype, [&]<class T>(T) {
-    transpose_grid(static_cast<const T*>(grid.scale), weight.N, panel, G, scale);
+    transpose_grid(static_cast<const T*>(grid.scale), weight.N, micro_panel, G, scale);
   });
   if (grid.zeros != Zeros::MIDDLE) {
     const auto read = [&]<class T>(T) {
-      transpose_grid(static_cast<const T*>(grid.zero_point), weight.N, panel, G, offset);
+      transpose_grid(static_cast<const T*>(grid.zero_point), weight.N, micro_panel, G, offset);
     };
     if (grid.zeros == Zeros::INTEGER) {
       read(uint8_t());
@@ -153,7 +154,7 @@ struct RowsAsTheyAre {
 };
 
 // Some micro-panels side by side, and their scales and offsets, [G][NR] each.
-struct GroupedPanels {
+struct GroupedMicroPanels {
   const int8_t* w;
   int64_t stride;              // of w, in bytes
   const float *scale, *offset;
@@ -165,29 +166,31 @@ constexpr int64_t GROUPED_NEAR = 2 << 10;
 // out [R][B * NR] = R rows, packed [K_padded / 4][R][4], times B micro-panels.
 template <class Rows, int R, int B>
 void grouped_rows(
-    const typename Rows::Element* x, const GroupedPanels& panels, int64_t group, int64_t G,
+    const typename Rows::Element* x, const GroupedMicroPanels& micro_panels, int64_t group, int64_t G,
     const float* x_sums, float* out) {
   constexpr int V = B * PARTS;
   // Beside as many sums of a group, registers have no room for more: they are added to in the L1 cache.
   constexpr bool IN_MEMORY = R * V > 12;
   Floats totals[IN_MEMORY ? 1 : R][V] = {};
   if (IN_MEMORY) std::memset(out, 0, R * B * NR * sizeof(float));
-  const int8_t* w = panels.w;
+  const int8_t* w = micro_panels.w;
   for (int64_t g = 0; g < G; ++g, ++x_sums) {
     typename Rows::Sums acc[R][V] = {};
     for (int64_t k = 0; k < group; k += CODES_IN_A_WORD, w += PACKED_BYTES, x += CODES_IN_A_WORD * R) {
-      if (panels.near) {
+      if (micro_panels.near) {
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) __builtin_prefetch(w + b * panels.stride + panels.near, 0, 3);
+        for (int b = 0; b < B; ++b)
+          __builtin_prefetch(w + b * micro_panels.stride + micro_panels.near, 0, 3);
       }
       Rows::add(acc, [&](int v) {
-        return w + v / PARTS * panels.stride + v % PARTS * sizeof(Words);
+        return w + v / PARTS * micro_panels.stride + v % PARTS * sizeof(Words);
       }, x);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const int64_t at = v / PARTS * panels.grid_stride + g * NR + v % PARTS * LANES;
-      const Floats s = load<Floats>(panels.scale + at), o = load<Floats>(panels.offset + at);
+      const int64_t at = v / PARTS * micro_panels.grid_stride + g * NR + v % PARTS * LANES;
+      const Floats s = load<Floats>(micro_panels.scale + at);
+      const Floats o = load<Floats>(micro_panels.offset + at);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         float* const to = out + (r * V + v) * LANES;
@@ -212,70 +215,67 @@ void grouped_rows(
 
 template <class Rows>
 using GroupedTile = void (*)(
-    const typename Rows::Element*, const GroupedPanels&, int64_t, int64_t, const float*, float*);
+    const typename Rows::Element*, const GroupedMicroPanels&, int64_t, int64_t, const float*, float*);
 
 // Of 1, 2, ... rows; with as many micro-panels as they meet, or with one.
 template <class Rows, bool ALONE, int... R>
 constexpr std::array<GroupedTile<Rows>, sizeof...(R)> grouped_tiles(std::integer_sequence<int, R...>) {
-  return {grouped_rows<Rows, R + 1, ALONE ? 1 : grouped_panels(R + 1)>...};
+  return {grouped_rows<Rows, R + 1, ALONE ? 1 : grouped_micro_panels(R + 1)>...};
 }
 
-// The columns in 16-bit of a tile: out [rows][PANELS * NR].
-inline void static_tile(const StaticColumns& columns, int64_t m, int64_t rows, float* out) {
-  int64_t r = 0;
-  static_rows<4, 1>(columns, m, rows, r, out);
-  static_rows<1, 1>(columns, m, rows, r, out);
-}
-
-// y of `count` micro-panels from `panel` on, whose sums are [rows][count * NR].
+// y of `count` micro-panels from `micro_panel` on, whose sums are [rows][count * NR].
 template <class Rows, class T>
 inline void finish_groups(
-    const Lhs& a, const Weight& weight, int64_t m, int64_t rows, int64_t panel, int count,
+    const Lhs& a, const Weight& weight, int64_t m, int64_t rows, int64_t micro_panel, int count,
     const float* sums) {
-  alignas(64) float of_columns[GROUPED_ROWS * Isa::PANELS * NR];
+  alignas(64) float of_columns[GROUPED_ROWS * Isa::MICRO_PANELS * NR];
   for (int b = 0; b < count; ++b) {
-    const Channels channels(weight, panel + b);
-    if (a.in.static_count) static_tile(StaticColumns(a, weight, panel + b), m, rows, of_columns);
+    const Channels channels(weight, micro_panel + b);
+    if (a.in.static_count) {
+      StaticColumns columns(a, weight, micro_panel + b);
+      static_tile<1>(columns, m, rows, of_columns);
+    }
     finish<T>(weight, m, rows, channels, [&](int64_t r, int p) {
       const int64_t at = (r * count + b) * NR + p * LANES;
       const Floats product = load<Floats>(sums + at) * Rows::row_scale(a, m + r);
       if (!a.in.static_count) return product;
-      return product + load<Floats>(of_columns + r * Isa::PANELS * NR + p * LANES);
+      return product + load<Floats>(of_columns + r * Isa::MICRO_PANELS * NR + p * LANES);
     });
   }
 }
 
 template <class Rows, class T>
 void multiply_groups_as(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t begin, int64_t end) {
   constexpr std::make_integer_sequence<int, GROUPED_ROWS> ROWS;
   static constexpr auto TILES = grouped_tiles<Rows, false>(ROWS), ALONE = grouped_tiles<Rows, true>(ROWS);
   const int64_t K_padded = a.tiling.K_padded, G = a.in.groups;
-  const int most = grouped_panels(std::min(a.tiling.rows, m1 - m0));
+  const int most = grouped_micro_panels(std::min(a.tiling.rows, m1 - m0));
   std::unique_ptr<float[], Free> grid(
       static_cast<float*>(std::aligned_alloc(64, 2 * most * G * NR * sizeof(float))));
-  alignas(64) float sums[GROUPED_ROWS * MOST_GROUPED_PANELS * NR];
+  alignas(64) float sums[GROUPED_ROWS * MOST_GROUPED_MICRO_PANELS * NR];
   // A single tile reads each micro-panel once, as fast as memory gives it.
   const int64_t near = m1 - m0 > a.tiling.rows ? 0 : GROUPED_NEAR;
-  GroupedPanels panels{nullptr, K_padded * NR / 2, grid.get(), grid.get() + most * G * NR, G * NR, near};
-  for (int64_t panel = panel0, count; panel < panel1; panel += count) {
-    count = panel1 - panel < most ? 1 : most;
-    panels.w = weight.packed + panel * panels.stride;
+  float* const offsets = grid.get() + most * G * NR;
+  GroupedMicroPanels micro_panels{nullptr, K_padded * NR / 2, grid.get(), offsets, G * NR, near};
+  for (int64_t micro_panel = begin, count; micro_panel < end; micro_panel += count) {
+    count = end - micro_panel < most ? 1 : most;
+    micro_panels.w = weight.packed + micro_panel * micro_panels.stride;
     for (int64_t b = 0; b < count; ++b)
-      read_grid(weight, panel + b, G, grid.get() + b * G * NR, grid.get() + (most + b) * G * NR);
+      read_grid(weight, micro_panel + b, G, grid.get() + b * G * NR, grid.get() + (most + b) * G * NR);
     for (int64_t m = m0; m < m1; m += a.tiling.rows) {
       const int64_t rows = std::min(a.tiling.rows, m1 - m);
       const auto* x = static_cast<const typename Rows::Element*>(a.packed.x) + m * K_padded;
       const float* x_sums = a.in.group_sums + m * G;
       // The last tile may have fewer rows, which would meet more micro-panels than there are.
-      const int at_once = count == grouped_panels(rows) ? count : 1;
+      const int at_once = count == grouped_micro_panels(rows) ? count : 1;
       for (int64_t b = 0; b < count; b += at_once) {
-        GroupedPanels these = panels;
-        these.w += b * panels.stride;
+        GroupedMicroPanels these = micro_panels;
+        these.w += b * micro_panels.stride;
         these.scale += b * G * NR;
         these.offset += b * G * NR;
         (at_once > 1 ? TILES : ALONE)[rows - 1](x, these, K_padded / G, G, x_sums, sums);
-        finish_groups<Rows, T>(a, weight, m, rows, panel + b, at_once, sums);
+        finish_groups<Rows, T>(a, weight, m, rows, micro_panel + b, at_once, sums);
       }
     }
   }
@@ -283,9 +283,9 @@ void multiply_groups_as(
 
 template <class Rows>
 void multiply_groups(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t begin, int64_t end) {
   with_dtype(a.in.dtype, [&]<class T>(T) {
-    multiply_groups_as<Rows, T>(a, weight, m0, m1, panel0, panel1);
+    multiply_groups_as<Rows, T>(a, weight, m0, m1, begin, end);
   });
 }
 
@@ -342,7 +342,7 @@ inline void nothing_to_leave() {}
 
 // A work item has as many micro-panels as few rows meet at once.
 constexpr GroupedProducts GROUPED{
-    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(int8_t), pack_int8_groups,
+    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_MICRO_PANELS, sizeof(int8_t), pack_int8_groups,
      nothing_to_enter, nothing_to_leave, multiply_groups<Int8Rows>},
-    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_PANELS, sizeof(float), pack_float_groups,
+    {GROUPED_ROWS, GROUPED_ROWS, 1, MOST_GROUPED_MICRO_PANELS, sizeof(float), pack_float_groups,
      nothing_to_enter, nothing_to_leave, multiply_groups<RowsAsTheyAre>}};

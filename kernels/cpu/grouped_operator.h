@@ -104,7 +104,7 @@ inline void quantize_and_multiply_groups(
   in.M = x.numel() / std::max<int64_t>(in.K, 1);
   if (in.M == 0) return;
   const bool rotated = kind != RotationKind::NONE;
-  const auto signs = rotated ? signs_of(block, kind) : decltype(signs_of(block, kind)){};
+  const float* const signs = rotated ? signs_of(block, kind) : nullptr;
   const int64_t K = rotated ? round_up(in.K, block) : in.K;
   Scratch scratch(
       Scratch::bytes_for<int8_t>(in.M * K) + Scratch::bytes_for<float>(in.M) +
@@ -113,7 +113,8 @@ inline void quantize_and_multiply_groups(
   in.x_int8 = scratch.take<int8_t>(in.M * K);
   in.x_scale = scratch.take<float>(in.M);
   float* const x_columns = scratch.take<float>(in.M * count);
-  const Rotation rotation{block, K, signs.data(), columns, count, x_columns};
+  const BlockMasks masks(columns, rotated ? count : 0, K, rotated ? block : K);
+  const Rotation rotation{block, K, signs, columns, count, masks.data(), x_columns};
   const at::Tensor rest = rotated ? x : without_columns(x, columns, count, x_columns);
   in.x = rest.const_data_ptr();
   if (rotated) in.rotation = &rotation;

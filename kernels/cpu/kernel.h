@@ -11,7 +11,7 @@ static_assert(
         void (*)(
             const Lhs&, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride, int32_t* acc,
             Prefetch ahead)>,
-    "tile_product<B> multiplies a tile of rows with B micro-panels: exact int32 [rows][PANELS * NR]");
+    "tile_product<B> multiplies a tile of rows with B micro-panels: exact int32 [rows][MICRO_PANELS * NR]");
 
 #include "with_dtype.h"
 #include "quantize.h"
@@ -26,7 +26,7 @@ constexpr Product INT8{
     Isa::MR,
     Isa::MR_ALONE,
     Isa::MR_STEP,
-    Isa::PANELS,
+    Isa::MICRO_PANELS,
     sizeof(Isa::Activation),
     pack_tile,
     Isa::enter,

@@ -10,18 +10,18 @@
 namespace int8fx {
 
 // Rows in one form, and how they are multiplied with weights. `multiply` computes rows [m0, m1) x
-// micro-panels [panel0, panel1) of y; m0 is a multiple of the tiling's rows.
+// micro-panels [begin, end) of y; m0 is a multiple of the tiling's rows.
 struct Product {
   int64_t mr;              // rows of a micro-tile, at most,
   int64_t mr_alone;        // or so many where no others follow,
   int64_t mr_step;         // in multiples of so many
-  int64_t panels;          // micro-panels of a micro-tile, at most
+  int64_t micro_panels;          // micro-panels of a micro-tile, at most
   int64_t element_bytes;   // of a packed activation
   void (*pack)(const Lhs&, int64_t tile);
   void (*enter)(const Lhs&);  // in every thread, around its calls of `multiply`
   void (*leave)();
   void (*multiply)(
-      const Lhs&, const Weight&, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1);
+      const Lhs&, const Weight&, int64_t m0, int64_t m1, int64_t begin, int64_t end);
 };
 
 // With weights of four bits by groups along K.

@@ -75,9 +75,9 @@ void pack_limbs_as(const Lhs& a, int64_t tile) {
 
 // A row with an infinity or a NaN, in fp32: its outlier product, of all its columns.
 template <class T>
-inline Floats product_in_fp32(const T* x, int64_t K, const int8_t* panel, int part) {
+inline Floats product_in_fp32(const T* x, int64_t K, const int8_t* micro_panel, int part) {
   Floats sum{};
-  for (int64_t k = 0; k < K; ++k) sum += weight_column(panel, part, k) * static_cast<float>(x[k]);
+  for (int64_t k = 0; k < K; ++k) sum += weight_column(micro_panel, part, k) * static_cast<float>(x[k]);
   return sum;
 }
 
@@ -106,7 +106,7 @@ struct LimbRows {
     }
     Floats sum{};
     for (int d = INT8_ROWS; d-- > 0;) {
-      const int32_t* limb = acc + ((r * INT8_ROWS + d) * Isa::PANELS + b) * NR + p * LANES;
+      const int32_t* limb = acc + ((r * INT8_ROWS + d) * Isa::MICRO_PANELS + b) * NR + p * LANES;
       sum = sum * BASE + __builtin_convertvector(load<Ints>(limb), Floats);
     }
     return sum * scale;
@@ -118,7 +118,7 @@ constexpr Product IN_LIMBS{
     Isa::MR / LIMBS<T>,
     Isa::MR_ALONE / LIMBS<T>,
     1,
-    Isa::PANELS,
+    Isa::MICRO_PANELS,
     LIMBS<T> * sizeof(Isa::Activation),
     pack_limbs_as<T>,
     Isa::enter,

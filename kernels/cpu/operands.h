@@ -28,7 +28,7 @@ inline void check_weight(
   TORCH_CHECK(w_scale.scalar_type() == at::kFloat, "w_scale must be float32");
   TORCH_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2 &&
                   weight.size(0) == at::divup(N, NR) &&
-                  weight.size(1) == panel_bytes(round_up(K, K_MULTIPLE)) && weight.is_contiguous(),
+                  weight.size(1) == micro_panel_bytes(round_up(K, K_MULTIPLE)) && weight.is_contiguous(),
               "weight must be packed from int8 [", N, ", ", K, "]");
   TORCH_CHECK(!bias || bias->numel() == N, "bias must hold one value per output channel");
 }

@@ -13,7 +13,7 @@ constexpr int64_t NR = 16;
 constexpr int KR = 4;
 constexpr int64_t K_MULTIPLE = 64;  // of K_padded
 
-constexpr int64_t panel_bytes(int64_t k_padded) { return k_padded * NR + NR * sizeof(int32_t); }
+constexpr int64_t micro_panel_bytes(int64_t k_padded) { return k_padded * NR + NR * sizeof(int32_t); }
 
 // What stands for 0 in a group of codes: kernels/formats/grouped.py.
 enum class Zeros { MIDDLE, INTEGER, FLOAT, OFFSET };
@@ -38,7 +38,7 @@ struct Weight {
   c10::ScalarType columns_dtype;
   Grid grid;                   // in the place of w_scale
 
-  int64_t panels() const { return (N + NR - 1) / NR; }
+  int64_t micro_panels() const { return (N + NR - 1) / NR; }
 };
 
 }  // namespace int8fx

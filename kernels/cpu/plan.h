@@ -60,16 +60,16 @@ struct Plan {
     const int64_t row_ranges = at::divup(a.in.M, rows);
     rows = round_up(at::divup(a.in.M, row_ranges), tile_rows);
 
-    int64_t panels = 0;
-    for (const Weight& weight : weights) panels += weight.panels();
-    const int64_t wanted = at::divup(panels * row_ranges, threads * ITEMS_PER_THREAD);
+    int64_t micro_panels = 0;
+    for (const Weight& weight : weights) micro_panels += weight.micro_panels();
+    const int64_t wanted = at::divup(micro_panels * row_ranges, threads * ITEMS_PER_THREAD);
     const int64_t tiles = at::divup(std::min(rows, a.in.M), tile_rows);
-    const int64_t least = at::divup(MIN_ITEM_BYTES, panel_bytes(K_padded) * tiles);
-    const int64_t count = round_up(std::max(wanted, least), product.panels);
+    const int64_t least = at::divup(MIN_ITEM_BYTES, micro_panel_bytes(K_padded) * tiles);
+    const int64_t count = round_up(std::max(wanted, least), product.micro_panels);
     for (const Weight& weight : weights) {
-      const int64_t end = weight.panels();
-      for (int64_t panel = 0; panel < end; panel += count)
-        ranges.push_back({&weight, panel, std::min(panel + count, end)});
+      const int64_t end = weight.micro_panels();
+      for (int64_t micro_panel = 0; micro_panel < end; micro_panel += count)
+        ranges.push_back({&weight, micro_panel, std::min(micro_panel + count, end)});
     }
     items = row_ranges * ranges.size();
   }

@@ -35,13 +35,17 @@ inline Floats all_in_lanes(Floats v) {
 }
 
 // One block, from elements x; returns the largest magnitudes so far, as bits (quantize.h).
-template <int SIZE, class T>
-inline Words rotate_block(const T* x, const float* signs, float* out, Words largest) {
+template <int SIZE, bool MASKED, class T>
+inline Words rotate_block(
+    const T* x, const float* signs, const int32_t* mask, float* out, Words largest) {
   constexpr int COUNT = SIZE / LANES;
   Floats v[COUNT];
 #pragma GCC unroll 64
-  for (int i = 0; i < COUNT; ++i)
-    v[i] = all_in_lanes(load_row(x + i * LANES) * load<Floats>(signs + i * LANES));
+  for (int i = 0; i < COUNT; ++i) {
+    v[i] = load_row(x + i * LANES) * load<Floats>(signs + i * LANES);
+    if constexpr (MASKED) v[i] = (Floats)((Ints)v[i] & load<Ints>(mask + i * LANES));
+    v[i] = all_in_lanes(v[i]);
+  }
 #pragma GCC unroll 8
   for (int step = 1; step < COUNT; step *= 2) {
 #pragma GCC unroll 64
@@ -65,19 +69,18 @@ inline Words rotate_block(const T* x, const float* signs, float* out, Words larg
 template <int SIZE, class T>
 inline Words rotate_row(const FloatRows& in, const T* x, float* out) {
   const Rotation& rotation = *in.rotation;
-  const int32_t* column = rotation.columns;
-  const int32_t* const end = column + rotation.column_count;
   Words largest{};
-  for (int64_t k = 0; k < rotation.K; k += SIZE) {
-    const int64_t count = std::min<int64_t>(SIZE, in.K - k);
-    if (count == SIZE && (column == end || *column >= k + SIZE)) {
-      largest = rotate_block<SIZE>(x + k, rotation.signs, out + k, largest);
-      continue;
-    }
+  const auto rotated = [&](const T* block, int64_t k) {
+    const int32_t* const mask = rotation.masks[k / SIZE];
+    return mask ? rotate_block<SIZE, true>(block, rotation.signs, mask, out + k, largest)
+                : rotate_block<SIZE, false>(block, rotation.signs, mask, out + k, largest);
+  };
+  int64_t k = 0;
+  for (; k + SIZE <= in.K; k += SIZE) largest = rotated(x + k, k);
+  if (k < in.K) {
     T block[SIZE] = {};
-    std::memcpy(static_cast<void*>(block), x + k, count * sizeof(T));
-    for (; column != end && *column < k + SIZE; ++column) block[*column - k] = T(0.0f);
-    largest = rotate_block<SIZE>(block, rotation.signs, out + k, largest);
+    std::memcpy(static_cast<void*>(block), x + k, (in.K - k) * sizeof(T));
+    largest = rotated(block, k);
   }
   return largest;
 }
@@ -93,8 +96,8 @@ void rotate_and_quantize(const FloatRows& in, int64_t m0, int64_t m1) {
   float* const row = heap ? heap.get() : stack;
   for (int64_t m = m0; m < m1; ++m) {
     const T* x = static_cast<const T*>(in.x) + m * in.K;
-    float* kept = rotation.x_columns + m * rotation.column_count;
-    for (int64_t i = 0; i < rotation.column_count; ++i) kept[i] = x[rotation.columns[i]];
+    float* x_columns = rotation.x_columns + m * rotation.column_count;
+    for (int64_t i = 0; i < rotation.column_count; ++i) x_columns[i] = x[rotation.columns[i]];
     const float absmax = largest_of(rotate_row<SIZE>(in, x, row));
     in.x_scale[m] = write_int8(in.x_int8 + m * rotation.K, rotation.K, absmax, [&](int64_t k, auto count) {
       return load_row(row + k, count);

@@ -50,12 +50,48 @@ inline bool is_negative(int j, RotationKind kind) {
 }
 
 // The signs of a block's columns, times the factor of x.
-inline std::array<float, LARGEST_BLOCK> signs_of(int64_t size, RotationKind kind) {
-  const float factor = 1.0f / (1 << std::countr_zero(static_cast<uint64_t>(size)) / 2);
-  std::array<float, LARGEST_BLOCK> signs;
-  for (int64_t j = 0; j < size; ++j) signs[j] = is_negative(j, kind) ? -factor : factor;
-  return signs;
+struct Signs {
+  std::array<float, LARGEST_BLOCK> of_columns;
+
+  Signs(int64_t size, RotationKind kind) {
+    const float factor = 1.0f / (1 << std::countr_zero(static_cast<uint64_t>(size)) / 2);
+    for (int64_t j = 0; j < size; ++j) of_columns[j] = is_negative(j, kind) ? -factor : factor;
+  }
+};
+
+// Each is computed once: for a row of 576 columns it would take as long as the rotation.
+inline const float* signs_of(int64_t size, RotationKind kind) {
+  static const auto tables = [] {
+    std::vector<Signs> all;
+    for (const auto each : {RotationKind::HADAMARD, RotationKind::RANDOM_SIGNS, RotationKind::CONVROT})
+      for (int64_t block = LEAST_BLOCK; block <= LARGEST_BLOCK; block *= 2) all.emplace_back(block, each);
+    return all;
+  }();
+  constexpr int SIZES = std::countr_zero(static_cast<uint64_t>(LARGEST_BLOCK / LEAST_BLOCK)) + 1;
+  const int of_size = std::countr_zero(static_cast<uint64_t>(size / LEAST_BLOCK));
+  return tables[static_cast<int>(kind) * SIZES + of_size].of_columns.data();
 }
+
+// Which columns of a block stay as they are, for each block of rows of K columns.
+class BlockMasks {
+ public:
+  BlockMasks(const int32_t* columns, int64_t count, int64_t K, int64_t block) : of_block_(K / block) {
+    masks_.reserve(count * block);
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t*& mask = of_block_[columns[i] / block];
+      if (!mask) {
+        mask = masks_.data() + masks_.size();
+        masks_.resize(masks_.size() + block, -1);
+      }
+      masks_[mask - masks_.data() + columns[i] % block] = 0;
+    }
+  }
+  const int32_t* const* data() const { return of_block_.data(); }
+
+ private:
+  std::vector<const int32_t*> of_block_;
+  std::vector<int32_t> masks_;
+};
 
 inline void check_columns(const at::Tensor& columns, const at::Tensor& w_columns, int64_t K, int64_t N) {
   const int64_t count = columns.numel();
@@ -80,13 +116,14 @@ inline bool same_columns(const at::Tensor& left, const at::Tensor& right) {
 inline void rotate_and_run(
     const at::Tensor& x, const at::Tensor& columns, int64_t block, RotationKind kind,
     c10::ArrayRef<Weight> weights) {
-  const auto signs = signs_of(block, kind);
   FloatRows in{};
   in.K = x.size(-1);
   in.M = x.numel() / std::max<int64_t>(in.K, 1);
   if (in.M == 0) return;
-  Rotation rotation{block, round_up(in.K, block), signs.data(), columns.const_data_ptr<int32_t>(),
-                    columns.numel(), nullptr};
+  const auto* const k = columns.const_data_ptr<int32_t>();
+  const BlockMasks masks(k, columns.numel(), round_up(in.K, block), block);
+  Rotation rotation{block, round_up(in.K, block), signs_of(block, kind), k, columns.numel(), masks.data(),
+                    nullptr};
   Scratch scratch(
       Scratch::bytes_for<int8_t>(in.M * rotation.K) + Scratch::bytes_for<float>(in.M) +
       Scratch::bytes_for<float>(in.M * rotation.column_count));
@@ -108,8 +145,8 @@ inline void rotate_and_run(
   multiply_rows(kernel_for(in.M).int8, a, weights, &in);
 }
 
-// x with 0 at some columns, which go to kept [M, count].
-inline at::Tensor without_columns(const at::Tensor& x, const int32_t* k, int64_t count, float* kept) {
+// x with 0 at some columns, which go to x_columns [M, count].
+inline at::Tensor without_columns(const at::Tensor& x, const int32_t* k, int64_t count, float* x_columns) {
   if (count == 0) return x;
   const at::Tensor rest = x.clone();
   const int64_t K = x.size(-1), M = x.numel() / K;
@@ -117,7 +154,7 @@ inline at::Tensor without_columns(const at::Tensor& x, const int32_t* k, int64_t
     T* row = static_cast<T*>(rest.data_ptr());
     for (int64_t m = 0; m < M; ++m, row += K)
       for (int64_t i = 0; i < count; ++i) {
-        kept[m * count + i] = row[k[i]];
+        x_columns[m * count + i] = row[k[i]];
         row[k[i]] = T(0.0f);
       }
   });
@@ -130,9 +167,9 @@ inline void quantize_beside_columns(
   const int64_t M = x.numel() / std::max<int64_t>(x.size(-1), 1), count = columns.numel();
   if (M == 0) return;
   Scratch scratch(Scratch::bytes_for<float>(M * count));
-  float* const kept = scratch.take<float>(M * count);
-  const at::Tensor rest = without_columns(x, columns.const_data_ptr<int32_t>(), count, kept);
-  quantize_and_run(rest, threshold, false, weights, kept, count);
+  float* const x_columns = scratch.take<float>(M * count);
+  const at::Tensor rest = without_columns(x, columns.const_data_ptr<int32_t>(), count, x_columns);
+  quantize_and_run(rest, threshold, false, weights, x_columns, count);
 }
 
 inline std::vector<at::Tensor> rotated_linears(
@@ -149,6 +186,9 @@ inline std::vector<at::Tensor> rotated_linears(
   const int64_t K = x->size(-1), block = block_of(K, most, kind);
   std::vector<at::Tensor> converted, outputs;
   std::vector<Weight> weights;
+  converted.reserve(2 * count);
+  outputs.reserve(count);
+  weights.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const std::optional<at::Tensor> bias =
         biases.empty() ? std::nullopt : std::optional<at::Tensor>(biases[i]);

@@ -27,8 +27,8 @@ struct Channels {
   int64_t n, count;
   Floats w_scale[PARTS], bias[PARTS];
 
-  Channels(const Weight& weight, int64_t panel)
-      : n(panel * NR), count(std::min(NR, weight.N - n)) {
+  Channels(const Weight& weight, int64_t micro_panel)
+      : n(micro_panel * NR), count(std::min(NR, weight.N - n)) {
     if (weight.w_scale) {
       read(weight.w_scale + n, w_scale);
     } else {
@@ -53,9 +53,9 @@ struct Channels {
 };
 
 // One column of a micro-panel: byte k % KR of each int32 lane, sign-extended.
-inline Floats weight_column(const int8_t* panel, int part, uint32_t k) {
+inline Floats weight_column(const int8_t* micro_panel, int part, uint32_t k) {
   static constexpr uint32_t SHIFTS[KR] = {24, 16, 8, 0};  // a lane-wise shift: one instruction
-  const Words quad = load<Words>(panel + k / KR * (KR * NR) + part * sizeof(Words));
+  const Words quad = load<Words>(micro_panel + k / KR * (KR * NR) + part * sizeof(Words));
   const Words top = quad << (Words{} + SHIFTS[k % KR]);
   return __builtin_convertvector((Ints)top >> 24, Floats);
 }
@@ -80,7 +80,7 @@ inline void outlier_product(int64_t count, const Column& column, const Value& va
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v) store(out + r * Isa::PANELS * NR + v * LANES, sums[r][v]);
+    for (int v = 0; v < WIDTH; ++v) store(out + r * Isa::MICRO_PANELS * NR + v * LANES, sums[r][v]);
   }
 }
 
@@ -90,7 +90,7 @@ struct OutlierColumns {
   const int8_t* w;
   int64_t w_stride;
   int64_t converted = 0;
-  alignas(64) float floats[64 * Isa::PANELS * NR];
+  alignas(64) float floats[64 * Isa::MICRO_PANELS * NR];
 
   OutlierColumns(const Lhs& a, const int8_t* w, int64_t w_stride)
       : a(a), w(w), w_stride(w_stride) {}
@@ -101,10 +101,12 @@ struct OutlierColumns {
   // The first of them as floats, once for all tiles: as many as the L1 cache has room for.
   template <int B>
   void convert() {
-    constexpr int64_t MOST = sizeof floats / sizeof(float) / (Isa::PANELS * NR);
+    constexpr int64_t MOST = sizeof floats / sizeof(float) / (Isa::MICRO_PANELS * NR);
     for (const int64_t end = std::min(MOST, a.in.column_count); converted < end; ++converted)
       for (int v = 0; v < B * PARTS; ++v)
-        store(floats + converted * Isa::PANELS * NR + v * LANES, vector(a.in.columns[converted], v));
+        store(
+            floats + converted * Isa::MICRO_PANELS * NR + v * LANES,
+            vector(a.in.columns[converted], v));
   }
 };
 
@@ -117,15 +119,16 @@ inline void dense_rows(
     for (int b = 0; b < B; ++b) {
       const auto column = [&](int64_t i, int v) {
         if (i < weights.converted)
-          return load<Floats>(weights.floats + (i * Isa::PANELS + b) * NR + v * LANES);
+          return load<Floats>(weights.floats + (i * Isa::MICRO_PANELS + b) * NR + v * LANES);
         return weights.vector(weights.a.in.columns[i], b * PARTS + v);
       };
-      outlier_product<R, 1>(weights.a.in.column_count, column, value, out + (r * Isa::PANELS + b) * NR);
+      outlier_product<R, 1>(
+          weights.a.in.column_count, column, value, out + (r * Isa::MICRO_PANELS + b) * NR);
     }
   }
 }
 
-// out [rows][PANELS * 16] = the outlier product of the tile of rows that begins at m.
+// out [rows][MICRO_PANELS * 16] = the outlier product of the tile of rows that begins at m.
 template <int B>
 void outlier_tile(OutlierColumns& weights, int64_t m, int64_t rows, float* out) {
   const Lhs& a = weights.a;
@@ -142,7 +145,7 @@ void outlier_tile(OutlierColumns& weights, int64_t m, int64_t rows, float* out) 
     const int64_t count = a.packed.outlier_count[m + r];
     const auto column = [&](int64_t i, int v) { return weights.vector(outliers[i].k, v); };
     const auto value = [&](int64_t i, int) { return outliers[i].value; };
-    outlier_product<1, B>(count, column, value, out + r * Isa::PANELS * NR);
+    outlier_product<1, B>(count, column, value, out + r * Isa::MICRO_PANELS * NR);
     outliers += count;
   }
 }
@@ -153,8 +156,8 @@ inline void finish(
     const Weight& weight, int64_t m, int64_t rows, const Channels& c, const F& value) {
   T* y = static_cast<T*>(weight.y) + m * weight.N + c.n;
   for (int64_t r = 0; r < rows; ++r, y += weight.N) {
-    T part_of_panel[NR];
-    T* out = c.count == NR ? y : part_of_panel;
+    T part_of_micro_panel[NR];
+    T* out = c.count == NR ? y : part_of_micro_panel;
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p)
       store_as(out + p * LANES, value(r, p) + c.bias[p]);
@@ -162,30 +165,31 @@ inline void finish(
   }
 }
 
-// The micro-panels after [panel, panel + count), while `rows` rows are multiplied with these.
-inline Prefetch next_panels(
-    const Lhs& a, const Weight& weight, int64_t rows, int64_t panel, int64_t count) {
+// The micro-panels after [micro_panel, micro_panel + count), while `rows` rows are multiplied with
+// these.
+inline Prefetch next_micro_panels(
+    const Lhs& a, const Weight& weight, int64_t rows, int64_t micro_panel, int64_t count) {
   const int64_t tiles = (rows + a.tiling.rows - 1) / a.tiling.rows;
-  const int64_t left = weight.panels() - panel - count;
+  const int64_t left = weight.micro_panels() - micro_panel - count;
   const int64_t lines = left > 0 ? (count * NR + tiles - 1) / tiles : 0;
-  return {weight.packed + (panel + count) * panel_bytes(a.tiling.K_padded), lines, 0};
+  return {weight.packed + (micro_panel + count) * micro_panel_bytes(a.tiling.K_padded), lines, 0};
 }
 
 // How many micro-panels at once a call multiplies, and how far ahead it fetches them. Rows that are a
-// single tile read each weight once, as fast as memory gives it. On Zen 5, beside pairs of panels and the
+// single tile read each weight once, as fast as memory gives it. On Zen 5, beside pairs of micro-panels and the
 // next pair ahead, linears of 576 columns take 0.92 of the time at 2 and 4 rows, 0.84 at 8 and 0.88 at 16,
 // and those of 1600 to 14336 columns 0.9 at 4 rows, 0.85 at 8, and 0.83 at 12 and 16.
 struct Reading {
-  int64_t panels, near;
+  int64_t micro_panels, near;
   bool once;
 };
 constexpr int64_t LONG_K = 1024;
 
 inline Reading reading(const Lhs& a, int64_t int8_rows) {
-  if (!FETCHES_NEAR || a.in.M > a.tiling.rows) return {Isa::PANELS, 0, false};
+  if (!FETCHES_NEAR || a.in.M > a.tiling.rows) return {Isa::MICRO_PANELS, 0, false};
   if (a.in.K < LONG_K || int8_rows > 6) return {1, 12 << 10, true};
-  // A single row of long panels is what hardware prefetchers are made for.
-  return {Isa::PANELS, int8_rows > 1 ? 4 << 10 : 0, true};
+  // A single row of long micro-panels is what hardware prefetchers are made for.
+  return {Isa::MICRO_PANELS, int8_rows > 1 ? 4 << 10 : 0, true};
 }
 
 // What the rows of a tile give: LLM.int8()'s, an integer product and an outlier product.
@@ -193,7 +197,7 @@ struct MixedRows {
   static constexpr int INT8_ROWS = 1;  // in the integer product, for a row of x
   const Lhs& a;
   OutlierColumns columns;
-  alignas(64) float outlier[Isa::MR_ALONE * Isa::PANELS * NR];
+  alignas(64) float outlier[Isa::MR_ALONE * Isa::MICRO_PANELS * NR];
 
   MixedRows(const Lhs& a, const Weight&, int64_t, const int8_t* w, int64_t w_stride)
       : a(a), columns(a, w, w_stride) {}
@@ -204,7 +208,7 @@ struct MixedRows {
   }
   // Vector p of micro-panel b: of row m + r, whose integer sums are in acc.
   Floats value(const int32_t* acc, int64_t m, int64_t r, int b, int p, Floats w_scale) const {
-    const int64_t at = (r * Isa::PANELS + b) * NR + p * LANES;
+    const int64_t at = (r * Isa::MICRO_PANELS + b) * NR + p * LANES;
     const Floats product = __builtin_convertvector(load<Ints>(acc + at), Floats);
     const Floats extra = a.in.column_count ? load<Floats>(outlier + at) : Floats{};
     return (product * a.in.x_scale[m + r] + extra) * w_scale;
@@ -222,16 +226,16 @@ inline void fetch_output(const Weight& weight, int64_t m, int64_t rows, int64_t 
 }
 
 template <class Rows, class T, int B>
-void multiply_panels(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel,
+void multiply_micro_panels(
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t micro_panel,
     const Reading& how) {
-  alignas(64) int32_t acc[Isa::MR_ALONE * Isa::PANELS * NR];
-  const int64_t stride = panel_bytes(a.tiling.K_padded);
-  const int8_t* w = weight.packed + panel * stride;
-  const Channels channels[2] = {{weight, panel}, {weight, panel + B - 1}};
-  Rows tile{a, weight, panel, w, stride};
+  alignas(64) int32_t acc[Isa::MR_ALONE * Isa::MICRO_PANELS * NR];
+  const int64_t stride = micro_panel_bytes(a.tiling.K_padded);
+  const int8_t* w = weight.packed + micro_panel * stride;
+  const Channels channels[2] = {{weight, micro_panel}, {weight, micro_panel + B - 1}};
+  Rows tile{a, weight, micro_panel, w, stride};
   Prefetch ahead =
-      how.once ? Prefetch{nullptr, 0, how.near} : next_panels(a, weight, m1 - m0, panel, B);
+      how.once ? Prefetch{nullptr, 0, how.near} : next_micro_panels(a, weight, m1 - m0, micro_panel, B);
   for (int64_t m = m0; m < m1; m += a.tiling.rows) {
     const int64_t rows = std::min(a.tiling.rows, m1 - m);
     fetch_output<T, B>(weight, m, rows, channels[0].n);
@@ -247,18 +251,18 @@ void multiply_panels(
 
 template <class Rows, class T>
 void multiply_rows(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t begin, int64_t end) {
   const Reading how = reading(a, a.in.M * Rows::INT8_ROWS);
-  if (how.panels == Isa::PANELS)
-    for (; panel0 + Isa::PANELS <= panel1; panel0 += Isa::PANELS)
-      multiply_panels<Rows, T, Isa::PANELS>(a, weight, m0, m1, panel0, how);
-  for (; panel0 < panel1; ++panel0) multiply_panels<Rows, T, 1>(a, weight, m0, m1, panel0, how);
+  if (how.micro_panels == Isa::MICRO_PANELS)
+    for (; begin + Isa::MICRO_PANELS <= end; begin += Isa::MICRO_PANELS)
+      multiply_micro_panels<Rows, T, Isa::MICRO_PANELS>(a, weight, m0, m1, begin, how);
+  for (; begin < end; ++begin) multiply_micro_panels<Rows, T, 1>(a, weight, m0, m1, begin, how);
 }
 
 void multiply(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t begin, int64_t end) {
   with_dtype(a.in.dtype, [&]<class T>(T) {
-    if (a.in.static_count) return multiply_rows<StaticRows, T>(a, weight, m0, m1, panel0, panel1);
-    multiply_rows<MixedRows, T>(a, weight, m0, m1, panel0, panel1);
+    if (a.in.static_count) return multiply_rows<StaticRows, T>(a, weight, m0, m1, begin, end);
+    multiply_rows<MixedRows, T>(a, weight, m0, m1, begin, end);
   });
 }

@@ -79,16 +79,17 @@ inline void multiply_tile(
 
 template <class Y>
 void multiply_as(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t begin, int64_t end) {
   const int64_t tiles = (m1 - m0 + a.tiling.rows - 1) / a.tiling.rows;
   const int64_t elements = a.tiling.K_padded * NR;
   std::unique_ptr<Element[], Free> converted;
   if (tiles > 1)
     converted.reset(static_cast<Element*>(std::aligned_alloc(64, elements * sizeof(Element))));
-  for (; panel0 < panel1; ++panel0) {
-    const int8_t* w = weight.packed + panel0 * panel_bytes(a.tiling.K_padded);
-    const Channels channels(weight, panel0);
-    Prefetch ahead = tiles > 1 ? next_panels(a, weight, m1 - m0, panel0, 1) : Prefetch{nullptr, 0, NEAR};
+  for (; begin < end; ++begin) {
+    const int8_t* w = weight.packed + begin * micro_panel_bytes(a.tiling.K_padded);
+    const Channels channels(weight, begin);
+    Prefetch ahead{nullptr, 0, NEAR};
+    if (tiles > 1) ahead = next_micro_panels(a, weight, m1 - m0, begin, 1);
     if (converted)
       for (int64_t i = 0; i < elements; i += WIDTH * AT_ONCE) {
         FloatIsa::W weights[WIDTH];
@@ -140,8 +141,8 @@ void pack(const Lhs& a, int64_t tile) {
 }
 
 void multiply(
-    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
-  for_dtype(a.in.dtype, [&](auto y) { multiply_as<decltype(y)>(a, weight, m0, m1, panel0, panel1); });
+    const Lhs& a, const Weight& weight, int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+  for_dtype(a.in.dtype, [&](auto y) { multiply_as<decltype(y)>(a, weight, m0, m1, begin, end); });
 }
 
 // Micro-panels are multiplied one by one, but a work item has two at least: SmolLM2's decode step took 0.94

@@ -10,6 +10,8 @@ from torch import Tensor
 from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
 from int8fx.kernels.ops.quantize_reference import weight_scale
 
+FAMILY = "int8 by groups"
+
 
 @functools.cache
 def grouped(group_size: int) -> WeightFormat:
@@ -36,7 +38,7 @@ def grouped(group_size: int) -> WeightFormat:
         quantize,
         dequantize,
         granularity=group_size,
-        family="int8 by groups",
+        family=FAMILY,
     )
 
 

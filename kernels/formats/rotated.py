@@ -58,10 +58,10 @@ def rotated(block: int, rotation: str, columns: tuple[int, ...]) -> WeightFormat
         return torch.tensor(columns, dtype=torch.int32, device=like.device)
 
     numbers = ", ".join(map(str, columns))
-    kept = f", columns {numbers} as they are" if columns else ""
+    in_float = f", columns {numbers} as they are" if columns else ""
     turned = "" if rotation == NONE else f", rotated ({rotation}, blocks of {block})"
     return WeightFormat(
-        f"int8 per channel{turned or ' without columns'}{kept}",
+        f"int8 per channel{turned or ' without columns'}{in_float}",
         (
             Part("int8", torch.int8, (ROWS, RotatedColumns("K", block=block, rotation=rotation)), True),
             SCALE,

@@ -58,9 +58,9 @@ def rotated_groups(
     of_codes = RotatedColumns("K", codes_in_a_byte(bits), padded, block, rotation)
     by_group = 1 if group == WHOLE else RotatedColumns("K", group, 1, block, rotation)
     turned = "" if rotation == NONE else f", rotated ({rotation}, blocks of {block})"
-    kept = f", columns {', '.join(map(str, columns))} as they are" if columns else ""
+    in_float = f", columns {', '.join(map(str, columns))} as they are" if columns else ""
     return WeightFormat(
-        name_of(bits, group, zeros) + turned + kept,
+        name_of(bits, group, zeros) + turned + in_float,
         (
             Part("packed", torch.uint8, (ROWS, of_codes), of_all_columns=True),
             Part("scale", None, (ROWS, by_group)),

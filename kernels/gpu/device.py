@@ -19,6 +19,7 @@ def load() -> str | None:
     reason = unsupported(torch.cuda.get_device_properties(0))
     if reason is None:
         import int8fx.kernels.gpu.experts
+        import int8fx.kernels.gpu.grouped
         import int8fx.kernels.gpu.normed
         import int8fx.kernels.gpu.rotated  # noqa: F401
     return reason
@@ -81,6 +82,27 @@ def rotated_operator() -> tuple[Any, int]:
 def rotated_norm_operator() -> Any:
     """The same as ``norm_operator`` of rows that are rotated."""
     return torch.ops.int8fx.normed_rotated_linears_gpu.default
+
+
+def grouped_operator() -> tuple[Any, int]:
+    """The same of 4-bit weights by groups, with rows in int8."""
+    from int8fx.kernels.gpu.groups import MAX_GROUP
+
+    return torch.ops.int8fx.grouped_linears_gpu.default, MAX_GROUP
+
+
+def grouped_float_operator() -> tuple[Any, int]:
+    """The same of 4-bit weights by groups, with rows as they are."""
+    from int8fx.kernels.gpu.groups import MAX_GROUP
+
+    return torch.ops.int8fx.grouped_float_linears_gpu.default, MAX_GROUP
+
+
+def group_operator() -> tuple[Any, int]:
+    """The same of int8 weights by groups, with rows as they are."""
+    from int8fx.kernels.gpu.groups import MAX_GROUP
+
+    return torch.ops.int8fx.group_linears_gpu.default, MAX_GROUP
 
 
 def expert_operator() -> Any:

@@ -73,7 +73,7 @@ def rotated_linears_gpu(
     rotation_ = Rotation.of(x.shape[-1], threshold, block, rotation)
     linears.check(x, rotation_)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    quantized, _ = _rotated(rows, None, None, rotation_, linears)
+    quantized, _ = rotated_rows(rows, rotation_, columns)
     return _shaped(x, _product(quantized, linears))
 
 
@@ -115,10 +115,10 @@ def normed_rotated_linears_gpu(
     addends = None if addend is None else addend.reshape(rows.shape).contiguous()
     before = Norm(norm, norm_weight, norm_bias, eps)
     if serves(rows):
-        quantized, total = _rotated(rows, addends, before, rotation_, linears)
+        quantized, total = rotated_rows(rows, rotation_, columns, addends, before)
     else:
         total = rows if addends is None else rows + addends
-        quantized, _ = _rotated(before.reference(total), None, None, rotation_, linears)
+        quantized, _ = rotated_rows(before.reference(total), rotation_, columns)
     outputs = _product(quantized, linears)
     return _shaped(x, outputs if addend is None else [*outputs, total])
 
@@ -162,6 +162,11 @@ class Rotation:
         return cls(block_of(K, block, rotation), length, rotation == _RANDOM)
 
 
+def sets_of(columns: Sequence[Tensor]) -> int:
+    """How many quantisations of x linears may read that keep such columns."""
+    return len(columns) if columns[0].shape[0] else 1
+
+
 @dataclass(frozen=True)
 class RotatedLinears:
     """The operands of a group."""
@@ -178,19 +183,14 @@ class RotatedLinears:
         return self.columns[0].shape[0]
 
     @property
-    def sets(self) -> int:
-        """How many quantisations of x they may read."""
-        return len(self.weights) if self.count else 1
-
-    @property
     def N(self) -> tuple[int, int, int]:
         return padded([weight.shape[0] for weight in self.weights], absent=0)
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
         # Scales stand in for what there is none of, and what no kernel reads then.
-        kept = self.w_columns if self.count else self.w_scales
-        each = self.weights, self.w_scales, kept, self.biases or self.w_scales
+        w_columns = self.w_columns if self.count else self.w_scales
+        each = self.weights, self.w_scales, w_columns, self.biases or self.w_scales
         return tuple(pointer for tensors in each for pointer in padded(tensors))
 
     @property
@@ -198,7 +198,7 @@ class RotatedLinears:
         room = columns_room(self.count)
         return {
             "GROUPED": len(self.weights) > 1,
-            "SETS": self.sets > 1,
+            "SETS": sets_of(self.columns) > 1,
             "HAS_BIAS": bool(self.biases),
             "COLUMNS": self.count,
             "ROOM": room,
@@ -219,7 +219,7 @@ class RotatedLinears:
             )
         if x.dtype not in DTYPES:
             raise TypeError(f"x is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
-        for weight, kept, at in zip(self.weights, self.w_columns, self.columns, strict=True):
+        for weight, stored, at in zip(self.weights, self.w_columns, self.columns, strict=True):
             if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != rotation.length:
                 raise ValueError(
                     f"a weight is {weight.dtype} {list(weight.shape)}; with x {list(x.shape)} it has "
@@ -227,9 +227,9 @@ class RotatedLinears:
                 )
             if weight.device != x.device:
                 raise ValueError(f"x is on {x.device}, and a weight on {weight.device}")
-            if at.shape != (self.count,) or kept.shape != (self.count, weight.shape[0]):
+            if at.shape != (self.count,) or stored.shape != (self.count, weight.shape[0]):
                 raise ValueError(
-                    f"columns {list(at.shape)} and w_columns {list(kept.shape)} of a weight of "
+                    f"columns {list(at.shape)} and w_columns {list(stored.shape)} of a weight of "
                     f"{weight.shape[0]} rows; the first linear keeps {self.count} columns"
                 )
 
@@ -254,18 +254,24 @@ class Quantized:
         return self.x_int8.shape[1]
 
 
-def _rotated(
-    x: Tensor, addend: Tensor | None, norm: Norm | None, rotation: Rotation, linears: RotatedLinears
+def rotated_rows(
+    x: Tensor,
+    rotation: Rotation,
+    columns: Sequence[Tensor],
+    addend: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> tuple[Quantized, Tensor]:
-    """Rows that are rotated and quantised; and what is normalised."""
+    """Rows that are rotated and quantised, without the columns that each linear keeps; and what is
+    normalised."""
     M, K = x.shape
-    sets, room = linears.sets, columns_room(linears.count)
+    count = columns[0].shape[0]
+    sets, room = sets_of(columns), columns_room(count)
     total = x if addend is None else torch.empty_like(x)
     dtype = x.dtype if norm is None else norm.dtype_of(x)
     quantized = Quantized(
         empty(x, (sets, M, rotation.length), torch.int8),
         empty(x, (sets, M), torch.float32),
-        empty(x, (sets, M, room) if linears.count else (1,), dtype),
+        empty(x, (sets, M, room) if count else (1,), dtype),
         empty(x, (MAX_GROUP,), torch.int32),
         empty(x, (configs.COUNTERS,), torch.int32),
         dtype,
@@ -278,7 +284,7 @@ def _rotated(
         None if addend is None else total,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
-        *padded(linears.columns if linears.count else linears.w_scales),
+        *padded(columns if count else [x]),  # not read then
         quantized.x_int8,
         quantized.x_scale,
         quantized.x_columns,
@@ -289,7 +295,7 @@ def _rotated(
         0.0 if norm is None else norm.eps,
         NORM="" if norm is None else norm.kind,
         ADDS=addend is not None,
-        COLUMNS=linears.count,
+        COLUMNS=count,
         ROOM=room,
         SETS=sets,
         SIZE=rotation.size,

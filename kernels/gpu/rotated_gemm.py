@@ -21,7 +21,7 @@ STEP_C = tl.constexpr(16)  # static columns a step
 
 
 @triton.jit
-def _add_columns(
+def add_columns(
     acc, x_columns_ptr, w_columns_ptr, m, n, N,
     COLUMNS: tl.constexpr, ROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _store_piece(
         m, n = start_m + tl.arange(0, acc.shape[0]), start_n + tl.arange(0, acc.shape[1])
         y = acc * of_columns(w_scale_ptr, n, N)[None, :]
         if COLUMNS:
-            y = _add_columns(y, x_columns_ptr, w_columns_ptr, m % M, n, N, COLUMNS, ROOM, PRECISION)
+            y = add_columns(y, x_columns_ptr, w_columns_ptr, m % M, n, N, COLUMNS, ROOM, PRECISION)
         if HAS_BIAS:
             y += of_columns(bias_ptr, n, N)[None, :]
         target = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]

@@ -173,14 +173,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_x, *[None] * 9, grad_bias
 
 
-def _setup_all(ctx: Any, inputs: tuple, output: Any) -> None:
+def grouped_linears_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     x, *how, weights, scales, zero_points, w_columns, columns, biases = inputs
     ctx.lengths = [len(each) for each in (weights, scales, zero_points, w_columns, columns)]
     ctx.save_for_backward(*weights, *scales, *zero_points, *w_columns, *columns)
     ctx.how, ctx.K, ctx.bias_dtypes = how, x.shape[-1], [bias.dtype for bias in biases]
 
 
-def _backward_all(ctx: Any, grads: Sequence[Tensor]) -> tuple:
+def grouped_linears_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple:
     saved = iter(ctx.saved_tensors)
     parts = [[next(saved) for _ in range(length)] for length in ctx.lengths]
     grad_x = sum(
@@ -216,8 +216,8 @@ grouped_linears = register(
     "Tensor[] w_columns, Tensor[] columns, Tensor[] biases) -> Tensor[]",
     _grouped_linears,
     _fakes,
-    _setup_all,
-    _backward_all,
+    grouped_linears_setup,
+    grouped_linears_backward,
 )
 
 
@@ -272,13 +272,13 @@ def _float_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_x, *[None] * 5, grad_bias
 
 
-def _float_setup_all(ctx: Any, inputs: tuple, output: Any) -> None:
+def grouped_float_linears_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     x, *how, weights, scales, zero_points, biases = inputs
-    _setup_all(ctx, (x, *how, 0, NONE, weights, scales, zero_points, [], [], biases), output)
+    grouped_linears_setup(ctx, (x, *how, 0, NONE, weights, scales, zero_points, [], [], biases), output)
 
 
-def _float_backward_all(ctx: Any, grads: Sequence[Tensor]) -> tuple:
-    grad_x, *_, weights, scales, zero_points, _, _, biases = _backward_all(ctx, grads)
+def grouped_float_linears_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple:
+    grad_x, *_, weights, scales, zero_points, _, _, biases = grouped_linears_backward(ctx, grads)
     return grad_x, None, None, weights, scales, zero_points, biases
 
 
@@ -295,6 +295,6 @@ grouped_float_linears = register(
     "Tensor[] zero_points, Tensor[] biases) -> Tensor[]",
     _grouped_float_linears,
     _float_fakes,
-    _float_setup_all,
-    _float_backward_all,
+    grouped_float_linears_setup,
+    grouped_float_linears_backward,
 )

@@ -169,12 +169,12 @@ def _scheme(
     zero_point: bool = False,
     decomposed: bool = False,
 ) -> Scheme:
-    kept = with_sums(weight_format) if zero_point else weight_format
+    stored = with_sums(weight_format) if zero_point else weight_format
     return Scheme(
         name,
         formula,
         "Dettmers et al. 2022, arXiv 2208.07339, section 2 and Table 1",
-        lambda settings: kept,
+        lambda settings: stored,
         Outliers if decomposed else NoSettings,
         _dequantized_input(per_tensor, zero_point, decomposed),
         _lowering(per_tensor, zero_point, decomposed),

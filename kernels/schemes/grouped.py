@@ -27,7 +27,7 @@ from int8fx.kernels.ops.codebook_linear import codebook_linear, codebook_linear_
 from int8fx.kernels.ops.rotated_linear import quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE, ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.rotated import allowed_block
-from int8fx.kernels.schemes.scheme import Call, Scheme
+from int8fx.kernels.schemes.scheme import Call, Scheme, at_once_by_lists
 from int8fx.kernels.schemes.settings import NotAllowed, multiple_of, one_of, setting, whole_number
 from int8fx.kernels.schemes.static_columns import static_columns, which
 
@@ -149,6 +149,7 @@ W4A16_GROUP = Scheme(
     lower=lower_float,
     operator=ops.FLOAT_ROWS,
     each_expert=True,
+    at_once=at_once_by_lists(ops.FLOAT_ROWS, ops.FAMILY, ops.grouped_float_linear, 3, lower_float),
 )
 WNA16_GROUP = Scheme(
     "wna16-group",
@@ -210,9 +211,9 @@ def weight_format(settings: RotatedGroups) -> WeightFormat:
 def lower(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: RotatedGroups) -> Any:
     """grouped_linear, of x with its columns in the order of the weight's."""
     x, packed, scale, zero_point, others = _operands(call, x, weight, settings)
-    _, *kept = others or (None, None, None)
+    _, *decomposed = others or (None, None, None)
     how = settings.group_size, settings.zeros, settings.block, settings.rotation
-    return call(ops.grouped_linear, x, *how, packed, scale, zero_point, *kept, bias)
+    return call(ops.grouped_linear, x, *how, packed, scale, zero_point, *decomposed, bias)
 
 
 def dequantized_input(x: Tensor, settings: RotatedGroups) -> Tensor:
@@ -236,4 +237,5 @@ W4A8_GROUP = Scheme(
     lower,
     operator=ops.INT8_ROWS,
     each_expert=True,
+    at_once=at_once_by_lists(ops.INT8_ROWS, ops.FAMILY, ops.grouped_linear, 5, lower),
 )

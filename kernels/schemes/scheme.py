@@ -164,11 +164,12 @@ class Choice:
         """What its product is in the kernel table: of some schemes it depends on the settings."""
         return getattr(self.settings, "operator", self.scheme.operator)
 
-    @property
-    def note(self) -> str:
-        """Why no kernel computes it, or empty."""
-        kept = self.weight_format
-        return table.without_kernel(kept.name, kept.family, self.operator)
+    def note(self, device_type: str) -> str:
+        """Why no kernel of a device computes it, or empty."""
+        weight_format = self.weight_format
+        return table.without_kernel(
+            weight_format.name, weight_format.family, self.operator, device_type
+        )
 
     def lower(self, call: Call, x: Any, weight: Sequence[Any], bias: Any) -> Any:
         if self.scheme.lower is None:
@@ -186,6 +187,35 @@ class Choice:
     def lower_experts(self, call: Call, x: Any, weight: Sequence[Any], routing: Any) -> Any:
         assert self.scheme.experts is not None
         return self.scheme.experts(call, x, weight, routing, self.settings)
+
+
+def at_once_by_lists(
+    operator: str, family: str, one: Callable[..., Any], alike: int, lower: Lowering
+) -> AtOnce:
+    """``Scheme.at_once`` of a lowering that calls ``one``, where a device has an operator of lists of
+    linears in its place (``table.joined_by``).
+
+    Args:
+        alike: how many arguments of ``one`` linears have in common; the operator takes lists of others.
+    """
+
+    def at_once(
+        x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, settings: Any
+    ) -> Tensor | None:
+        found = table.joined_by(operator, x.device.type, family)
+        if found is None:
+            return None
+        several = found[0]
+
+        def call(target: Callable[..., Any], *args: Any) -> Any:
+            if target is not one:
+                return target(*args)
+            lists = ([] if each is None else [each] for each in args[alike:])
+            return several(*args[:alike], *lists)[0]
+
+        return lower(call, x, weight, bias, settings)
+
+    return at_once
 
 
 @functools.cache

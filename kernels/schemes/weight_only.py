@@ -5,9 +5,9 @@
 
 The first is LLM.int8()'s outlier product with all of x in it, by the same operators and from the same
 packed weights: ``"all"`` is its decomposition, for which a CPU has a product of its own that quantises
-nothing (``kernels/cpu/weight_only.h``). The second de-quantises the weight where it is read: Inductor
-fuses that into a sum over K for one row of x, and into a pass over the weight before the product of
-more.
+nothing (``kernels/cpu/weight_only.h``). The second is a kernel's on a GPU
+(``kernels/gpu/grouped_gemm.py``). On a CPU it de-quantises the weight where it is read: Inductor fuses
+that into a sum over K for one row of x, and into a pass over the weight before the product of more.
 
 Subnormal x counts, but for bf16 on AVX512-BF16: its instruction takes subnormal operands and sums for
 0, so that y is off by up to K · 2^-126 · 128 · w_scale more. A library's product of a group's weights
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8fx.kernels import table
-from int8fx.kernels.formats.groups import dequantize_groups, grouped
+from int8fx.kernels.formats.groups import FAMILY, dequantize_groups, grouped
 from int8fx.kernels.formats.int8 import PER_CHANNEL
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.kernels.ops.gradients import bias_gradient
@@ -31,7 +31,7 @@ from int8fx.kernels.ops.library import register
 from int8fx.kernels.ops.quantize_reference import EVERYTHING
 from int8fx.kernels.schemes import int8
 from int8fx.kernels.schemes import settings as allowed
-from int8fx.kernels.schemes.scheme import Call, Scheme
+from int8fx.kernels.schemes.scheme import Call, Scheme, at_once_by_lists
 
 WHOLE = int8.Outliers(EVERYTHING, "all")
 
@@ -60,6 +60,9 @@ W8A16 = Scheme(
 
 
 # --- by groups ------------------------------------------------------------------------------------
+
+
+GROUP_LINEAR = "group_linear"  # as the kernel table calls it
 
 
 def group_linear_reference(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,5 +125,6 @@ W8A16_GROUP = Scheme(
     Groups,
     lower=lower_groups,
     decompositions={group_linear: group_linear_reference},
-    operator="group_linear",
+    operator=GROUP_LINEAR,
+    at_once=at_once_by_lists(GROUP_LINEAR, FAMILY, group_linear, 1, lower_groups),
 )

@@ -195,8 +195,8 @@ class Body:
 def _body_of(pieces: list[list[fx.Node]], memory: Memory) -> tuple[Body | None, str]:
     """A body of the copies that are equal; or None, and why there is none."""
     views = {place for calls in pieces for place in _views_that_leave(calls, memory)}
-    kept = ([call for place, call in enumerate(calls) if place not in views] for calls in pieces)
-    copies = [_copy(calls) for calls in kept]
+    bodies = ([call for place, call in enumerate(calls) if place not in views] for calls in pieces)
+    copies = [_copy(calls) for calls in bodies]
     form, count = Counter(copy.form for copy in copies).most_common(1)[0]
     if count < LEAST_COPIES:
         return None, UNLIKE

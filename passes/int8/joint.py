@@ -36,7 +36,7 @@ class Joint:
 
     Attributes:
         one: that of a single linear.
-        several: that of several.
+        several: that of several; None: only a device's own is there.
         alike: the arguments that the linears of a call have in common.
         of_each: the arguments of ``one`` that ``several`` has a list of, and its names for them.
         alone: why a linear stays what it is, for reports.
@@ -44,7 +44,7 @@ class Joint:
     """
 
     one: Callable[..., Any]
-    several: Callable[..., Any]
+    several: Callable[..., Any] | None
     alike: tuple[str, ...]
     of_each: Mapping[str, str]
     alone: str

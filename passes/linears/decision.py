@@ -1,5 +1,6 @@
 """What became of each linear or matmul: rewritten, or left alone for a reason a person can read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -35,3 +36,11 @@ class Decision:
         experts = f"E={self.experts}, " if self.experts else ""
         size = "" if self.shape is None else f" [{experts}N={self.shape[0]}, K={self.shape[1]}]"
         return f"{self.path}{size} {self.spelling}: {what}"
+
+
+def in_schemes(names: Iterable[str]) -> str:
+    """How weights are kept, for a sentence: ``in llm.int8``, or ``in llm.int8 and w4a16-group``."""
+    *others, last = dict.fromkeys(names) or [""]
+    if not last:
+        return "quantised"
+    return f"in {', '.join(others)} and {last}" if others else f"in {last}"

@@ -18,6 +18,7 @@ from int8fx.testing.nogpu import alignment, offline
 HEADS = 32001, 50257, 51865, 30522, 3
 WIDTHS = ("N", "N0", "N1", "N2")
 ROWS = ("M", "S", "E")
+LENGTHS = ("K", "G")
 # sm_86, sm_89 and sm_120 have sm_80's tables and layouts.
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SPECIMENS = [specimen for arch in ARCHITECTURES for specimen in specimens.specimens(arch)]
@@ -35,7 +36,7 @@ def test_with_an_odd_number_of_output_channels(specimen):
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
 def test_with_nothing_that_divides(specimen):
-    assert specimen.misaligned((*WIDTHS, *ROWS, "K")) == []
+    assert specimen.misaligned((*WIDTHS, *ROWS, *LENGTHS)) == []
 
 
 @triton.jit

@@ -17,7 +17,6 @@ from int8fx.kernels.gpu import experts as gpu_experts
 from int8fx.kernels.gpu import launch
 from int8fx.kernels.gpu import linear as gpu
 from int8fx.kernels.gpu.decode import quantized_linear_reference
-from int8fx.kernels.ops import grouped_linear
 from int8fx.kernels.ops.quantize_reference import quantize_weight
 from int8fx.testing.gpuless import blocks
 from int8fx.testing.gpuless.int8_launches import LinearCheck, relative_error
@@ -306,13 +305,9 @@ def test_gradients_of_experts_are_straight_through(monkeypatch, is_sorted):
         torch.testing.assert_close(x.grad[mine], expected, rtol=1e-5, atol=1e-4)
 
 
-# The others have no kernel for a GPU, and stay in float there. nf4 is de-quantised by a constant of
-# Inductor's, its codebook, which cannot be copied to a GPU that is not there.
-ON_A_GPU = {
-    name: scheme
-    for name, scheme in int8fx.SCHEMES.items()
-    if scheme.choice().operator not in grouped_linear.OPERATORS and name != "nf4"
-}
+# nf4 is de-quantised by a constant of Inductor's, its codebook, which cannot be copied to a GPU that is
+# not there.
+ON_A_GPU = {name: scheme for name, scheme in int8fx.SCHEMES.items() if name != "nf4"}
 
 
 class EachScheme(torch.nn.Module):
@@ -357,9 +352,9 @@ def test_every_scheme_is_its_reference_and_compiles(M, K):
     # One rounding of the outlier product and one of the result, beside that of the result alone.
     assert all(error < 2 * TOLERANCE[torch.float16] for error in errors.values()), errors
     # Our kernels multiply for the five schemes whose rows they quantise (w8a16's are outliers all, and
-    # of more than 16 rows left in float), and cuBLAS, in int8, for the four with rows of their own: up
-    # to 16 rows these are sums of Inductor's.
-    assert sum(map(linears_of, launches)) == (4 if M > 16 else 5)
+    # of more than 16 rows left in float), and for the three by groups. For the four with rows of their
+    # own cuBLAS does, in int8: up to 16 rows these are sums of Inductor's.
+    assert sum(map(linears_of, launches)) == (7 if M > 16 else 8)
     if M > 16:
         (reason,) = left.values()
         assert "'w8a16' on a GPU is faster than 16-bit up to 16 rows" in reason and "has 40" in reason

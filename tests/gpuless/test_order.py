@@ -18,7 +18,7 @@ from int8fx.kernels.gpu.columns import outlier_columns_reference
 from int8fx.kernels.gpu.gather import quantize_gather_reference
 from int8fx.kernels.gpu.residues import outlier_residues
 from int8fx.kernels.ops.quantize_reference import quantize_reference, quantize_weight
-from int8fx.testing.gpuless import expert_runs, kernel_runs
+from int8fx.testing.gpuless import expert_runs, grouped_runs, kernel_runs
 from int8fx.testing.gpuless.int8_launches import relative_error
 from int8fx.testing.gpuless.where import launched_by
 from int8fx.testing.nogpu.guard import poisoned, poisoned_like
@@ -201,12 +201,23 @@ def experts() -> None:
     assert not y.isnan().any()
 
 
+def groups(parts: int, in_int8: bool) -> None:
+    """Whose programs count themselves, where K is split."""
+    given = grouped_runs.case(2, 320, [40, 7], 32, "integer", in_int8=in_int8)
+    grouped_runs.check(given, parts=parts)
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     **{f"product, {parts} parts": functools.partial(product, parts) for parts in (1, 2, 3, 4)},
     **{
         f"decode, {parts} parts{', quantises' * way}": functools.partial(decode, parts, way)
         for parts in (1, 2, 4)
         for way in (False, True)
+    },
+    **{
+        f"groups, {parts} parts{', int8' * in_int8}": functools.partial(groups, parts, in_int8)
+        for parts in (1, 2, 4)
+        for in_int8 in (False, True)
     },
     "gather": gathering,
     "norm": norms,
@@ -225,6 +236,7 @@ def test_programs_in_any_order_give_the_same_result(check, resident):
 RELIES_ON = [
     *((f"product, {parts} parts", guard) for parts in (2, 3) for guard in GUARDS),
     *(("decode, 4 parts", guard) for guard in GUARDS),
+    *(("groups, 4 parts", guard) for guard in GUARDS),
     ("decode, 1 parts, quantises", "barriers"),
     ("gather", "barriers"),
 ]

@@ -20,10 +20,10 @@ from int8fx.analysis.explanation.record import (
 from int8fx.analysis.explanation.text import legend, sentences
 
 STYLE = """
-.int8fx { font: 13px/1.4 system-ui, sans-serif }
+.int8fx { font: 13px/18px system-ui, sans-serif }
 .int8fx .scroll { overflow-x: auto; margin: 1em 0 }
-.int8fx table { border-collapse: collapse }
-.int8fx th, .int8fx td { padding: .15em .7em; text-align: right; white-space: nowrap;
+.int8fx table { border-collapse: separate; border-spacing: 0 }
+.int8fx th, .int8fx td { padding: 2px .7em; text-align: right; white-space: nowrap;
   border-bottom: 1px solid rgba(127, 127, 127, .3) }
 .int8fx td:first-child, .int8fx th:first-child { text-align: left }
 .int8fx td:first-child { font-family: monospace }
@@ -36,11 +36,16 @@ body { margin: 1em; max-width: 75em }
 h1 { font: 600 20px/1.3 system-ui, sans-serif; overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em }
 dd { margin: 0; overflow-wrap: anywhere }
-.int8fx img { max-width: 100% }
+.int8fx img { display: block; max-width: 100% }
 .int8fx td:first-child, .int8fx th:first-child { position: sticky; left: 0; background: Canvas }
 .int8fx th { cursor: pointer; user-select: none }
 .int8fx th[aria-sort=ascending]::after { content: " \\2191" }
 .int8fx th[aria-sort=descending]::after { content: " \\2193" }
+@media (max-width: 600px) {
+  .int8fx th, .int8fx td { padding: 2px .4em }
+  .int8fx td:first-child { white-space: normal; min-width: 17ch }
+  .int8fx img { max-width: none; width: 48em }
+}
 @media (prefers-color-scheme: dark) { .int8fx img { filter: invert(1) hue-rotate(180deg) } }
 """
 # Numbers sort by the one that a cell begins with, largest first; other cells as text.
@@ -66,6 +71,7 @@ for (const heading of document.querySelectorAll("th")) {
 }
 """
 SENTENCES = ("reason", "left")  # what columns of words are headed
+PATHS = ("module", "modules", "pass")
 TITLE = "What int8fx does to {}"
 
 
@@ -101,8 +107,8 @@ def page(explanation: Findings) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{PAGE_STYLE}</style></head><body>"
         f'<div class="int8fx"><h1>{title}</h1>{_facts(explanation)}</div>{fragment(explanation)}'
-        '<div class="int8fx"><img alt="outliers, SQNR, memory and thresholds" '
-        f'src="data:image/png;base64,{source}"></div><script>{SCRIPT}</script></body></html>'
+        '<div class="int8fx"><div class="scroll"><img alt="outliers, SQNR, memory and thresholds" '
+        f'src="data:image/png;base64,{source}"></div></div><script>{SCRIPT}</script></body></html>'
     )
 
 
@@ -134,7 +140,10 @@ def _row(row: Row) -> list[tuple[str, str]]:
 
 def _cell(tag: str, heading: str, text: str) -> str:
     style = ' class="note"' if heading in SENTENCES else ""
-    return f"<{tag}{style}>{html.escape(text)}</{tag}>"
+    shown = html.escape(text)
+    if heading in PATHS:
+        shown = shown.replace(".", ".<wbr>")  # where a narrow screen breaks it
+    return f"<{tag}{style}>{shown}</{tag}>"
 
 
 def _table(rows: Sequence[tuple[Iterable[tuple[str, str]], str]]) -> str:

@@ -164,16 +164,16 @@ class Int8FxConfig(QuantizationConfig):
         ValueError: the options are not for what the files hold.
         """
         choice = self._one_choice(paths)
-        kept, name = choice.weight_format, choice.scheme.name
-        if found := stored.mismatch(kept):
+        weight_format, name = choice.weight_format, choice.scheme.name
+        if found := stored.mismatch(weight_format):
             raise ValueError(
                 f"{TAKER}: the files hold {paths[0]} as {found}, and the scheme {name!r} keeps weights "
-                f"as {kept.name}"
+                f"as {weight_format.name}"
             )
-        if not all(part.dims[:1] == (ROWS,) for part in kept.parts):
+        if not all(part.dims[:1] == (ROWS,) for part in weight_format.parts):
             raise ValueError(
-                f"{TAKER}: the files hold {paths[0]} as {kept.name}, of which a part does not have the "
-                "rows of the weight; give the float model, and vLLM quantises it"
+                f"{TAKER}: the files hold {paths[0]} as {weight_format.name}, of which a part does not "
+                "have the rows of the weight; give the float model, and vLLM quantises it"
             )
         if self.options.calibration is not None and getattr(choice.settings, "keeps_columns", False):
             raise ValueError(

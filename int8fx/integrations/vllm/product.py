@@ -51,13 +51,13 @@ def quantized(weight: Tensor, choice: Choice, widths: Sequence[int]) -> Quantize
     Args:
         widths: N of each matrix that it is made of. One scale for a whole matrix is one for each.
     """
-    kept = choice.weight_format
-    if kept.granularity != TENSOR or len(widths) == 1:
+    weight_format = choice.weight_format
+    if weight_format.granularity != TENSOR or len(widths) == 1:
         return QuantizedWeight.quantized(weight, choice, transposed=False)
     N, K = weight.shape
-    each = [kept.quantize(matrix) for matrix in weight.split(list(widths))]
+    each = [weight_format.quantize(matrix) for matrix in weight.split(list(widths))]
     stored = [torch.cat(parts) for parts in zip(*each, strict=True)]
-    packed = packing.pack(kept, stored, N, K)
+    packed = packing.pack(weight_format, stored, N, K)
     form = {"N": N, "K": K, "dtype": weight.dtype, "transposed": False}
     return QuantizedWeight(*packed, choice=choice, **form)
 

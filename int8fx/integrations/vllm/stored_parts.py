@@ -58,9 +58,11 @@ def _dtypes(like: QuantizedWeight, stored: StoredWeight) -> dict[str, torch.dtyp
     """Of each tensor. A part that is no number of bits has that of the float weight."""
     if stored.is_plain:
         return {name: torch.int8 if name == WEIGHT else torch.float32 for name in stored.sizes}
-    kept = like.weight_format
-    names = state_dict.part_names(WEIGHT, kept)
-    return {name: part.dtype or like.dtype for name, part in zip(names, kept.parts, strict=True)}
+    weight_format = like.weight_format
+    names = state_dict.part_names(WEIGHT, weight_format)
+    return {
+        name: part.dtype or like.dtype for name, part in zip(names, weight_format.parts, strict=True)
+    }
 
 
 def _matrix(loader: Loader) -> Loader:

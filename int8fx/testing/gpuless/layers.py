@@ -16,10 +16,12 @@ from int8fx.testing.nogpu.inductor import Kernel, NotExecuted, Wrapper, retarget
 LAYER_WIDTH = 512
 OF_EXPERTS = ("quantize_experts_kernel", "expert_gemm_kernel")
 OF_ROTATED = ("rotate_kernel", "rotated_gemm_kernel")
+OF_GROUPS = ("grouped_gemm_kernel",)
 OURS = (
     *("decode_kernel", "norm_kernel", "quantize_gather_kernel", "gemm_kernel"),
     *OF_EXPERTS,
     *OF_ROTATED,
+    *OF_GROUPS,
 )
 
 

@@ -55,17 +55,19 @@ class RotatedCheck:
                 x, columns, 0.0, given["SIZE"], self.rotation
             )
             off = (given["x_int8_ptr"][index].int() - x_int8.int()).abs().max()
-            kept = given["x_columns_ptr"][index, :, : len(columns)] if len(columns) else x_columns
+            given_columns = (
+                given["x_columns_ptr"][index, :, : len(columns)] if len(columns) else x_columns
+            )
             if given["NORM"]:
                 assert off <= 1
                 # A unit in the last place of h, of its dtype.
                 close = {"rtol": 2 * torch.finfo(x.dtype).eps, "atol": 1e-5}
                 torch.testing.assert_close(given["x_scale_ptr"][index], x_scale, **close)
-                torch.testing.assert_close(kept, x_columns, **close)
+                torch.testing.assert_close(given_columns, x_columns, **close)
             else:
                 assert off == 0
                 assert torch.equal(given["x_scale_ptr"][index], x_scale)
-                assert torch.equal(kept, x_columns)
+                assert torch.equal(given_columns, x_columns)
 
     def _check_product(self, launch: Launch) -> None:
         """Compares one launch, and a run of it without the columns' product."""

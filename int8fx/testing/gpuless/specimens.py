@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from int8fx.kernels.formats.grouped import WHOLE
 from int8fx.kernels.gpu import configs
 from int8fx.kernels.gpu.decode import decode_kernel, scan_shape
 from int8fx.kernels.gpu.experts import expert_gemm_kernel, list_shape, quantize_experts_kernel
 from int8fx.kernels.gpu.experts_gradient import LAUNCH, SHAPE, expert_gradient_kernel
 from int8fx.kernels.gpu.gather import launch_shape, quantize_gather_kernel
 from int8fx.kernels.gpu.gemm import gemm_kernel
+from int8fx.kernels.gpu.grouped_configs import GroupedConfig, group_columns, rows_of_table, step_columns
+from int8fx.kernels.gpu.grouped_gemm import grouped_gemm_kernel
 from int8fx.kernels.gpu.norm import norm_kernel, norm_shape, serves
 from int8fx.kernels.gpu.residues import RESIDUES
 from int8fx.kernels.gpu.rotate import columns_room, rotate_kernel, rotate_shape
@@ -23,7 +26,7 @@ from int8fx.kernels.ops.rotation import block_of
 from int8fx.testing.nogpu import alignment, sass
 from int8fx.testing.nogpu.offline import compile_kernel
 
-_ITEMSIZES = {"i8": 1, "i16": 2, "fp16": 2, "bf16": 2, "i32": 4, "fp32": 4, "i64": 8}
+_ITEMSIZES = {"i8": 1, "u8": 1, "i16": 2, "fp16": 2, "bf16": 2, "i32": 4, "fp32": 4, "i64": 8}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _NORMS = "rms, rounded", "layer, bias"  # the simplest, and the one that takes most
 _CAPACITIES = {"X_CAPACITY": "i32", "W_CAPACITY": "i32"}
@@ -44,6 +47,19 @@ GATHERS = (
     (4096, 14336, True, ""),
     (4096, 14336, True, _NORMS[1]),
     (4096, 14336, False, _NORMS[0]),
+)
+# Of weights by groups, with a decode step: the group, its zeros, whether rows are in int8, and bits.
+GROUPS = (
+    (128, "middle", True, 4),
+    (128, "integer", True, 4),
+    (32, "integer", True, 4),
+    (48, "float", True, 4),
+    (WHOLE, "middle", True, 4),
+    (128, "middle", False, 4),
+    (32, "integer", False, 4),
+    (96, "offset", False, 4),
+    (16, "middle", False, 4),
+    (256, "middle", False, 8),
 )
 # Of rows that are rotated: K, the largest block, static columns, a norm.
 ROTATIONS = (
@@ -144,6 +160,7 @@ def specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
         yield experts(arch, config, dtype)
     yield expert_gradient(arch, dtype)
     yield from rotated_specimens(arch, dtype)
+    yield from grouped_specimens(arch, dtype)
 
 
 def rotated_specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
@@ -161,6 +178,18 @@ def rotated_specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
         if configs.counts_parts(arch) and config.block_m == 128 == config.block_n:
             split = dataclasses.replace(config, parts=2)
             yield rotated_product(arch, of_product(split), 1, dtype)
+
+
+def grouped_specimens(arch: str, dtype: str = "fp16") -> Iterator[Specimen]:
+    """Those of weights by groups: each row of the table with rows of both kinds, and for a decode step
+    groups of every kind."""
+    first, *others = rows_of_table(arch, DTYPES[dtype])
+    for group, zeros, in_int8, bits in GROUPS:
+        yield grouped_product(arch, first, group, zeros, in_int8, bits, dtype)
+    for row in others:
+        yield grouped_product(arch, row, 32, "integer", True, 4, dtype)
+        yield grouped_product(arch, row, 128, "integer", False, 4, dtype)
+    yield grouped_product(arch, others[-1], 128, "middle", False, 8, dtype)
 
 
 @functools.cache
@@ -271,9 +300,9 @@ def rotate(
     operands = {"addend_ptr": norm, "sum_ptr": norm, "weight_ptr": norm, "bias_ptr": "bias" in norm}
     pointers |= {name: f"*{dtype}" for name, there in operands.items() if there}
     constants |= {name: None for name, there in operands.items() if not there}
-    kept = f", {columns} columns" if columns else ""
+    with_columns = f", {columns} columns" if columns else ""
     return Specimen(
-        f"rotate by {size}{f' ({norm})' if norm else ''}, K = {K}{kept}, {dtype}",
+        f"rotate by {size}{f' ({norm})' if norm else ''}, K = {K}{with_columns}, {dtype}",
         arch,
         rotate_kernel,
         pointers | {"M": "i32", "K": "i32", "eps": "fp64"},
@@ -309,6 +338,49 @@ def rotated_product(
         c.num_warps,
         c.num_stages,
         blocks if dtype != "fp32" and c.parts == 1 else 1,
+    )
+
+
+@functools.cache
+def grouped_product(
+    arch: str,
+    config: GroupedConfig,
+    group: int,
+    zeros: str,
+    in_int8: bool,
+    bits: int = 4,
+    dtype: str = "fp16",
+) -> Specimen:
+    """Of three linears, which keep different columns where rows are in int8."""
+    block_k = step_columns(group, bits, config.block_k)
+    splits = config.block_m == 16 and configs.counts_parts(arch)
+    c = dataclasses.replace(config, block_k=block_k, parts=4 if splits else 1)
+    columns = 8 if in_int8 else 0
+    zero = {"integer": "*u8"}.get(zeros, f"*{dtype}")
+    pointers = {f"w{index}_ptr": "*u8" if bits == 4 else "*i8" for index in range(3)}
+    pointers |= {f"zero{index}_ptr": zero for index in range(3)}
+    for name in ("scale", "w_columns"):
+        pointers |= {f"{name}{index}_ptr": f"*{dtype}" for index in range(3)}
+    rows = {"x_ptr": "*i8" if in_int8 else f"*{dtype}", "x_columns_ptr": f"*{dtype}"}
+    given = _linears(dtype)
+    return Specimen(
+        f"groups of {group}, {zeros}, {bits} bits, {c.block_m}x{c.block_n}x{c.block_k}, "
+        f"{'int8 and ' * in_int8}{dtype}",
+        arch,
+        grouped_gemm_kernel,
+        {name: kind for name, kind in given.items() if not name.startswith("w_scale")}
+        | pointers
+        | rows
+        | {"x_scale_ptr": "*fp32", "parts_ptr": "*fp32", "W": "i32", "G": "i32"}
+        | dict.fromkeys(("sets_ptr", "counters_ptr"), "*i32"),
+        c.constants(K=4096)
+        | {"GROUP": group_columns(group), "ZEROS": zeros, "BITS": bits, "GROUP_M": 8}
+        | {"GROUPED": True, "SETS": in_int8, "HAS_BIAS": True}
+        | {"COLUMNS": columns, "ROOM": columns_room(columns), "PRECISION": _precision(arch, dtype)},
+        c.num_warps,
+        c.num_stages,
+        c.blocks if dtype != "fp32" else 1,
+        multiplies=in_int8,
     )
 
 

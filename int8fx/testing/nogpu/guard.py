@@ -44,4 +44,6 @@ def assert_intact(*tensors: Tensor) -> None:
 def _poison(dtype: torch.dtype) -> float | int | bool:
     if dtype.is_floating_point:
         return float("nan")
+    if dtype == torch.uint8:
+        return _INTEGER_POISON & 0xFF
     return True if dtype == torch.bool else _INTEGER_POISON

@@ -67,10 +67,10 @@ class Basis:
 
     def stored(self, weight: Tensor, found: Codes) -> Sequence[Tensor]:
         """The parts of the scheme's format."""
-        settings, kept = self._settings, self.choice.weight_format
+        settings, weight_format = self._settings, self.choice.weight_format
         K = weight.shape[1]
         codes = F.pad(found.codes, (0, -found.codes.shape[1] % max(settings.group_size, 1)))
-        stored = [pack_bits(codes, kept.bits), *found.parts]
+        stored = [pack_bits(codes, weight_format.bits), *found.parts]
         if settings.act_order:
             in_order = torch.arange(K, dtype=torch.int32, device=weight.device)
             stored.append(in_order if found.order is None else found.order)

@@ -33,8 +33,8 @@ _LEAST_GROUP = 16
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A weight as it is kept: its scheme, and the parts of its format."""
+class InScheme:
+    """A weight in a scheme, and the parts of its format."""
 
     choice: Choice
     parts: Sequence[Tensor]
@@ -58,11 +58,11 @@ def quantized(
         weight = neutral.weight.to(dtype)
         choice = scheme_named(scheme or DEFAULT).choice()
         return QuantizedWeight.quantized(weight.t() if transposed else weight, choice, transposed)
-    kept = _kept(neutral, name)
-    choice = _asked_for(kept.choice, scheme, name) if scheme else kept.choice
-    packed = packing.pack(choice.weight_format, kept.parts, N, K)
+    read = _in_scheme(neutral, name)
+    choice = _asked_for(read.choice, scheme, name) if scheme else read.choice
+    packed = packing.pack(choice.weight_format, read.parts, N, K)
     # What is mapped from a file must not be what a weight consists of.
-    owned = [part.clone() if any(part is each for each in kept.parts) else part for part in packed]
+    owned = [part.clone() if any(part is each for each in read.parts) else part for part in packed]
     return QuantizedWeight(*owned, choice=choice, N=N, K=K, dtype=dtype, transposed=transposed)
 
 
@@ -72,7 +72,7 @@ def scheme_of(neutral: Neutral, name: str) -> str:
     Raises:
         CheckpointError: nothing keeps it exactly.
     """
-    return DEFAULT if isinstance(neutral, Values) else _kept(neutral, name).choice.scheme.name
+    return DEFAULT if isinstance(neutral, Values) else _in_scheme(neutral, name).choice.scheme.name
 
 
 def _asked_for(choice: Choice, scheme: str, name: str) -> Choice:
@@ -93,7 +93,7 @@ def _asked_for(choice: Choice, scheme: str, name: str) -> Choice:
     return asked
 
 
-def _kept(neutral: Grouped | Coded | Rotated, name: str) -> Kept:
+def _in_scheme(neutral: Grouped | Coded | Rotated, name: str) -> InScheme:
     if isinstance(neutral, Coded):
         return _coded(neutral, name)
     if isinstance(neutral, Rotated):
@@ -110,14 +110,14 @@ def _choice(scheme: str, **settings: Any) -> Choice:
     return scheme_named(scheme).choice(**settings)
 
 
-def _int8(neutral: Grouped, name: str) -> Kept:
+def _int8(neutral: Grouped, name: str) -> InScheme:
     K, scale = neutral.shape[1], neutral.scale.float()
     if scale.shape[1] == 1:
         owner: Mapping[str, Any] = neutral.owner or {"scheme": "w8a16"}
-        return Kept(_choice(**owner), _per_channel(neutral.codes, scale.squeeze(1), name))
+        return InScheme(_choice(**owner), _per_channel(neutral.codes, scale.squeeze(1), name))
     _check_group(neutral.group, name)
     padded = torch.nn.functional.pad(neutral.codes, (0, -K % neutral.group))
-    return Kept(_choice("w8a16-group", group_size=neutral.group), (padded, scale.contiguous()))
+    return InScheme(_choice("w8a16-group", group_size=neutral.group), (padded, scale.contiguous()))
 
 
 def _per_channel(codes: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _per_channel(codes: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Tenso
     return codes.masked_fill(of_zeros.unsqueeze(1), 0), scale.masked_fill(of_zeros, 1)
 
 
-def _grouped(neutral: Grouped, name: str) -> Kept:
+def _grouped(neutral: Grouped, name: str) -> InScheme:
     neutral = _unsigned(_with_one_zero(neutral))
     K, bits = neutral.shape[1], neutral.bits
     zeros, zero_point = _zeros(neutral)
@@ -147,7 +147,7 @@ def _grouped(neutral: Grouped, name: str) -> Kept:
         parts = _in_blocks(neutral, zero_point, g_idx, group, zeros)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    return Kept(choice, parts)
+    return InScheme(choice, parts)
 
 
 def _in_blocks(
@@ -218,7 +218,7 @@ def _zeros(neutral: Grouped) -> tuple[str, Tensor | None]:
     return ("float" if zero_point.is_floating_point() else "integer"), zero_point
 
 
-def _by_rows(neutral: Grouped, name: str) -> Kept:
+def _by_rows(neutral: Grouped, name: str) -> InScheme:
     neutral = _unsigned(_with_one_zero(neutral))
     zeros, zero_point = _zeros(neutral)
     N = neutral.shape[0]
@@ -232,10 +232,10 @@ def _by_rows(neutral: Grouped, name: str) -> Kept:
         None if zero_point is None else zero_point.t(),
         neutral.bits,
     )
-    return Kept(choice, parts)
+    return InScheme(choice, parts)
 
 
-def _coded(neutral: Coded, name: str) -> Kept:
+def _coded(neutral: Coded, name: str) -> InScheme:
     K = neutral.shape[1]
     kind = next((k for k, values in codebook.CODEBOOKS.items() if _is(neutral.codebook, values)), None)
     if kind is None:
@@ -245,7 +245,7 @@ def _coded(neutral: Coded, name: str) -> Kept:
         for packed, absmax, rows in _pieces(neutral)
     ]
     parts = [torch.cat(each) for each in zip(*(parts for _, parts in pieces), strict=True)]
-    return Kept(_choice("nf4", quant_type=kind, blocksize=pieces[0][0], double_quant=False), parts)
+    return InScheme(_choice("nf4", quant_type=kind, blocksize=pieces[0][0], double_quant=False), parts)
 
 
 def _pieces(neutral: Coded) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -269,9 +269,9 @@ def _is(found: Tensor, values: Sequence[float]) -> bool:
     return torch.equal(found.float(), expected)
 
 
-def _rotated(neutral: Rotated) -> Kept:
+def _rotated(neutral: Rotated) -> InScheme:
     N, K = neutral.shape
     choice = _choice("int8-rotated", block=neutral.block, rotation="convrot")
     codes = from_regular(neutral.codes, K, neutral.block, "convrot")
     columns = torch.empty(N, 0, dtype=torch.float32, device=codes.device)
-    return Kept(choice, (codes, neutral.scale.contiguous(), columns))
+    return InScheme(choice, (codes, neutral.scale.contiguous(), columns))

@@ -30,7 +30,7 @@ constexpr bool FETCHES_NEAR = false;
 inline int64_t tile_rows(const Lhs& a) { return std::min<int64_t>(TILE_ROWS, a.in.M); }
 
 struct Isa : avx512_vnni::VectorIsa {
-  static constexpr int MR = 32, MR_ALONE = 32, MR_STEP = TILE_ROWS, PANELS = 2;
+  static constexpr int MR = 32, MR_ALONE = 32, MR_STEP = TILE_ROWS, MICRO_PANELS = 2;
   static constexpr int OUTLIER_ROWS = 16, MIN_ROWS = 2;
 
   using Activation = int8_t;
@@ -77,16 +77,16 @@ inline void pack_tile(const Lhs& a, int64_t tile) {
   }
 }
 
-// TALL x WIDE tiles of sums; 2 x 2 needs one load per multiply, the least that 8 tiles allow.
-template <bool TALL, bool WIDE>
+// M_TILES x N_TILES tiles of sums; 2 x 2 needs one load per multiply, the least that 8 tiles allow.
+template <int M_TILES, int N_TILES>
 void dot_tiles(
     const int8_t* x, int64_t height, const int8_t* w, int64_t w_stride, int64_t k_padded,
     int32_t* acc, Prefetch ahead) {
   asm volatile("" ::: "memory");  // the tile loads below do not say that they read memory
   _tile_zero(0);
-  if constexpr (WIDE) _tile_zero(1);
-  if constexpr (TALL) _tile_zero(2);
-  if constexpr (TALL && WIDE) _tile_zero(3);
+  if constexpr (N_TILES == 2) _tile_zero(1);
+  if constexpr (M_TILES == 2) _tile_zero(2);
+  if constexpr (M_TILES == 2 && N_TILES == 2) _tile_zero(3);
   const int8_t* x2 = x + TILE_ROWS * k_padded;
   const int8_t* w2 = w + w_stride;
   for (int64_t k = 0; k < k_padded; k += TILE_K) {
@@ -94,21 +94,21 @@ void dot_tiles(
     _tile_loadd(4, x + k * height, TILE_K);
     _tile_loadd(6, w + k * NR, 64);
     _tile_dpbssd(0, 4, 6);
-    if constexpr (WIDE) {
+    if constexpr (N_TILES == 2) {
       _tile_loadd(7, w2 + k * NR, 64);
       _tile_dpbssd(1, 4, 7);
     }
-    if constexpr (TALL) {
+    if constexpr (M_TILES == 2) {
       _tile_loadd(5, x2 + k * height, TILE_K);
       _tile_dpbssd(2, 5, 6);
-      if constexpr (WIDE) _tile_dpbssd(3, 5, 7);
+      if constexpr (N_TILES == 2) _tile_dpbssd(3, 5, 7);
     }
   }
-  constexpr int64_t ROW = Isa::PANELS * NR;
+  constexpr int64_t ROW = Isa::MICRO_PANELS * NR;
   _tile_stored(0, acc, ROW * 4);
-  if constexpr (WIDE) _tile_stored(1, acc + NR, ROW * 4);
-  if constexpr (TALL) _tile_stored(2, acc + TILE_ROWS * ROW, ROW * 4);
-  if constexpr (TALL && WIDE) _tile_stored(3, acc + TILE_ROWS * ROW + NR, ROW * 4);
+  if constexpr (N_TILES == 2) _tile_stored(1, acc + NR, ROW * 4);
+  if constexpr (M_TILES == 2) _tile_stored(2, acc + TILE_ROWS * ROW, ROW * 4);
+  if constexpr (M_TILES == 2 && N_TILES == 2) _tile_stored(3, acc + TILE_ROWS * ROW + NR, ROW * 4);
 }
 
 template <int B>
@@ -116,7 +116,7 @@ void tile_product(
     const Lhs& a, int64_t m, int64_t rows, const int8_t* w, int64_t w_stride,
     int32_t* acc, Prefetch ahead) {
   const auto* x = static_cast<const int8_t*>(a.packed.x) + m * a.tiling.K_padded;
-  const auto tiles = rows > TILE_ROWS ? dot_tiles<true, B == 2> : dot_tiles<false, B == 2>;
+  const auto tiles = rows > TILE_ROWS ? dot_tiles<2, B> : dot_tiles<1, B>;
   tiles(x, tile_rows(a), w, w_stride, a.tiling.K_padded, acc, ahead);
 }
 

@@ -72,7 +72,7 @@ struct VectorIsa : Vectors {
 };
 
 struct Isa : VectorIsa {
-  static constexpr int MR = 2, MR_ALONE = 2, MR_STEP = 1, PANELS = 1, VECTORS = 4;
+  static constexpr int MR = 2, MR_ALONE = 2, MR_STEP = 1, MICRO_PANELS = 1, VECTORS = 4;
   static constexpr int OUTLIER_ROWS = 4, MIN_ROWS = 1;
 
   using Activation = int16_t;

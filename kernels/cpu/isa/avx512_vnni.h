@@ -109,7 +109,7 @@ inline void pack_group(const int8_t* x, int64_t stride, int64_t rows, uint8_t* o
 }
 
 struct Isa : VectorIsa {
-  static constexpr int MR = 12, MR_ALONE = 16, MR_STEP = 1, PANELS = 2, VECTORS = 1;
+  static constexpr int MR = 12, MR_ALONE = 16, MR_STEP = 1, MICRO_PANELS = 2, VECTORS = 1;
   static constexpr int OUTLIER_ROWS = 12, MIN_ROWS = 1;
 
   using Activation = uint8_t;

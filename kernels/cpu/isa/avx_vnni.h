@@ -17,7 +17,7 @@ constexpr int LANES = 8;
 #include "../vectors.h"
 
 struct Isa : avx2::VectorIsa {
-  static constexpr int MR = 6, MR_ALONE = 6, MR_STEP = 1, PANELS = 1, VECTORS = 2;
+  static constexpr int MR = 6, MR_ALONE = 6, MR_STEP = 1, MICRO_PANELS = 1, VECTORS = 2;
   static constexpr int OUTLIER_ROWS = 4, MIN_ROWS = 1;
 
   using Activation = uint8_t;

@@ -55,13 +55,13 @@ concept HasVectorHooks = requires(
   requires std::same_as<decltype(I::LOOKS_UP_AT_ONCE), const bool>;
 };
 
-// The micro-tile of the int8 product, MR rows x PANELS micro-panels of NR channels.
+// The micro-tile of the int8 product, MR rows x MICRO_PANELS micro-panels of NR channels.
 template <class I>
 concept HasTileHooks = requires(const Lhs& lhs) {
   requires I::MR > 0;             // rows, at most
   requires I::MR_ALONE >= I::MR;  // rows of a tile that no other rows follow, with one micro-panel
   requires I::MR_STEP > 0;        // rows of a tile are a multiple of it
-  requires I::PANELS == 1 || I::PANELS == 2;
+  requires I::MICRO_PANELS == 1 || I::MICRO_PANELS == 2;
   requires I::OUTLIER_ROWS > 0;   // rows that share one read of the outlier columns
   requires I::MIN_ROWS > 0;       // with fewer rows the next row of the table is as fast
   requires sizeof(typename I::Activation) > 0;  // a packed element of x_int8

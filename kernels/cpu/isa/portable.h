@@ -11,7 +11,7 @@ constexpr int LANES = 4;
 #include "../vectors.h"
 
 struct Isa : Vectors {
-  static constexpr int MR = 4, MR_ALONE = 4, MR_STEP = 1, PANELS = 1, VECTORS = 4;
+  static constexpr int MR = 4, MR_ALONE = 4, MR_STEP = 1, MICRO_PANELS = 1, VECTORS = 4;
   static constexpr int OUTLIER_ROWS = 4, MIN_ROWS = 1;
   static constexpr bool FMA_ROUNDS_ONCE = false;
   static constexpr bool LOOKS_UP_AT_ONCE = false;
