@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.formats.codebook import CODEBOOKS, absmax_of, codebook
+from int8fx.kernels.gpu import composed
 from int8fx.kernels.ops.codebook_linear import codebook_linear, codebook_linear_backward, decoded
 
 REASON = cpu.load()
@@ -85,3 +87,17 @@ def test_what_does_not_fit_is_an_error(broken, message):
     codebook_linear(torch.ones(1, 64), *weight_of("nf4", 48, 64, 16), None)  # the C++ one is loaded
     with pytest.raises(RuntimeError, match=message):
         codebook_linear(torch.ones(1, 64), *broken(weight_of("nf4", 48, 64, 16)), None)
+
+
+def test_a_gpu_fuses_its_formula_and_a_cpu_calls_the_operator():
+    weight, x = weight_of("nf4", 48, 64, 16), torch.randn(5, 64)
+    assert composed.codebook_linear(x, *weight, None) is NotImplemented
+    assert composed.codebook_linear_backward(torch.ones(5, 48), *weight, 64) is NotImplemented
+    with FakeTensorMode():  # a GPU that need not be there
+        parts = ((part.shape, part.dtype) for part in weight[:2])
+        packed, absmax = (torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in parts)
+        x = torch.empty(2, 5, 64, dtype=torch.bfloat16, device="cuda")
+        y = composed.codebook_linear(x, packed, absmax, *weight[2:], None)
+        grad = composed.codebook_linear_backward(y, packed, absmax, *weight[2:], 64)
+    assert (y.shape, y.dtype, y.device.type) == ((2, 5, 48), torch.bfloat16, "cuda")
+    assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
