@@ -35,16 +35,6 @@ REQUESTS = (1, 8, 32)
 FIRST = "first token"  # of one prompt of so many tokens
 PROMPT_TOKENS = 128
 ROUNDS, QUICK_ROUNDS = 3, 2
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, there was",
-    "Water boils at",
-    "The three laws of motion are",
-    "To bake bread, you need",
-    "In 1969, people",
-    "A prime number is",
-)
 INT8FX, BITSANDBYTES = "int8fx", "vllm-bnb-plugin"  # packages with a plugin
 REPLY = "measured: "  # what lines of a process begin with that are for this script
 
@@ -232,6 +222,8 @@ def preloads() -> tuple[Path, ...]:
 def serve(model: str, settings: dict[str, Any]) -> None:
     """The process: a line when it is ready, then seconds for each request that comes."""
     from vllm import LLM, SamplingParams, TokensPrompt
+
+    from int8fx.testing.serving import PROMPTS
 
     llm = LLM(model, dtype="bfloat16", max_model_len=512, max_num_seqs=max(REQUESTS), **settings)
     tokenizer = llm.get_tokenizer()

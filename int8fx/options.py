@@ -255,8 +255,8 @@ class Options:
 
     @property
     def _named_patterns(self) -> list[tuple[str, str]]:
-        # The default skip list is not the user's: most of its names are other models'.
-        default = OUTPUT_HEADS if self.skips_by_default else ()
+        # The default list is not the user's, written out or not: most of its names are other models'.
+        default = OUTPUT_HEADS if set(self.skip).issuperset(OUTPUT_HEADS) else ()
         skip = [("skip", pattern) for pattern in self.skip if pattern not in default]
         return [*skip, *(("only", pattern) for pattern in self.only or ())]
 

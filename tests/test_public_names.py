@@ -13,6 +13,7 @@ from torch import nn
 
 import int8fx
 from int8fx.option_names import QuantizeOptions
+from int8fx.options import OUTPUT_HEADS
 from int8fx.options_file import save_options
 from int8fx.weights.quantize import OPTIONS
 
@@ -193,6 +194,14 @@ def test_a_pattern_that_matches_nothing_warns_once_with_near_names(options, said
     messages = [str(each.message) for each in caught if "matches no linear" in str(each.message)]
     assert len(messages) == 1
     assert re.search(said, messages[0]), messages[0]
+
+
+@pytest.mark.parametrize("skip", [list(OUTPUT_HEADS), [*OUTPUT_HEADS, "1"]], ids=["default", "more"])
+def test_the_default_list_written_out_does_not_warn(skip):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        int8fx.quantize_(model, skip=skip)
 
 
 # --- how things print -----------------------------------------------------------------------------

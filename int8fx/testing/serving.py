@@ -35,6 +35,16 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
 }
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, there was",
+    "Water boils at",
+    "The three laws of motion are",
+    "To bake bread, you need",
+    "In 1969, people",
+    "A prime number is",
+)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = 3
 START = 300.0  # seconds that a server may take; most of it is Inductor's

@@ -11,16 +11,6 @@ import int8fx
 from int8fx.testing import serving
 
 TOKENS = 64
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, there was",
-    "Water boils at",
-    "The three laws of motion are",
-    "To bake bread, you need",
-    "In 1969, people",
-    "A prime number is",
-)
 TOKEN = {"decomposition": "token"}
 ONLINE = {"hf_overrides": {"quantization_config": {"quant_method": "int8fx", **TOKEN}}}
 # Which files, what vLLM is given, and what int8fx.quantize_ is given in transformers (None: bf16).
@@ -41,7 +31,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(files):
     tokenizer = AutoTokenizer.from_pretrained(files["bf16"])
-    return [tokenizer(text).input_ids for text in PROMPTS]
+    return [tokenizer(text).input_ids for text in serving.PROMPTS]
 
 
 def one_by_one(files, prompts, settings, dtype):
@@ -93,7 +83,7 @@ def compare(files, prompts, form, dtype):
         f"\n| {form} | {dtype} | {whole} of {len(gaps)} answers | {same} of {gaps.numel()} tokens | "
         f"others at most {gaps.amax():.4f} below |"
     )
-    for prompt, row in zip(PROMPTS, gaps, strict=True):
+    for prompt, row in zip(serving.PROMPTS, gaps, strict=True):
         places = [f"token {i + 1}: {row[i]:.4f}" for i in row.nonzero().flatten().tolist()]
         print(f"    {prompt!r}: {', '.join(places) or 'the same'}")
     return gaps, tokens
@@ -104,7 +94,7 @@ def test_greedy_answers_are_those_of_transformers(files, prompts, form):
     """In fp32 engines differ in the order of their sums alone. A value that rounds to another integer
     moves others over their boundary, layer by layer: transformers is as far from itself."""
     gaps, tokens = compare(files, prompts, form, "float32")
-    assert gaps.shape == (len(PROMPTS), TOKENS)
+    assert gaps.shape == (len(serving.PROMPTS), TOKENS)
     assert (gaps == 0).float().mean() > 0.9
     assert gaps.amax() < noise(files, prompts, tokens, FORMS[form][2])
 

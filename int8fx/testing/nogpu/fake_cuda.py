@@ -256,9 +256,10 @@ def _patch_device_interface() -> None:
 
 
 def _patch_fake_tensors() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses import fake_tensor
 
-    FakeTensorMode.avoid_device_init = property(lambda self: True)
+    fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)
+    fake_tensor.init_gpu_context = _always(None)  # torch 2.11 asks for CUDA itself
     if hasattr(torch._C, "_cuda_setDevice"):
         return
     # A CPU wheel has no device guard for CUDA, so x[:, None] on a fake CUDA tensor raises "PyTorch is
