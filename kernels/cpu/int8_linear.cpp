@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "attention_operator.h"
+#include "codebook_operator.h"
 #include "grouped_operator.h"
 #include "identity.h"
 #include "multiply.h"
@@ -134,6 +135,8 @@ TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("int8_linears.single", single_int8_linear);
   m.impl("rotated_linears", rotated_linears);
   m.impl("rotated_linear", rotated_linear);
+  m.impl("codebook_linear", codebook_linear);
+  m.impl("codebook_linear_backward", codebook_linear_backward);
   m.impl("grouped_linears", grouped_linears);
   m.impl("grouped_linear", grouped_linear);
   m.impl("grouped_float_linears", grouped_float_linears);

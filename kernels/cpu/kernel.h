@@ -17,6 +17,7 @@ static_assert(
 #include "quantize.h"
 #include "tile.h"
 #include "grouped.h"
+#include "codebook.h"
 #include "attention.h"
 #include "few_queries.h"
 #include "in_fp32.h"

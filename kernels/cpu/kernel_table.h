@@ -3,6 +3,7 @@
 
 #include "activations.h"
 #include "attention_call.h"
+#include "codebook_call.h"
 #include "dtypes.h"
 #include "packed_weight.h"
 
@@ -39,6 +40,7 @@ struct Kernel {
   Product int8;
   const Product& (*weight_only)(const Activations&);  // x as it is
   GroupedProducts grouped;
+  void (*decode_rows)(const Codebook&, int64_t n0, int64_t n1);
   int64_t queries;         // rows of an attention's tile
   // Work item `item` of the B * KV * ceil(G * M / (ITEM_TILES * queries)) of an attention.
   void (*attend)(const Attention&, int64_t item, float* scratch);

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8fx.kernels.formats.codes import pack_bits, unpack_bits
+from int8fx.kernels.formats.codes import pack_bits
 from int8fx.kernels.formats.format import ROWS, Axis, Part, WeightFormat
+from int8fx.kernels.ops.codebook_linear import decoded
 
 # Quantiles of the normal distribution, appendix E of the paper.
 _NF4 = (
@@ -76,11 +77,7 @@ def codebook(name: str, block: int = 64, nested: bool = False) -> WeightFormat:
 
     def dequantize(stored: Sequence[Tensor], N: int, K: int) -> Tensor:
         packed, *others = stored
-        absmax = absmax_of(others)
-        values = _values(name, packed.device).to(absmax.dtype)
-        codes = unpack_bits(packed, 4)[:, : absmax.shape[1] * block]
-        steps = values[codes.long()].unflatten(1, (-1, block))
-        return (steps * absmax.unsqueeze(-1)).flatten(1)[:, :K]
+        return decoded(packed, absmax_of(others), CODEBOOKS[name], block, K)
 
     by_block = (ROWS, Axis("K", block))
     absmax_parts = (

@@ -1,11 +1,16 @@
-"""``int8_linear`` on a GPU for rows that come quantised, composed of operators that Inductor has.
+"""Linears on a GPU that have no kernel of their own, composed of operators that Inductor has.
+
+``int8_linear`` for rows that come quantised:
 
 llm.int8 quantises inside its own kernels (``linear.py``). Schemes whose rows are quantised otherwise
 (``kernels/schemes/affine.py``) meet the weight here: the integer product is ``_int_mm``, for which
 Inductor has a Triton template beside cuBLAS, or up to 16 rows a sum that it turns into one kernel; the
 outlier product is a 16-bit one with the weight de-quantised before it.
+
+``codebook_linear`` and its gradient: Inductor fuses what de-quantises the weight.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8fx.kernels.gpu.packing import padded_rows
+from int8fx.kernels.ops.codebook_linear import decoded
 
 # What the integer product of cuBLAS wants of its sizes.
 _MORE_ROWS_THAN, _MULTIPLE = 16, 8
@@ -44,6 +50,24 @@ def int8_linear(
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(x_outlier.dtype).reshape(*x_int8.shape[:-1], weight.shape[0])
+
+
+def codebook_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, values: Sequence[float], block: int, bias: Tensor | None
+) -> Any:
+    """The formula of ``kernels/ops/codebook_linear.py``; NotImplemented for what is not on a GPU."""
+    if x.device.type != "cuda":
+        return NotImplemented
+    w_hat = decoded(packed, absmax, values, block, x.shape[-1]).to(x.dtype)
+    return F.linear(x, w_hat, None if bias is None else bias.to(x.dtype))
+
+
+def codebook_linear_backward(
+    grad: Tensor, packed: Tensor, absmax: Tensor, values: Sequence[float], block: int, K: int
+) -> Any:
+    if grad.device.type != "cuda":
+        return NotImplemented
+    return grad @ decoded(packed, absmax, values, block, K).to(grad.dtype)
 
 
 def _product(x_int8: Tensor, weight: Tensor) -> Tensor:

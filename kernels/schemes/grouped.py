@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8fx.kernels.formats.codebook import CODEBOOKS, codebook
+from int8fx.kernels.formats.codebook import CODEBOOKS, absmax_of, codebook
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.grouped import WHOLE, ZEROS, grouped
 from int8fx.kernels.formats.rotated_groups import rotated_groups
+from int8fx.kernels.gpu import composed
 from int8fx.kernels.ops import grouped_linear as ops
+from int8fx.kernels.ops.codebook_linear import codebook_linear, codebook_linear_backward
 from int8fx.kernels.ops.rotated_linear import quantize_rotated_reference
 from int8fx.kernels.ops.rotation import NONE, ROTATIONS, allowed_blocks, rotate_back_input
 from int8fx.kernels.schemes.rotated import allowed_block
@@ -157,12 +159,27 @@ WNA16_GROUP = Scheme(
     GroupsOfBits,
     each_expert=True,
 )
+
+
+def lower_codebook(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Codebook) -> Any:
+    """codebook_linear, of an absmax that is not nested."""
+    packed, *absmax = weight
+    values = list(CODEBOOKS[settings.quant_type])
+    whole = call(absmax_of, absmax)
+    return call(codebook_linear, x, packed, whole, values, settings.blocksize, bias)
+
+
 NF4 = Scheme(
     "nf4",
     "x as it is, w of a codebook of 16 values by blocks of blocksize along K",
     "QLoRA, arXiv 2305.14314; bitsandbytes",
     lambda settings: codebook(settings.quant_type, settings.blocksize, settings.double_quant),
     Codebook,
+    lower=lower_codebook,
+    decompositions={
+        codebook_linear: composed.codebook_linear,
+        codebook_linear_backward: composed.codebook_linear_backward,
+    },
     each_expert=True,
 )
 

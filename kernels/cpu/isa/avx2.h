@@ -22,6 +22,7 @@ constexpr int LANES = 8;
 
 struct VectorIsa : Vectors {
   static constexpr bool FMA_ROUNDS_ONCE = true;
+  static constexpr bool LOOKS_UP_AT_ONCE = true;
 
   static Words load_words(const void* p) {
     return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -45,6 +46,13 @@ struct VectorIsa : Vectors {
   }
   static Floats lowest_codes(Words codes) {
     return __builtin_convertvector((Ints)(codes & 15), Floats);
+  }
+  static Floats look_up(const float* values, Words index) {
+    const __m256i i = (__m256i)index;
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), i);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values + 8), i);
+    // Bit 3 of the index, where a sign is.
+    return (Floats)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(i, 28));
   }
   static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
     // Two products of at most 15 · 128 do not saturate.

@@ -25,6 +25,7 @@ constexpr int LANES = 16;
 
 struct VectorIsa : Vectors {
   static constexpr bool FMA_ROUNDS_ONCE = true;
+  static constexpr bool LOOKS_UP_AT_ONCE = true;
 
   static Words load_words(const void* p) {
     return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -48,6 +49,9 @@ struct VectorIsa : Vectors {
   static Floats lowest_codes(Words codes) {
     const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return (Floats)_mm512_permutexvar_ps((__m512i)codes, values);
+  }
+  static Floats look_up(const float* values, Words index) {
+    return (Floats)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(values));
   }
   static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(quad_of(x)));

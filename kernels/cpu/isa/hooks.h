@@ -46,10 +46,13 @@ concept HasVectorHooks = requires(
   { I::fma(v, v, v) } -> std::same_as<typename I::Floats>;         // a · b + c
   { I::fnma(v, v, v) } -> std::same_as<typename I::Floats>;        // c - a · b
   { I::lowest_codes(codes) } -> std::same_as<typename I::Floats>;  // the lowest 4 bits of each lane
+  { I::look_up(floats, codes) } -> std::same_as<typename I::Floats>;  // of 16 values
   // Adds the products of 4 codes from 0 to 15 in each lane with 4 int8, the same for every lane.
   { I::dot_codes(sums, codes, bytes) } -> std::same_as<typename I::Ints>;
   // Whether fma and fnma round once. If so, rows are quantised without a division.
   requires std::same_as<decltype(I::FMA_ROUNDS_ONCE), const bool>;
+  // Whether look_up is a few instructions, and not one for each lane.
+  requires std::same_as<decltype(I::LOOKS_UP_AT_ONCE), const bool>;
 };
 
 // The micro-tile of the int8 product, MR rows x MICRO_PANELS micro-panels of NR channels.

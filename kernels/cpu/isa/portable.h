@@ -14,6 +14,7 @@ struct Isa : Vectors {
   static constexpr int MR = 4, MR_ALONE = 4, MR_STEP = 1, MICRO_PANELS = 1, VECTORS = 4;
   static constexpr int OUTLIER_ROWS = 4, MIN_ROWS = 1;
   static constexpr bool FMA_ROUNDS_ONCE = false;
+  static constexpr bool LOOKS_UP_AT_ONCE = false;
 
   using Activation = int8_t;
   struct X {
@@ -65,6 +66,11 @@ struct Isa : Vectors {
 
   static Floats lowest_codes(Words codes) {
     return __builtin_convertvector((Ints)(codes & 15), Floats);
+  }
+  static Floats look_up(const float* values, Words index) {
+    Floats found;
+    for (int i = 0; i < LANES; ++i) found[i] = values[index[i]];
+    return found;
   }
   static Ints dot_codes(Ints sums, Words codes, const int8_t* x) {
     for (int i = 0; i < 4; ++i) sums += (Ints)((codes >> (8 * i)) & 15) * static_cast<int32_t>(x[i]);
