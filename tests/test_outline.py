@@ -10,7 +10,14 @@ from int8fx.compiler import inductor
 from int8fx.kernels import table
 from int8fx.kernels.ops import int8_linear as ops
 from int8fx.passes import order
-from int8fx.passes.graph.outline import NOTHING, SHARES, UNLIKE, Repeat, longest_repeat
+from int8fx.passes.graph.outline import (
+    CONSTANT,
+    NOTHING,
+    SHARES,
+    UNLIKE,
+    Repeat,
+    longest_repeat,
+)
 from int8fx.testing.toy_llama import tiny
 
 K = 32
@@ -171,6 +178,29 @@ def test_layers_with_other_constants_are_not_equal(without_inductor):
     expected, _ = run(model, x, outlining=False)
     y, _ = run(model, x)
     assert torch.equal(y, expected)
+
+
+class Looks(Layer):
+    """Looks its scales up in a table that is made at each call, by an index or by a list."""
+
+    def __init__(self, by_list: bool = False) -> None:
+        super().__init__()
+        self.by_list = by_list
+
+    def forward(self, x):
+        if self.by_list:
+            return super().forward(x)[:, [(7 * k) % K for k in range(K)]]
+        return super().forward(x) * torch.tensor([0.5, 2.0, 1.0, 0.25] * 5)[torch.arange(K) % 20]
+
+
+@pytest.mark.parametrize("by_list", [False, True], ids=["by index", "by list"])
+def test_layers_that_make_constants_are_right(by_list):
+    """Inductor of torch 2.13 does not define the constants of a body."""
+    model, x = Stack(5, lambda: Looks(by_list)), torch.randn(4, K)
+    expected, _ = run(model, x, outlining=False)
+    y, (said,) = run(model, x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert said.changed == 0 and said.refused[CONSTANT] >= 4
 
 
 class Crossed(nn.Module):

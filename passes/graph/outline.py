@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.mutation import Memory
@@ -39,6 +40,7 @@ NOTHING = "no run of calls, with the same sizes, repeats three times"
 UNLIKE = "like calls read their values in other ways"
 SHARES = "a result shares memory with an operand or with another result"
 NO_TENSOR = "a value that is no tensor would leave the body"
+CONSTANT = "a constant is made in it, which Inductor would lose in a body"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,11 @@ def outline(graph: fx.Graph, context: Context) -> Result:
         body, reason = _body_of(copies, memory)
         result.refuse(reason, len(copies)) if body is None else bodies.append(body)
     for body in bodies:
-        _write(graph, body, context)
+        module = _module(graph, body)
+        if _makes_constants(module, body.copies[0].operands, context):
+            result.refuse(CONSTANT, len(body.copies))
+            continue
+        _write(graph, body, module, context)
         result.changed += len(body.copies)
     return result
 
@@ -240,16 +246,17 @@ def _unused_name(gm: fx.GraphModule) -> str:
     return next(name for name in taken if not hasattr(gm, name))
 
 
-def _write(graph: fx.Graph, body: Body, context: Context) -> None:
+def _write(graph: fx.Graph, body: Body, module: fx.GraphModule, context: Context) -> None:
     gm = graph.owning_module
     assert gm is not None
     name = _unused_name(gm)
-    gm.add_submodule(name, _module(gm, body))
+    gm.add_submodule(name, module)
     for copy in body.copies:
         _call(graph, name, copy, body.leaving, context)
 
 
-def _module(gm: fx.GraphModule, body: Body) -> fx.GraphModule:
+def _module(root: fx.Graph, body: Body) -> fx.GraphModule:
+    assert root.owning_module is not None
     copy, graph = body.copies[0], fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for number, operand in enumerate(copy.operands):
@@ -258,7 +265,31 @@ def _module(gm: fx.GraphModule, body: Body) -> fx.GraphModule:
     for call in copy.calls:
         values[call] = graph.node_copy(call, values.__getitem__)
     graph.output(tuple(values[copy.calls[place]] for place in body.leaving))
-    return fx.GraphModule(gm, graph)
+    return fx.GraphModule(root.owning_module, graph)
+
+
+class _Constants(TorchDispatchMode):
+    """Sees tensors that are made of numbers: torch lifts each into the graph by an operator."""
+
+    LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen |= func in self.LIFTED
+        return func(*args, **(kwargs or {}))
+
+
+def _makes_constants(module: fx.GraphModule, operands: Sequence[fx.Node], context: Context) -> bool:
+    """Inductor of torch 2.13 does not define the constants of a body where it calls it."""
+    constants = _Constants()
+    with context.fake_mode, constants, torch.no_grad():
+        fx.Interpreter(module).run(*(each.meta["example_value"] for each in operands))
+    return constants.seen
 
 
 def _call(graph: fx.Graph, name: str, copy: Copy, leaving: list[int], context: Context) -> None:
