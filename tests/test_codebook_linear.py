@@ -7,7 +7,7 @@ from torch import nn
 
 import int8fx
 from int8fx.kernels.cpu import int8_linear as cpu
-from int8fx.kernels.formats.codebook import CODEBOOKS, absmax_of, codebook
+from int8fx.kernels.formats.codebook import CODEBOOKS, absmax_of, codebook, values_of
 from int8fx.kernels.gpu import composed
 from int8fx.kernels.ops.codebook_linear import codebook_linear, codebook_linear_backward, decoded
 from int8fx.testing.support import compile_once
@@ -30,7 +30,7 @@ def generator(seed):
 def weight_of(name, N, K, block, nested=False):
     weight = torch.randn(N, K, generator=generator(0)) * torch.logspace(-3, 2, N).unsqueeze(1)
     packed, *others = codebook(name, block, nested).quantize(weight)
-    return packed, absmax_of(others), list(CODEBOOKS[name]), block
+    return packed, absmax_of(others), values_of(name, packed), block
 
 
 @each_isa

@@ -77,7 +77,7 @@ def codebook(name: str, block: int = 64, nested: bool = False) -> WeightFormat:
 
     def dequantize(stored: Sequence[Tensor], N: int, K: int) -> Tensor:
         packed, *others = stored
-        return decoded(packed, absmax_of(others), CODEBOOKS[name], block, K)
+        return decoded(packed, absmax_of(others), _values(name, packed.device), block, K)
 
     by_block = (ROWS, Axis("K", block))
     absmax_parts = (
@@ -113,6 +113,11 @@ def _packed(codes: Tensor, block: int) -> Tensor:
 
 def _values(name: str, device: torch.device) -> Tensor:
     return torch.tensor(CODEBOOKS[name], dtype=torch.float32, device=device)
+
+
+def values_of(name: str, like: Tensor) -> Tensor:
+    """The codebook on the device of a tensor."""
+    return _values(name, like.device)
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ outlier product is a 16-bit one with the weight de-quantised before it.
 ``codebook_linear`` and its gradient: Inductor fuses what de-quantises the weight.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def int8_linear(
 
 
 def codebook_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, values: Sequence[float], block: int, bias: Tensor | None
+    x: Tensor, packed: Tensor, absmax: Tensor, values: Tensor, block: int, bias: Tensor | None
 ) -> Any:
     """The formula of ``kernels/ops/codebook_linear.py``; NotImplemented for what is not on a GPU."""
     if x.device.type != "cuda":
@@ -63,7 +62,7 @@ def codebook_linear(
 
 
 def codebook_linear_backward(
-    grad: Tensor, packed: Tensor, absmax: Tensor, values: Sequence[float], block: int, K: int
+    grad: Tensor, packed: Tensor, absmax: Tensor, values: Tensor, block: int, K: int
 ) -> Any:
     if grad.device.type != "cuda":
         return NotImplemented

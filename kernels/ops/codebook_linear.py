@@ -12,10 +12,8 @@ that would take twice as long as the product.
 from the forward pass, which would hold the whole model in 16-bit.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,16 +23,16 @@ from int8fx.kernels.ops.gradients import bias_gradient
 from int8fx.kernels.ops.library import register
 
 
-def decoded(packed: Tensor, absmax: Tensor, values: Sequence[float], block: int, K: int) -> Tensor:
+def decoded(packed: Tensor, absmax: Tensor, values: Tensor, block: int, K: int) -> Tensor:
     """ŵ ``[N, K]`` fp32; fp64 of an absmax in fp64.
 
     Args:
         packed: ``[N, bytes]`` uint8, two codes in a byte, the even column in its low half.
         absmax: ``[N, ceil(K / block)]``.
+        values: ``[16]`` fp32.
     """
-    book = torch.tensor(values, dtype=torch.float32, device=packed.device).to(absmax.dtype)
     codes = unpack_bits(packed, 4)[:, : absmax.shape[1] * block]
-    steps = book[codes.long()].unflatten(1, (-1, block))
+    steps = values.to(absmax.dtype)[codes.long()].unflatten(1, (-1, block))
     return (steps * absmax.unsqueeze(-1)).flatten(1)[:, :K]
 
 
@@ -47,7 +45,7 @@ def _linear(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
-    values: Sequence[float],
+    values: Tensor,
     block: int,
     bias: Tensor | None,
 ) -> Tensor:
@@ -61,37 +59,37 @@ def _fake(x: Tensor, packed: Tensor, *others: Any) -> Tensor:
 
 
 def _input_gradient(
-    grad: Tensor, packed: Tensor, absmax: Tensor, values: Sequence[float], block: int, K: int
+    grad: Tensor, packed: Tensor, absmax: Tensor, values: Tensor, block: int, K: int
 ) -> Tensor:
     return grad @ decoded(packed, absmax, values, block, K).to(grad.dtype)
 
 
 def _input_gradient_fake(
-    grad: Tensor, packed: Tensor, absmax: Tensor, values: Sequence[float], block: int, K: int
+    grad: Tensor, packed: Tensor, absmax: Tensor, values: Tensor, block: int, K: int
 ) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], K)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, packed, absmax, ctx.values, ctx.block, bias = inputs
-    ctx.save_for_backward(packed, absmax)
+    x, packed, absmax, values, ctx.block, bias = inputs
+    ctx.save_for_backward(packed, absmax, values)
     ctx.K, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    grad_x = codebook_linear_backward(grad, *ctx.saved_tensors, ctx.values, ctx.block, ctx.K)
+    grad_x = codebook_linear_backward(grad, *ctx.saved_tensors, ctx.block, ctx.K)
     grad_bias = None if ctx.bias_dtype is None else bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias
 
 
 codebook_linear_backward = register(
-    "codebook_linear_backward(Tensor grad, Tensor packed, Tensor absmax, float[] values, int block, "
+    "codebook_linear_backward(Tensor grad, Tensor packed, Tensor absmax, Tensor values, int block, "
     "SymInt K) -> Tensor",
     _input_gradient,
     _input_gradient_fake,
 )
 codebook_linear = register(
-    "codebook_linear(Tensor x, Tensor packed, Tensor absmax, float[] values, int block, Tensor? bias) "
+    "codebook_linear(Tensor x, Tensor packed, Tensor absmax, Tensor values, int block, Tensor? bias) "
     "-> Tensor",
     _linear,
     _fake,

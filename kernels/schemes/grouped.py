@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8fx.kernels.formats.codebook import CODEBOOKS, absmax_of, codebook
+from int8fx.kernels.formats.codebook import CODEBOOKS, absmax_of, codebook, values_of
 from int8fx.kernels.formats.format import WeightFormat
 from int8fx.kernels.formats.grouped import WHOLE, ZEROS, grouped
 from int8fx.kernels.formats.rotated_groups import rotated_groups
@@ -164,7 +164,7 @@ WNA16_GROUP = Scheme(
 def lower_codebook(call: Call, x: Any, weight: Sequence[Any], bias: Any, settings: Codebook) -> Any:
     """codebook_linear, of an absmax that is not nested."""
     packed, *absmax = weight
-    values = list(CODEBOOKS[settings.quant_type])
+    values = call(values_of, settings.quant_type, packed)
     whole = call(absmax_of, absmax)
     return call(codebook_linear, x, packed, whole, values, settings.blocksize, bias)
 

@@ -12,8 +12,8 @@ namespace int8fx {
 #define INT8FX_KERNEL(isa)                                                                       \
   Kernel {                                                                                      \
     #isa, isa::supported, isa::Isa::MIN_ROWS, isa::flag_columns, isa::quantize_rows, isa::INT8,  \
-        isa::Isa::weight_only, isa::GROUPED, isa::decode_rows, isa::QUERIES, isa::attend, isa::attend_part,        \
-        isa::join_parts                                                                         \
+        isa::Isa::weight_only, isa::GROUPED, isa::decode_rows, isa::QUERIES, isa::attend,        \
+        isa::attend_part, isa::join_parts                                                       \
   }
 
 inline constexpr Kernel KERNELS[] = {
