@@ -269,8 +269,10 @@ def _module(root: fx.Graph, body: Body) -> fx.GraphModule:
 
 
 class _Constants(TorchDispatchMode):
-    """Sees tensors that are made of numbers: torch lifts each into the graph by an operator."""
+    """Sees tensors that are made of numbers: torch lifts each into the graph by an operator. Inductor
+    writes out those of few numbers."""
 
+    FEW = 8
     LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
     def __init__(self) -> None:
@@ -280,7 +282,8 @@ class _Constants(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        self.seen |= func in self.LIFTED
+        if func in self.LIFTED:
+            self.seen |= args[0].dim() > 1 or args[0].numel() > self.FEW
         return func(*args, **(kwargs or {}))
 
 
