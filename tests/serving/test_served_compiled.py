@@ -52,7 +52,7 @@ def test_default_compiles_with_ours_and_fuses_every_linear(model, log, cache):
     assert len(accepted) == len(report.decisions) == LINEARS
     assert report.graph.count("int8_linears") >= LINEARS
     assert log()[0] == "int8fx: compiled by 'llmint8' in mode 2, int8 linears fused"
-    assert log()[1] == f"int8fx: {LINEARS} of {LINEARS + 1} layers in int8"
+    assert log()[1] == f"int8fx: {LINEARS} of {LINEARS + 1} layers in llm.int8"
 
 
 SCHEMES = {
@@ -130,7 +130,7 @@ def test_other_options_are_another_graph(model, cache):
 def test_what_the_user_asks_for_stays(model, log, cache, settings, line):
     with serving.engine(model, quantization="int8fx", **settings) as llm:
         serving.answers(llm, PROMPTS)
-    assert log()[:2] == [line, f"int8fx: {LINEARS} of {LINEARS + 1} layers in int8"]
+    assert log()[:2] == [line, f"int8fx: {LINEARS} of {LINEARS + 1} layers in llm.int8"]
 
 
 def test_backend_without_the_quantisation_warns(model, log, cache):
@@ -145,7 +145,7 @@ def test_nothing_in_int8_warns(model, log, cache):
     nothing = {"quantization_config": {"quant_method": "int8fx", "only": ["no.such.module"]}}
     with serving.engine(model, hf_overrides=nothing, enforce_eager=True):
         pass
-    assert any(line.startswith("int8fx: no layer of this model is in int8\n") for line in log())
+    assert any(line.startswith("int8fx: no layer of this model is quantised\n") for line in log())
 
 
 def adapter(folder):

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 from int8fx.integrations.vllm import scaled_mm
 from int8fx.integrations.vllm.modes import BACKEND, METHOD, is_ours
+from int8fx.passes.linears.decision import in_schemes
 
 log = logging.getLogger("vllm.int8fx")  # below vLLM's own, so that it goes where its log goes
 
@@ -107,11 +108,11 @@ def _counting(load_model: Callable[..., Any]) -> Callable[..., Any]:
 def report(quantization: Any) -> None:
     """How many layers are in int8; a warning where none is."""
     decisions = quantization.decisions
-    accepted = sum(decision.accepted for decision in decisions)
+    accepted = [decision.scheme for decision in decisions if decision.accepted]
     for decision in decisions:
         log.debug("%s", decision)
     if accepted:
-        log.info("int8fx: %d of %d layers in int8", accepted, len(decisions))
+        log.info("int8fx: %d of %d layers %s", len(accepted), len(decisions), in_schemes(accepted))
         return
     reasons = "".join(f"\n  {decision}" for decision in decisions)
-    log.warning("int8fx: no layer of this model is in int8%s", reasons)
+    log.warning("int8fx: no layer of this model is quantised%s", reasons)
