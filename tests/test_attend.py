@@ -1,5 +1,6 @@
 """Attention of many rows and of few: against float64 on every instruction set, and the pass."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import int8fx
 from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.ops.attention import attention, attention_reference
@@ -26,6 +28,7 @@ from int8fx.testing.attentions import (
 )
 from int8fx.testing.bounds import attention_bound
 from int8fx.testing.support import compile_once, outcome_of, reports_of
+from int8fx.torch_private import compile_counts
 
 REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CPU kernel: {REASON}")
@@ -276,6 +279,22 @@ def test_an_attention_stays_for_a_reason_of_each_pass(attends, name):
     few, _, many = passes_of(attend, **sizes)
     assert (few.changed, few.refused) == (0, {of_few: 1})
     assert (many.changed, many.refused) == (0, {of_many: 1})
+
+
+def test_rows_that_vary_are_many_and_compiled_once(attends):
+    """A guard on their number would compile few rows once more."""
+    model = Attention(native).requires_grad_(False)
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="llmint8", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for L in (24, 40, 9):
+            args = inputs(L, L)
+            if L == 24:
+                forward(*args)
+                graphs = compile_counts()[0]
+            quantized = int8fx.quantize_(copy.deepcopy(model))
+            torch.testing.assert_close(forward(*args), quantized(*args), rtol=1e-4, atol=1e-4)
+    assert compile_counts()[0] == graphs
 
 
 def test_where_torchs_own_is_as_fast_the_passes_say_so(monkeypatch):

@@ -68,7 +68,8 @@ def _other_rows(call: Attention, few: bool) -> str:
     if few:
         has_few = isinstance(M, int) and H // shape_of(call.k)[1] * M <= FEW_ROWS
         return "" if has_few else MORE_ROWS
-    return "" if M >= MANY_ROWS else FEWER_ROWS
+    # A number that varies is taken for many: to compare it would compile few rows once more.
+    return FEWER_ROWS if isinstance(M, int) and M < MANY_ROWS else ""
 
 
 def _unserved(call: Attention) -> str:
