@@ -78,8 +78,12 @@ SPELLINGS: dict[Any, tuple[str, Matcher]] = {
     torch.einsum: ("torch.einsum", products.einsum),
     torch._grouped_mm: ("torch.nn.functional.grouped_mm", products.grouped_mm),
     F.grouped_mm: ("torch.nn.functional.grouped_mm", products.grouped_mm),
-    "int8fx.straight_through_linear": ("int8fx.straight_through_linear", products.straight_through),
     "transformers.grouped_mm_fallback": ("transformers.grouped_mm_fallback", products.grouped_fallback),
+}
+
+# A linear that is in a scheme already, and is refused.
+PREPARED: dict[str, tuple[str, Matcher]] = {
+    "int8fx.straight_through_linear": ("int8fx.straight_through_linear", products.straight_through),
 }
 
 # Calls with weights that are no linear map, and why. nn.MultiheadAttention, an encoder of
@@ -120,7 +124,8 @@ def candidates(
                 continue
             target = getattr(node.target, "overloadpacket", node.target)
             # Operators of other packages are known by name: they need not be there.
-            entry = SPELLINGS.get(target) or SPELLINGS.get(str(target))
+            name = str(target)
+            entry = SPELLINGS.get(target) or SPELLINGS.get(name) or PREPARED.get(name)
             if entry is not None:
                 spelling, match = entry
                 candidate = _match(Call(node, scope, spelling, path_of), match)
