@@ -643,6 +643,34 @@ def length_now(size: torch.SymInt) -> int | None:
     return int(node.hint) if node.has_hint() else None
 
 
+class _Constants(TorchDispatchMode):
+    """Sees tensors that are made of numbers: torch lifts each into the graph by an operator. Inductor
+    writes out those of few numbers."""
+
+    FEW = 8
+    LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.LIFTED:
+            self.seen |= args[0].dim() > 1 or args[0].numel() > self.FEW
+        return func(*args, **(kwargs or {}))
+
+
+def makes_constants(fake_mode: Any, gm: fx.GraphModule, values: Sequence[Any]) -> bool:
+    """Whether a graph makes tensors of more than a few numbers. Inductor of torch 2.13 does not define
+    them where the graph is called as a body of another."""
+    constants = _Constants()
+    with fake_mode, constants, torch.no_grad():
+        fx.Interpreter(gm).run(*values)
+    return constants.seen
+
+
 def size_conditions(fake_mode: Any) -> list[str]:
     """What was decided of the sizes of a graph so far: Dynamo checks at each call what was there when
     the backend was done."""

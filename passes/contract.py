@@ -61,6 +61,7 @@ class Context:
         accepted: the linears that are rewritten, in the order in which they run.
         root: the outermost graph.
         length_now: of a size that varies, what it is in the call that is compiled for; None: not known.
+        makes_constants: whether a graph of these values makes constants that Inductor does not write out.
         subgraph_call: the operator that calls a sub-graph, which Inductor compiles once for all calls.
         signatures: for ``verify``: of each rewritten node, what it was and what it is.
         quantizations: how many calls quantise an input, once linears share them.
@@ -83,6 +84,7 @@ class Context:
     accepted: Sequence[Accepted] = ()
     root: fx.Graph | None = None
     length_now: Callable[[torch.SymInt], int | None] = lambda size: None
+    makes_constants: Callable[[fx.GraphModule, Sequence[Any]], bool] = lambda gm, values: False
     subgraph_call: Any = None
     signatures: list[tuple[fx.Node, Signature, Signature]] = field(default_factory=list)
     quantizations: int = 0

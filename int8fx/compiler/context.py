@@ -35,6 +35,7 @@ def context_of(compilation: Compilation, for_inductor: bool) -> Context:
         attends=table.attends,
         root=compilation.root.graph,
         length_now=torch_private.length_now,
+        makes_constants=functools.partial(torch_private.makes_constants, compilation.fake_mode),
         subgraph_call=torch_private.subgraph_call(),
         accepted=[_accepted(compilation, candidate) for candidate in compilation.accepted],
     )

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from int8fx.passes.contract import Context, Result
 from int8fx.passes.graph.mutation import Memory
@@ -90,7 +89,8 @@ def outline(graph: fx.Graph, context: Context) -> Result:
         result.refuse(reason, len(copies)) if body is None else bodies.append(body)
     for body in bodies:
         module = _module(graph, body)
-        if _makes_constants(module, body.copies[0].operands, context):
+        values = [each.meta["example_value"] for each in body.copies[0].operands]
+        if context.makes_constants(module, values):
             result.refuse(CONSTANT, len(body.copies))
             continue
         _write(graph, body, module, context)
@@ -266,33 +266,6 @@ def _module(root: fx.Graph, body: Body) -> fx.GraphModule:
         values[call] = graph.node_copy(call, values.__getitem__)
     graph.output(tuple(values[copy.calls[place]] for place in body.leaving))
     return fx.GraphModule(root.owning_module, graph)
-
-
-class _Constants(TorchDispatchMode):
-    """Sees tensors that are made of numbers: torch lifts each into the graph by an operator. Inductor
-    writes out those of few numbers."""
-
-    FEW = 8
-    LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if func in self.LIFTED:
-            self.seen |= args[0].dim() > 1 or args[0].numel() > self.FEW
-        return func(*args, **(kwargs or {}))
-
-
-def _makes_constants(module: fx.GraphModule, operands: Sequence[fx.Node], context: Context) -> bool:
-    """Inductor of torch 2.13 does not define the constants of a body where it calls it."""
-    constants = _Constants()
-    with context.fake_mode, constants, torch.no_grad():
-        fx.Interpreter(module).run(*(each.meta["example_value"] for each in operands))
-    return constants.seen
 
 
 def _call(graph: fx.Graph, name: str, copy: Copy, leaving: list[int], context: Context) -> None:
