@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from figures import choose, plain
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -45,10 +46,10 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "inductor": {"backend": "inductor"},
     "llmint8": {"backend": "llmint8"},
-    "llmint8 in the background": {"backend": "llmint8", "options": {"background": True}},
-    "llmint8 and a static cache": {"backend": "llmint8"},
+    "llmint8 background": {"backend": "llmint8", "options": {"background": True}},
+    "llmint8 static cache": {"backend": "llmint8"},
 }
-GENERATE = {"llmint8 and a static cache": {"cache_implementation": "static"}}
+GENERATE = {"llmint8 static cache": {"cache_implementation": "static"}}
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,9 @@ def cold_and_warm(
 
 def show_prompts(console: Console, found: dict[str, dict[str, Waits]]) -> None:
     count = len(next(iter(found.values()))["cold"].prompts)
-    table = Table(title=f"seconds; {NEW_TOKENS} new tokens for each prompt")
-    table.add_column("contender")
+    title = f"seconds; {NEW_TOKENS} new tokens for each prompt"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("contender", no_wrap=True)
     table.add_column("caches")
     table.add_column("first token", justify="right")
     for index in range(count):
@@ -161,8 +163,9 @@ def show_prompts(console: Console, found: dict[str, dict[str, Waits]]) -> None:
     for name, runs in found.items():
         for cached, waits in runs.items():
             cells = [f"{seconds:.2f}" for seconds in (waits.first_token, *waits.prompts)]
-            graphs = ", ".join(map(str, waits.graphs))
-            table.add_row(name, cached, *cells, graphs, f"{waits.peak_bytes / 2**20:,.0f}")
+            table.add_row(
+                name, cached, *cells, str(waits.graphs[-1]), f"{waits.peak_bytes / 2**20:,.0f}"
+            )
     console.print(table)
 
 

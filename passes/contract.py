@@ -61,7 +61,7 @@ class Context:
         accepted: the linears that are rewritten, in the order in which they run.
         root: the outermost graph.
         length_now: of a size that varies, what it is in the call that is compiled for; None: not known.
-        makes_constants: whether a graph of these values makes constants that Inductor does not write out.
+        makes_constants: whether a graph of these values makes constants that are not written out.
         subgraph_call: the operator that calls a sub-graph, which Inductor compiles once for all calls.
         signatures: for ``verify``: of each rewritten node, what it was and what it is.
         quantizations: how many calls quantise an input, once linears share them.
