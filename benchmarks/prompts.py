@@ -152,14 +152,12 @@ def cold_and_warm(
 def show_prompts(console: Console, found: dict[str, dict[str, Waits]]) -> None:
     count = len(next(iter(found.values()))["cold"].prompts)
     title = f"seconds; {NEW_TOKENS} new tokens for each prompt"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("contender", no_wrap=True)
-    table.add_column("caches")
-    table.add_column("first token", justify="right")
-    for index in range(count):
-        table.add_column(f"prompt {index + 1}", justify="right")
-    table.add_column("graphs", justify="right")
-    table.add_column("MiB", justify="right")
+    table.add_column("caches", no_wrap=True)
+    prompts = (f"prompt\n{index + 1}" for index in range(count))
+    for column in ("first\ntoken", *prompts, "graphs", "MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, runs in found.items():
         for cached, waits in runs.items():
             cells = [f"{seconds:.2f}" for seconds in (waits.first_token, *waits.prompts)]
