@@ -156,14 +156,12 @@ def show_prompts(console: Console, found: dict[str, dict[str, Waits]]) -> None:
     table.add_column("contender", no_wrap=True)
     table.add_column("caches", no_wrap=True)
     prompts = (f"prompt\n{index + 1}" for index in range(count))
-    for column in ("first\ntoken", *prompts, "graphs", "MiB"):
+    for column in ("first\ntoken", *prompts, "graphs"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, runs in found.items():
         for cached, waits in runs.items():
             cells = [f"{seconds:.2f}" for seconds in (waits.first_token, *waits.prompts)]
-            table.add_row(
-                name, cached, *cells, str(waits.graphs[-1]), f"{waits.peak_bytes / 2**20:,.0f}"
-            )
+            table.add_row(name, cached, *cells, str(waits.graphs[-1]))
     console.print(table)
 
 
