@@ -10,6 +10,11 @@ import int8fx
 from int8fx.passes.graph.equal_lengths import FEW
 from int8fx.torch_private import compile_counts
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.11"),
+    reason="Dynamo of torch 2.11 compiles each length of tensors in a list",
+)
+
 K = 32
 
 
