@@ -56,17 +56,20 @@ def refused(reports):
     ]
 
 
+def compile_for(model, *calls):
+    """The compiled model and its reports, once it has run with these arguments behind x."""
+    torch._dynamo.reset()
+    with int8fx.collect_reports() as reports, torch.no_grad():
+        forward = torch.compile(model, backend="llmint8", fullgraph=True)
+        for argument in calls:
+            forward(torch.randn(1, 1, K), argument)
+    return model, forward, reports
+
+
 @pytest.fixture
 def compiled():
     """A decoder of four layers, compiled for caches whose lengths vary, and what it was compiled to."""
-    torch._dynamo.reset()
-    model = Decoder(4)
-    x = torch.randn(1, 1, K)
-    with int8fx.collect_reports() as reports, torch.no_grad():
-        forward = torch.compile(model, backend="llmint8", fullgraph=True)
-        for length in (5, 6):
-            forward(x, caches_of(*[length] * 4))
-    return model, forward, reports
+    return compile_for(Decoder(4), caches_of(*[5] * 4), caches_of(*[6] * 4))
 
 
 def check(model, forward, caches):
@@ -101,25 +104,14 @@ def test_lengths_that_differ_later_are_compiled_again_and_right(compiled):
 
 def test_each_length_has_its_layers():
     """Some models look back less far in every second layer."""
-    torch._dynamo.reset()
-    model = Decoder(6)
-    x = torch.randn(1, 1, K)
-    with int8fx.collect_reports() as reports, torch.no_grad():
-        forward = torch.compile(model, backend="llmint8", fullgraph=True)
-        forward(x, caches_of(*[5, 9] * 3))
-        forward(x, caches_of(*[6, 10] * 3))
+    lengths = ([5, 9] * 3, [6, 10] * 3)
+    model, forward, reports = compile_for(Decoder(6), *(caches_of(*each) for each in lengths))
     assert changed(reports, "equal_lengths")[-1] == 4
     check(model, forward, caches_of(*[7, 11] * 3))
 
 
 def test_few_inputs_may_be_of_equal_length_by_chance():
-    torch._dynamo.reset()
-    model = Decoder(2)
-    x = torch.randn(1, 1, K)
-    with int8fx.collect_reports() as reports, torch.no_grad():
-        forward = torch.compile(model, backend="llmint8", fullgraph=True)
-        for length in (5, 6):
-            forward(x, caches_of(length, length))
+    model, forward, reports = compile_for(Decoder(2), caches_of(5, 5), caches_of(6, 6))
     assert changed(reports, "equal_lengths")[-1] == 0
     assert refused(reports)[-1] == {FEW: 1}
     graphs = compile_counts()[0]
@@ -138,11 +130,7 @@ class Sums(nn.Module):
 
 
 def test_what_differs_in_more_than_its_length_is_not_alike():
-    torch._dynamo.reset()
-    x = torch.randn(1, K)
-    with int8fx.collect_reports() as reports, torch.no_grad():
-        forward = torch.compile(Sums(), backend="llmint8", fullgraph=True)
-        for length in (5, 6):
-            forward(x, [torch.randn(1 + number, length, K) for number in range(6)])
+    inputs = ([torch.randn(1 + count, length, K) for count in range(6)] for length in (5, 6))
+    *_, reports = compile_for(Sums(), *inputs)
     assert changed(reports, "equal_lengths")[-1] == 0
     assert refused(reports)[-1] == {}

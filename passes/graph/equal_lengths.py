@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, fx
 
 from int8fx.passes.contract import Context, Result
+from int8fx.passes.graph.outline import BODY, LEAST_COPIES
 
-# Keys and values of three layers. Fewer inputs may be of equal length by chance.
-LEAST_INPUTS = 6
+# Keys and values of as many layers as ``outline`` asks for. Fewer may be of equal length by chance.
+LEAST_INPUTS = 2 * LEAST_COPIES
 
-BODY = "the graph is a body of another one"
-FEW = "fewer inputs than six are alike but for a length"
+FEW = f"fewer inputs than {LEAST_INPUTS} are alike but for a length"
 
 
 def equal_lengths(graph: fx.Graph, context: Context) -> Result:
