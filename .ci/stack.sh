@@ -1,7 +1,10 @@
 # Environments with one release each of Python, torch and what builds on it. Sourced, with bash.
 
-environment="$(mktemp -d)"
-trap 'rm -rf "$environment"' EXIT
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+environment="$scratch/python"
+# Compiled code, pip's files and the tests' own are gigabytes a stack, so they go with it.
+export TMPDIR="$scratch/tmp" XDG_CACHE_HOME="$scratch/cache" PIP_NO_CACHE_DIR=1
 export PATH="$environment/bin:$PATH"
 
 # interpreter VERSION: the Python of that version, on the path or beside the one that is (as pyenv has them).
@@ -21,8 +24,9 @@ interpreter() {
 # stack VERSION ARGUMENTS...: an environment with that Python and what pip installs, and nothing else.
 stack() {
     local python
-    rm -rf "$environment"
     python="$(interpreter "$1")"
+    rm -rf "${scratch:?}"/*
+    mkdir "$TMPDIR" "$XDG_CACHE_HOME"
     shift
     "$python" -m venv "$environment"
     "$environment/bin/pip" install -q "$@"

@@ -14,6 +14,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,27 @@ def is_compiled_for(module: Any, backend: Callable[..., Any]) -> bool:
     return in_place and bool(requests(backend))
 
 
+@dataclass(frozen=True)
+class Request:
+    """What ``torch.compile`` was asked for."""
+
+    backend: Any
+    dynamic: bool | None
+
+
+def request_in_place(module: Any) -> Request | None:
+    """By which a module's own calls are compiled: ``module.compile()``, or a compiled ``forward``."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    calls: tuple[Any, ...] = module._compiled_call_impl, getattr(module, "forward", None)
+    for call in calls:
+        if hasattr(call, "_torchdynamo_orig_callable") and "self" in call.__code__.co_freevars:
+            request = call.__closure__[call.__code__.co_freevars.index("self")].cell_contents
+            asked: Any = innermost_backend(request.callback)
+            return Request(getattr(asked, "compiler_fn", asked), request._dynamic)
+    return None
+
+
 def before_export(callback: Callable[[Any], None]) -> None:
     """Calls a function with each module that ``torch.export`` is given, before it is exported."""
     from torch.export import _trace
@@ -411,6 +433,11 @@ def recompile_limit(count: int) -> Any:
 def mark_dynamic(tensor: Tensor, dimension: int, least: int, most: int) -> None:
     """Makes a size of a tensor one that varies, between two bounds, in what is compiled next."""
     torch._dynamo.mark_dynamic(tensor, dimension, min=least, max=most)
+
+
+def maybe_mark_dynamic(tensor: Tensor, dimension: int) -> None:
+    """The same, of a size that may prove to be one number."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def compile_counts() -> tuple[int, int]:

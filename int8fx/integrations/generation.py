@@ -1,4 +1,7 @@
-"""Warns of ``generate`` on what ``torch.compile`` returned, which runs the model uncompiled.
+"""``generate`` of transformers: few graphs where a model is compiled, a warning where its wrapper is.
+
+``model.compile()`` compiles the model's own calls, those of ``generate`` among them. The sizes that
+vary in these are marked, see ``prompt_lengths.py``.
 
 ``torch.compile(model)`` compiles calls of the wrapper that it returns. Other methods the wrapper takes
 from the model, and when ``generate`` calls ``self``, that is the model itself. It is the same call as
@@ -19,20 +22,21 @@ from torch import nn
 
 from int8fx import torch_private
 from int8fx.compiler.watch import IN_PLACE
+from int8fx.integrations.prompt_lengths import lengths_vary
 
 # The requests for the backend at the time when a model was looked for in them.
 _seen: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
 
 
 def install(backend: Callable[..., Any]) -> None:
-    """Makes ``generate`` of all models of transformers warn, once for each model."""
+    """Makes ``generate`` of all models of transformers mark sizes, or warn, once for each model."""
     from transformers.generation.utils import GenerationMixin
 
     mixin: Any = GenerationMixin
-    mixin.generate = _warns(mixin.generate, backend)
+    mixin.generate = _watched(mixin.generate, backend)
 
 
-def _warns(generate: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(generate: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(generate)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and _only_its_wrapper_is_compiled(self, backend):
@@ -43,7 +47,8 @@ def _warns(generate: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
                 UserWarning,
                 stacklevel=2,
             )
-        return generate(self, *args, **kwargs)
+        with lengths_vary(self, backend):
+            return generate(self, *args, **kwargs)
 
     return call
 
