@@ -93,42 +93,25 @@ def test_what_a_pipeline_holds_is_named():
         int8fx.quantize_(Pipeline())
 
 
+ONES = torch.ones(1, 64)
 MISUSED = {
-    "the backend on a model": (
-        lambda: int8fx.llmint8(two(), ()),
-        r"given Sequential; .*torch\.compile",
-    ),
-    "the state of a model, not of a dict": (
-        lambda: to_bitsandbytes(two()),
-        "given Sequential; allowed",
-    ),
-    "a name compiled ahead": (
-        lambda: compile_model("smollm2", None, "out"),
-        "compile_model: given str",
-    ),
-    "any model compiled ahead": (lambda: compile_model(two(), None, "out"), "Sequential is no causal"),
+    "the backend on a model": (lambda: int8fx.llmint8(two(), ()), r"Sequential; .*torch\.compile"),
+    "a model as its state": (lambda: to_bitsandbytes(two()), "given Sequential; allowed"),
+    "a name compiled ahead": (lambda: compile_model("smollm2", None, "out"), "model: given str"),
+    "any model compiled ahead": (lambda: compile_model(two(), None, "out"), "is no causal"),
     "a weight of nothing": (int8fx.Int8Weight, r"given 0 tensors; .*from_float"),
     "a weight of a list": (lambda: int8fx.Int8Weight.from_float([[1.0]]), "given list; allowed"),
-    "a weight of integers": (
-        lambda: int8fx.Int8Weight.from_float(torch.ones(2, 2).int()),
-        "torch.int32",
-    ),
-    "a weight of a vector": (
-        lambda: int8fx.Int8Weight.from_float(torch.ones(3)),
-        r"shape \[3\]; allowed",
-    ),
+    "a weight of integers": (lambda: int8fx.Int8Weight.from_float(ONES.int()), r"torch\.int32"),
+    "a weight of a vector": (lambda: int8fx.Int8Weight.from_float(ONES[0]), r"\[64\]; allowed"),
     "ways that are names": (
-        lambda: int8fx.suggest(two(), torch.ones(1, 64), budget={"kl": 1.0}, ways={"a": "w8a16"}),
+        lambda: int8fx.suggest(two(), ONES, budget={"kl": 1.0}, ways={"a": "w8a16"}),
         r"ways=\{'a': 'w8a16'\}; allowed",
     ),
     "a list of ways": (
-        lambda: int8fx.suggest(two(), torch.ones(1, 64), budget={"kl": 1.0}, ways=["w8a16"]),
+        lambda: int8fx.suggest(two(), ONES, budget={"kl": 1.0}, ways=["w8a16"]),
         r"ways=\['w8a16'\]; allowed",
     ),
-    "a scheme that is none": (
-        lambda: int8fx.SCHEMES["int8"],
-        "'int8' is no scheme; there are 'llm.int8'",
-    ),
+    "no scheme": (lambda: int8fx.SCHEMES["int8"], "'int8' is no scheme; there are 'llm.int8'"),
 }
 
 

@@ -147,15 +147,14 @@ class QuantizedWeight(ComputedValues):
 
         Raises:
             TypeError: the weight is no tensor of floats.
-            ValueError: it is no matrix, or a batch of them; or there is no such scheme, or setting of it:
-                names what there is.
+            ValueError: it is no matrix, or there is no such scheme, or setting of it; names what there is.
         """
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"from_float: given {kind}; allowed: a tensor of floats, [N, K] or [E, N, K]")
+            given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"from_float: given {given}; allowed: a tensor of floats")
         if weight.dim() not in (2, 3):
-            given = list(weight.shape)
-            raise ValueError(f"from_float: given a tensor of shape {given}; allowed: [N, K] or [E, N, K]")
+            shape = list(weight.shape)
+            raise ValueError(f"from_float: given a tensor of shape {shape}; allowed: [N, K], [E, N, K]")
         return cls.quantized(weight, scheme_named(scheme).choice(**settings), transposed)
 
     @classmethod
