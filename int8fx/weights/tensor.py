@@ -147,7 +147,7 @@ class QuantizedWeight(ComputedValues):
 
         Raises:
             TypeError: the weight is no tensor of floats.
-            ValueError: it is no matrix, or there is no such scheme, or setting of it; names what there is.
+            ValueError: it is no matrix; or no such scheme, or setting of it, is there.
         """
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
