@@ -516,6 +516,14 @@ def ignoring_new_symbols(fake_mode: Any) -> Iterator[None]:
             yield
 
 
+def running_anew(fake_mode: Any) -> Any:
+    """Operators run, and are not answered from the fake mode's cache: of one that gives a tensor other
+    memory the cache knows its result alone."""
+    from torch._subclasses.fake_tensor import disable_fake_tensor_cache
+
+    return disable_fake_tensor_cache(fake_mode)
+
+
 class _WriteRecorder(TorchDispatchMode):
     supports_higher_order_operators = True
 

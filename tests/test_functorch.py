@@ -178,7 +178,9 @@ def test_a_tangent_is_not_dropped_in_silence(grad_mode, model, x):
     torch._dynamo.reset()
     run = torch.compile(model, backend="llmint8", fullgraph=True)
     with torch.set_grad_enabled(grad_mode), forward_ad.dual_level():
-        with pytest.raises(RuntimeError, match=r"forward-mode AD.*torch\.func\.jvp inside"):
+        # torch 2.14 refuses it before a backend is asked.
+        refused = r"forward-mode AD.*(torch\.func\.jvp inside|silently drop the tangent)"
+        with pytest.raises(RuntimeError, match=refused):
             run(forward_ad.make_dual(x, x.cos()))
         assert_close_to_float64(run(x), model(x).double(), K)  # nothing is dual
     assert_close_to_float64(run(x), model(x).double(), K)

@@ -78,6 +78,7 @@ class Effects:
             for context in (self._fake_mode, torch.no_grad()):
                 around.enter_context(context)
             around.enter_context(torch_private.ignoring_new_symbols(self._fake_mode))
+            around.enter_context(torch_private.running_anew(self._fake_mode))
             for arguments in self._autocasts_around(node):
                 around.enter_context(torch.autocast(*arguments))
             copies = [

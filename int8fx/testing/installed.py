@@ -31,11 +31,14 @@ def install(folder: Path) -> dict[str, str]:
 
 
 def run(code: str, environment: dict[str, str], **changes: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process of its own, in an empty place."""
+    """Runs Python code in a process of its own, in an empty place.
+
+    What Dynamo warns of Python 3.13.0 is none of its words.
+    """
     (folder, _) = environment["PYTHONPATH"].split(os.pathsep)
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**environment, **changes},
+        env={"PYTHONWARNINGS": "ignore:Guards may run slower", **environment, **changes},
         cwd=folder,
         capture_output=True,
         text=True,

@@ -29,6 +29,9 @@ QUANTIZE = "bitsandbytes.int8_vectorwise_quant"
 MIXED = "bitsandbytes.int8_mixed_scaled_mm"
 SCALED = "bitsandbytes.int8_scaled_mm"
 PARAMETER = "Int8Params"
+# ``weight.data = value`` in a graph of torch 2.13 and before, and of 2.14.
+_OF_2_14 = getattr(torch.ops.aten, "shallow_copy_data_", None)
+REBINDING = (torch.Tensor.set_, *([] if _OF_2_14 is None else [_OF_2_14]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +147,11 @@ def drop_rebinding(graph: fx.Graph, is_one_memory: Callable[[fx.Node, fx.Node], 
     Args:
         is_one_memory: whether two placeholders are views of the same memory.
     """
-    for node in graph.find_nodes(op="call_function", target=torch.Tensor.set_):
-        weight, value = node.args
-        if weight.op == value.op == "placeholder" and is_one_memory(weight, value):
-            _erase(node)
+    for target in REBINDING:
+        for node in graph.find_nodes(op="call_function", target=target):
+            weight, value = node.args
+            if weight.op == value.op == "placeholder" and is_one_memory(weight, value):
+                _erase(node)
 
 
 def _items(node: fx.Node, index: int) -> list[fx.Node]:
