@@ -14,10 +14,12 @@ package, imports nothing but the standard library, and waits until one of these 
 itself is imported by the first model that needs it.
 """
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -27,8 +29,13 @@ log = logging.getLogger(__name__)
 
 METHOD = "int8fx"
 READER = "int8fx-reader"
-# Whose files int8fx reads where nobody else can (``int8fx/integrations/transformers_readers.py``).
-READ = ("gptq", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "eetq", "hqq")
+# Whose files int8fx reads where nobody else can, or where it was asked to
+# (``int8fx/integrations/transformers_readers.py``); and "gguf", which has a quantiser of its own.
+READ = (
+    "gptq", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "eetq", "hqq",
+    "quanto", "torchao", "fp8", "mxfp4",
+)  # fmt: skip
+QUANTO_MAP = "quanto_qmap.json"
 BACKEND = "LLMINT8"  # accelerate spells all of them so
 
 # Whether ``import int8fx`` leaves out what needs torch, see ``int8fx_run.py``.
@@ -49,6 +56,7 @@ def register() -> None:
     # the second imports torch before it, and no model is loaded without it.
     after_import("transformers.quantizers.auto", _add_quantizer)
     after_import("transformers.modeling_utils", _add_quantizer)
+    after_import("transformers.modeling_utils", _look_for_quanto)
     after_import("diffusers.quantizers.auto", _add_to_diffusers)
     after_import("diffusers.models.modeling_utils", _add_to_diffusers)
     after_import("accelerate.utils.dataclasses", _add_backend)
@@ -111,6 +119,44 @@ def _add_readers(auto: Any) -> None:
     for method in READ:
         if method in configs:
             configs[method] = _reading(method, configs[method])
+
+    quantizers = auto.AUTO_QUANTIZER_MAPPING
+    if "gguf" in quantizers:  # releases up to 5.20 read these files without one
+        quantizers["gguf"] = _reading_gguf(quantizers["gguf"])
+
+
+def _reading_gguf(theirs: Any) -> Any:
+    """transformers' quantiser of GGUF files, which int8fx may read."""
+
+    class Reading(theirs):
+        """One of theirs, or ``int8fx.integrations.transformers_gguf.GgufQuantizer``."""
+
+        def __new__(cls, config: Any, **options: Any) -> Any:
+            from int8fx.integrations.transformers_gguf import quantizer_of
+
+            return quantizer_of(theirs, config, **options)
+
+    Reading.__name__, Reading.__qualname__ = theirs.__name__, theirs.__qualname__
+    return Reading
+
+
+def _look_for_quanto() -> None:
+    """quanto's folders do not say in ``config.json`` what they are, and transformers asks nobody."""
+    modeling: Any = sys.modules["transformers.modeling_utils"]
+    theirs = getattr(modeling, "get_hf_quantizer", None)
+    if theirs is None:
+        return
+
+    @functools.wraps(theirs)
+    def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+        file = os.path.join(getattr(config, "_name_or_path", ""), QUANTO_MAP)
+        if getattr(config, "quantization_config", None) is None and os.path.isfile(file):
+            from int8fx.integrations.transformers_readers import tell_of_quanto
+
+            tell_of_quanto(config, file)
+        return theirs(config, *args, **kwargs)
+
+    modeling.get_hf_quantizer = get_hf_quantizer
 
 
 def _reading(method: str, theirs: Any) -> Any:

@@ -11,6 +11,7 @@ import int8fx
 from int8fx.errors import CheckpointError
 from int8fx.testing import foreign_files
 from int8fx.testing.foreign_files import numbers
+from int8fx.weights.checkpoint_files import metadata
 from int8fx.weights.tensor import QuantizedWeight
 
 transformers = pytest.importorskip("transformers")
@@ -38,6 +39,11 @@ def llama(dtype=torch.float32):
 def of(name: str, N: int, K: int):
     if name == "gptq-act-order":
         return foreign_files.gptq(numbers(N, K, 4, 16, act_order=True), 4, 16)
+    if name == "fp8":  # of both signs, as a model's weights are
+        random = torch.Generator().manual_seed(0)
+        weight = torch.randn(N, K, generator=random).to(torch.float8_e4m3fn)
+        scale = torch.rand(N // 32, K // 32, generator=random) * 0.02 + 0.01
+        return foreign_files.fp8(weight, scale, (32, 32))
     return foreign_files.samples()[name](N, K)
 
 
@@ -71,6 +77,48 @@ def test_a_model_is_loaded_packed_and_computes(name, tmp_path):
     expected, found = floats(IDS).logits, model(IDS).logits
     bound = 0.05 if weight.options["scheme"] == "absmax-vector" else 1e-4
     assert (found - expected).norm() <= bound * expected.norm()
+
+
+ANY = (*NAMES, "quanto-8", "quanto-4", "quanto-4-integer", "quanto-2", "torchao-intx-4", "torchao-int4",
+       "torchao-int8", "fp8", "mxfp4")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_the_weights_are_those_that_load_checkpoint_reads(name, tmp_path):
+    floats = files(tmp_path, name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    other = int8fx.load_checkpoint(llama(), tmp_path)
+    for path in LINEARS:
+        weight, same = (each.model.layers[1].get_submodule(path).weight for each in (model, other))
+        assert isinstance(weight, QuantizedWeight)
+        assert weight.options == same.options
+        assert torch.equal(weight.dequantize(), same.dequantize())
+    logits = model(IDS).logits
+    assert torch.equal(logits, other(IDS).logits)
+    # Of fp8 the weights are quantised again; of W8A8 the activations are.
+    in_int8 = weight.options["scheme"] in ("llm.int8", "absmax-vector")
+    expected = floats(IDS).logits
+    assert (logits - expected).norm() <= (0.05 if in_int8 else 1e-4) * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["quanto-8", "torchao-intx-4"])
+def test_files_of_the_model_without_its_head(name, tmp_path):
+    """Their names begin behind ``model.``, and so do those in quanto's map and torchao's header."""
+    model = llama()
+    whole = files(tmp_path / "whole", name, model)
+    base = files_of_base(tmp_path / "base", name, model)
+    found = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    weight = found.model.layers[1].mlp.up_proj.weight
+    assert isinstance(weight, QuantizedWeight)
+    assert torch.equal(weight.dequantize(), whole.model.layers[1].mlp.up_proj.weight)
+
+
+def files_of_base(folder, name: str, model):
+    state = model.model.state_dict()
+    paths = [f"layers.{layer}.{linear}" for layer in range(2) for linear in LINEARS]
+    modules = {path: of(name, *state[f"{path}.weight"].shape) for path in paths}
+    plain = {n: t for n, t in state.items() if n.removesuffix(".weight") not in modules}
+    return foreign_files.write(folder, modules, plain, model.config.to_dict())
 
 
 def test_the_model_generates_compiled(tmp_path):
@@ -141,9 +189,10 @@ class Divide(torch.nn.Module):
 
 
 def change(folder, remove: str):
-    tensors = load_file(folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    tensors, said = load_file(file), metadata(file)
     del tensors[remove]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, file, said)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
@@ -168,6 +217,51 @@ def test_an_unknown_option_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="checkpoint_format = 'gptq_v3'"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("quanto-8", "weight._scale"),
+        ("quanto-4", "weight._shift"),
+        ("torchao-intx-4", "_weight_scale"),
+        ("torchao-int4", "_weight_zero_point"),
+        ("torchao-int8", "_weight_scale"),
+        ("mxfp4", "weight_scales"),
+    ],
+)
+def test_a_part_of_a_weight_is_missing(name, entry, tmp_path):
+    files(tmp_path, name)
+    change(tmp_path, f"model.layers.1.mlp.up_proj.{entry}")
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.up_proj\.{entry}: missing in the"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+def test_float8_without_its_scales(tmp_path):
+    files(tmp_path, "fp8")
+    change(tmp_path, "model.layers.1.mlp.up_proj.weight_scale_inv")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: torch\.float8_e4m3fn without scales"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+def test_a_damaged_map_of_quantos(tmp_path):
+    files(tmp_path, "quanto-8")
+    (tmp_path / "quanto_qmap.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"quanto_qmap\.json: damaged"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gptq-4-v1", "fp8", "torchao-int8"])
+def test_experts_in_one_batch_are_refused(name, tmp_path):
+    """transformers would put float8 without its scales there, or make numbers up."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1, num_experts=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    path = "model.layers.0.mlp.experts.1.gate_proj"
+    foreign_files.write(tmp_path, {path: of(name, 64, 64)}, {}, config.to_dict())
+    with pytest.raises(CheckpointError, match=r"experts\.1\.gate_proj: .* of an expert"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
 
 def test_shards_are_refused():
@@ -212,7 +306,7 @@ def test_an_owner_that_is_missing(monkeypatch):
 def test_int8fx_knows_no_other_methods_than_it_reads():
     import int8fx_autoload
 
-    assert set(int8fx_autoload.READ) == set(readers.OWNERS)
+    assert {*int8fx_autoload.READ, "gguf"} == set(readers.OWNERS)
     known = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     assert known["gptq"].__name__ == "GPTQConfig"
     assert int8fx_autoload.READER == readers.METHOD

@@ -9,6 +9,7 @@ import torch
 import int8fx
 from int8fx.bench import smollm2
 from int8fx.errors import CheckpointError
+from int8fx.testing.gguf_names import named
 from int8fx.weights.readers.opening import opened
 from int8fx.weights.tensor import QuantizedWeight
 
@@ -28,23 +29,6 @@ def llama(kind: str = "llama"):
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-
-
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-
-
-def named(name: str) -> str:
-    if not name.startswith("model.layers."):
-        return {
-            "model.embed_tokens.weight": "token_embd.weight",
-            "model.norm.weight": "output_norm.weight",
-        }[name]
-    _, _, layer, *middle, kind = name.split(".")
-    return f"blk.{layer}.{NAMES['.'.join(middle)]}.{kind}"
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -96,6 +80,102 @@ def test_a_model_of_transformers(kind, quantization, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     logits = floats(IDS).logits
     assert (model(IDS).logits - logits).norm() <= 1e-4 * logits.norm()
+
+
+@pytest.fixture
+def asked():
+    """int8fx reads GGUF files, and after the test whoever did before it."""
+    readers = pytest.importorskip("int8fx.integrations.transformers_readers")
+    with readers.reading("gguf"):
+        yield
+
+
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_from_pretrained(kind, quantization, asked, tmp_path):
+    floats = llama(kind)
+    write(tmp_path / "model.gguf", floats, kind, quantization)
+    model = from_pretrained(tmp_path, floats.config)
+    other = int8fx.load_checkpoint(on_meta(kind), tmp_path / "model.gguf")
+    for name, parameter in other.named_parameters():
+        found = model.get_parameter(name)
+        assert isinstance(found, QuantizedWeight) is isinstance(parameter, QuantizedWeight)
+        assert torch.equal(dequantized(found), dequantized(parameter))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    logits = model(IDS).logits
+    assert torch.equal(logits, other(IDS).logits)
+    assert (floats(IDS).logits - logits).norm() <= 1e-4 * logits.norm()
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert torch.equal(again(IDS).logits, logits)
+
+
+def from_pretrained(folder, config, **how):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", config=config, dtype=torch.float32, **how
+    )
+
+
+def dequantized(weight):
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def test_from_pretrained_of_a_model_without_its_head(asked, tmp_path):
+    floats = llama()
+    write(tmp_path / "model.gguf", floats)
+    model = transformers.AutoModel.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=floats.config, dtype=torch.float32
+    )
+    weight = model.layers[1].self_attn.q_proj.weight
+    assert isinstance(weight, QuantizedWeight)
+    expected = floats.model.layers[1].self_attn.q_proj.weight
+    assert (weight.dequantize() - expected).abs().max() <= 2**-22 * expected.abs().max()
+
+
+def test_transformers_reads_what_int8fx_was_not_asked_for(tmp_path):
+    floats = llama()
+    write(tmp_path / "model.gguf", floats)
+    model = from_pretrained(tmp_path, floats.config)
+    assert not any(isinstance(each, QuantizedWeight) for each in model.parameters())
+
+
+def test_float_that_is_asked_for_is_float(asked, tmp_path):
+    floats = llama()
+    write(tmp_path / "model.gguf", floats)
+    how = transformers.GgufConfig(dequantize=True)
+    model = from_pretrained(tmp_path, floats.config, quantization_config=how)
+    assert not any(isinstance(each, QuantizedWeight) for each in model.parameters())
+
+
+def test_from_pretrained_of_a_file_that_lacks_a_tensor(asked, tmp_path):
+    floats = llama()
+    write(tmp_path / "model.gguf", floats)
+    floats.config.num_hidden_layers = 3
+    with pytest.raises(CheckpointError, match=r"layers\.2\..*: in the model, and missing in the"):
+        from_pretrained(tmp_path, floats.config)
+
+
+@pytest.mark.parametrize("size", [300, -1])
+def test_from_pretrained_of_a_file_that_is_broken_off(size, asked, tmp_path):
+    floats = llama()
+    write(tmp_path / "model.gguf", floats)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.gguf: broken off"):
+        from_pretrained(tmp_path, floats.config)
+
+
+def test_from_pretrained_of_scales_that_are_not_finite(asked, tmp_path):
+    floats = llama()
+    write(tmp_path / "model.gguf", floats)
+    file = tmp_path / "model.gguf"
+    first = opened(file).tensor("blk.1.ffn_up.weight")[0].numpy().tobytes()
+    raw = bytearray(file.read_bytes())
+    start = raw.index(first)
+    raw[start : start + 2] = b"\x00\x7e"  # NaN in fp16
+    file.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"mlp\.up_proj\.weight: corrupt: a scale"):
+        from_pretrained(tmp_path, floats.config)
 
 
 def test_another_architecture(tmp_path):

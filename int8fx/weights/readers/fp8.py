@@ -69,7 +69,7 @@ def values(module: StoredModule, scale_name: str, block: tuple[int, int] | None)
         rows, columns = block
         scale = module.take_floats(scale_name, -(-N // rows), -(-K // columns)).float()
         scale = scale.repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
-    w_hat = weight.float() * scale
+    w_hat = weight.float().mul_(scale)
     if not w_hat.is_meta and not w_hat.isfinite().all():
         raise module.error("weight", "corrupt: a value that is not finite")
     return Values(w_hat, 8)

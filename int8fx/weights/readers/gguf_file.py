@@ -27,7 +27,7 @@ _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
     11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
@@ -116,8 +116,8 @@ class GgufFile:
     def _bytes_of(self, name: str, kind: str, shape: tuple[int, ...]) -> int:
         """Of a type that is not read 0: whoever asks for the tensor is told."""
         count = math.prod(shape)
-        if kind in _FLOATS:
-            return count * _FLOATS[kind].itemsize
+        if kind in FLOATS:
+            return count * FLOATS[kind].itemsize
         if kind not in BLOCKS:
             return 0
         block = BLOCKS[kind]
@@ -135,10 +135,10 @@ class GgufFile:
 
     def tensor(self, name: str) -> Tensor:
         entry, start = self.entries[name], self._starts[name]
-        if entry.dtype in _FLOATS:
-            return self._mapped.tensor(start, _FLOATS[entry.dtype], entry.shape)
+        if entry.dtype in FLOATS:
+            return self._mapped.tensor(start, FLOATS[entry.dtype], entry.shape)
         if entry.dtype not in BLOCKS:
-            read = ", ".join((*_FLOATS, *BLOCKS))
+            read = ", ".join((*FLOATS, *BLOCKS))
             raise CheckpointError(f"{self.path}: {name}: {entry.dtype}; read: {read}")
         rows, row = entry.shape[:-1], entry.nbytes // max(1, math.prod(entry.shape[:-1]))
         return self._mapped.tensor(start, torch.uint8, (*rows, row))

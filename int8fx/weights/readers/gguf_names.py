@@ -65,15 +65,22 @@ class Renamed:
         raise CheckpointError(f"{self.path}: {name}: a tensor that the architecture has not")
 
     def tensor(self, name: str) -> Tensor:
-        found = self._file.tensor(self._names[name])
+        return self.in_order(name, self.mapped(name))
+
+    def mapped(self, name: str) -> Tensor:
+        """A tensor as it is in the file."""
+        return self._file.tensor(self._names[name])
+
+    def in_order(self, name: str, rows: Tensor) -> Tensor:
+        """Its rows as transformers' model has them."""
         if self._interleaved and ".self_attn.q_proj." in name:
-            return self._by_halves(found, "attention.head_count")
+            return self._by_halves(rows, "attention.head_count")
         if self._interleaved and ".self_attn.k_proj." in name:
-            return self._by_halves(found, "attention.head_count_kv")
-        return found
+            return self._by_halves(rows, "attention.head_count_kv")
+        return rows
 
     def release(self, name: str) -> None:
-        self._file.release(self._names[name])
+        self._file.release(name)
 
     def _by_halves(self, rows: Tensor, key: str) -> Tensor:
         """The rows of each head with its halves one after the other; blocks lie within a row."""

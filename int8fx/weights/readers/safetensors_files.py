@@ -43,12 +43,12 @@ class Safetensors:
                 self._starts[name] = start + offset
             self.metadata |= checkpoint_files.metadata(file)
         folder = self.path if self.path.is_dir() else self.path.parent
-        self.config = _json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         for name, method in _CONFIGS.items():
             if "quantization_config" not in self.config and (folder / name).is_file():
-                self.config["quantization_config"] = {"quant_method": method} | _json(folder / name)
+                self.config["quantization_config"] = {"quant_method": method} | read_json(folder / name)
         if (folder / quanto.MAP).is_file():
-            self.config[quanto.MAP] = _json(folder / quanto.MAP)
+            self.config[quanto.MAP] = read_json(folder / quanto.MAP)
 
     def tensor(self, name: str) -> Tensor:
         entry = self.entries[name]
@@ -80,7 +80,7 @@ def _entry(file: Path, name: str, said: Mapping[str, Any]) -> tuple[Entry, int]:
     return found, start
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Raises:
     CheckpointError: the file is there, and holds no JSON of names to values.
     """
