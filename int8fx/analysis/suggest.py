@@ -25,12 +25,12 @@ from rich.text import Text
 
 from int8fx.analysis.calibrate import calibrate
 from int8fx.analysis.explanation.record import kind, mib
-from int8fx.analysis.explanation.text import Path as ModulePath
 from int8fx.analysis.explanation.text import as_text
 from int8fx.arguments import check_callable
 from int8fx.calibration import Calibration
 from int8fx.errors import BudgetError, CalibrationError
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
+from int8fx.module_path import ModulePath
 from int8fx.options import Options, as_dict, in_use, of_way
 from int8fx.options_file import save_options
 
