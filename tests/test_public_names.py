@@ -177,11 +177,23 @@ def test_a_calibration_of_another_model_is_one_error_at_the_first_call(tmp_path)
 # --- options --------------------------------------------------------------------------------------
 
 
+OF_A_MODULE_BACK = (
+    int8fx.quantize_,
+    int8fx.dequantize_,
+    int8fx.prepare_qat_,
+    int8fx.convert_qat_,
+    int8fx.load_checkpoint,
+)
+
+
 def test_a_type_checker_knows_every_option_of_quantize():
     settings = {name for scheme in int8fx.SCHEMES.values() for name in scheme.reads}
     assert typing.get_type_hints(QuantizeOptions).keys() >= settings | set(OPTIONS)
     assert "Unpack" in str(inspect.signature(int8fx.quantize_))
-    assert inspect.signature(int8fx.quantize_).return_annotation is not nn.Module
+    for function in OF_A_MODULE_BACK:
+        signature = inspect.signature(function)
+        taken, returned = signature.parameters["model"].annotation, signature.return_annotation
+        assert taken is returned and taken is not nn.Module  # a variable: the class stays known
 
 
 def test_plus_adds_to_the_default_skip_list():
