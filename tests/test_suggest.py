@@ -296,8 +296,7 @@ def test_what_it_prints_breaks_a_path_behind_a_dot():
     assert max(map(len, printed)) <= 80
 
 
-def test_its_table_has_a_line_for_each_linear_on_80_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_its_table_has_a_line_for_each_linear_on_80_columns():
     path = "model.layers.10.self_attn.q_proj"
     kl = dict(zip(LADDER, (-1e-9, 5.4321, 3e-9, 2e-6, 0.0), strict=True))
     linears = (Sensitivity(path, kl, 400, 100, "int8-rotated"),)
