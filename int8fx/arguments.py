@@ -1,8 +1,11 @@
 """Checks of what the public functions are given, before anything is done."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+# Of a function that returns the module that it was given: editors know its class afterwards, too.
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def check_module(given: Any, taker: str) -> None:

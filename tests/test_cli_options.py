@@ -92,6 +92,11 @@ def test_a_shell_completes_commands_and_schemes():
         (["evaluate", "--scheme", "w8a16", "--threshold", "3"], ["--threshold 3", "none of w8a16"]),
         (["explain", "--options", "nowhere.json"], ["--options", "nowhere.json"]),
         (["explain", "--skip", "+a", "--skip", "b"], ["'skip'", "begin with '+'"]),
+        (["explain", "--calibration", "no.json"], ["--calibration no.json: no such file"]),
+        *(
+            ([*command, "--scheme", "llm.int8,threshold=x"], ["--scheme llm.int8", "'x' (str)", ">= 0"])
+            for command in (["evaluate"], ["suggest", "--kl", "1"], ["bench", "--no-model"], ["demo"])
+        ),
     ],
     ids=str,
 )

@@ -27,6 +27,8 @@ PAGES = [
 ]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Characters of a column of the site at 1200 pixels and more (docs/site/overrides/main.html).
+WIDEST = 105
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -62,7 +64,16 @@ def test_a_page_runs(page, toy, tmp_path):
         assert run.stdout == "".join(shown)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"])
+WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_of_code_is_wider_than_its_column(page):
+    code = "\n".join(text for _, text in BLOCK.findall(page.read_text()))
+    assert [line for line in code.splitlines() if len(line) > WIDEST] == []
+
+
+@pytest.mark.parametrize("page", WRITTEN)
 def test_links_to_files_that_are_there(page):
     links = [link for link in LINK.findall(page.read_text()) if not link.startswith("http")]
     assert [link for link in links if not (page.parent / link).exists()] == []

@@ -1,6 +1,7 @@
 """The public names in a user's hands: examples that run, misuse that is named, and how things print."""
 
 import doctest
+import importlib
 import inspect
 import pickle
 import re
@@ -14,6 +15,7 @@ from torch import nn
 import int8fx
 from int8fx.ahead.compile import compile_model
 from int8fx.errors import UserError
+from int8fx.integrations import transformers_readers
 from int8fx.integrations.bitsandbytes import to_bitsandbytes
 from int8fx.option_names import QuantizeOptions
 from int8fx.options import OUTPUT_HEADS
@@ -33,8 +35,7 @@ def two() -> nn.Sequential:
 # --- examples -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("public", PUBLIC, ids=lambda each: each.__name__)
-def test_the_example_in_its_docstring_runs(public):
+def run_example(public) -> None:
     (example, *_) = doctest.DocTestFinder(recurse=False).find(public, public.__name__, globs={})
     assert example.examples, f"{public.__name__} has no example"
     torch.manual_seed(0)
@@ -42,6 +43,31 @@ def test_the_example_in_its_docstring_runs(public):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda each: each.__name__)
+def test_the_example_in_its_docstring_runs(public):
+    run_example(public)
+
+
+# Those that have a section of their own in the reference, and are no names of ``int8fx``.
+ELSEWHERE = (
+    "integrations.transformers.Int8FxConfig",
+    "integrations.diffusers.Int8FxConfig",
+    "integrations.bitsandbytes.to_bitsandbytes",
+    "integrations.onnx.exportable",
+    "integrations.transformers_readers.read_with_int8fx",
+)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_example_of_an_integration_runs(name):
+    module, _, name = name.rpartition(".")
+    if module.endswith("diffusers"):
+        pytest.importorskip("diffusers")
+    public = getattr(importlib.import_module(f"int8fx.{module}"), name)
+    with transformers_readers.reading():  # whatever an example asks to be read is undone
+        run_example(public)
 
 
 # --- misuse ---------------------------------------------------------------------------------------
@@ -151,11 +177,23 @@ def test_a_calibration_of_another_model_is_one_error_at_the_first_call(tmp_path)
 # --- options --------------------------------------------------------------------------------------
 
 
+OF_A_MODULE_BACK = (
+    int8fx.quantize_,
+    int8fx.dequantize_,
+    int8fx.prepare_qat_,
+    int8fx.convert_qat_,
+    int8fx.load_checkpoint,
+)
+
+
 def test_a_type_checker_knows_every_option_of_quantize():
     settings = {name for scheme in int8fx.SCHEMES.values() for name in scheme.reads}
     assert typing.get_type_hints(QuantizeOptions).keys() >= settings | set(OPTIONS)
     assert "Unpack" in str(inspect.signature(int8fx.quantize_))
-    assert inspect.signature(int8fx.quantize_).return_annotation is not nn.Module
+    for function in OF_A_MODULE_BACK:
+        signature = inspect.signature(function)
+        taken, returned = signature.parameters["model"].annotation, signature.return_annotation
+        assert taken is returned and taken is not nn.Module  # a variable: the class stays known
 
 
 def test_plus_adds_to_the_default_skip_list():

@@ -16,6 +16,7 @@ from int8fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+STEPS = re.compile(r"<ol>.*?</ol>", re.DOTALL)
 
 
 class Links(HTMLParser):
@@ -26,7 +27,8 @@ class Links(HTMLParser):
         self.links: list[str] = []
         self.anchors: set[str] = set()
         self.outside: list[str] = []
-        self.feed(page.read_text(encoding="utf-8"))
+        self.source = page.read_text(encoding="utf-8")
+        self.feed(self.source)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = dict(attributes)
@@ -74,6 +76,13 @@ def _is_there(page: Links | None, anchor: str) -> bool:
 
 def test_a_page_fetches_nothing_from_elsewhere(site):
     assert {page: found.outside for page, found in site.items() if found.outside} == {}
+
+
+def test_steps_are_numbered_through(site):
+    """What stands between two steps without its four spaces begins the numbers anew."""
+    lists = [found for each in site.values() for found in STEPS.findall(each.source)]
+    assert len(lists) >= 3
+    assert [steps for steps in lists if steps.count("<li>") == 1] == []
 
 
 def test_every_page_says_at_the_top_that_no_gpu_has_run_it(site):

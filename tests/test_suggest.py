@@ -294,3 +294,13 @@ def test_what_it_prints_breaks_a_path_behind_a_dot():
     parts = [line.split()[0] for line in printed[start + 1 : end]]
     assert "".join(parts) == path and all(part.endswith(".") for part in parts[:-1])
     assert max(map(len, printed)) <= 80
+
+
+def test_its_table_has_a_line_for_each_linear_on_80_columns():
+    path = "model.layers.10.self_attn.q_proj"
+    kl = dict(zip(LADDER, (-1e-9, 5.4321, 3e-9, 2e-6, 0.0), strict=True))
+    linears = (Sensitivity(path, kl, 400, 100, "int8-rotated"),)
+    lines = str(int8fx.Suggestion({}, 0.0, {}, 0, linears)).splitlines()
+    (row,) = (line.split() for line in lines if line.startswith("model."))
+    assert row == [path, "0", "5,432,100", "0", "2", "int8-rotated"]
+    assert max(map(len, lines)) <= 80

@@ -47,7 +47,8 @@ def compile_model(
     """Writes a folder for ``int8fx.load``.
 
     Args:
-        model, tokenizer: of transformers, on a CPU.
+        model: a causal language model of transformers, on a CPU.
+        tokenizer: of the package tokenizers, as transformers wraps it.
         folder: is made, whole or not at all; it is not there yet.
         name: of the model, for people; by default where it was loaded from.
         context: how many tokens the KV cache holds; by default what the model was made for, at most

@@ -11,6 +11,7 @@ is given.
 """
 
 import html
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,16 +25,17 @@ from rich.text import Text
 
 from int8fx.analysis.calibrate import calibrate
 from int8fx.analysis.explanation.record import kind, mib
-from int8fx.analysis.explanation.text import Path as ModulePath
 from int8fx.analysis.explanation.text import as_text
 from int8fx.arguments import check_callable
 from int8fx.calibration import Calibration
 from int8fx.errors import BudgetError, CalibrationError
 from int8fx.kernels.schemes.table import DEFAULT, SCHEMES
+from int8fx.module_path import ModulePath
 from int8fx.options import Options, as_dict, in_use, of_way
 from int8fx.options_file import save_options
 
 FLOAT = "float"
+BREAKS_OF_A_WAY = re.compile(r"(?<=[-,])| (?=at )")
 CALIBRATION_FILE = "calibration.json"
 # From the fastest to the most accurate; all but the last take the same memory.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -141,7 +143,7 @@ class Suggestion:
         return [
             [
                 each.path,
-                *(f"{each.kl[way] * 1e6:,.0f}" if way in each.kl else "" for way in self._ways),
+                *(_millionths(each.kl[way]) if way in each.kl else "" for way in self._ways),
                 each.chosen,
             ]
             for each in self.linears
@@ -168,7 +170,8 @@ class Suggestion:
         name, *ways, chosen = self._headings
         table.add_column(name, overflow="fold")
         for way in ways:
-            table.add_column(way, justify="right", no_wrap=True)
+            heading = BREAKS_OF_A_WAY.sub("\n", way)  # 80 columns have room for a module's path
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(chosen, no_wrap=True)
         for row in self._rows:
             path, *cells = row
@@ -270,6 +273,11 @@ def suggest(
     options_found, size = runs.options_of(chosen), mixtures.float_bytes - saved
     of_inputs = of_inputs and "calibration" in options_found
     return Suggestion(options_found, kl, uniform, size, tuple(chosen), of_inputs)
+
+
+def _millionths(kl: float) -> str:
+    shown = f"{kl * 1e6:,.0f}"
+    return "0" if shown == "-0" else shown  # rounding takes a divergence of nothing a little below it
 
 
 def _calibration(model: Callable[..., Any], batch: Any) -> Calibration:

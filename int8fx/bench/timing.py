@@ -70,9 +70,14 @@ def machine() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     amx = torch.cpu.get_capabilities().get("amx_int8", False)
     return (
-        f"{processor()}, {torch.get_num_threads()} threads, {capability}{' with AMX' if amx else ''}, "
+        f"{processor()}, {threads()}, {capability}{' with AMX' if amx else ''}, "
         f"torch {torch.__version__}"
     )
+
+
+def threads() -> str:
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def processor() -> str:

@@ -23,10 +23,12 @@ from int8fx.cli.arguments import (
     complain,
     ending,
     exists,
+    number,
     numbers,
     one_line_errors,
     positive,
     print_json,
+    whole,
     writable,
 )
 from int8fx.cli.asked import Asked, takes_options
@@ -133,7 +135,8 @@ def bench(
     shape: Annotated[str, typer.Option(metavar="KxN", help="Of the linear.")] = "4096x4096",
     rows: Annotated[str, typer.Option(metavar="M,...", help="Rows of its input.")] = "1,16,512",
     seconds: Annotated[
-        float, typer.Option(metavar="S", help="Of measuring, for each linear and contender.")
+        float,
+        typer.Option(parser=number, metavar="S", help="Of measuring, for each linear and contender."),
     ] = 1.0,
     tokens: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="Of the model's prefill.")
@@ -186,10 +189,12 @@ def evaluate(
     inject: Annotated[
         float | None,
         typer.Option(
-            metavar="FACTOR", help="A second table, with six channels of every norm amplified so much."
+            parser=number,
+            metavar="FACTOR",
+            help="A second table, with six channels of every norm amplified so much.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the injected channels.")] = 0,
+    seed: Annotated[int, typer.Option(parser=whole, metavar="N", help="Of the injected channels.")] = 0,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Through Inductor: minutes for each scheme.")
     ] = False,
@@ -439,12 +444,21 @@ def run(
     ] = 256,
     temperature: Annotated[
         float,
-        typer.Option(metavar="X", help="0: the most likely token; above it, tokens are drawn."),
+        typer.Option(
+            parser=number, metavar="X", help="0: the most likely token; above it, tokens are drawn."
+        ),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(metavar="X", help="Draws from the most likely that add up to this share.")
+        float,
+        typer.Option(
+            parser=number,
+            metavar="X",
+            help="Draws from the most likely that add up to this share.",
+        ),
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of what is drawn.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(parser=whole, metavar="N", help="Of what is drawn.")
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(parser=positive, metavar="N", help="By default as many as torch takes."),
@@ -470,10 +484,12 @@ def suggest(
     model: ModelArgument = None,
     text: TextOption = None,
     kl: Annotated[
-        float | None, typer.Option(metavar="NATS", help="Budget: mean KL divergence from float.")
+        float | None,
+        typer.Option(parser=number, metavar="NATS", help="Budget: mean KL divergence from float."),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="MIB", help="Budget: of all parameters and buffers.")
+        float | None,
+        typer.Option(parser=number, metavar="MIB", help="Budget: of all parameters and buffers."),
     ] = None,
     tokens: Annotated[
         int, typer.Option(parser=positive, metavar="N", help="How many tokens of the text to run on.")

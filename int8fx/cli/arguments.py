@@ -53,8 +53,11 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
+# Typer's own checks of numbers would not say what was given.
+
+
 def positive(given: str | int) -> int:
-    """A count. Typer's own check would not say what was given."""
+    """A count."""
     try:
         count = int(given)
     except ValueError:
@@ -62,6 +65,20 @@ def positive(given: str | int) -> int:
     if count < 1:
         raise typer.BadParameter(f"given {given!r}; allowed are whole numbers from 1")
     return count
+
+
+def whole(given: str | int) -> int:
+    try:
+        return int(given)
+    except ValueError:
+        raise typer.BadParameter(f"given {given!r}; allowed are whole numbers") from None
+
+
+def number(given: str | float) -> float:
+    try:
+        return float(given)
+    except ValueError:
+        raise typer.BadParameter(f"given {given!r}; allowed are numbers") from None
 
 
 def above_zero(option: str, given: float | None) -> None:
@@ -170,7 +187,7 @@ RuleOption = Annotated[
     _option("PATTERN=SCHEME", "A scheme by module path; may be repeated, the first match wins."),
 ]
 ThresholdOption = Annotated[
-    float | None, _option("X", "An outlier is |x| >= X (6; 0: no decomposition).")
+    float | None, _option("X", "An outlier is |x| >= X (6; 0: no decomposition).", parser=number)
 ]
 DecompositionOption = Annotated[str | None, _option("NAME", "column, token or static.")]
 CalibrationOption = Annotated[

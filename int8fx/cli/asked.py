@@ -22,6 +22,7 @@ from int8fx.cli.arguments import (
     SkipOption,
     ThresholdOption,
     backend_options,
+    exists,
     rule,
 )
 from int8fx.errors import UserError
@@ -101,6 +102,8 @@ class Asked:
         """All but ``--scheme``: those of the file, and the others before them."""
         from int8fx.options_file import load_options
 
+        if self.calibration is not None:
+            exists("--calibration", self.calibration)
         given = {
             name: getattr(self, name)
             for name in ("threshold", "decomposition", "calibration", "skip", "only")
@@ -109,7 +112,9 @@ class Asked:
         rules = [rule(text) for text in self.rule or ()]
         try:
             of_file = {} if self.options_file is None else load_options(self.options_file)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"--options {self.options_file}: {error.strerror}") from error
+        except ValueError as error:
             raise UserError(f"--options {error}") from error
         of_file = {name: value for name, value in of_file.items() if name not in left_out}
         if rules:
@@ -144,7 +149,11 @@ def _in_use(options: dict[str, Any], spec: str) -> dict[str, Any]:
     from int8fx.options import in_use
 
     _checked({name: options[name] for name in ("scheme", "rules") if name in options}, spec)
-    return _checked(in_use(options), spec)
+    try:
+        read = in_use(options)
+    except ValueError as error:
+        raise UserError(f"--scheme {spec}: {error}") from error
+    return _checked(read, spec)
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:

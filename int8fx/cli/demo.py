@@ -28,6 +28,7 @@ from int8fx.bench.contenders import (
     warm_up,
 )
 from int8fx.bench.progress import step
+from int8fx.bench.timing import threads
 from int8fx.errors import UserError
 from int8fx.passes.linears.decision import in_schemes
 from int8fx.torch_private import compile_counts
@@ -239,7 +240,7 @@ def _footer(outcome: Outcome) -> str:
     windows = "1 window" if outcome.windows == 1 else f"{outcome.windows} windows"
     lines = [
         f"Prefill of {outcome.length} tokens, then decode with a static KV cache; medians of {ROUNDS} "
-        f"and {ROUNDS * STEPS}, {torch.get_num_threads()} threads, Inductor in its default mode. "
+        f"and {ROUNDS * STEPS}, {threads()}, Inductor in its default mode. "
         f"Accuracy on {windows} of {outcome.length} tokens, against the model as "
         "loaded.",
     ]

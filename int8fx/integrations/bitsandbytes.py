@@ -37,6 +37,14 @@ def to_bitsandbytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         TypeError: the state is no dict, as a model is none.
         ValueError: an int8 entry is not a module's ``weight``, the only name bitsandbytes knows.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> from int8fx.integrations.bitsandbytes import to_bitsandbytes
+        >>> linear = int8fx.quantize_(torch.nn.Linear(64, 32, bias=False))
+        >>> state = to_bitsandbytes(linear.state_dict())
+        >>> {name: list(tensor.shape) for name, tensor in state.items()}
+        {'weight': [32, 64], 'SCB': [32], 'weight_format': []}
     """
     if not isinstance(state, Mapping):
         raise TypeError(

@@ -61,8 +61,15 @@ class _Method(str, Enum):
 class Int8FxConfig(QuantizationConfigMixin):
     """The options of ``int8fx.quantize_``, in a model's ``config.json``; by default ``skip=SKIP``.
 
+    ``from_pretrained(..., quantization_config=Int8FxConfig())`` quantises each weight as it is read.
+
     Raises:
         ValueError: an option is unknown or out of range.
+
+    Examples:
+        >>> from int8fx.integrations.diffusers import Int8FxConfig
+        >>> Int8FxConfig(threshold=3.0, skip=["+*.ff.*"]).options["skip"][-1]
+        '*.ff.*'
     """
 
     def __init__(self, **options: Any) -> None:

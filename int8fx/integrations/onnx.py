@@ -69,6 +69,14 @@ def exportable(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: names what was given in the place of a module.
         ValueError: no weight is quantised, or one has another format than int8 per channel: names it.
+
+    Examples:
+        >>> import int8fx, torch
+        >>> from int8fx.integrations.onnx import exportable
+        >>> model = int8fx.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> copied = exportable(model)
+        >>> copied[0].w_int8.dtype
+        torch.int8
     """
     check_module(model, "exportable")
     replaced = {}

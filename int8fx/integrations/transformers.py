@@ -57,8 +57,15 @@ METHOD = "int8fx"
 class Int8FxConfig(QuantizationConfigMixin):
     """The options of ``int8fx.quantize_``, in a model's ``config.json``.
 
+    ``from_pretrained(..., quantization_config=Int8FxConfig())`` quantises each weight as it is read.
+
     Raises:
         ValueError: an option is unknown or out of range.
+
+    Examples:
+        >>> from int8fx.integrations.transformers import Int8FxConfig
+        >>> Int8FxConfig(scheme="w8a16-group", group_size=32).to_dict()
+        {'quant_method': 'int8fx', 'scheme': 'w8a16-group', 'group_size': 32}
     """
 
     def __init__(self, **options: Any) -> None:

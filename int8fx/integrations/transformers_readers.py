@@ -75,6 +75,10 @@ def read_with_int8fx(*methods: str) -> None:
 
     Raises:
         ValueError: there is no such method; names those that there are.
+
+    Examples:
+        >>> from int8fx.integrations.transformers_readers import read_with_int8fx
+        >>> read_with_int8fx("gptq", "awq")
     """
     unknown = set(methods) - OWNERS.keys()
     if unknown:

@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from int8fx.arguments import check_module
+from int8fx.arguments import AnyModule, check_module
 from int8fx.errors import CheckpointError
 from int8fx.torch_private import persistent_tensors
 from int8fx.weights.checkpoint_files import files_of, header
@@ -63,7 +63,7 @@ def save_checkpoint(
     save_torch_state_dict(state, directory, max_shard_size=max_shard_size)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, scheme: str | None = None) -> nn.Module:
+def load_checkpoint(model: AnyModule, path: str | Path, *, scheme: str | None = None) -> AnyModule:
     """Loads a checkpoint into a model, of int8fx or of another system.
 
     A checkpoint of int8fx needs a model on which ``quantize_`` was called. One on the meta device gets
@@ -123,7 +123,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, scheme: str | None = 
 _INTO_QUANTIZED = ("ComfyUI", "bitsandbytes")
 
 
-def _load(model: nn.Module, path: Path) -> nn.Module:
+def _load(model: AnyModule, path: Path) -> AnyModule:
     tensors: dict[str, Tensor] = {}
     for file in files_of(path):
         tensors.update(_read(file))
@@ -149,8 +149,8 @@ def _put(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> 
 
 
 def _load_foreign(
-    model: nn.Module, container: Container, reader: table.Reader, scheme: str | None
-) -> nn.Module:
+    model: AnyModule, container: Container, reader: table.Reader, scheme: str | None
+) -> AnyModule:
     if isinstance(container, GgufFile):
         container = Renamed(container)
     checkpoint = loading.Checkpoint.of(container, reader)

@@ -1,11 +1,11 @@
 """Quantisation-aware training: linears compute as a scheme does, and float weights are trained."""
 
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from int8fx.arguments import check_module
+from int8fx.arguments import AnyModule, check_module
 from int8fx.near import warn_of_unused
 from int8fx.options import Options
 from int8fx.weights.distributed import local
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from int8fx.option_names import QuantizeOptions
 
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 _GIVEN = "_int8fx_qat"  # of the model that was prepared: the options
 

@@ -6,13 +6,13 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from int8fx import torch_private
-from int8fx.arguments import check_module
+from int8fx.arguments import AnyModule, check_module
 from int8fx.errors import CalibrationError, ReleaseError
 from int8fx.kernels.schemes.scheme import Choice
 from int8fx.near import warn_of_unused
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 # And the settings of the schemes.
 OPTIONS = ("scheme", "rules", "skip", "only", "calibration")
-
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def _nothing(done: int, total: int) -> None:

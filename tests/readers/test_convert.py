@@ -251,6 +251,15 @@ def test_what_inspect_prints_fits_80_columns_with_the_whole_path_of_a_module(tmp
     assert "".join(line[at:] for line in lines[1:]) == path
 
 
+def test_what_inspect_prints_breaks_a_path_behind_a_dot():
+    kind = Kind(8, None, "symmetric", "int8 per channel", 30, "model.layers.10.mlp.down_proj", 2**25)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(Contents("folder", "int8fx", {}, [kind], (62, 2**27), (1, 2**28)))
+    _, head, *lines = (line.rstrip() for line in console.file.getvalue().splitlines())
+    parts = [line[head.index("example") :] for line in lines]
+    assert [part for part in parts if part] == ["model.layers.", "10.mlp.", "down_proj"]
+
+
 def run(capsys, *arguments: str):
     code = int8fx.cli.app.main(arguments)
     captured = capsys.readouterr()

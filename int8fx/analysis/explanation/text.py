@@ -1,12 +1,10 @@
 """Findings as text for a terminal of 80 columns."""
 
 import io
-import re
 from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +18,7 @@ from int8fx.analysis.explanation.record import (
     notes,
     pass_rows,
 )
+from int8fx.module_path import ModulePath
 from int8fx.passes.outcome import Outcome
 
 WIDTH = 80
@@ -36,7 +35,7 @@ def as_text(shown: RenderableType) -> str:
 def row_table(explanation: Findings) -> Table:
     table = _columns("module", ("N x K", "scheme", "outliers", "SQNR", "MiB", "FLOPs"))
     for row in explanation.rows:
-        name: RenderableType = Path(row.path)
+        name: RenderableType = ModulePath(row.path)
         if below := notes(row):
             name = Group(name, Padding(Text(below, style="dim"), (0, 0, 0, 2)))
         table.add_row(name, *cells(row).values())
@@ -47,27 +46,8 @@ def kind_table(rows: Sequence[Row]) -> Table:
     table = _columns("modules", ("count", "scheme", "max |x|", "min SQNR", "MiB", "FLOPs"))
     for each in kind_cells(rows):
         name, *others = each.values()
-        table.add_row(Path(name), *map(escape, others))
+        table.add_row(ModulePath(name), *map(escape, others))
     return table
-
-
-class Path:
-    """A module's path, which is broken behind a dot where it is too long for its column."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = [""]
-        for part in re.findall(r"[^.]*\.?", self.path):
-            if lines[-1] and len(lines[-1]) + len(part) > options.max_width:
-                lines.append("")
-            lines[-1] += part
-        yield Text("\n".join(lines), overflow="fold")
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        longest = max(map(len, re.findall(r"[^.]*\.?", self.path)))
-        return Measurement(longest, len(self.path))
 
 
 def _columns(first: str, others: Sequence[str]) -> Table:

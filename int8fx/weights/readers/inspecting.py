@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from int8fx.errors import CheckpointError
+from int8fx.module_path import ModulePath
 from int8fx.weights.readers import storing, table
 from int8fx.weights.readers.container import Container, dtype_of
 from int8fx.weights.readers.loading import Checkpoint
@@ -81,7 +82,7 @@ class Contents:
         for kind in self.kinds:
             group = "all" if kind.group is None else str(kind.group)
             numbers = str(kind.modules), str(kind.bits), group, kind.details, kind.scheme
-            shown.add_row(*numbers, _mib(kind.bytes), kind.example)
+            shown.add_row(*numbers, _mib(kind.bytes), ModulePath(kind.example))
         tensors, size = self.floats
         shown.add_row(str(tensors), "", "", "tensors in float", "", _mib(size), "")
         return Group(title, shown)
