@@ -193,8 +193,8 @@ class Int8FxQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
         """For saving: of a model with offloaded weights, brought back module by module; of one in
-        shards, with its int8 weights put together in every process. A model with quantised experts is
-        written under the model's own names: transformers would cut a batch into a float matrix an expert.
+        shards, with its int8 weights put together in every process. With quantised experts all is
+        written under the model's own names: transformers would cut a batch into a matrix an expert.
 
         Raises:
             ValueError: a weight has other options than the configuration, which holds one for all.
