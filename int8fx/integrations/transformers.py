@@ -310,7 +310,7 @@ class _Operation(ConversionOps):
     def quantized(self, model: nn.Module, name: str, weight: Tensor) -> QuantizedWeight:
         """The weight of a name in the form that it is kept in."""
         path = name.rpartition(".")[0]
-        owner = model.get_submodule(path)
+        owner: Any = model.get_submodule(path)
         state_dict.attach(owner)
         config = self.hf_quantizer.quantization_config
         if name in self.hf_quantizer.experts:
