@@ -38,6 +38,7 @@ def llmint8(
         A callable with the graph's signature.
 
     Raises:
+        TypeError: called with a model; torch.compile takes that.
         ValueError: an option or the mode is unknown or out of range. torch shows a backend its options
             at the first call and not before; ``int8fx.Options.parse(options)`` checks them at once.
         RuntimeError: this torch release cannot be served.
@@ -49,6 +50,11 @@ def llmint8(
         >>> compiled(torch.ones(2, 64)).shape
         torch.Size([2, 64])
     """
+    if not isinstance(gm, fx.GraphModule):
+        raise TypeError(
+            f"llmint8: given {type(gm).__name__}; allowed: a graph that Dynamo traced, which "
+            'torch.compile(model, backend="llmint8") makes'
+        )
     check_torch()
     try:
         checked = Options.parse(options)

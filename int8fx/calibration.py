@@ -59,6 +59,9 @@ class Calibration:
     rows: int
     linears: tuple[CalibratedLinear, ...]
 
+    def __repr__(self) -> str:
+        return f"<Calibration of a {self.model}: {len(self.linears)} linears, {self.rows} rows>"
+
     def columns_of(self, path: str, shape: tuple[int, int], count: int) -> tuple[int, ...]:
         """The columns to keep of a linear, ascending, at most ``count``.
 

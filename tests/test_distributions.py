@@ -182,3 +182,18 @@ def test_nothing_is_published_that_was_not_tested_and_built(jobs):
     for script in re.findall(r"\.ci/\S+", "\n".join(steps)):
         assert (ROOT / script).exists()
     assert "twine check --strict dist/*" in steps
+
+
+# PyPI's own publisher, whose instructions name this branch: it follows the formats that PyPI takes.
+BY_TAG = {"pypa/gh-action-pypi-publish@release/v1"}
+
+
+def test_every_action_is_a_commit_and_names_its_release():
+    used = [
+        line.partition("uses: ")[2]
+        for workflow in (ROOT / ".github" / "workflows").glob("*.yml")
+        for line in workflow.read_text().splitlines()
+        if "uses: " in line
+    ]
+    pinned = re.compile(r"[\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+")
+    assert len(used) > 10 and {each for each in used if not pinned.fullmatch(each)} == BY_TAG

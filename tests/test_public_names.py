@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 import int8fx
+from int8fx.ahead.compile import compile_model
+from int8fx.errors import UserError
+from int8fx.integrations.bitsandbytes import to_bitsandbytes
 from int8fx.option_names import QuantizeOptions
 from int8fx.options import OUTPUT_HEADS
 from int8fx.options_file import save_options
@@ -88,6 +91,35 @@ def test_what_a_pipeline_holds_is_named():
 
     with pytest.raises(TypeError, match=r"given Pipeline; .*; its .model is a Sequential"):
         int8fx.quantize_(Pipeline())
+
+
+ONES = torch.ones(1, 64)
+MISUSED = {
+    "the backend on a model": (lambda: int8fx.llmint8(two(), ()), r"Sequential; .*torch\.compile"),
+    "a model as its state": (lambda: to_bitsandbytes(two()), "given Sequential; allowed"),
+    "a name compiled ahead": (lambda: compile_model("smollm2", None, "out"), "model: given str"),
+    "any model compiled ahead": (lambda: compile_model(two(), None, "out"), "is no causal"),
+    "a weight of nothing": (int8fx.Int8Weight, r"given 0 tensors; .*from_float"),
+    "a weight of a list": (lambda: int8fx.Int8Weight.from_float([[1.0]]), "given list; allowed"),
+    "a weight of integers": (lambda: int8fx.Int8Weight.from_float(ONES.int()), r"torch\.int32"),
+    "a weight of a vector": (lambda: int8fx.Int8Weight.from_float(ONES[0]), r"\[64\]; allowed"),
+    "ways that are names": (
+        lambda: int8fx.suggest(two(), ONES, budget={"kl": 1.0}, ways={"a": "w8a16"}),
+        r"ways=\{'a': 'w8a16'\}; allowed",
+    ),
+    "a list of ways": (
+        lambda: int8fx.suggest(two(), ONES, budget={"kl": 1.0}, ways=["w8a16"]),
+        r"ways=\['w8a16'\]; allowed",
+    ),
+    "no scheme": (lambda: int8fx.SCHEMES["int8"], "'int8' is no scheme; there are 'llm.int8'"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSED)
+def test_what_is_misused_says_what_was_given_and_what_is_allowed(misuse):
+    call, said = MISUSED[misuse]
+    with pytest.raises((TypeError, ValueError, KeyError, UserError), match=said):
+        call()
 
 
 @pytest.mark.parametrize("options", [3, ["threshold"], "nowhere.json"], ids=str)
@@ -247,3 +279,8 @@ def test_a_quantised_module_prints_as_one_wherever_it_goes():
     said = f"bias=True, w8a16-group, 8 bits, {model[0].weight.int8_bytes:,} bytes)"
     assert said in repr(model) and said in repr(pickle.loads(pickle.dumps(model)))
     assert "w8a16" not in repr(int8fx.dequantize_(model))
+
+
+def test_a_calibration_prints_in_a_line():
+    calibration = int8fx.calibrate(two(), [torch.ones(5, 64)])
+    assert repr(calibration) == "<Calibration of a Sequential: 2 linears, 5 rows>"

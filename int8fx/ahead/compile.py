@@ -13,6 +13,7 @@ from int8fx.ahead import artefact as files
 from int8fx.ahead import machine, mapped
 from int8fx.ahead.artefact import Artefact
 from int8fx.ahead.trace import DTYPES, Tracer, described
+from int8fx.arguments import check_module
 from int8fx.errors import UserError
 from int8fx.kernels.cpu import build
 from int8fx.kernels.cpu.trusted import OTHERS_WRITE
@@ -55,8 +56,14 @@ def compile_model(
         step: is told what is done next.
 
     Raises:
+        TypeError: the model is no module.
         UserError: the model does not fit, and why; or the folder cannot be made.
     """
+    check_module(model, "compile_model")
+    if not hasattr(model, "generation_config"):
+        raise UserError(
+            f"compile_model: {type(model).__name__} is no causal language model of transformers"
+        )
     source = _Source(name or model.config.name_or_path or type(model).__name__, model, tokenizer)
     folder, options = Path(folder), dict(options or {})
     if folder.exists():
@@ -139,7 +146,8 @@ def _write_tokenizer(source: _Source, folder: Path) -> dict[str, str]:
     backend = getattr(source.tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            f"model {source.name}: its tokenizer is in Python; one of the package tokenizers is needed"
+            f"model {source.name}: its tokenizer, {type(source.tokenizer).__name__}, is none of the "
+            "package tokenizers, and one of these is needed"
         )
     backend.save(str(folder / files.TOKENIZER))
     words = {

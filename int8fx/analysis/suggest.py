@@ -240,9 +240,7 @@ def suggest(
     _check(budget)
     check_callable(model, "suggest")
     fixed = _fixed(options)
-    found = dict(WAYS if ways is None else ways)
-    if not found:
-        raise ValueError(f"ways={ways!r}; allowed: one at least, as {{'mine': ('llm.int8', {{}})}}")
+    found = _checked_ways(WAYS if ways is None else ways)
     from int8fx.analysis.mixture import Mixtures
     from int8fx.torch_private import uncompiled
     from int8fx.weights.quantize import first_int8
@@ -323,6 +321,16 @@ def _check(budget: Mapping[str, float]) -> None:
     (value,) = budget.values()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ValueError(f"budget={budget!r}; {allowed}")
+
+
+def _checked_ways(ways: Any) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Raises:
+    ValueError: they are no dict, or there are none, or one is no scheme with its settings.
+    """
+    pairs = ways.values() if isinstance(ways, Mapping) else ()
+    if not pairs or not all(isinstance(each, tuple | list) and len(each) == 2 for each in pairs):
+        raise ValueError(f"ways={ways!r}; allowed: one at least, as {{'mine': ('llm.int8', {{}})}}")
+    return dict(ways)
 
 
 def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:

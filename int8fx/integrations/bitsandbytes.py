@@ -35,8 +35,14 @@ def to_bitsandbytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ``weight_format`` says row-major.
 
     Raises:
+        TypeError: the state is no dict, as a model is none.
         ValueError: an int8 entry is not a module's ``weight``, the only name bitsandbytes knows.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"to_bitsandbytes: given {type(state).__name__}; allowed: a dict of tensors, as "
+            "model.state_dict()"
+        )
     translated = {}
     for name, tensor in state.items():
         key = name.removesuffix(SCALE)

@@ -106,7 +106,11 @@ class QuantizedWeight(ComputedValues):
         """Of packed tensors; or a parameter of another quantised weight, as ``nn.Parameter`` makes it:
         ``type(parameter)(tensor, requires_grad=False)`` is what accelerate puts in its place.
         """
-        return cls._of_packed(tensors, **form) if "choice" in form else _parameter(tensors[0], **form)
+        if "choice" in form:
+            return cls._of_packed(tensors, **form)
+        if len(tensors) != 1:
+            raise TypeError(f"{cls.__name__}: given {len(tensors)} tensors; {_FROM_FLOAT}")
+        return _parameter(tensors[0], **form)
 
     @classmethod
     def _of_packed(
@@ -142,8 +146,15 @@ class QuantizedWeight(ComputedValues):
         """Quantises ``weight [N, K]``, or ``[K, N]`` when ``transposed``; or E of them, each by itself.
 
         Raises:
-            ValueError: there is no such scheme, or setting of it; names what there is.
+            TypeError: the weight is no tensor of floats.
+            ValueError: it is no matrix; or no such scheme, or setting of it, is there.
         """
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"from_float: given {given}; allowed: a tensor of floats")
+        if weight.dim() not in (2, 3):
+            shape = list(weight.shape)
+            raise ValueError(f"from_float: given a tensor of shape {shape}; allowed: [N, K], [E, N, K]")
         return cls.quantized(weight, scheme_named(scheme).choice(**settings), transposed)
 
     @classmethod
@@ -475,6 +486,8 @@ class QuantizedWeight(ComputedValues):
 # What users call it.
 Int8Weight = QuantizedWeight
 
+_FROM_FLOAT = "int8fx.Int8Weight.from_float quantises one"
+
 
 def _guarded(attributes: dict[str, Any]) -> tuple:
     form = {name: value for name, value in attributes.items() if name != "choice"}
@@ -495,7 +508,7 @@ def _parameter(tensor: Tensor, requires_grad: bool = True) -> Any:
     if not isinstance(tensor, QuantizedWeight):
         raise TypeError(
             f"no int8 weight can be made of a tensor of shape {list(tensor.shape)} and {tensor.dtype} "
-            "alone, without scales; int8fx.Int8Weight.from_float quantises one"
+            f"alone, without scales; {_FROM_FLOAT}"
         )
     if "accelerate" in sys.modules:
         # It is about to offload the weight, and would bring it back without its scales.

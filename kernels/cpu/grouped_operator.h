@@ -169,19 +169,13 @@ inline std::vector<at::Tensor> grouped_linears(
         GroupedOperands{packed[i], scales[i], at_index(zero_points, i, count, "zero_points"),
                         at_index(w_columns, i, count, "w_columns"), at_index(columns, i, count, "columns"),
                         at_index(biases, i, count, "biases")});
-  std::vector<bool> done(count);
-  for (int64_t first = 0; first < count; ++first) {
-    if (done[first]) continue;
-    std::vector<Weight> same;
-    for (int64_t i = first; i < count; ++i) {
-      if (done[i] || (!columns.empty() && !same_columns(columns[first], columns[i]))) continue;
-      same.push_back(described[i].weight);
-      done[i] = true;
-    }
+  std::vector<Weight> weights;
+  for (const auto& each : described) weights.push_back(each.weight);
+  by_columns(columns, weights, [&](size_t first, const std::vector<Weight>& same) {
     const int32_t* const k = columns.empty() ? nullptr : columns[first].const_data_ptr<int32_t>();
     quantize_and_multiply_groups(
         *x, k, columns.empty() ? 0 : columns[first].numel(), block, kind, grouping, same);
-  }
+  });
   return outputs_of(described);
 }
 

@@ -112,6 +112,23 @@ inline bool same_columns(const at::Tensor& left, const at::Tensor& right) {
   return left.numel() == right.numel() && std::equal(a, a + left.numel(), b);
 }
 
+// f(first, weights) for the weights of each distinct list of columns, `first` being the first of them: x is
+// quantised once for all of these. Without lists, all weights are of one.
+template <class F>
+void by_columns(at::TensorList columns, const std::vector<Weight>& weights, const F& f) {
+  std::vector<bool> done(weights.size());
+  for (size_t first = 0; first < weights.size(); ++first) {
+    if (done[first]) continue;
+    std::vector<Weight> same;
+    for (size_t i = first; i < weights.size(); ++i) {
+      if (done[i] || (!columns.empty() && !same_columns(columns[first], columns[i]))) continue;
+      same.push_back(weights[i]);
+      done[i] = true;
+    }
+    f(first, same);
+  }
+}
+
 // The weights whose columns are these, for which x is rotated once.
 inline void rotate_and_run(
     const at::Tensor& x, const at::Tensor& columns, int64_t block, RotationKind kind,
@@ -201,21 +218,13 @@ inline std::vector<at::Tensor> rotated_linears(
     weights.back().w_columns = w_columns[i].const_data_ptr();
     weights.back().columns_dtype = w_columns[i].scalar_type();
   }
-  std::vector<bool> done(count);
-  for (size_t first = 0; first < count; ++first) {
-    if (done[first]) continue;
-    std::vector<Weight> same;
-    for (size_t i = first; i < count; ++i) {
-      if (done[i] || !same_columns(columns[first], columns[i])) continue;
-      same.push_back(weights[i]);
-      done[i] = true;
-    }
+  by_columns(columns, weights, [&](size_t first, const std::vector<Weight>& same) {
     if (kind == RotationKind::NONE) {
       quantize_beside_columns(*x, static_cast<float>(threshold), columns[first], same);
     } else {
       rotate_and_run(*x, columns[first], block, kind, same);
     }
-  }
+  });
   return outputs;
 }
 

@@ -39,7 +39,6 @@ struct StaticColumns {
     });
   }
   float* at(int64_t i, int v) { return floats + i * Isa::MICRO_PANELS * NR + v * LANES; }
-  const float* at(int64_t i, int v) const { return floats + i * Isa::MICRO_PANELS * NR + v * LANES; }
 };
 
 // R rows at a time of the tile that begins at m, for as many as there are, times B micro-panels.

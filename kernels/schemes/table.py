@@ -26,6 +26,9 @@ class Schemes(dict[str, Scheme]):
         'x as it is, per-channel w'
     """
 
+    def __missing__(self, name: Any) -> Scheme:
+        raise KeyError(f"{name!r} is no scheme; there are {', '.join(map(repr, self))}")
+
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
         return "\n".join(f"{name:{width}}  {scheme.formula}" for name, scheme in self.items())
