@@ -318,6 +318,23 @@ def test_save_pretrained_writes_what_is_read(model_type, name, settings, tmp_pat
     assert_same(found, other)
 
 
+def test_experts_on_disk_are_refused_by_name(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    toy("mixtral").model.save_pretrained(tmp_path / "files")
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+    }
+    with pytest.raises(ValueError, match=r"layers\.0\..*experts.*: quantised experts are read"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "files", device_map=places, offload_folder=tmp_path / "disk"
+        )
+
+
 def test_a_model_that_was_saved_is_saved_again_and_dequantised(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -120,6 +120,7 @@ class Int8FxQuantizer(HfQuantizer):
             importlib.import_module("int8fx.integrations.accelerate")  # what serves it
         # transformers comes back with what it made of "auto".
         self.device_map = device_map if isinstance(device_map, dict) else None
+        self._check_experts()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """What transformers shows the configuration through, before anything is read."""
@@ -134,12 +135,23 @@ class Int8FxQuantizer(HfQuantizer):
         """Whether a parameter stays on disk, from where accelerate brings it for each call."""
         return self.device_map is not None and get_device(self.device_map, name) == "disk"
 
+    def _check_experts(self) -> None:
+        """Raises:
+        ValueError: experts that the files hold quantised are to stay on disk.
+        """
+        for name in sorted(self.experts):
+            if name + state_dict.SCHEME in self.in_files and self.is_on_disk(name):
+                raise ValueError(
+                    f"{name}: quantised experts are read into memory: leave 'disk' out of device_map"
+                )
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **_: Any
     ) -> None:
         """Raises:
         CheckpointError: a file is broken off; it is named, with the tensor where it ends.
-        ValueError: nothing of the model can be quantised, or int8 files are to be read in shards.
+        ValueError: nothing of the model can be quantised, int8 files are to be read in shards, or
+            quantised experts are to stay on disk.
         """
         files = [Path(file) for file in checkpoint_files or ()]
         self.maps_files = bool(files)
@@ -162,6 +174,7 @@ class Int8FxQuantizer(HfQuantizer):
                 name for name in _linear_weights(linears) if name + state_dict.SCHEME in self.in_files
             }
             self.experts = frozenset(each.path for each in found if each.experts and each.accepted)
+            self._check_experts()
         self.names = frozenset(names - tied)
         for decision in found:
             # A calibration of another model is an error before anything is read.
