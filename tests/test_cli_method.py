@@ -76,6 +76,13 @@ def test_evaluate_asks_for_another_text_than_is_judged(capsys, unloaded, text, t
     assert code != 0 and "is the text that is judged" in err[-1]
 
 
+def test_evaluate_injects_no_outliers_into_what_is_quantised(capsys, unloaded, tmp_path):
+    (tmp_path / "model").mkdir()
+    given = ["evaluate", tmp_path / "model", "--scheme", "w4a16-group", "--inject", 10]
+    code, _, err = run(capsys, *given, "--method", "hqq")
+    assert code != 0 and "--inject 10 changes weights that --method hqq has quantised" in err[-1]
+
+
 def test_schemes_of_round_to_nearest_are_all():
     assert schemes_of("rtn") == list(int8fx.SCHEMES)
 

@@ -38,6 +38,9 @@ from int8fx.cli.method import (
     MethodsOption,
     MethodTextOption,
     MethodTokensOption,
+    check_text,
+    chosen,
+    schemes_of,
 )
 from int8fx.errors import QUANTISED, UserError
 
@@ -218,10 +221,12 @@ def evaluate(
     progress = Console(stderr=True)
     above_zero("--inject", inject)
     check_name(model)
-    from int8fx.cli.method import check_text, chosen, schemes_of
-
     methods = method or [NEAREST]
     check_text(methods, method_text)
+    if inject is not None and set(methods) != {NEAREST}:
+        raise UserError(
+            f"--inject {inject:g} changes weights that --method {methods[-1]} has quantised"
+        )
     if method_text is not None and text is not None and method_text.resolve() == text.resolve():
         raise UserError(f"--method-text {method_text} is the text that is judged; give another")
     served = [name for name in schemes_of(NEAREST) if all(name in schemes_of(each) for each in methods)]
@@ -358,8 +363,6 @@ def quantize(
     """
     progress = Console(stderr=True)
     options = asked.options()
-    from int8fx.cli.method import check_text, chosen
-
     check_text([method], method_text)
     how = chosen(method, options, method_text, method_tokens)
     absent("OUT", out)
