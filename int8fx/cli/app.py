@@ -223,10 +223,9 @@ def evaluate(
     check_name(model)
     methods = method or [NEAREST]
     check_text(methods, method_text)
-    if inject is not None and set(methods) != {NEAREST}:
-        raise UserError(
-            f"--inject {inject:g} changes weights that --method {methods[-1]} has quantised"
-        )
+    algorithm = next((name for name in methods if name != NEAREST), None)
+    if inject is not None and algorithm:
+        raise UserError(f"--inject {inject:g} changes weights that --method {algorithm} has quantised")
     if method_text is not None and text is not None and method_text.resolve() == text.resolve():
         raise UserError(f"--method-text {method_text} is the text that is judged; give another")
     served = [name for name in schemes_of(NEAREST) if all(name in schemes_of(each) for each in methods)]
