@@ -149,8 +149,10 @@ def _look_for_quanto() -> None:
 
     @functools.wraps(theirs)
     def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-        file = os.path.join(getattr(config, "_name_or_path", ""), QUANTO_MAP)
-        if getattr(config, "quantization_config", None) is None and os.path.isfile(file):
+        folder = getattr(config, "_name_or_path", "")
+        file = os.path.join(folder, QUANTO_MAP)
+        says_nothing = getattr(config, "quantization_config", None) is None
+        if folder and says_nothing and os.path.isfile(file):
             from int8fx.integrations.transformers_readers import tell_of_quanto
 
             tell_of_quanto(config, file)

@@ -164,6 +164,19 @@ def test_hqq_has_a_smaller_norm_of_the_error(bits):
     assert (w_hat - weight).abs().pow(0.7).sum() < (start - weight).abs().pow(0.7).sum()
 
 
+@pytest.mark.parametrize("value", [0.5, -3.0, 5.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hqq_of_groups_of_one_value(dtype, value):
+    """Their zero point is far from every code: it must not be infinite."""
+    linear = nn.Linear(64, 8, bias=False, dtype=dtype).requires_grad_(False)
+    linear.weight[:, :32] = value
+    linear.weight[1, 3] += 1e-3 * value
+    weight = linear.weight.double()
+    model = int8fx.quantize_(nn.Sequential(linear), scheme="w4a16-group", method="hqq")
+    error = (model[0].weight.dequantize().double() - weight)[:, :32].abs()
+    assert error.max() <= max(torch.finfo(dtype).eps, 2.0**-14) * abs(value)
+
+
 def test_the_proximal_step_keeps_what_is_large():
     errors = torch.tensor([0.0, 0.01, -0.01, 5.0, -5.0])
     shrunk = shrink(errors, 10.0)

@@ -211,6 +211,21 @@ def test_a_code_is_the_nearest_of_16_values(name, nested, K):
     torch.testing.assert_close((w_hat - weight).abs(), nearest, rtol=0, atol=1e-6)
 
 
+def test_signs_of_a_block_whose_double_quantised_absmax_is_below_0():
+    """Blocks of small weights between large ones: 8 bits of the absmax leave theirs a step off."""
+    weight = torch.randn(8, 64 * 16, generator=torch.Generator().manual_seed(0))
+    weight[:, :64] *= 1e-3
+    weight[:, 64:128] *= 4
+    kept = codebook("nf4", 64, nested=True)
+    stored = kept.quantize(weight)
+    absmax = absmax_of(stored[1:])[:, 0]
+    assert (absmax < 0).any()
+    w_hat = kept.dequantize(stored, *weight.shape)[:, :64]
+    candidates = torch.tensor(CODEBOOKS["nf4"]) * absmax.view(-1, 1, 1)
+    nearest = (candidates - weight[:, :64].unsqueeze(-1)).abs().amin(-1)
+    torch.testing.assert_close((w_hat - weight[:, :64]).abs(), nearest, rtol=0, atol=1e-6)
+
+
 def test_double_quantised_absmax_is_within_a_step_of_the_dynamic_map():
     absmax = numbers(7, 300).abs() + 1
     codes, largest, offset = nest(absmax)

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import int8fx
@@ -145,13 +146,13 @@ def test_a_row_without_an_expert_is_zero_and_a_wrong_one_is_named():
 # --- models ---------------------------------------------------------------------------------------
 
 
-def toy(model_type, name="w4a16-group", implementation=None):
+def toy(model_type, name="w4a16-group", implementation=None, **settings):
     found = build(model_type)
     if implementation is not None:
         found.model.set_experts_implementation(implementation)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing stays in float
-        int8fx.quantize_(found.model, scheme=name)
+        int8fx.quantize_(found.model, scheme=name, **settings)
     return found
 
 
@@ -292,13 +293,105 @@ def test_on_meta_it_takes_a_state_dict():
     assert torch.equal(empty.up.dequantize(), module.up.dequantize())
 
 
-def test_save_pretrained_says_what_writes_them(tmp_path):
-    with pytest.raises(ValueError, match=r"experts.*int8fx\.save_checkpoint writes them"):
-        toy("qwen3_moe").model.save_pretrained(tmp_path)
-    found = build("qwen3_moe")
-    int8fx.quantize_(found.model, scheme="w4a16-group", skip=["+*.experts.*"])
-    assert not experts_of(found.model)
+@pytest.mark.parametrize(
+    ("model_type", "name", "settings"),
+    [
+        *((model_type, "w4a16-group", {}) for model_type in MODELS),
+        ("mixtral", "wna16-group", {"bits": 3, "act_order": True}),
+        ("qwen3_moe", "w4a8-group", {}),
+        ("gpt_oss", "nf4", {}),
+    ],
+)
+def test_save_pretrained_writes_what_is_read(model_type, name, settings, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    found, other = (toy(model_type, name, **settings) for _ in range(2))
     found.model.save_pretrained(tmp_path)
+    # The float parts as well: nothing may be left as transformers initialises it.
+    read = build(model_type)
+    read.model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=found.model.dtype)
+    assert_same(found, read)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.copy_(torch.zeros(parameter.shape))
+    int8fx.load_checkpoint(other.model, tmp_path)
+    assert_same(found, other)
+
+
+def test_experts_on_disk_are_refused_by_name(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    toy("mixtral").model.save_pretrained(tmp_path / "files")
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+    }
+    with pytest.raises(ValueError, match=r"layers\.0\..*experts.*: quantised experts are read"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "files", device_map=places, offload_folder=tmp_path / "disk"
+        )
+
+
+def test_a_model_that_was_saved_is_saved_again_and_dequantised(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    found = toy("mixtral")
+    found.model.save_pretrained(tmp_path / "first")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=found.model.dtype)
+    read.save_pretrained(tmp_path / "second")
+    again = build("mixtral")
+    again.model = AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=found.model.dtype)
+    assert_same(found, again)
+    # In float it has the names that everything knows.
+    int8fx.dequantize_(again.model).save_pretrained(tmp_path / "float")
+    names = load_file(tmp_path / "float" / "model.safetensors")
+    assert any(name.endswith("experts.0.w1.weight") for name in names)
+    floats = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=found.model.dtype)
+    assert all(
+        torch.equal(each, floats.get_parameter(path)) for path, each in again.model.named_parameters()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:quantize_ leaves")
+@pytest.mark.parametrize("how", [{"skip": ["+*.experts.*"]}, {"method": "hqq"}])
+def test_experts_that_stay_in_float_are_saved(how, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    found = build("qwen3_moe")
+    int8fx.quantize_(found.model, scheme="w4a16-group", **how)
+    assert not experts_of(found.model)
+    expected = logits(found)
+    found.model.save_pretrained(tmp_path)
+    found.model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=found.model.dtype)
+    assert torch.equal(logits(found), expected)
+
+
+def test_rules_of_experts_are_saved(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    found = build("qwen3_moe")
+    int8fx.quantize_(found.model, scheme="int8-rotated", rules=[("*.experts.*", "nf4", {})])
+    assert experts_of(found.model)
+    found.model.save_pretrained(tmp_path)
+    read = build("qwen3_moe")
+    read.model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=found.model.dtype)
+    assert_same(found, read)
+
+
+def test_a_broken_part_of_experts_is_named(tmp_path, caplog):
+    from transformers import AutoModelForCausalLM
+
+    toy("gpt_oss").model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("experts.down_proj_packed"))
+    save_file(tensors | {name: tensors[name][:1]}, file, {"format": "pt"})
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "experts.down_proj_packed: shape [1, " in caplog.text
 
 
 def test_from_pretrained_quantises_them(tmp_path):

@@ -197,6 +197,57 @@ def test_a_budget_of_memory_buys_float_for_the_most_sensitive(model, x):
     assert in_float[0].path == max(gains, key=gains.get)
 
 
+BITS = {
+    "w4a8": ("w4a8-group", {"group_size": 16, "rotation": "none"}),
+    "w4a16": ("w4a16-group", {"group_size": 16}),
+    "rotated": ("int8-rotated", {}),
+    "w8a16": ("w8a16", {}),
+}
+
+
+def bytes_when(model, suggestion) -> int:
+    """What the model takes, by quantize_ with the options that were suggested."""
+    made = int8fx.quantize_(copy.deepcopy(model), **suggestion.options)
+    tensors = (*made.parameters(), *made.buffers())
+    return sum(
+        each.int8_bytes if isinstance(each, int8fx.QuantizedWeight) else each.nbytes for each in tensors
+    )
+
+
+def test_a_budget_of_memory_mixes_bits(model, x):
+    sizes, chosen = {}, {}
+    for memory in (1, 1e9):
+        try:
+            sizes[memory] = int8fx.suggest(model, x, budget={"memory": memory}, ways=BITS).model_bytes
+        except BudgetError as error:
+            sizes[memory] = int(str(error).partition("model takes ")[2].split()[0])
+    least, of_float = sizes[1], sizes[1e9]
+    assert of_float == sum(each.nbytes for each in model.parameters()) > 3 * least
+    kl = []
+    for part in (0, 0.25, 0.5):
+        memory = least + part * (of_float - least)
+        found = int8fx.suggest(model, x, budget={"memory": memory}, ways=BITS)
+        assert found.model_bytes <= memory
+        assert found.model_bytes == bytes_when(model, found)
+        assert found.kl == pytest.approx(measured_kl(model, x, found.options), rel=0.02, abs=1e-6)
+        chosen[part] = {each.path: each.chosen for each in found.linears}
+        kl.append(found.kl)
+    assert kl == sorted(kl, reverse=True) and kl[-1] < kl[0] / 2
+    assert {way[:2] for way in chosen[0].values()} == {"w4"}
+    bits = {BITS.get(way, (way,))[0][:2] for way in chosen[0.25].values()}
+    assert "w4" in bits and bits & {"in", "w8"}  # of 4 bits and of 8 side by side
+
+
+def test_a_budget_of_kl_mixes_bits_and_tells_the_memory(model, x):
+    loose = int8fx.suggest(model, x, budget={"kl": 1.0}, ways=BITS)
+    assert {each.chosen for each in loose.linears} == {"w4a8"}
+    assert loose.model_bytes == bytes_when(model, loose)
+    tight = int8fx.suggest(model, x, budget={"kl": loose.kl / 3}, ways=BITS)
+    assert tight.kl <= loose.kl / 3
+    assert len({each.chosen for each in tight.linears}) > 1
+    assert tight.model_bytes == bytes_when(model, tight) > loose.model_bytes
+
+
 def test_the_table_shows_every_linear_and_the_options(model, x):
     shown = int8fx.suggest(model, x, budget={"kl": 1.0})
     lines = str(shown).splitlines()

@@ -1,7 +1,7 @@
 """A model whose linears are switched between float and several schemes, in one trace.
 
-All ways must keep weights in one format, so that switching costs nothing; the graph then runs operator
-by operator, as in ``observe.py``, and from the first linear that is switched (``rerun.py``).
+The graph runs operator by operator, as in ``observe.py``, and from the first linear that is switched
+(``rerun.py``). It holds weights in one format; those of ways with another come from the store.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +60,7 @@ class Mixtures:
         self._switches: dict[Any, str] = {}
         self._ways: dict[str, tuple[str, ...]] = {}
         self._noise: dict[str, dict[str, float]] | None = None
-        self._bytes: dict[str, tuple[int, int]] = {}
+        self._bytes: dict[str, tuple[int, dict[str, int]]] = {}
         self._ruled: set[str] = set()
         self._store = WeightStore()
         self._model = model = torch_private.uncompiled(model)
@@ -71,8 +71,8 @@ class Mixtures:
         self._args, self._kwargs = args, kwargs
         self._expected = Reference(self._logits({}))
 
-    def nbytes(self, path: str) -> tuple[int, int]:
-        """Of a linear's weight, in float and in int8."""
+    def nbytes(self, path: str) -> tuple[int, dict[str, int]]:
+        """Of a linear's weight, in float and in each way."""
         return self._bytes[path]
 
     def ways_of(self, path: str) -> tuple[str, ...]:
@@ -167,7 +167,13 @@ class Mixtures:
             self._ruled.add(path)
             self.ruled_bytes += packed.float_bytes - packed.nbytes
         else:
-            self._bytes[path] = (packed.float_bytes, packed.nbytes)
+            of_ways = {
+                way: self._store.get(
+                    tensor, candidate.weight, _choice(self._of_ways[way], path, shape).weight_format
+                ).nbytes
+                for way in self._ways[path]
+            }
+            self._bytes[path] = (packed.float_bytes, of_ways)
             self.paths.append(path)
 
     def _product(

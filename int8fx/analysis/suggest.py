@@ -14,7 +14,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from int8fx.options_file import save_options
 FLOAT = "float"
 BREAKS_OF_A_WAY = re.compile(r"(?<=[-,])| (?=at )")
 CALIBRATION_FILE = "calibration.json"
-# From the fastest to the most accurate; all but the last take the same memory.
+# From the fastest to the most accurate, all with weights of 8 bits.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm.int8": ("llm.int8", {}),
     "llm.int8 at 3": ("llm.int8", {"threshold": 3.0}),
@@ -57,8 +57,9 @@ class Sensitivity:
         path: of its module.
         kl: mean KL divergence to the float model, in nats: measured for the fastest way, estimated for
             the others that it has a product for, 0 in float.
-        float_bytes, kept_bytes: of its weight.
+        float_bytes, kept_bytes: of its weight, in float and in the fastest way.
         chosen: a key of ``kl``.
+        way_bytes: of its weight in each way that takes another number of bytes than the fastest.
     """
 
     path: str
@@ -66,10 +67,14 @@ class Sensitivity:
     float_bytes: int
     kept_bytes: int
     chosen: str
+    way_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return self.float_bytes if self.chosen == FLOAT else self.kept_bytes
+        return self.bytes_of(self.chosen)
+
+    def bytes_of(self, way: str) -> int:
+        return self.float_bytes if way == FLOAT else self.way_bytes.get(way, self.kept_bytes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -218,7 +223,7 @@ def suggest(
             and settings of schemes; or the file of them. The suggestion holds them as well. Without a
             calibration the columns of ``int8-rotated`` are the largest of the inputs.
         ways: in which a linear may run, the fastest first: a scheme and its settings, by a name of
-            yours. They take the same memory. By default ``WAYS``.
+            yours. They may have weights of different bits. By default ``WAYS``, of 8 bits.
         on_run: told how many runs are done, and of how many: of each linear, of each way for all, and,
             as they are tried, of mixtures.
 
@@ -389,8 +394,11 @@ def _measure(mixtures: Any, runs: _Runs) -> list[Sensitivity]:
             way: measured * (each / in_fastest if in_fastest else 1)
             for way, each in noise[path].items()
         }
-        float_bytes, kept_bytes = mixtures.nbytes(path)
-        linears.append(Sensitivity(path, {**kl, FLOAT: 0.0}, float_bytes, kept_bytes, FLOAT))
+        float_bytes, of_ways = mixtures.nbytes(path)
+        least = next(iter(of_ways.values()))
+        others = {way: nbytes for way, nbytes in of_ways.items() if nbytes != least}
+        kl[FLOAT] = 0.0
+        linears.append(Sensitivity(path, kl, float_bytes, least, FLOAT, others))
     return linears
 
 
@@ -444,7 +452,7 @@ def _simpler(
 
 
 def _price(linears: Sequence[Sensitivity], ladder: Sequence[str]) -> int:
-    """By the rungs of the ladder, as in ``_steps``, and by the memory that float takes more."""
+    """By the rungs of the ladder, as in ``_steps``, and by the memory above the fastest way's."""
     rungs = (ladder.index(each.chosen) * each.kept_bytes for each in linears)
     return sum(rungs) + sum(each.nbytes - each.kept_bytes for each in linears)
 
@@ -470,31 +478,43 @@ def _steps(linears: Sequence[Sensitivity], ladder: Sequence[str]) -> list[tuple[
 def _within_memory(
     linears: Sequence[Sensitivity], float_bytes: int, budget: float, ways: Collection[str]
 ) -> list[Sensitivity]:
-    """The most accurate way in int8 for all, and float for the most sensitive while it fits."""
-    chosen = [
-        _with(each, min((each.kl[way], way) for way in ways if way in each.kl)[1]) for each in linears
-    ]
-    used = float_bytes - sum(each.float_bytes - each.kept_bytes for each in chosen)
+    """The smallest way for all, then more bits, or float, where a byte gains most, while it fits."""
+    chosen = [_with(each, _smallest(each, ways)) for each in linears]
+    used = float_bytes - sum(each.float_bytes - each.nbytes for each in chosen)
     if used > budget:
         raise BudgetError(
             f"budget={{'memory': {budget:.0f}}}: with every linear quantised the model takes {used} "
-            f"bytes ({mib(used)} MiB), in float {float_bytes}"
+            f"bytes ({mib(used)} MiB), in float {float_bytes}; the ways are {', '.join(ways)}"
         )
-    gains = [
-        (each.kl[each.chosen] / (each.float_bytes - each.kept_bytes), index)
-        for index, each in enumerate(chosen)
-        if each.float_bytes > each.kept_bytes
-    ]
-    for _, index in sorted(gains, reverse=True):
-        more = chosen[index].float_bytes - chosen[index].kept_bytes
-        if used + more <= budget:
-            chosen[index] = _with(chosen[index], FLOAT)
-            used += more
+    while step := _best_step(chosen, budget - used, (*ways, FLOAT)):
+        index, way = step
+        used += chosen[index].bytes_of(way) - chosen[index].nbytes
+        chosen[index] = _with(chosen[index], way)
     return chosen
 
 
+def _smallest(each: Sensitivity, ways: Collection[str]) -> str:
+    """Of those that take the fewest bytes the most accurate."""
+    return min((each.bytes_of(way), each.kl[way], way) for way in ways if way in each.kl)[2]
+
+
+def _best_step(
+    chosen: Sequence[Sensitivity], left: float, ways: Collection[str]
+) -> tuple[int, str] | None:
+    """The linear and its way of more bytes that gains most for each of them; None: none fits."""
+    steps = [
+        ((each.kl[each.chosen] - each.kl[way]) / more, index, way)
+        for index, each in enumerate(chosen)
+        for way in ways
+        if way in each.kl
+        and 0 < (more := each.bytes_of(way) - each.nbytes) <= left
+        and each.kl[way] <= each.kl[each.chosen]
+    ]
+    return max(steps)[1:] if steps else None
+
+
 def _with(each: Sensitivity, way: str) -> Sensitivity:
-    return Sensitivity(each.path, each.kl, each.float_bytes, each.kept_bytes, way)
+    return replace(each, chosen=way)
 
 
 # --- as options -----------------------------------------------------------------------------------

@@ -42,12 +42,20 @@ def load_with_tokens(
     Raises:
         UserError: the model or the text cannot be used, and why.
     """
+    model, _, token_ids = load_with_text(name, text, progress, int8=int8)
+    return model, token_ids
+
+
+def load_with_text(
+    name: str | None, text: Path | None, progress: Console, *, int8: bool = False
+) -> tuple[Any, Any, Tensor]:
+    """The same, and the tokenizer between them."""
     words = read(text)  # before the model, which may take a while
     model, tokenizer = load(name, progress, int8=int8)
     token_ids = torch.tensor(tokenizer(words)["input_ids"], device=model.device)
     if token_ids.numel() < 2:
         raise UserError(f"--text {text} has {token_ids.numel()} tokens; at least 2 are needed")
-    return model, token_ids
+    return model, tokenizer, token_ids
 
 
 def read(path: Path | None) -> str:

@@ -33,6 +33,17 @@ from int8fx.cli.arguments import (
 )
 from int8fx.cli.asked import Asked, takes_options
 from int8fx.cli.help import App
+from int8fx.cli.method import (
+    NEAREST,
+    TOKENS,
+    MethodOption,
+    MethodsOption,
+    MethodTextOption,
+    MethodTokensOption,
+    check_text,
+    chosen,
+    schemes_of,
+)
 from int8fx.errors import QUANTISED, UserError
 
 app = App(help="LLM.int8() inside torch.compile.", no_args_is_help=True)
@@ -198,6 +209,9 @@ def evaluate(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Through Inductor: minutes for each scheme.")
     ] = False,
+    method: MethodsOption = None,
+    method_text: MethodTextOption = None,
+    method_tokens: MethodTokensOption = TOKENS,
     json: JsonOption = False,
     debug: DebugOption = False,
     *,
@@ -206,22 +220,39 @@ def evaluate(
     """Compares schemes with the float model: perplexity, KL divergence, top-1 agreement.
 
     Each --scheme is a line of the table; without one, every scheme that there is. With --options the
-    options in the file are.
+    options in the file are. With --method there is a line for each scheme and method. gptq and awq see
+    --method-text, which is not the text that is judged.
     """
     progress = Console(stderr=True)
     above_zero("--inject", inject)
     check_name(model)
-    from int8fx.kernels.schemes.table import SCHEMES
-
-    contenders = asked.contenders(list(SCHEMES))
+    methods = method or [NEAREST]
+    check_text(methods, method_text)
+    algorithm = next((name for name in methods if name != NEAREST), None)
+    if inject is not None and algorithm:
+        raise UserError(f"--inject {inject:g} changes weights that --method {algorithm} has quantised")
+    if method_text is not None and text is not None and method_text.resolve() == text.resolve():
+        raise UserError(f"--method-text {method_text} is the text that is judged; give another")
+    served = [name for name in schemes_of(NEAREST) if all(name in schemes_of(each) for each in methods)]
+    contenders = asked.contenders(served)
+    algorithms = {
+        f"{name}, {each}": chosen(each, options, method_text, method_tokens, needs_text=True)
+        for name, options in contenders.items()
+        for each in methods
+        if each != NEAREST
+    }
+    if NEAREST not in methods:
+        contenders = {}
     import_libraries(progress)
     from int8fx.analysis.evaluate import Settings
     from int8fx.analysis.evaluate import evaluate as run
     from int8fx.bench import smollm2
-    from int8fx.bench.texts import load_with_tokens
+    from int8fx.bench.texts import load_with_text
+    from int8fx.cli.evaluate import by_algorithms
 
-    loaded, token_ids = load_with_tokens(model, text, progress)
-    settings = Settings(contenders, windows, length, inject, seed, compiled)
+    loaded, tokenizer, token_ids = load_with_text(model, text, progress)
+    others = by_algorithms(loaded, tokenizer, algorithms, compiled, progress)
+    settings = Settings(contenders, windows, length, inject, seed, compiled, others)
     outcome = run(loaded, token_ids, settings, model or smollm2.CONVERTED, progress)
     print_json(outcome.to_dict()) if json else Console().print(outcome)
 
@@ -322,6 +353,9 @@ def calibrate(
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a hub name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    method: MethodOption = NEAREST,
+    method_text: MethodTextOption = None,
+    method_tokens: MethodTokensOption = TOKENS,
     json: JsonOption = False,
     debug: DebugOption = False,
     *,
@@ -333,6 +367,8 @@ def quantize(
     """
     progress = Console(stderr=True)
     options = asked.options()
+    check_text([method], method_text)
+    how = chosen(method, options, method_text, method_tokens)
     absent("OUT", out)
     if model.endswith(".gguf"):
         raise UserError(f"MODEL {model}{QUANTISED}")
@@ -340,7 +376,7 @@ def quantize(
     import_libraries(progress)
     from int8fx.cli.quantize import quantize_files
 
-    saved = quantize_files(model, out, options, progress)
+    saved = quantize_files(model, out, how, progress)
     print_json(saved.to_dict()) if json else Console().print(saved)
 
 

@@ -12,9 +12,11 @@ from rich.text import Text
 from int8fx.analysis.explanation.record import mib
 from int8fx.bench import models
 from int8fx.bench.progress import step
+from int8fx.cli.method import NEAREST, Chosen
 from int8fx.errors import QUANTISED, UserError
 from int8fx.integrations.transformers import Int8FxConfig
 from int8fx.passes.linears.decision import in_schemes
+from int8fx.weights.quantize import quantize_
 from int8fx.weights.tensor import QuantizedWeight
 
 
@@ -47,20 +49,18 @@ class Saved:
         return asdict(self)
 
 
-def quantize_files(name: str, directory: Path, options: dict[str, Any], progress: Console) -> Saved:
-    """Loads a model straight into int8 and saves it with its tokenizer.
+def quantize_files(name: str, directory: Path, how: Chosen, progress: Console) -> Saved:
+    """Loads a model straight into int8, or quantises it in place, and saves it with its tokenizer.
 
     Args:
         name: a directory or a hub name.
         directory: is made, whole or not at all; it is not there yet.
-        options: of ``int8fx.quantize_``.
+        how: the options of ``int8fx.quantize_``, and its algorithm.
 
     Raises:
         UserError: the model cannot be loaded, or the directory cannot be made, and why.
     """
-    model, tokenizer = models.load(name, progress, quantization_config=Int8FxConfig(**options))
-    if model.hf_quantizer.pre_quantized:
-        raise UserError(f"MODEL {name}{QUANTISED}")
+    model, tokenizer = _quantised(name, how, progress)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with step(progress, f"Writing {directory}"), models.quiet_transformers():
@@ -83,3 +83,24 @@ def quantize_files(name: str, directory: Path, options: dict[str, Any], progress
         model_bytes=model.get_memory_footprint(),
         file_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
     )
+
+
+def _quantised(name: str, how: Chosen, progress: Console) -> tuple[Any, Any]:
+    """An algorithm asks for the float model; without one, no weight is ever in float beside others.
+
+    Raises:
+        UserError: its weights are quantised already.
+    """
+    if how.method == NEAREST:
+        config = Int8FxConfig(**how.options)
+        model, tokenizer = models.load(name, progress, quantization_config=config)
+        if model.hf_quantizer.pre_quantized:
+            raise UserError(f"MODEL {name}{QUANTISED}")
+        return model, tokenizer
+    model, tokenizer = models.load(name, progress)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(f"MODEL {name}{QUANTISED}")
+    batches = how.batches(tokenizer, model.device)
+    with step(progress, f"Quantising by {how.method}", counted=True) as update:
+        quantize_(model, method=how.method, batches=batches, on_weight=update, **how.options)
+    return model, tokenizer

@@ -104,6 +104,7 @@ class Int8FxQuantizer(HfQuantizer):
     is_trainable = True
     is_compileable = True
     names: frozenset[str] = frozenset()
+    experts: frozenset[str] = frozenset()  # batches of experts that the files may hold quantised
     in_files: dict[str, Any]
     device_map: dict[str, Any] | None = None
     maps_files = False  # whether the weights come from files that transformers maps, and no one else
@@ -114,7 +115,9 @@ class Int8FxQuantizer(HfQuantizer):
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        return {"weight": state_dict.names_of_all("weight", self.quantization_config.choices)}
+        choices = self.quantization_config.choices
+        names = {"weight", *(path.rpartition(".")[2] for path in self.experts)}
+        return {name: state_dict.names_of_all(name, choices) for name in sorted(names)}
 
     def is_serializable(self) -> bool:
         return True
@@ -124,6 +127,7 @@ class Int8FxQuantizer(HfQuantizer):
             importlib.import_module("int8fx.integrations.accelerate")  # what serves it
         # transformers comes back with what it made of "auto".
         self.device_map = device_map if isinstance(device_map, dict) else None
+        self._check_experts()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """What transformers shows the configuration through, before anything is read."""
@@ -138,12 +142,23 @@ class Int8FxQuantizer(HfQuantizer):
         """Whether a parameter stays on disk, from where accelerate brings it for each call."""
         return self.device_map is not None and get_device(self.device_map, name) == "disk"
 
+    def _check_experts(self) -> None:
+        """Raises:
+        ValueError: experts that the files hold quantised are to stay on disk.
+        """
+        for name in sorted(self.experts):
+            if name + state_dict.SCHEME in self.in_files and self.is_on_disk(name):
+                raise ValueError(
+                    f"{name}: quantised experts are read into memory: leave 'disk' out of device_map"
+                )
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **_: Any
     ) -> None:
         """Raises:
         CheckpointError: a file is broken off; it is named, with the tensor where it ends.
-        ValueError: nothing of the model can be quantised, or int8 files are to be read in shards.
+        ValueError: nothing of the model can be quantised, int8 files are to be read in shards, or
+            quantised experts are to stay on disk.
         """
         files = [Path(file) for file in checkpoint_files or ()]
         self.maps_files = bool(files)
@@ -165,6 +180,8 @@ class Int8FxQuantizer(HfQuantizer):
             names |= {
                 name for name in _linear_weights(linears) if name + state_dict.SCHEME in self.in_files
             }
+            self.experts = frozenset(each.path for each in found if each.experts and each.accepted)
+            self._check_experts()
         self.names = frozenset(names - tied)
         for decision in found:
             # A calibration of another model is an error before anything is read.
@@ -189,27 +206,24 @@ class Int8FxQuantizer(HfQuantizer):
         pattern anywhere in a name."""
         if not self.pre_quantized or hasattr(HfQuantizer, "serialized_names"):
             return super().get_weight_conversions()
-        ((target, names),) = self.serialized_names.items()
-        return [WeightConverter([f"{name}$" for name in names], target, [_Deserialize(self)])]
+        return [
+            WeightConverter([f"{name}$" for name in names], target, [_Deserialize(self)])
+            for target, names in self.serialized_names.items()
+        ]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
         """For saving: of a model with offloaded weights, brought back module by module; of one in
-        shards, with its int8 weights put together in every process.
+        shards, with its int8 weights put together in every process. With quantised experts all is
+        written under the model's own names: transformers would cut a batch into a matrix an expert.
 
         Raises:
-            ValueError: a weight has other options than the configuration, which holds one for all; or
-            experts are quantised.
+            ValueError: a weight has other options than the configuration, which holds one for all.
         """
         weights = [(name, local(parameter)) for name, parameter in model.named_parameters()]
-        for name, weight in weights:
-            if isinstance(weight, QuantizedWeight) and weight.batch:
-                raise ValueError(
-                    f"{name}: save_pretrained writes experts as transformers names them, which has no "
-                    f"{weight.weight_format.kind} form. int8fx.save_checkpoint writes them, or "
-                    'quantize_(model, skip=["+*.experts.*"]) leaves them in float'
-                )
         parsed = self.quantization_config.parsed
         state_dict.check_options(weights, lambda path: parsed.choice(path).options)
+        if any(isinstance(weight, QuantizedWeight) and weight.batch for _, weight in weights):
+            model._weight_conversions = []
         shards = {n: p for n, p in model.named_parameters() if p is not local(p)}
         if any(isinstance(local(parameter), QuantizedWeight) for parameter in shards.values()):
             state = model.state_dict()
@@ -272,6 +286,8 @@ def dequantized(model: nn.Module) -> None:
         if isinstance(getattr(found, "hf_quantizer", None), Int8FxQuantizer):
             found.hf_quantizer.remove_quantization_config(found)
             _ask_for_reader(found.config, False)
+            if getattr(found, "_weight_conversions", None) == []:
+                del found._weight_conversions  # of experts that were quantised when it was saved
 
 
 def _models(module: nn.Module) -> Iterator[Any]:
@@ -314,12 +330,14 @@ class _Operation(ConversionOps):
     def quantized(self, model: nn.Module, name: str, weight: Tensor) -> QuantizedWeight:
         """The weight of a name in the form that it is kept in."""
         path = name.rpartition(".")[0]
-        owner = model.get_submodule(path)
+        owner: Any = model.get_submodule(path)
         state_dict.attach(owner)
+        config = self.hf_quantizer.quantization_config
+        if name in self.hf_quantizer.experts:
+            return QuantizedWeight.quantized(weight, config.parsed.choice(name), owner.is_transposed)
         transposed = keeps_transposed(owner)
         N, K = weight.shape[:: -1 if transposed else 1]
-        choice = self.hf_quantizer.quantization_config.choice_of(path, (N, K))
-        return QuantizedWeight.quantized(weight, choice, transposed)
+        return QuantizedWeight.quantized(weight, config.choice_of(path, (N, K)), transposed)
 
     def stands_for(self, model: nn.Module, name: str) -> QuantizedWeight:
         """The weight of a name on the meta device, which is put into the model."""
@@ -371,9 +389,10 @@ class _Deserialize(_Operation):
         self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, Any]:
         tensors = {name.removesuffix("$"): single(value) for name, value in input_dict.items()}
-        if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
+        own = full_layer_name.rpartition(".")[2]
+        if tensors.keys() == {own} and tensors[own].is_floating_point():
             return tensors
-        prefix = full_layer_name.removesuffix("weight")
+        prefix = full_layer_name.removesuffix(own)
         state = {prefix + name: tensor for name, tensor in tensors.items()}
         like = self.stands_for(model, full_layer_name)
         weight = state_dict.read(full_layer_name, like, state)
@@ -382,7 +401,7 @@ class _Deserialize(_Operation):
         assert weight is not None  # read has seen to it
         for tensor in tensors.values():
             self.release(tensor)
-        return {"weight": nn.Parameter(weight, requires_grad=False)}
+        return {own: nn.Parameter(weight, requires_grad=False)}
 
 
 def is_in_shards(model: Any) -> bool:

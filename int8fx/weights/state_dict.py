@@ -172,14 +172,15 @@ def _scheme_entry(weight: QuantizedWeight) -> Tensor:
 def check_options(
     weights: Iterable[tuple[str, Tensor]], options_of: Callable[[str], Mapping[str, Any]]
 ) -> None:
-    """Whether files whose ``config.json`` gives each weight ``options_of(path of its module)`` say what
-    it is kept with.
+    """Whether files whose ``config.json`` gives each weight ``options_of(path of its module)``, and
+    experts those of their own path, say what it is kept with.
 
     Raises:
         ValueError: names the first weight with others.
     """
     for name, weight in weights:
-        options = options_of(name.rpartition(".")[0])
+        is_batch = isinstance(weight, QuantizedWeight) and bool(weight.batch)
+        options = options_of(name if is_batch else name.rpartition(".")[0])
         # Columns of a calibration are each weight's own, and with it in the files.
         own = weight.options if isinstance(weight, QuantizedWeight) else options
         if _without(own, {"columns"}) != _without(options, {"columns"}):

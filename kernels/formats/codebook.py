@@ -70,8 +70,10 @@ def codebook(name: str, block: int = 64, nested: bool = False) -> WeightFormat:
         blocks = F.pad(weight, (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
         absmax = blocks.abs().amax(-1)
         others = nest(absmax) if nested else (absmax,)
-        # On the grid that the nested absmax gives, a code is the nearest to the weight.
-        steps = absmax_of(others).clamp_min(_LEAST).unsqueeze(-1)
+        # On the grid that the nested absmax gives, a code is the nearest to the weight. That absmax may
+        # be below 0, of a block much smaller than the others, and then turns the codes' signs.
+        steps = absmax_of(others)
+        steps = steps.where(steps.abs() >= _LEAST, _LEAST).unsqueeze(-1)
         codes = nearest(blocks / steps, _values(name, weight.device))
         return (_packed(codes.flatten(1), block), *others)
 

@@ -251,6 +251,17 @@ def test_a_damaged_map_of_quantos(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_quantos_map_is_looked_for_in_the_models_folder_alone(tmp_path, monkeypatch):
+    files(tmp_path, "quanto-8")
+    monkeypatch.chdir(tmp_path)
+    get = transformers.modeling_utils.get_hf_quantizer
+    found, *_ = get(llama().config, None, None, True, {})
+    assert found is None
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    found, *_ = get(config, None, None, True, {})
+    assert isinstance(found, readers.ReaderQuantizer)
+
+
 @pytest.mark.parametrize("name", ["gptq-4-v1", "fp8", "torchao-int8"])
 def test_experts_in_one_batch_are_refused(name, tmp_path):
     """transformers would put float8 without its scales there, or make numbers up."""

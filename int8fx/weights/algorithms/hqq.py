@@ -21,6 +21,7 @@ from int8fx.kernels.formats.clip import codes_on, grid_of, stored_grid, values_o
 from int8fx.weights.algorithms.grid import Codes, Grid
 
 NORM, BETA, GROWTH, ITERATIONS = 0.7, 10.0, 1.01, 20
+MOST_ZERO = 2.0**14  # of a zero point; fp16 ends at 2**16
 
 
 def hqq(weight: Tensor, grid: Grid) -> Codes:
@@ -31,6 +32,9 @@ def hqq(weight: Tensor, grid: Grid) -> Codes:
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     # A group far from zero has a zero point beyond its codes, as it is a float.
     scale, _ = grid_of(low, high, grid.bits, grid.zeros, grid.dtype)
+    # Of weights that are nearly alike it would be beyond the largest float of the dtype.
+    farthest = torch.maximum(low.abs(), high.abs())
+    scale = torch.maximum(scale, farthest / MOST_ZERO).to(grid.dtype).float()
     zero = -low / scale
     best, least, beta = zero, torch.full_like(zero, torch.inf), BETA
     for _ in range(ITERATIONS):
