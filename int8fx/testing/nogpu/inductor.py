@@ -246,8 +246,16 @@ def _graph_on_cuda(gm: fx.GraphModule) -> fx.GraphModule:
             node.args, node.kwargs = tree_map(fix, node.args), tree_map(fix, node.kwargs)
             if node.target in _device_constructors() and node.kwargs.get("device") is None:
                 node.kwargs = {**node.kwargs, "device": device}
+            _fill(node)
         module.recompile()
     return gm
+
+
+def _fill(node: fx.Node) -> None:
+    """A CUDA wheel copies a number to the device where the graph is traced, and asks for a driver."""
+    is_number = node.target is torch.tensor and isinstance(node.args[0], int | float)
+    if is_number and hasattr(torch._C, "_cuda_setDevice"):
+        node.target, node.args = torch.full, ((), *node.args)
 
 
 def _inputs_on_cuda(inputs: Sequence[Any]) -> list[Any]:

@@ -125,6 +125,7 @@ def _bring_up_to_date(builder: Any) -> None:
     builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
     builder.create_clampf = _clamp
     builder.create_fma = _fma
+    builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
 
 
 def _clamp(self: Any, x: Any, low: Any, high: Any, propagate_nans: Any) -> TensorHandle:
