@@ -68,7 +68,7 @@ def _repeated(name: str, tensor, rows: int):
     return tensor.repeat(rows, *[1] * (tensor.dim() - 1))
 
 
-# Enough of them that the temporaries of one weight, and what layers take besides, are little beside all.
+# Enough that the temporaries of one weight, and what layers take besides, are little beside all.
 WIDTH, LAYERS = 768, 60
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
