@@ -48,10 +48,8 @@ def lengths_vary(model: Any, backend: Callable[..., Any]) -> Iterator[None]:
     generates with at the time.
     """
     request = torch_private.request_in_place(model)
-    if request is None or request.backend is not backend or request.dynamic is False:
-        yield
-        return
-    if _PREPARE in vars(model):
+    is_ours = request is not None and request.backend is backend and request.dynamic is not False
+    if not is_ours or _PREPARE in vars(model):
         yield
         return
     vars(model)[_PREPARE] = _marking(getattr(model, _PREPARE))
