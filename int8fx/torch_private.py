@@ -609,6 +609,21 @@ def compile_with_inductor(
     return compiled
 
 
+AHEAD = (2, 13)
+
+
+def check_ahead() -> None:
+    """Raises:
+    UserError: for the mask of a prompt of any length, this torch's Inductor writes C++ that uses an
+        index before it declares it.
+    """
+    if release() < AHEAD:
+        raise UserError(
+            f"int8fx compile needs torch >= {'.'.join(map(str, AHEAD))}, and this is torch "
+            f"{torch.__version__}, which writes C++ that does not compile; torch.compile works"
+        )
+
+
 def compile_ahead(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import int8fx
+from int8fx import torch_private
 from int8fx.kernels import table
 from int8fx.kernels.cpu import int8_linear as cpu
 from int8fx.kernels.ops.attention import attention, attention_reference
@@ -221,6 +222,8 @@ REPEATED = {
 @pytest.mark.parametrize("L", [1, S])
 @pytest.mark.parametrize("name", REPEATED)
 def test_what_is_repeated_for_a_batch_and_what_is_empty(monkeypatch, name, L, attends):
+    if name == "no heads" and torch_private.release() < (2, 13):
+        pytest.skip("in eager torch 2.11, too, attention divides by the number of heads")
     monkeypatch.setattr(table, "attends", lambda device, few: attends)
 
     def attend(*given):

@@ -1,11 +1,15 @@
 """What older releases, and missing packages, lack: it is said, and names them."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import int8fx
 from int8fx import torch_private
+from int8fx.ahead.compile import compile_model
+from int8fx.errors import UserError
+from int8fx.testing import toy_llama
 from int8fx.testing.installed import install, run
 
 # Where these are not installed: what imports one of them anyway fails.
@@ -130,3 +134,10 @@ def test_a_compile_apart_runs_where_torch_cannot_isolate_it(monkeypatch):
     monkeypatch.setattr(torch, "compile", of_an_older_release)
     apart = torch_private.compile_apart(nn.Linear(8, 8), "eager")
     assert apart(torch.randn(2, 8)).shape == (2, 8)
+
+
+def test_an_artefact_needs_a_release_whose_cpp_compiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    with pytest.raises(UserError, match=r"needs torch >= 2\.13, and this is torch 2\.11\.0"):
+        compile_model(toy_llama.tiny(), toy_llama.words(), tmp_path / "toy")
+    assert not list(tmp_path.iterdir())

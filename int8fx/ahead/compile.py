@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from int8fx import torch_private
 from int8fx.ahead import artefact as files
 from int8fx.ahead import machine, mapped
 from int8fx.ahead.artefact import Artefact
@@ -58,7 +59,7 @@ def compile_model(
 
     Raises:
         TypeError: the model is no module.
-        UserError: the model does not fit, and why; or the folder cannot be made.
+        UserError: this torch or the model does not fit, and why; or the folder cannot be made.
     """
     check_module(model, "compile_model")
     if not hasattr(model, "generation_config"):
@@ -76,6 +77,7 @@ def compile_model(
     context = min(CONTEXT, limit) if context is None else context
     if context < 4 or context > limit:
         raise UserError(f"--context {context}: allowed are 4 to {limit}, what the model was made for")
+    torch_private.check_ahead()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder.parent) as unfinished:
