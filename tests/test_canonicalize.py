@@ -28,7 +28,8 @@ class Spelled(nn.Module):
         )
 
     def forward(self, *inputs):
-        return self.function(*inputs, *self.weights)
+        # As a list: Dynamo of torch 2.11 unpacks no ParameterList.
+        return self.function(*inputs, *list(self.weights))
 
 
 def flat(x):
